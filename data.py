@@ -1,0 +1,260 @@
+"""Text in, tokens out: the tokenizer, the readers of every data format, and packed training batches.
+
+    python data.py data/e2e/train.csv.xz          prints what a data file holds
+
+A document is [bos] prompt [sep] completion [eos], learned on the completion only; plain text has no prompt and is learned whole.
+"""
+
+import argparse
+import csv
+import gzip
+import io
+import itertools
+import json
+import lzma
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sentencepiece as spm
+
+from cli import run
+
+SEP = "<sep>"  # the piece between prompt and completion; a tokenizer that lacks it continues prompts as they are
+HERE = Path(__file__).parent
+TASKS = {"translation": "data/translation/{}.tsv.xz", "e2e": "data/e2e/{}.csv.xz"}
+LEARN, START = 1, 2  # flags of a token: it is a training target; a document starts here
+
+
+@dataclass(frozen=True)
+class Example:
+    """One input and every text that counts as a right answer to it."""
+
+    prompt: str
+    references: tuple[str, ...]
+
+
+def task_file(task: str, split: str) -> str:
+    """Path of an embedded task's `train`, `dev` or `test` file."""
+    return os.path.relpath(HERE / TASKS[task].format(split))
+
+
+# ---------------------------------------------------------------- readers
+
+
+def open_text(path: str | Path) -> io.TextIOBase:
+    """Opens a text file, compressed (.xz, .gz) or not, as UTF-8, with or without a byte-order mark."""
+    opener = {".xz": lzma.open, ".gz": gzip.open}.get(Path(path).suffix, open)
+    return opener(path, "rt", encoding="utf-8-sig", newline="")
+
+
+def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Yields (prompt, completion) from a file, its format told by its ending: .csv with the columns mr,ref (E2E NLG), .tsv with
+    source and target (translation), .jsonl with `prompt` and `completion` or `references`, .txt as one document without a prompt.
+    Raises ValueError naming the file, and the line where there is one, for what is malformed, not UTF-8, or empty."""
+    kind = Path(path).with_suffix("").suffix if Path(path).suffix in (".xz", ".gz") else Path(path).suffix
+    readers = {".csv": _read_csv, ".tsv": _read_tsv, ".jsonl": _read_jsonl, ".txt": _read_txt}
+    if kind not in readers:
+        raise ValueError(f"{path}: unknown kind of data file; its name must end in {', '.join(readers)} (then .xz or .gz if compressed)")
+    count = 0
+    try:
+        with open_text(path) as file:
+            for pair in readers[kind](file, path):
+                count += 1
+                yield pair
+    except (UnicodeDecodeError, csv.Error, lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path}: not readable after {count} records: {error}") from None
+    if not count:
+        raise ValueError(f"{path}: holds no data")
+
+
+def _fields(path, line: int, *fields) -> tuple[str, ...]:
+    if not all(isinstance(field, str) and field.strip() for field in fields):
+        raise ValueError(f"{path}, line {line}: needs two non-empty texts, prompt and completion")
+    return fields
+
+
+def _read_csv(file, path):
+    rows = csv.reader(file, strict=True)
+    if next(rows, None) != ["mr", "ref"]:
+        raise ValueError(f"{path}, line 1: the header must be mr,ref")
+    for row in rows:
+        if len(row) != 2:
+            raise ValueError(f"{path}, line {rows.line_num}: has {len(row)} columns; 2 are needed")
+        yield _fields(path, rows.line_num, *row)
+
+
+def _read_tsv(file, path):
+    for number, line in enumerate(file, 1):
+        row = line.rstrip("\r\n").split("\t")
+        if len(row) != 2:
+            raise ValueError(f"{path}, line {number}: has {len(row)} columns; 2 are needed")
+        yield _fields(path, number, *row)
+
+
+def _read_jsonl(file, path):
+    for number, line in enumerate(file, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
+        targets = (row.get("references") or [row.get("completion")]) if isinstance(row, dict) else [None]
+        for target in targets if isinstance(targets, list) else [None]:
+            yield _fields(path, number, row.get("prompt") if isinstance(row, dict) else None, target)
+
+
+def _read_txt(file, path):
+    text = file.read()
+    if text.strip():
+        yield "", text
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """The distinct prompts of a file in their order, each with all of its references."""
+    groups: dict[str, list[str]] = {}
+    for prompt, completion in read_pairs(path):
+        groups.setdefault(prompt, []).append(completion)
+    return [Example(prompt, tuple(references)) for prompt, references in groups.items()]
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+    """A sentencepiece model, trained line by line: BPE, every byte representable, characters left as they are, runs of spaces made one.
+    Raises ValueError if there is too little text."""
+    model, lines = io.BytesIO(), (line for text in texts for line in text.splitlines() if line.strip())
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
+            character_coverage=0.9995, normalization_rule_name="identity", user_defined_symbols=[SEP], num_threads=os.cpu_count(),
+            max_sentence_length=65536, minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"no tokenizer of {vocab_size} pieces from this text: {str(error).splitlines()[-1]}") from None
+    return model.getvalue()
+
+
+def encode_prompt(tokenizer: spm.SentencePieceProcessor, prompt: str) -> list[int]:
+    """[bos] prompt [sep], the separator only where the tokenizer has one."""
+    sep = tokenizer.piece_to_id(SEP)
+    return [tokenizer.bos_id(), *tokenizer.encode(prompt), *([sep] if sep != tokenizer.unk_id() else [])]
+
+
+def tokenize(pairs: Iterable[tuple[str, str]], tokenizer, path: str | Path, length: int) -> dict[str, int]:
+    """Writes a memory-mappable array of (token, flags) records to `path` (.npy) and returns its statistics. A document of more than
+    `length` + 1 tokens loses the left of its prompt, then the end of its completion; plain text is cut into documents of that size."""
+    tokens, flags = [], []
+    stats = {"documents": 0, "tokens": 0, "learned": 0, "shortened": 0}
+    for prompt, completion in pairs:
+        head = encode_prompt(tokenizer, prompt) if prompt else [tokenizer.bos_id()]
+        body = [*tokenizer.encode(completion), tokenizer.eos_id()]
+        if prompt:
+            excess = max(0, len(head) + len(body) - length - 1)
+            stats["shortened"] += excess > 0
+            head = head[:1] + head[1 + excess :]
+            pieces = [(head, body[: length + 1 - len(head)])]
+        else:
+            whole = head + body
+            pieces = [([], whole[i : i + length + 1]) for i in range(0, len(whole) - 1, length)]
+        for before, learned in pieces:
+            tokens += before + learned
+            flag = [0] * len(before) + [LEARN] * len(learned)
+            flag[0] |= START
+            flags += flag
+            stats["documents"] += 1
+            stats["learned"] += len(learned) - (not before)  # the first token of a document is no target
+    stats["tokens"] = len(tokens)
+    record = np.dtype([("token", "<u2" if tokenizer.vocab_size() <= 65536 else "<u4"), ("flags", "u1")])
+    array = np.empty(len(tokens), record)
+    array["token"], array["flags"] = tokens, flags
+    with open(f"{path}.part", "wb") as file:
+        np.save(file, array)
+    os.replace(f"{path}.part", path)
+    return stats
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of T positions, documents side by side and never seeing each other. Arrays are (B, T) int64."""
+
+    inputs: np.ndarray
+    targets: np.ndarray    # -1 where nothing is learned
+    documents: np.ndarray  # number of the document within its row; 0 is padding
+
+
+def batches(array: np.ndarray, rows: int, length: int, seed: int | None = 0, start: int = 0) -> Iterator[Batch]:
+    """Packs the documents of `array` (from `tokenize`) into batches, endlessly, in an order that depends on `seed` and the epoch alone;
+    so skipping `start` batches resumes exactly. `seed=None`: one epoch, in the file's order. First fit over the rows of a batch; a
+    document that fits nowhere waits for the next batch, and 16 of them waiting close the batch."""
+    begins = np.flatnonzero(array["flags"] & START)
+    ends = np.append(begins[1:], len(array))
+    if (ends - begins).max() > length + 1:
+        raise ValueError(f"the data was prepared for a longer context than {length}; prepare it again")
+    number = 0
+    for epoch in itertools.count():
+        order = range(len(begins)) if seed is None else np.random.default_rng((seed, epoch)).permutation(len(begins))
+        for plan in _pack(order, ends - begins - 1, rows, length):
+            if number >= start:
+                yield _fill(array, plan, begins, ends, rows, length)
+            number += 1
+        if seed is None:
+            return
+
+
+def _pack(order, sizes, rows: int, length: int) -> Iterator[list[list[int]]]:
+    waiting: list[int] = []
+    source = iter(order)
+    while True:
+        plan, room, late = [[] for _ in range(rows)], [length] * rows, []
+        for document in itertools.chain(waiting, source):
+            row = next((r for r in range(rows) if room[r] >= sizes[document]), None)
+            if row is None:
+                late.append(document)
+                if len(late) == 16:
+                    break
+            else:
+                plan[row].append(document)
+                room[row] -= sizes[document]
+        if not any(plan):
+            return
+        yield plan
+        waiting = late
+
+
+def _fill(array, plan, begins, ends, rows: int, length: int) -> Batch:
+    inputs = np.zeros((rows, length), np.int64)
+    targets = np.full((rows, length), -1, np.int64)
+    documents = np.zeros((rows, length), np.int64)
+    for row, members in enumerate(plan):
+        at = 0
+        for number, document in enumerate(members, 1):
+            piece = array[begins[document] : ends[document]]
+            span = slice(at, at + len(piece) - 1)
+            inputs[row, span] = piece["token"][:-1]
+            targets[row, span] = np.where(piece["flags"][1:] & LEARN, piece["token"][1:].astype(np.int64), -1)
+            documents[row, span] = number
+            at = span.stop
+    return Batch(inputs, targets, documents)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", help="data files: .csv, .tsv, .jsonl or .txt, plain or .xz or .gz")
+    return parser
+
+
+def main() -> None:
+    for path in make_parser().parse_args().files:
+        examples = read_examples(path)
+        references = [reference for example in examples for reference in example.references]
+        words = [len(text.split()) for text in references]
+        print(f"{path}: {len(examples)} prompts, {len(references)} completions, {np.median(words):.0f} words each (at most {max(words)})")
+        print(f"  {examples[0].prompt[:100]!r} -> {references[0][:100]!r}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,23 @@
+"""What the tests share: tiny random models, fixed seeds, one thread."""
+
+import pytest
+import torch
+
+from model import ModelConfig, Transformer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_model():
+    """A factory of tiny random float32 models whose weights are large enough for the layers to disagree."""
+
+    def make(seed: int = 0, **shape) -> Transformer:
+        torch.manual_seed(seed)
+        small = {"vocab_size": 50, "n_layers": 5, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48, "max_len": 64, "eos_id": None}
+        model = Transformer(ModelConfig(**{**small, **shape})).requires_grad_(False).eval()
+        for weight in model.parameters():
+            weight.copy_(torch.randn_like(weight) * (weight.shape[-1] ** -0.5 if weight.dim() > 1 else 0.3) + (weight.dim() == 1))
+        return model
+
+    return make

@@ -1,0 +1,260 @@
+"""Data: every format and its mistakes, the tokenizer, and the promise of packing: each document once an epoch, its completion learned."""
+
+import gzip
+import itertools
+import json
+import lzma
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import sentencepiece as spm
+
+import data
+from data import SEP, TASKS, Example, batches, encode_prompt, read_examples, read_pairs, task_file, tokenize, train_tokenizer
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
+LENGTH = 64  # of the rows in the tests of packing
+
+
+def embedded_pairs(count: int) -> list[tuple[str, str]]:
+    """The first pairs of each task's dev file."""
+    return [pair for task in TASKS for pair in itertools.islice(read_pairs(task_file(task, "dev")), count)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return spm.SentencePieceProcessor(model_proto=train_tokenizer((text for pair in embedded_pairs(150) for text in pair), 400))
+
+
+@pytest.fixture
+def prepare(tokenizer, tmp_path):
+    """pairs -> (array, statistics), by way of the file."""
+
+    def prepare(pairs, length: int = LENGTH):
+        stats = tokenize(pairs, tokenizer, tmp_path / "tokens.npy", length)
+        assert [path.name for path in tmp_path.iterdir()] == ["tokens.npy"]  # nothing half-written stays behind
+        return np.load(tmp_path / "tokens.npy", mmap_mode="r"), stats
+
+    return prepare
+
+
+@pytest.fixture(scope="module")
+def short_pairs(tokenizer):
+    """200 distinct pairs of all sizes up to what fills a row."""
+    pairs = dict.fromkeys((prompt[:12], text[: 4 + 7 * i % 60]) for i, (prompt, text) in enumerate(embedded_pairs(150)))
+    return [pair for pair in pairs if len(learned_document(tokenizer, *pair)[0]) <= LENGTH][:200]
+
+
+def learned_document(tokenizer, prompt: str, completion: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Inputs and targets of one document, from the definition: [bos] prompt [sep] completion [eos], learned after [sep]."""
+    before = [tokenizer.bos_id(), *tokenizer.encode(prompt), tokenizer.piece_to_id(SEP)]
+    after = [*tokenizer.encode(completion), tokenizer.eos_id()]
+    return tuple((before + after)[:-1]), tuple([-1] * (len(before) - 1) + after)
+
+
+def unpack(batch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Inputs and targets of every document in a batch, row by row."""
+    documents = []
+    for inputs, targets, numbers in zip(batch.inputs.tolist(), batch.targets.tolist(), batch.documents.tolist()):
+        for number in sorted(set(numbers) - {0}):
+            at = [i for i, n in enumerate(numbers) if n == number]
+            documents.append((tuple(inputs[i] for i in at), tuple(targets[i] for i in at)))
+    return documents
+
+
+def epochs(array, count: int, seed: int = 0, rows: int = 3) -> list[list]:
+    """The documents of the first `count` epochs; a batch belongs to one epoch."""
+    stream, size, found = batches(array, rows, LENGTH, seed), int((array["flags"] & data.START > 0).sum()), []
+    for _ in range(count):
+        epoch = []
+        while len(epoch) < size:
+            epoch += unpack(next(stream))
+        found.append(epoch)
+    return found
+
+
+# ---------------------------------------------------------------- readers
+
+PAIRS = [("name[Café Größe]", "Ein Café, „groß“ 😀"), ("漢字, two", 'she said "no"'), ("name[Café Größe]", "second reference")]
+FILES = {
+    ".csv": 'mr,ref\nname[Café Größe],"Ein Café, „groß“ 😀"\r\n"漢字, two","she said ""no"""\nname[Café Größe],second reference\n',
+    ".tsv": "\r\n".join("\t".join(pair) for pair in PAIRS),
+    ".jsonl": "\n".join(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) for prompt, text in PAIRS),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_every_format_gives_the_same_pairs_compressed_or_not(tmp_path, kind, ending):
+    path = tmp_path / f"some.data{kind}{ending}"
+    path.write_bytes(COMPRESS[ending](FILES[kind].encode()))
+    assert list(read_pairs(path)) == list(read_pairs(str(path))) == PAIRS
+    assert read_examples(path) == [Example(PAIRS[0][0], (PAIRS[0][1], PAIRS[2][1])), Example(PAIRS[1][0], (PAIRS[1][1],))]
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_plain_text_is_one_document_without_a_prompt_and_kept_as_it_is(tmp_path, ending):
+    (tmp_path / f"a.txt{ending}").write_bytes(COMPRESS[ending](" Größe\n\n  two\r\n".encode()))
+    assert list(read_pairs(tmp_path / f"a.txt{ending}")) == [("", " Größe\n\n  two\r\n")]
+
+
+def test_jsonl_may_list_several_references(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "references": ["one", "two"], "id": 7}\n{"prompt": "q", "completion": "three"}\n')
+    assert read_examples(tmp_path / "a.jsonl") == [Example("p", ("one", "two")), Example("q", ("three",))]
+
+
+@pytest.mark.parametrize("name, content, complaint", [
+    ("three.tsv", "a\tb\nc\td\te\n", "line 2: has 3 columns; 2 are needed"),
+    ("blank.tsv", "a\tb\n\nc\td\n", "line 2: has 1 columns; 2 are needed"),
+    ("space.tsv", "a\tb\nc\t \n", "line 2: needs two non-empty texts"),
+    ("one.csv", 'mr,ref\na,"b\nb"\nc\n', "line 4: has 1 columns; 2 are needed"),
+    ("half.csv", "mr,ref\n,b\n", "line 2: needs two non-empty texts"),
+    ("header.csv", "meaning,text\na,b\n", "line 1: the header must be mr,ref"),
+    ("bad.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n', "line 2: not JSON"),
+    ("list.jsonl", '["a", "b"]\n', "line 1: needs two non-empty texts"),
+    ("no_prompt.jsonl", '{"completion": "b"}\n', "line 1: needs two non-empty texts"),
+    ("no_answer.jsonl", '{"prompt": "a"}\n', "line 1: needs two non-empty texts"),
+    ("number.jsonl", '{"prompt": "a", "completion": 3}\n', "line 1: needs two non-empty texts"),
+    ("string.jsonl", '{"prompt": "a", "references": "bc"}\n', "line 1: needs two non-empty texts"),
+    ("empty.csv", "", "line 1: the header must be mr,ref"),
+    ("header_only.csv", "mr,ref\n", "holds no data"),
+    ("empty.tsv", "", "holds no data"),
+    ("empty.jsonl", "", "holds no data"),
+    ("empty.txt", " \n", "holds no data"),
+    ("latin1.tsv", "Größe\tsize\n".encode("latin-1"), "not readable after 0 records"),
+    ("truncated.tsv.xz", lzma.compress(b"a\tb\n" * 9)[:-20], "not readable"),
+    ("truncated.tsv.gz", gzip.compress(b"a\tb\n" * 9)[:-10], "not readable"),
+    ("plain.tsv.xz", "a\tb\n", "not readable after 0 records"),
+    ("plain.tsv.gz", "a\tb\n", "not readable after 0 records"),
+    ("corrupt.tsv.gz", gzip.compress(bytes(range(32, 127)) * 99)[:40] + b"?" * 40, "not readable"),
+    ("quote.csv", 'mr,ref\na,"b\nc,d\n', "not readable after 0 records"),
+    ("data.json", "{}", "unknown kind of data file; its name must end in .csv, .tsv, .jsonl, .txt"),
+    ("data.xz", "", "unknown kind of data file"),
+])  # fmt: skip
+def test_a_malformed_file_is_named_in_one_line_with_what_is_wrong(tmp_path, name, content, complaint):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=re.escape(complaint)) as error:
+        list(read_pairs(tmp_path / name))
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_embedded_files_are_found_from_anywhere_and_share_no_prompt(task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train, dev, test = ({example.prompt for example in read_examples(task_file(task, split))} for split in ("train", "dev", "test"))
+    assert min(len(dev), len(test)) > 500 and len(train) > 4000
+    assert not train & dev and not train & test and not dev & test
+
+
+def test_the_command_counts_prompts_and_completions(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.tsv").write_text("p\tone\nq\tone two three\np\tone two\n")
+    monkeypatch.setattr("sys.argv", ["data.py", str(tmp_path / "a.tsv")])
+    data.main()
+    assert "2 prompts, 3 completions, 2 words each (at most 3)" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+
+@pytest.mark.parametrize("text", ["Café naïve £20", "Größe, äöüß", "👩‍🚀 🎉", "漢字かな 한국어", "two\nlines\tand a tab", "e\u0301 ﬁ ① x²"])
+def test_the_tokenizer_represents_every_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and tokenizer.unk_id() not in ids
+
+
+def test_a_prompt_is_encoded_between_bos_and_one_separator(tokenizer, monkeypatch):
+    sep = tokenizer.piece_to_id(SEP)
+    assert tokenizer.vocab_size() == 400 and tokenizer.encode(SEP, add_bos=False)[-1] == sep != tokenizer.unk_id()
+    assert encode_prompt(tokenizer, "Hallo du!") == [tokenizer.bos_id(), *tokenizer.encode("Hallo du!"), sep]
+    monkeypatch.setattr(data, "SEP", "<a piece that it lacks>")
+    assert encode_prompt(tokenizer, "Hallo du!") == [tokenizer.bos_id(), *tokenizer.encode("Hallo du!")]
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_a_vocabulary_that_the_text_cannot_fill_or_that_cannot_hold_it_is_named(size):
+    with pytest.raises(ValueError, match=f"no tokenizer of {size} pieces") as error:
+        train_tokenizer(["one two three"] * 20, size)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- documents and batches
+
+
+def test_every_document_comes_once_an_epoch_with_exactly_its_completion_learned(tokenizer, prepare, short_pairs):
+    array, stats = prepare(short_pairs)
+    expected = [learned_document(tokenizer, *pair) for pair in short_pairs]
+    in_order = [document for batch in batches(array, 3, LENGTH, seed=None) for document in unpack(batch)]
+    assert len(short_pairs) > 150 and Counter(in_order) == Counter(expected)
+    assert all(Counter(epoch) == Counter(expected) for epoch in epochs(array, 3))
+    assert stats == {
+        "documents": len(expected),
+        "tokens": sum(len(inputs) + 1 for inputs, _ in expected),
+        "learned": sum(target >= 0 for _, targets in expected for target in targets),
+        "shortened": 0,
+    }
+
+
+def test_documents_lie_side_by_side_numbered_from_one_and_padding_teaches_nothing(prepare, short_pairs):
+    packed = list(batches(prepare(short_pairs)[0], 3, LENGTH, seed=None))
+    assert any((batch.documents == 0).any() for batch in packed) and any(batch.documents.max() > 2 for batch in packed)
+    for batch in packed:
+        assert batch.inputs.shape == batch.targets.shape == batch.documents.shape == (3, LENGTH)
+        assert (batch.targets[batch.documents == 0] == -1).all()
+        for numbers in batch.documents:
+            used = numbers[numbers > 0]
+            assert (numbers[len(used) :] == 0).all() and set(np.diff(used, prepend=0)) <= {0, 1}
+
+
+def test_no_document_waits_while_there_is_room_for_it(prepare, short_pairs):
+    sizes = [len(inputs) for batch in batches(prepare(short_pairs)[0], 3, LENGTH, seed=None) for inputs, _ in unpack(batch)]
+    count = sum(1 for _ in batches(prepare(short_pairs)[0], 3, LENGTH, seed=None))
+    assert sum(sizes) > 0.9 * (count - 1) * 3 * LENGTH  # all but the last batch are nearly full
+
+
+def test_the_order_depends_on_seed_and_epoch_alone(prepare, short_pairs):
+    array, _ = prepare(short_pairs)
+    np.random.seed(1)
+    first, second = epochs(array, 2)
+    np.random.seed(2)
+    assert [first, second] == epochs(array, 2)
+    assert first != second and sorted(first) == sorted(second) and first != epochs(array, 1, seed=1)[0]
+
+
+@pytest.mark.parametrize("seed", [0, 5, None])
+def test_starting_at_a_batch_equals_dropping_those_before(prepare, short_pairs, seed):
+    array, _ = prepare(short_pairs)
+    whole = list(itertools.islice(batches(array, 3, LENGTH, seed), 120))
+    for start in (1, 7, 100 if seed is not None else 20):  # 100 lies in a later epoch
+        resumed = list(itertools.islice(batches(array, 3, LENGTH, seed, start), 120 - start))
+        assert [unpack(batch) for batch in resumed] == [unpack(batch) for batch in whole[start:]] and resumed
+
+
+def test_a_document_that_is_too_long_loses_the_left_of_its_prompt_and_is_counted(tokenizer, prepare):
+    pairs = [("a short prompt", "yes"), ("a very long prompt " * 9 + "its end", "an answer"), ("a prompt", "a very long answer " * 9)]
+    array, stats = prepare(pairs)
+    short, long, answer = itertools.chain(*(unpack(batch) for batch in batches(array, 1, LENGTH, seed=None)))
+    inputs, targets = learned_document(tokenizer, *pairs[1])
+    assert len(inputs) > LENGTH and long == ((inputs[0], *inputs[1 - LENGTH :]), targets[-LENGTH:])  # [bos] stays
+    body = tuple(tokenizer.encode(pairs[2][1]))
+    assert len(body) > LENGTH and answer == ((tokenizer.bos_id(), *body[: LENGTH - 1]), body[:LENGTH])  # then its own end
+    assert short == learned_document(tokenizer, *pairs[0]) and stats["shortened"] == 2
+
+
+def test_plain_text_is_cut_into_windows_and_every_token_learned_once(tokenizer, prepare):
+    text = " ".join(completion for _, completion in embedded_pairs(20))
+    whole = [tokenizer.bos_id(), *tokenizer.encode(text), tokenizer.eos_id()]
+    for length in (LENGTH, len(whole), len(whole) - 1, len(whole) - 2):
+        array, stats = prepare([("", text)], length)
+        windows = list(itertools.chain(*(unpack(batch) for batch in batches(array, 1, length, seed=None))))
+        assert [token for _, targets in windows for token in targets] == whole[1:]
+        assert [token for inputs, _ in windows for token in inputs] == whole[:-1]
+        assert stats["learned"] == len(whole) - 1
+        assert len(windows) == stats["documents"] == -(-(len(whole) - 1) // length)
+
+
+def test_documents_longer_than_a_row_are_an_error(prepare, short_pairs):
+    array, _ = prepare(short_pairs)
+    with pytest.raises(ValueError, match=f"longer context than {LENGTH // 2}; prepare it again"):
+        next(batches(array, 3, LENGTH // 2))

@@ -1,0 +1,204 @@
+"""Is the next token decided? The trace of one position, the confidence functions over it, contrast, pruning and thresholds.
+
+Notation: h_l the hidden state of the newest position after layer l, z_l = W norm_l(h_l) its logits, p_l = softmax(z_l), over the n
+current candidates (the whole vocabulary V unless pruned). Everything is float32. Confidences lie in [0, 1]; exit when c >= threshold.
+"""
+
+import importlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from model import Transformer, linear
+
+ALPHA = 0.1  # plausibility: tokens of at least this share of the largest probability (Li 2022, section 3.2)
+
+
+class Trace:
+    """The newest position of one pass, layer by layer. `hidden` holds h_0 (the embedding) .. h_l, each
+    (R, d), the newest position last. Logits are computed when
+    asked for, once, and only over the current candidates. The first logits of each exit layer asked may narrow the candidates."""
+
+    def __init__(self, model: Transformer, confidence: "Confidence | None" = None, prune: str = "none", prune_k: int = 64,
+                 premature_layers: tuple[int, ...] | None = None):
+        self.model = model
+        self.confidence = confidence
+        self.hidden: list[Tensor] = []
+        self.candidates: Tensor | None = None  # (n,) int64 token ids; None is the whole vocabulary
+        self.amateurs: dict[int, int] = {}     # exit layer -> the layer it was contrasted with
+        self.confidences: dict[int, float] = {}  # of each layer asked
+        self.flops: dict[int, int] = {}        # layer -> floating-point operations of its head
+        self.n = model.config.vocab_size       # how many candidates there are
+        self._weight: Tensor | None = model.unembed  # (n, d), the candidates' rows of the unembedding; None: not gathered yet
+        self._logits: dict[int, Tensor] = {}
+        self._size = SCHEDULES[prune](prune_k)
+        self._premature = premature_layers
+
+    @property
+    def layer(self) -> int:
+        """The newest layer l."""
+        return len(self.hidden) - 1
+
+    def decided(self, threshold: float) -> bool:
+        """Whether the confidence after the newest layer reaches the threshold. A threshold of 0 is reached without asking."""
+        if threshold > 0:
+            self.confidences[self.layer] = float(self.confidence(self, self.layer))
+        return threshold <= 0 or self.confidences[self.layer] >= threshold
+
+    def logits(self, layer: int) -> Tensor:
+        """z of `layer` <= l over the candidates: (n,)."""
+        return self.stack([layer])[0]
+
+    def log_probs(self, layer: int) -> Tensor:
+        """log p of `layer` over the candidates: (n,)."""
+        return self.logits(layer).log_softmax(-1)
+
+    def stack(self, layers: list[int]) -> list[Tensor]:
+        """z of several layers, those not known yet in one product, so that W is read once: (n,) each."""
+        missing = [layer for layer in layers if layer not in self._logits]
+        if missing:
+            if self._weight is None:
+                self._weight = self.model.unembed[self.candidates]
+            rows = torch.cat([self.model.exit_norm(self.hidden[layer][-1:], layer) for layer in missing])  # (m, d)
+            self._logits.update(zip(missing, linear(rows, self._weight, self.model.split).float().unbind()))
+            self.flops.update(dict.fromkeys(missing, 2 * self.n * rows.shape[1]))
+            if self.layer in missing:
+                self._narrow(self._size(self))
+        return [self._logits[layer] for layer in layers]
+
+    def _narrow(self, size: int) -> None:
+        """Keeps the `size` candidates of largest z_l, and everything known so far for these alone."""
+        if size < self.n:
+            index = self._logits[self.layer].topk(size).indices  # (size,) by falling z_l
+            self.candidates = index if self.candidates is None else self.candidates[index]
+            self.n, self._weight = size, None
+            self._logits = {layer: logits[index] for layer, logits in self._logits.items()}
+
+    def token(self, index: int) -> int:
+        """Token id of a candidate's index."""
+        return index if self.candidates is None else int(self.candidates[index])
+
+    def premature(self, layer: int) -> list[int]:
+        """J of `layer`: the layers below it that may serve as its amateur; by default from 2 on."""
+        return [j for j in (range(2, layer) if self._premature is None else self._premature) if j < layer]
+
+
+# ---------------------------------------------------------------- vocabulary pruning
+
+# Name -> (prune_k) -> (trace) -> how many candidates to keep once the logits of an exit layer are known.
+SCHEDULES: dict[str, Callable[[int], Callable[[Trace], int]]] = {
+    "none": lambda k: lambda trace: trace.n,
+    "fixed": lambda k: lambda trace: k,
+}
+
+
+# ---------------------------------------------------------------- confidence functions
+
+Confidence = Callable[[Trace, int], Tensor]
+FUNCTIONS: dict[str, Confidence] = {}
+
+
+def register(name: str) -> Callable[[Confidence], Confidence]:
+    """Registers a confidence function (trace, layer) -> scalar tensor in [0, 1] under `name`."""
+
+    def add(function: Confidence) -> Confidence:
+        FUNCTIONS[name] = function
+        return function
+
+    return add
+
+
+def resolve(name: str | Confidence) -> Confidence:
+    """The function registered under `name`, or that "package.module:function" imports, or `name` itself if callable. Raises ValueError."""
+    if callable(name):
+        return name
+    if name in FUNCTIONS:
+        return FUNCTIONS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f"unknown confidence {name!r}; choose from {', '.join(FUNCTIONS)}, or package.module:function")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"confidence {name!r} cannot be loaded: {error}") from None
+    if not callable(function):
+        raise ValueError(f"confidence {name!r} is not a function")
+    return function
+
+
+@register("softmax")
+def softmax(trace: Trace, layer: int) -> Tensor:
+    """p_l(1st) - p_l(2nd) (CALM, Schuster 2022, section 3.5, softmax response)."""
+    return margin(trace.logits(layer).softmax(-1))
+
+
+@register("hidden")
+def hidden(trace: Trace, layer: int) -> Tensor:
+    """max(0, cos(h_l, h_{l-1})) (CALM, section 3.5, hidden-state saturation)."""
+    return torch.cosine_similarity(trace.hidden[layer][-1].float(), trace.hidden[layer - 1][-1].float(), dim=-1).clamp(0, 1)
+
+
+@register("entropy")
+def entropy(trace: Trace, layer: int) -> Tensor:
+    """1 - H(p_l) / log n."""
+    log_p = trace.log_probs(layer)
+    return (1 + (log_p.exp() * log_p).sum() / math.log(len(log_p))).clamp(0, 1)
+
+
+@register("weighted")
+def weighted(trace: Trace, layer: int) -> Tensor:
+    """Margin of p_l contrasted with the fixed amateur m = max(1, floor(l/2)) (after ACD, Gera 2023). Layer 1 is its own amateur: there the
+    plausible tokens become equal, and the margin is 0 unless there is one alone."""
+    return margin(contrasted(trace, layer, max(1, layer // 2)))
+
+
+@register("jsd")
+def jsd(trace: Trace, layer: int) -> Tensor:
+    """Margin of p_l contrasted with m = argmax over j in J of JSD(p_l, p_j) / (l - j) (after DoLa, Chuang 2023, Eq. 4, whose choice has
+    no distance in it). Where J is empty there is nothing to contrast with: the margin of p_l."""
+    log_p = trace.log_probs(layer)
+    premature = trace.premature(layer)
+    if not premature:
+        return margin(log_p.exp())
+    log_q = torch.stack(trace.stack(premature)).log_softmax(-1)  # (|J|, n)
+    distance = layer - torch.tensor(premature, device=log_q.device)
+    return margin(contrasted(trace, layer, premature[int((jensen_shannon(log_p, log_q) / distance).argmax())]))
+
+
+def margin(probs: Tensor) -> Tensor:
+    """Difference of the two largest probabilities of (..., n), in [0, 1]."""
+    first, second = probs.topk(2).values.unbind(-1)
+    return first - second
+
+
+def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """JSD(p, q) = KL(p‖m)/2 + KL(q‖m)/2 with m = (p + q)/2, natural logarithm, of finite log-probabilities (..., n): in [0, log 2]."""
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    terms = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
+    return (terms.sum(-1) / 2).clamp(0, math.log(2))
+
+
+def contrast(log_expert: Tensor, log_amateur: Tensor, alpha: float = ALPHA) -> Tensor:
+    """The contrasted distribution p_DCD of log-probabilities (n,), (n,): over V_head = {x : p(x) >= alpha max p} the softmax of
+    log p - log q, scaled to the mass that p has there; p elsewhere (ACD, Gera 2023, Eq. 3-5). It sums to 1."""
+    p = log_expert.exp()
+    head = p >= alpha * p.max()
+    ratio = (log_expert - log_amateur).masked_fill(~head, -math.inf)
+    return torch.where(head, ratio.softmax(-1) * (p * head).sum().clamp(max=1), p)
+
+
+def contrasted(trace: Trace, layer: int, amateur: int) -> Tensor:
+    """p_DCD(l, m), the choice of m noted in the trace."""
+    trace.amateurs[layer] = amateur
+    return contrast(trace.log_probs(layer), trace.log_probs(amateur))
+
+
+# ---------------------------------------------------------------- thresholds
+
+THRESHOLDS: dict[str, Callable[[float, float, int, int], float]] = {
+    "constant": lambda threshold, tau, step, steps: threshold,
+    # CALM, Eq. 5: early tokens influence all that follow, so they meet a higher bar
+    "decaying": lambda threshold, tau, step, steps: min(1.0, max(0.0, 0.9 * threshold + 0.1 * math.exp(-tau * step / steps))),
+}

@@ -1,0 +1,281 @@
+"""The loop: exact where it must be, early where it may be, and honest about the work done."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import decode
+from confidence import FUNCTIONS, register
+from decode import DecodeConfig, Generation, distribution, generate, stream
+from model import Transformer
+
+PROMPT = [1, 7, 3, 9]
+
+
+def greedy_reference(model: Transformer, prompt: list[int], steps: int, layer: int | None = None) -> list[int]:
+    """The naive loop: a whole forward pass for every token, reading out after `layer`."""
+    tokens = list(prompt)
+    for _ in range(steps):
+        states = model.hidden_states(torch.tensor([tokens]))
+        tokens.append(int(model.head(states[layer or -1][-1:], layer).argmax()))
+        if tokens[-1] == model.config.eos_id:
+            break
+    return tokens[len(prompt) :]
+
+
+def exact_tokens(model: Transformer, prompt: list[int], out: Generation) -> list[int]:
+    """What a full pass over the generated text reads out at each token's own exit layer."""
+    states = model.hidden_states(torch.tensor([prompt + out.tokens]))
+    return [int(model.head(states[layer][i : i + 1], layer).argmax()) for i, layer in enumerate(out.exit_layers, len(prompt) - 1)]
+
+
+@pytest.mark.parametrize("confidence", [None, *sorted(FUNCTIONS)])
+@pytest.mark.parametrize("fill", ["parallel", "copy"])
+def test_an_unreachable_threshold_gives_the_full_models_tokens(tiny_model, confidence, fill):
+    """No confidence reaches 1 on these models: rounding aside it takes a distribution on a single token."""
+    model = tiny_model(0)
+    out = generate(model, PROMPT, DecodeConfig(max_new_tokens=20, confidence=confidence, threshold=1.0, fill=fill, exit_layers=(2, 3, 4)))
+    assert out.tokens == greedy_reference(model, PROMPT, 20)
+    assert out.exit_layers == [5] * 20
+
+
+@pytest.mark.parametrize("confidence", sorted(FUNCTIONS))
+def test_threshold_zero_exits_at_the_first_allowed_layer_without_asking(tiny_model, confidence):
+    model = tiny_model(1)
+    for exits, least, first in ((None, 1, 1), (None, 3, 3), ((2, 4), 1, 2), ((2, 4), 3, 4)):
+        config = DecodeConfig(max_new_tokens=9, confidence=confidence, threshold=0.0, exit_layers=exits, min_layer=least)
+        out = generate(model, PROMPT, config)
+        assert out.exit_layers == [first] * 9 and out.confidences == [{}] * 9
+        assert out.counters.block_runs == 9 * first and out.counters.confidence_flops == 0
+
+
+@pytest.mark.parametrize("fill", ["parallel", "copy"])
+@pytest.mark.parametrize("layer", [1, 2, 4])
+def test_a_static_exit_is_the_model_cut_there(tiny_model, fill, layer):
+    model = tiny_model(2, exit_norms=(2,))
+    config = DecodeConfig(max_new_tokens=15, confidence="softmax", threshold=0.0, exit_layers=(layer,), fill=fill)
+    assert generate(model, PROMPT, config).tokens == greedy_reference(model, PROMPT, 15, layer)
+
+
+@pytest.mark.parametrize("confidence", sorted(FUNCTIONS))
+@pytest.mark.parametrize("seed", range(5))
+def test_every_token_is_the_full_passs_token_at_its_exit_layer(tiny_model, confidence, seed):
+    """The parallel pass is exact: whatever the pattern of exits, decoding equals re-reading the text without a cache."""
+    model = tiny_model(seed)
+    threshold = {"softmax": 0.15, "hidden": 0.85, "entropy": 0.25, "weighted": 0.1, "jsd": 0.1}.get(confidence, 0.2)
+    out = generate(model, PROMPT, DecodeConfig(max_new_tokens=30, confidence=confidence, threshold=threshold))
+    assert out.tokens == exact_tokens(model, PROMPT, out)
+
+
+def test_exits_at_several_layers_do_happen(tiny_model):
+    """So that the test above means something."""
+    layers = {layer for seed in range(5) for layer in mixed(tiny_model(seed)).exit_layers}
+    assert len(layers) >= 4
+
+
+def mixed(model, **changes) -> Generation:
+    return generate(model, PROMPT, DecodeConfig(**{"max_new_tokens": 30, "confidence": "softmax", "threshold": 0.15, **changes}))
+
+
+def test_the_exit_is_at_the_first_layer_whose_confidence_reaches_the_threshold(tiny_model):
+    out = mixed(tiny_model(3), exit_layers=(1, 2, 4))
+    for layer, asked in zip(out.exit_layers, out.confidences):
+        assert list(asked) == [exit_layer for exit_layer in (1, 2, 4) if exit_layer <= layer]
+        assert [c >= 0.15 for c in asked.values()] == [exit_layer == layer for exit_layer in asked]
+
+
+def test_max_owed_bounds_what_is_owed(tiny_model):
+    model = tiny_model(1)
+    out = generate(model, [1], DecodeConfig(max_new_tokens=12, confidence="softmax", threshold=0.0, exit_layers=(2,), max_owed=3))
+    assert out.exit_layers == [2, 2, 2, 5] * 3
+    assert out.counters.deep_passes == 3 and out.counters.deep_rows == 12
+    assert out.tokens == exact_tokens(model, [1], out)
+
+
+def test_pruning_changes_neither_the_static_exit_nor_the_full_model(tiny_model):
+    """The best candidate survives any pruning, and the last layer asks the whole vocabulary."""
+    model = tiny_model(4)
+    for threshold in (0.0, 1.0):
+        assert mixed(model, threshold=threshold, prune="fixed", prune_k=2).tokens[:1] == mixed(model, threshold=threshold).tokens[:1]
+    pruned = mixed(model, threshold=0.999, prune="fixed", prune_k=2)
+    deep = [i for i, layer in enumerate(pruned.exit_layers) if layer == 5]
+    assert [pruned.tokens[i] for i in deep] == [exact_tokens(model, PROMPT, pruned)[i] for i in deep]
+    assert 0 < pruned.counters.missed <= pruned.counters.pruned_deep == len(deep)
+
+
+def test_pruned_checks_cost_what_their_candidates_cost(tiny_model):
+    """Threshold unreachable, exits 2 and 4: one head over V = 50 and one over k = 8, both asked in vain, and the final head."""
+    counters = mixed(tiny_model(0), max_new_tokens=3, threshold=1.0, exit_layers=(2, 4), prune="fixed", prune_k=8).counters
+    assert counters.confidence_flops == 3 * 2 * 32 * (50 + 8)
+    assert counters.head_flops == counters.confidence_flops + 3 * 2 * 32 * 50
+
+
+def test_counters_add_up(tiny_model):
+    model = tiny_model(2)
+    out = mixed(model)
+    c = out.counters
+    assert c.tokens == len(out.tokens) == 30 and c.block_runs == sum(out.exit_layers)
+    assert c.deep_passes == out.exit_layers.count(5)
+    rows = {layer: 0 for layer in range(1, 6)}  # positions that ran a layer: all up to the last token that reached it
+    for i, reached in enumerate(out.exit_layers):
+        rows.update({layer: len(PROMPT) + i for layer in range(1, reached + 1)})
+    assert c.block_rows == sum(rows.values())
+
+
+def test_copy_fill_owes_nothing(tiny_model):
+    """One pass to the top for all of the prompt but its last token, then one row a pass."""
+    outs = [mixed(tiny_model(seed), fill="copy") for seed in range(6)]
+    assert any(1 < out.exit_layers.count(5) < 29 for out in outs)
+    for out in outs:
+        assert out.counters.deep_passes == 1 + out.exit_layers.count(5)
+        assert out.counters.deep_rows == len(PROMPT) - 1 + out.exit_layers.count(5)
+        assert out.counters.block_rows == 5 * (len(PROMPT) - 1) + sum(out.exit_layers)
+
+
+def test_copied_keys_and_values_are_projected_from_the_exit_state(tiny_model):
+    model = tiny_model(5)
+    cache, trace = decode.KVCache(model, 4), decode.Trace(model)
+    with torch.inference_mode():
+        decode.run_pass(model, cache, [3], trace, frozenset({2}), 0.0)
+        decode.copy_up(model, cache, 2)
+        assert cache.filled == [1] * 6
+        block, state = model.blocks[4], trace.hidden[2][0]
+        value = (block.qkv @ (state * block.attn_norm / (state.square().mean() + 1e-6).sqrt()))[-16:]  # K C = 2 x 8
+        exact = decode.KVCache(model, 4)
+        decode.run_pass(model, exact, [3], decode.Trace(model), frozenset(), 1.0)
+    torch.testing.assert_close(cache.values[4][0, :, 0].flatten(), value, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(cache.values[4][:, :, 0], exact.values[4][:, :, 0], atol=0.1)  # approximate, as CALM's is
+
+
+def test_generation_ends_with_the_end_token(tiny_model):
+    full = greedy_reference(tiny_model(0), PROMPT, 20)
+    model = tiny_model(0, eos_id=full[6])
+    expected = full[: full.index(full[6]) + 1]
+    assert generate(model, PROMPT, DecodeConfig(max_new_tokens=20)).tokens == expected
+
+
+def test_generation_ends_where_the_models_positions_end(tiny_model):
+    assert len(generate(tiny_model(0, max_len=16), PROMPT, DecodeConfig(max_new_tokens=50)).tokens) == 12
+
+
+def test_a_new_confidence_function_takes_one_function(tiny_model):
+    """Exit when the best token has not changed since the layer below."""
+    try:
+
+        @register("stable")
+        def stable(trace, layer):
+            return (trace.logits(layer).argmax() == trace.logits(layer - 1).argmax()).float() if layer > 1 else torch.tensor(0.0)
+
+        model = tiny_model(1)
+        out = generate(model, PROMPT, DecodeConfig(max_new_tokens=20, confidence="stable", threshold=1.0))
+    finally:
+        del FUNCTIONS["stable"]
+    assert set(out.exit_layers) - {5} and out.tokens == exact_tokens(model, PROMPT, out)
+    states = model.hidden_states(torch.tensor([PROMPT + out.tokens]))
+    for i, layer in enumerate(out.exit_layers, len(PROMPT) - 1):
+        best = [int(model.head(state[i : i + 1]).argmax()) for state in states]
+        assert layer == next((j for j in range(2, 5) if best[j] == best[j - 1]), 5)
+
+
+def test_a_decaying_threshold_starts_high_and_falls(tiny_model):
+    model = tiny_model(1)
+    loose = mixed(model, threshold=0.3, threshold_schedule="decaying", tau=50.0)
+    bars = [0.9 * 0.3 + 0.1 * math.exp(-50 * i / 30) for i in range(30)]
+    for bar, layer, asked in zip(bars, loose.exit_layers, loose.confidences):
+        assert [c >= bar for c in asked.values()] == [j == layer for j in asked]
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def test_the_sampling_distribution_by_hand():
+    """p = (0.5, 0.3, 0.15, 0.05)."""
+    logits = torch.tensor([0.3, 0.05, 0.5, 0.15]).log()
+    cases = {
+        (1.0, None, 1.0): [0.3, 0.05, 0.5, 0.15],
+        (1.0, 2, 1.0): [0.375, 0, 0.625, 0],
+        (1.0, None, 0.79): [0.375, 0, 0.625, 0],
+        (1.0, None, 0.81): [0.3 / 0.95, 0, 0.5 / 0.95, 0.15 / 0.95],
+        (1.0, 3, 0.5): [0, 0, 1.0, 0],
+        (0.5, None, 1.0): [0.09 / 0.365, 0.0025 / 0.365, 0.25 / 0.365, 0.0225 / 0.365],
+    }
+    for (temperature, top_k, top_p), expected in cases.items():
+        config = DecodeConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+        torch.testing.assert_close(distribution(logits, config), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_samples_follow_the_distribution_and_the_seed(tiny_model):
+    """4,000 first tokens against the full model's softmax; chi-square at 49 degrees of freedom exceeds 100 with probability 2e-5."""
+    model = tiny_model(0)
+    p = model(torch.tensor([PROMPT]))[0, -1].softmax(-1).numpy()
+    draws = [generate(model, PROMPT, DecodeConfig(max_new_tokens=1, temperature=1.0, seed=seed)).tokens[0] for seed in range(4000)]
+    counts = np.bincount(draws, minlength=50)
+    assert ((counts - 4000 * p) ** 2 / (4000 * p)).sum() < 100
+    config = DecodeConfig(max_new_tokens=20, confidence="softmax", threshold=0.15, temperature=1.0, seed=3)
+    assert generate(model, PROMPT, config).tokens == generate(model, PROMPT, config).tokens
+
+
+def test_top_k_one_is_greedy(tiny_model):
+    assert mixed(tiny_model(0), temperature=0.7, top_k=1).tokens == mixed(tiny_model(0)).tokens
+
+
+# ---------------------------------------------------------------- mistakes and the command line
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("threshold", 1.5), ("threshold", -0.1), ("threshold", math.nan), ("confidence", "magic"), ("fill", "none"), ("top_p", 0.0),
+    ("threshold_schedule", "rising"), ("prune", "all"), ("prune_k", 1), ("max_owed", 0), ("max_new_tokens", 0), ("min_layer", 0),
+    ("temperature", -1.0), ("top_k", 0),
+])  # fmt: skip
+def test_impossible_settings_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=f"{field}.*{value}"):
+        DecodeConfig(**{field: value})
+
+
+@pytest.mark.parametrize(("prompt", "config", "message"), [
+    ([], {}, "non-empty"), ([[1, 2], [3, 4]], {}, "batch size 1"), ([1] * 64, {}, "64 tokens"), ([1, 50], {}, "0 to 49"),
+    ([1], {"confidence": "softmax", "exit_layers": (5,)}, "layer 5"), ([1], {"confidence": "softmax", "exit_layers": (0,)}, "layer 0"),
+])  # fmt: skip
+def test_impossible_requests_are_refused(tiny_model, prompt, config, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_model(0), prompt, DecodeConfig(**config))
+
+
+def test_streaming_yields_tokens_as_they_come(tiny_model):
+    model = tiny_model(0)
+    tokens = stream(model, PROMPT, DecodeConfig(max_new_tokens=5))
+    assert next(tokens).id == greedy_reference(model, PROMPT, 1)[0]
+
+
+class Letters:
+    """A tokenizer whose token 1 and 2 are the two bytes of é."""
+
+    def decode(self, ids):
+        return b"".join({1: b"\xc3", 2: b"\xa9"}.get(i, bytes([97 + i])) for i in ids).decode("utf-8", "replace")
+
+
+def test_an_unfinished_character_waits_for_the_rest_of_it():
+    tokens = [decode.Token(i, 1, {}, {}) for i in (0, 1, 2, 3)]
+    assert [text for _, text in decode.pieces(Letters(), iter(tokens))] == ["a", "", "é", "d"]
+
+
+def test_the_trace_file_holds_one_line_per_token(tiny_model, tmp_path, capsys):
+    model = tiny_model(1)
+    config = DecodeConfig(max_new_tokens=10, confidence="jsd", threshold=0.1, exit_layers=(3, 4))
+    with open(tmp_path / "trace.jsonl", "w") as file:
+        decode.show(model, None, PROMPT, config, file)
+    rows = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    out = generate(model, PROMPT, config)
+    assert [row["id"] for row in rows] == out.tokens and [row["exit_layer"] for row in rows] == out.exit_layers
+    assert all(set(row["contrast_layer"]) == set(row["confidence"]) for row in rows)
+    printed = capsys.readouterr().out
+    assert "\033" not in printed and "10 tokens in" in printed and f"average exit layer {sum(out.exit_layers) / 10:.1f} of 5" in printed
+
+
+def test_colours_run_from_green_to_red_and_can_be_off():
+    assert decode.colour("x", 1, 12, True) == "\033[38;2;0;255;60mx\033[0m"
+    assert decode.colour("x", 12, 12, True) == "\033[38;2;255;0;60mx\033[0m"
+    assert decode.colour("x", 6, 12, False) == "x"

@@ -1,0 +1,201 @@
+"""The transformer against an independent reference, the staircase cache against a full pass, checkpoints against damage."""
+
+import numpy as np
+import pytest
+import torch
+
+from confidence import Trace
+from decode import run_pass
+from model import KVCache, ModelConfig, Transformer, choose_split, linear, load_checkpoint, rms_norm, save_checkpoint
+
+SHAPES = [{"n_kv_heads": 4}, {"n_kv_heads": 2}, {"n_kv_heads": 1}, {"tie_embeddings": False}, {"exit_norms": (1, 3)}, {"n_layers": 2}]
+
+
+def numpy_forward(model: Transformer, tokens: list[int]) -> tuple[list[np.ndarray], np.ndarray]:
+    """States h_0..h_L (T, d) and final logits (T, V) in float64, one position and one head at a time, straight from the definitions."""
+    c = model.config
+    w = {name: weight.double().numpy() for name, weight in model.state_dict().items()}
+    H, K, C = c.n_heads, c.n_kv_heads, c.head_dim
+
+    def norm(x, weight):
+        return x / np.sqrt((x**2).mean() + c.norm_eps) * weight
+
+    def rotated(x, position):
+        pairs = [(x[i], x[i + C // 2], position * c.rope_base ** (-2 * i / C)) for i in range(C // 2)]
+        return np.array([a * np.cos(t) - b * np.sin(t) for a, b, t in pairs] + [b * np.cos(t) + a * np.sin(t) for a, b, t in pairs])
+
+    states = [np.array([w["embedding"][token] for token in tokens])]
+    for layer in range(c.n_layers):
+        b = {name: w[f"blocks.{layer}.{name}"] for name in ("attn_norm", "qkv", "out", "mlp_norm", "gate_up", "down")}
+        keys, values, rows = [], [], []
+        for position, x in enumerate(states[-1]):
+            q, k, v = np.split(b["qkv"] @ norm(x, b["attn_norm"]), [H * C, (H + K) * C])
+            keys.append([rotated(head, position) for head in k.reshape(K, C)])
+            values.append(v.reshape(K, C))
+            heads = []
+            for number, head in enumerate(q.reshape(H, C)):
+                group = number // (H // K)
+                scores = np.array([rotated(head, position) @ key[group] for key in keys]) / np.sqrt(C)
+                share = np.exp(scores - scores.max())
+                heads.append(sum(s * value[group] for s, value in zip(share / share.sum(), values)))
+            x = x + b["out"] @ np.concatenate(heads)
+            gate, up = np.split(b["gate_up"] @ norm(x, b["mlp_norm"]), 2)
+            rows.append(x + b["down"] @ (gate / (1 + np.exp(-gate)) * up))
+        states.append(np.array(rows))
+    unembed = w["embedding"] if c.tie_embeddings else w["unembedding"]
+    return states, np.array([unembed @ norm(x, w["norm"]) for x in states[-1]])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_full_pass_equals_the_numpy_reference(tiny_model, shape):
+    model = tiny_model(1, **shape)
+    tokens = torch.randint(0, 50, (9,), generator=torch.Generator().manual_seed(2))
+    states, logits = numpy_forward(model, tokens.tolist())
+    for ours, reference in zip(model.hidden_states(tokens[None]), states):
+        np.testing.assert_allclose(ours.numpy(), reference, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(model(tokens[None])[0].numpy(), logits, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", range(4))
+def test_the_staircase_equals_a_full_pass_for_random_exits(tiny_model, shape, seed):
+    """Random chunks of tokens, each pass stopping at a random exit layer: states, keys, values and logits of every row that ran a layer
+    are those of a full forward pass, and filled never increases with the layer."""
+    model = tiny_model(seed, **shape)
+    L, random = model.config.n_layers, np.random.default_rng(seed)
+    tokens = random.integers(0, 50, 40).tolist()
+    states = model.hidden_states(torch.tensor([tokens]))
+    reference = KVCache(model, 40)
+    full_pass(model, reference, tokens)
+    cache, at = KVCache(model, 40), 0
+    while at < 40:
+        count, stop = min(40 - at, int(random.integers(1, 4))), int(random.integers(1, L + 1))
+        trace = Trace(model)
+        with torch.inference_mode():
+            layer = run_pass(model, cache, tokens[at : at + count], trace, frozenset({stop} - {L}), 0.0)
+        at += count
+        assert layer == stop
+        assert all(below >= above for below, above in zip(cache.filled, cache.filled[1:]))
+        assert cache.filled[: layer + 1] == [at] * (layer + 1)
+        for below, hidden in enumerate(trace.hidden):
+            torch.testing.assert_close(hidden, states[below][at - len(hidden) : at], rtol=1e-4, atol=1e-5)
+        logits = model.head(states[layer][at - len(hidden) : at], layer)
+        torch.testing.assert_close(model.head(trace.hidden[-1], layer), logits, rtol=1e-4, atol=1e-4)
+        for number in range(1, L + 1):
+            until = cache.filled[number]
+            for ours, theirs in ((cache.keys, reference.keys), (cache.values, reference.values)):
+                torch.testing.assert_close(ours[number - 1][:, :, :until], theirs[number - 1][:, :, :until], rtol=1e-4, atol=1e-5)
+
+
+def full_pass(model, cache, tokens):
+    with torch.inference_mode():
+        return run_pass(model, cache, tokens, Trace(model), frozenset(), 1.0)
+
+
+def test_a_rolled_back_cache_goes_on_as_if_nothing_had_followed(tiny_model):
+    model = tiny_model(3)
+    cache = KVCache(model, 12)
+    with torch.inference_mode():
+        full_pass(model, cache, [1, 2, 3, 4])
+        run_pass(model, cache, [5], Trace(model), frozenset({2}), 0.0)
+        run_pass(model, cache, [6], Trace(model), frozenset({1}), 0.0)
+        cache.rollback(5)
+        assert cache.filled == [5, 5, 5, 4, 4, 4]
+        trace = Trace(model)
+        run_pass(model, cache, [7], trace, frozenset(), 1.0)
+    torch.testing.assert_close(trace.hidden[-1], model.hidden_states(torch.tensor([[1, 2, 3, 4, 5, 7]]))[-1][4:], rtol=1e-4, atol=1e-5)
+
+
+def test_every_row_of_a_batch_is_computed_alone(tiny_model):
+    model = tiny_model(4)
+    tokens = torch.randint(0, 50, (3, 7), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(tokens), torch.cat([model(row[None]) for row in tokens]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_quick_norm_equals_the_library_norm():
+    x, weight = torch.randn(5, 64) * 3, torch.rand(64)
+    with torch.no_grad():
+        torch.testing.assert_close(rms_norm(x, weight, 1e-3), torch.nn.functional.rms_norm(x, (64,), weight, 1e-3))
+
+
+def test_a_split_product_equals_the_whole(tiny_model):
+    weight = torch.randn(6, 16)
+    for rows in (1, 2):
+        x = torch.randn(rows, 16)
+        torch.testing.assert_close(linear(x, weight, 2), x @ weight.T)
+        torch.testing.assert_close(linear(x, weight, 4), x @ weight.T)  # 4 does not divide 6: whole
+    model = tiny_model(0)
+    choose_split(model)
+    assert model.split in (1, torch.get_num_threads())
+
+
+def test_block_flops_count_weights_and_attention(tiny_model):
+    """Positions 2 and 3 see 3 and 4 positions: 2 rows x 2 x weights + 4 x H C x 7."""
+    model = tiny_model(0)
+    weights = sum(weight.numel() for weight in model.blocks[0].parameters() if weight.dim() > 1)
+    assert model.block_flops(2, 4) == 2 * 2 * weights + 4 * 32 * 7
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"n_heads": 3}, "n_heads"), ({"n_kv_heads": 3}, "n_kv_heads"), ({"vocab_size": 0}, "vocab_size"), ({"exit_norms": (5,)}, "exit_norms"),
+])  # fmt: skip
+def test_impossible_shapes_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**{"n_layers": 5, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, **change})
+
+
+def test_too_many_tokens_are_refused(tiny_model):
+    with pytest.raises(ValueError, match="65 tokens do not fit into the model's 64 positions"):
+        tiny_model(0)(torch.zeros(1, 65, dtype=torch.int64))
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("shape", SHAPES[3:5])
+def test_a_checkpoint_gives_back_the_model(tiny_model, tmp_path, shape):
+    model = tiny_model(5, **shape)
+    save_checkpoint(tmp_path / "model.pt", model, None)
+    loaded, tokenizer = load_checkpoint(tmp_path / "model.pt")
+    assert tokenizer is None and loaded.config == model.config
+    tokens = torch.arange(10)[None]
+    torch.testing.assert_close(loaded(tokens), model(tokens), rtol=0, atol=0)
+
+
+def test_stored_dtype_and_asked_dtype(tiny_model, tmp_path):
+    model = tiny_model(6)
+    save_checkpoint(tmp_path / "half.pt", model, None, torch.float16)
+    save_checkpoint(tmp_path / "brain.pt", model, None, torch.bfloat16)
+    assert load_checkpoint(tmp_path / "half.pt")[0].embedding.dtype == torch.float32
+    assert load_checkpoint(tmp_path / "brain.pt")[0].embedding.dtype == torch.bfloat16
+    assert load_checkpoint(tmp_path / "brain.pt", dtype=torch.float32)[0].embedding.dtype == torch.float32
+
+
+def damage(path, kind, content):
+    if kind == "missing":
+        path.unlink()
+    elif kind == "cut short":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif kind == "not a checkpoint":
+        path.write_text("hello")
+    elif kind == "foreign":
+        torch.save({"model": torch.zeros(3)}, path)
+    elif kind == "wrong shape":
+        torch.save({**content, "config": {**content["config"], "d_ff": 64}}, path)
+    elif kind == "missing tensor":
+        torch.save({**content, "weights": {name: weight for name, weight in content["weights"].items() if name != "norm"}}, path)
+    elif kind == "unknown setting":
+        torch.save({**content, "config": {**content["config"], "colour": 3}}, path)
+
+
+KINDS = ["missing", "cut short", "not a checkpoint", "foreign", "wrong shape", "missing tensor", "unknown setting"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_checkpoint_is_refused_in_one_line(tiny_model, tmp_path, kind):
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, tiny_model(7), None)
+    damage(path, kind, torch.load(path, weights_only=True))
+    with pytest.raises(ValueError, match=r"model\.pt") as error:
+        load_checkpoint(path)
+    assert "\n" not in str(error.value)

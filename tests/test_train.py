@@ -1,0 +1,341 @@
+"""Training: the loss over exits, one step, interruption and resumption, and every mistake of the user in one line."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+import cli
+import data
+import train
+from model import Block, ModelConfig, Transformer, load_checkpoint, read_checkpoint, save_checkpoint
+from train import TrainConfig, exit_loss, layers_of_step, learning_rate, make_optimizer, train_step
+
+SHAPE = ModelConfig(vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2))
+WORDS = {"one": "un", "two": "deux", "three": "trois", "four": "quatre", "five": "cinq", "six": "six", "seven": "sept", "eight": "huit"}
+EXACT = {"rtol": 0, "atol": 0}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a tiny translation task, an empty file and a malformed one."""
+    folder, draw = tmp_path_factory.mktemp("files"), random.Random(0)
+    for name, lines in {"train.tsv": 300, "dev.tsv": 20}.items():
+        texts = [draw.choices(list(WORDS), k=draw.randint(2, 5)) for _ in range(lines)]
+        (folder / name).write_text("".join(f"{' '.join(text)}\t{' '.join(map(WORDS.get, text))}\n" for text in texts))
+    (folder / "empty.tsv").touch()
+    (folder / "malformed.tsv").write_text("one\tun\ntwo deux\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(files):
+    return TrainConfig(
+        train=(str(files / "train.tsv"),), dev=(str(files / "dev.tsv"),), loss="rotate", exits=(1, 2), per_step=1, max_steps=12, rows=2,
+        length=48, accumulate=2, lr=0.01, warmup=2, device="cpu", validate_every=6, save_every=5,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """A training that nobody interrupted: its folder and the weights it ended with."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, weights(train.train(config, SHAPE, folder))
+
+
+def untrained() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(SHAPE)
+
+
+def weights(model: Transformer) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def random_batch(learned: int, seed: int = 0) -> data.Batch:
+    """Two rows of 12 positions, two documents each, of which the last `learned` targets of a row are learned."""
+    tokens = np.random.default_rng(seed).integers(0, SHAPE.vocab_size, (2, 13))
+    targets = np.where(np.arange(12) >= 12 - learned, tokens[:, 1:], -1)
+    return data.Batch(tokens[:, :-1], targets, np.array([[1] * 7 + [2] * 5] * 2))
+
+
+def mean_loss(model: Transformer, batch: data.Batch) -> torch.Tensor:
+    """The definition: minus the mean log-probability of the learned targets, in a full forward pass over each document alone."""
+    losses = []
+    for row, number in np.ndindex(2, 2):
+        own = batch.documents[row] == number + 1
+        log_p = model(torch.from_numpy(batch.inputs[row, own])[None])[0].log_softmax(-1)
+        losses += [-log_p[at, target] for at, target in enumerate(batch.targets[row, own]) if target >= 0]
+    return torch.stack(losses).mean()
+
+
+# ---------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("loss, by_hand", [
+    ("none", [[12]] * 4),
+    ("weighted", [[2, 3, 4, 6, 8, 12]] * 4),
+    ("rotate", [[2, 6, 12], [3, 8, 12], [4, 12], [2, 6, 12]]),
+])  # fmt: skip
+def test_layers_of_a_step_by_hand(loss, by_hand):
+    config = TrainConfig(loss=loss, exits=(2, 3, 4, 6, 8), per_step=2)
+    assert [layers_of_step(config, 12, step) for step in range(4)] == by_hand
+
+
+@pytest.mark.parametrize("exits, per_step, period", [(6, 2, 3), (5, 2, 3), (5, 4, 2), (7, 1, 7), (3, 8, 1), (0, 2, 1)])
+def test_rotation_visits_every_exit_equally_often_and_the_last_layer_always(exits, per_step, period):
+    config = TrainConfig(loss="rotate", exits=tuple(range(1, exits + 1)), per_step=per_step)
+    steps = [layers_of_step(config, 9, step) for step in range(3 * period)]
+    assert sorted(itertools.chain(*(layers[:-1] for layers in steps))) == sorted(config.exits * 3)
+    assert all(layers[-1] == 9 and len(layers) - 1 <= per_step for layers in steps)
+
+
+def test_exit_loss_is_the_mean_of_cross_entropies_weighted_by_depth(tiny_model):
+    model, batch = tiny_model(vocab_size=300, n_layers=3, exit_norms=(1,)), random_batch(learned=5)
+    by_layer = {}
+    for layer in (1, 2, 3):  # an exit is the model that ends there, under its own norm or the final one
+        ends_there = tiny_model(vocab_size=300, n_layers=layer)
+        ends_there.load_state_dict(model.state_dict(), strict=False)
+        ends_there.norm.copy_(model.exit_norms["1"] if layer == 1 else model.norm)
+        by_layer[layer] = mean_loss(ends_there, batch).item()
+    inputs, targets, documents = train.on_device(batch, "cpu")
+    loss, last = exit_loss(model, model.hidden_states(inputs, documents), targets, [1, 2, 3])
+    assert loss.item() == pytest.approx((1 * by_layer[1] + 2 * by_layer[2] + 3 * by_layer[3]) / 6, rel=1e-5)
+    assert last.item() == pytest.approx(by_layer[3], rel=1e-5)
+
+
+def test_packed_documents_do_not_see_each_other(tiny_model):
+    model, sizes = tiny_model(), [9, 7, 6]
+    array = np.zeros(sum(sizes), [("token", "<u2"), ("flags", "u1")])
+    array["token"] = np.random.default_rng(0).integers(0, 50, len(array))
+    array["flags"][np.cumsum([0, *sizes[:-1]])] = data.START
+    (batch,) = data.batches(array, rows=1, length=24, seed=None)
+    inputs, documents = torch.from_numpy(batch.inputs), torch.from_numpy(batch.documents)
+    packed, mixed = model.hidden_states(inputs, documents), model.hidden_states(inputs)
+    assert documents.unique().tolist() == [0, 1, 2, 3] and packed[-1].isfinite().all()  # padding is 0
+    for document in (1, 2, 3):
+        own = documents[0] == document
+        alone = model.hidden_states(inputs[:, own])
+        for layer in range(6):
+            assert_close(packed[layer][own], alone[layer], rtol=1e-4, atol=1e-4)  # not to the bit: the rotary angles differ
+        assert document == 1 or (mixed[-1][own] - alone[-1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("loss, taught", [("none", [3]), ("weighted", [1, 2, 3]), ("rotate", [1, 2, 3])])
+def test_weighted_and_rotate_teach_every_exit_and_none_the_last_layer_alone(loss, taught, config, tmp_path):
+    config = dataclasses.replace(config, loss=loss, max_steps=60, validate_every=60)
+    model = train.train(config, SHAPE, tmp_path)
+    dev = train.prepare_data(config.dev, (tmp_path / "tokenizer.model").read_bytes(), tmp_path, config.length)
+    before, after = (train.validate(each, dev, config) for each in (untrained(), model))
+    assert all(after[layer][0] < 0.5 * before[layer][0] for layer in taught)
+    assert [layer for layer in (1, 2) if not torch.equal(model.exit_norms[str(layer)], torch.ones(32))] == taught[:-1]
+
+
+def test_one_batch_is_learned_by_heart():
+    model, batch = untrained(), random_batch(learned=8)
+    config = TrainConfig(loss="weighted", exits=(1, 2), lr=0.01, warmup=5, max_steps=100, device="cpu")
+    optimizer = make_optimizer(model, config)
+    losses = [train_step(model, optimizer, itertools.repeat(batch), config, step) for step in range(100)]
+    assert losses[0] == pytest.approx(math.log(300), abs=0.2) and losses[-1] < 0.02  # from a uniform guess to none
+
+
+# ---------------------------------------------------------------- one step
+
+
+def test_learning_rate_by_hand():
+    config = TrainConfig(lr=2.0, min_lr=0.1, warmup=4, max_steps=12)
+    by_hand = {0: 0.5, 1: 1.0, 3: 2.0, 4: 2.0, 8: 2 * (0.1 + 0.9 / 2), 12: 0.2}  # warm-up, peak, half of the cosine, end
+    assert {step: learning_rate(config, step) for step in by_hand} == pytest.approx(by_hand)
+    assert learning_rate(dataclasses.replace(config, warmup=0), 0) == 2.0
+
+
+def test_only_matrices_decay():
+    model = untrained()
+    before = weights(model)
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    make_optimizer(model, TrainConfig(weight_decay=0.1, lr=0.5)).step()
+    for name, weight in model.named_parameters():
+        assert_close(weight.detach(), before[name] * (1 - 0.5 * 0.1 if weight.dim() == 2 else 1))
+
+
+def test_accumulation_averages_the_means_of_the_micro_batches():
+    """However many targets each has: it is not the mean over all targets of the step."""
+    model, parts = untrained(), [random_batch(learned=9, seed=1), random_batch(learned=2, seed=2)]
+    config = TrainConfig(loss="none", rows=2, accumulate=2, lr=0.1, warmup=0, clip=1e9, device="cpu")
+    means, before = [mean_loss(model, part) for part in parts], weights(model)
+    slopes = torch.autograd.grad(sum(means) / 2, list(model.parameters()), materialize_grads=True)
+    loss = train_step(model, torch.optim.SGD(model.parameters()), iter(parts), config, step=0)
+    assert loss == pytest.approx((means[0] + means[1]).item() / 2, rel=1e-5)
+    assert loss != pytest.approx((9 * means[0] + 2 * means[1]).item() / 11, rel=1e-5)
+    for (name, weight), slope in zip(model.named_parameters(), slopes):
+        assert_close(weight.detach(), before[name] - 0.1 * slope, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_is_clipped_to_its_largest_norm():
+    model, config = untrained(), TrainConfig(loss="none", lr=0.1, warmup=0, clip=0.01, device="cpu")
+    before = weights(model)
+    train_step(model, torch.optim.SGD(model.parameters()), iter([random_batch(learned=9)]), config, step=0)
+    moved = torch.cat([(weight - before[name]).flatten() for name, weight in model.named_parameters()])
+    assert moved.norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
+def test_bfloat16_rounds_the_activations_and_keeps_the_weights_in_float32():
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        model, config = untrained(), TrainConfig(loss="weighted", exits=(1, 2), dtype=dtype, warmup=0, device="cpu")
+        before = weights(model)
+        losses[dtype] = train_step(model, make_optimizer(model, config), iter([random_batch(learned=9)]), config, step=0)
+        for name, weight in model.named_parameters():
+            assert weight.dtype == torch.float32 and weight.isfinite().all() and not torch.equal(weight, before[name])
+    assert losses["bfloat16"] != losses["float32"] and losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
+
+
+def test_compiled_blocks_learn_the_same(config, finished, tmp_path, monkeypatch):
+    """Every block captured as one graph, then run without generating code: that takes torch a compiler and half a minute."""
+    monkeypatch.setattr(Block, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager", fullgraph=True))
+    model = train.train(dataclasses.replace(config, compile=True), SHAPE, tmp_path)
+    assert all(block._compiled_call_impl for block in model.blocks)
+    assert_close(weights(model), finished[1], rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------- the end, and ends before it
+
+
+def test_the_model_file_holds_all_that_decoding_needs(config, finished):
+    content = torch.load(finished[0] / "model.pt", weights_only=True)
+    assert {weight.dtype for weight in content["weights"].values()} == {torch.float16}
+    model, tokenizer = load_checkpoint(finished[0] / "model.pt", device="cpu")
+    assert model.config == SHAPE and tokenizer.decode(tokenizer.encode("seven sept")) == "seven sept"
+    assert_close(weights(model), {name: weight.half().float() for name, weight in finished[1].items()}, **EXACT)
+
+
+def test_the_model_file_tells_its_steps_settings_and_scores(config, finished):
+    provenance = torch.load(finished[0] / "model.pt", weights_only=True)["provenance"]
+    assert provenance["steps"] == 12 and provenance["config"]["lr"] == 0.01
+    scores = provenance["loss and agreement by layer"][config.dev[0]]
+    model, tokenizer = load_checkpoint(finished[0] / "checkpoint.pt")
+    losses = []  # by the definition: every document alone
+    for prompt, completion in data.read_pairs(config.dev[0]):
+        head, body = data.encode_prompt(tokenizer, prompt), [*tokenizer.encode(completion), tokenizer.eos_id()]
+        log_p = model(torch.tensor([head + body]))[0, len(head) - 1 : -1].log_softmax(-1)
+        losses += [-log_p[at, token].item() for at, token in enumerate(body)]
+    assert list(scores) == [1, 2, 3] and scores[3] == [pytest.approx(np.mean(losses), abs=2e-4), 1.0]
+
+
+KILLED_IN_ITS_SECOND_SAVE = """
+import os, signal, torch, cli, train
+save = torch.save
+
+def save_half(content, part):
+    save(content, part)
+    if os.path.exists(part.removesuffix(".part")):
+        os.truncate(part, os.path.getsize(part) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = save_half
+cli.run(train.main)
+"""
+
+
+def python(*words) -> subprocess.CompletedProcess:
+    """Runs Python in the project's folder, on one thread like the tests, for bit-identical sums."""
+    folder, environment = Path(train.__file__).parent, {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def flags(*configs) -> list[str]:
+    """The command line that says the same as the configs."""
+    values = {field.name: getattr(config, field.name) for config in configs for field in dataclasses.fields(config)}
+    texts = {name: ",".join(map(str, value)) if isinstance(value, tuple) else str(value) for name, value in values.items()}
+    return [f"--{name.replace('_', '-')}={text}" for name, text in texts.items() if not isinstance(values[name], bool)]
+
+
+def test_a_training_killed_while_it_saves_goes_on_to_the_same_weights(config, finished, tmp_path, capsys):
+    ended = python("-c", KILLED_IN_ITS_SECOND_SAVE, f"--out={tmp_path}", *flags(config, SHAPE))
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    model, tokenizer = load_checkpoint(tmp_path / "checkpoint.pt")  # the first save is whole
+    assert model(torch.tensor([tokenizer.encode("one")])).isfinite().all()
+    model = train.train(dataclasses.replace(config, save_every=4, validate_every=1), SHAPE, tmp_path)  # these two may change
+    assert "going on from" in (said := capsys.readouterr().out) and "at step 5" in said
+    assert_close(weights(model), finished[1], **EXACT)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_loss_that_is_not_a_number_changes_no_weight_and_no_checkpoint(config, tmp_path, monkeypatch):
+    calls = []
+
+    def poisoned(model, *batch):
+        calls.append((model, weights(model)))
+        factor = math.nan if len(calls) == 16 else 1  # step 7, second micro-batch
+        return [factor * loss for loss in exit_loss(model, *batch)]
+
+    monkeypatch.setattr(train, "exit_loss", poisoned)
+    with pytest.raises(ValueError, match=r"the loss is nan.* at step 7"):
+        train.train(config, SHAPE, tmp_path)
+    model, before = calls[-1]
+    assert_close(weights(model), before, **EXACT)
+    assert read_checkpoint(tmp_path / "checkpoint.pt")["training"]["step"] == 5 and not (tmp_path / "model.pt").exists()
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
+    save_checkpoint(tmp_path / "checkpoint.pt", untrained(), None, training={"step": 1})
+    before = contents(tmp_path)
+    with pytest.raises(Exception, match="pickle"):
+        save_checkpoint(tmp_path / "checkpoint.pt", untrained(), None, training=lambda: "fails once the file is open")
+    assert contents(tmp_path) == before
+
+
+MISTAKES = {  # a flag -> what the line must say
+    "--loss=mean": "unknown loss 'mean'; choose from none, weighted, rotate",
+    "--dtype=float64": "unknown dtype 'float64'; choose from float32, bfloat16",
+    "--device=nowhere": "device 'nowhere' is not there",
+    "--exits=0,1": "layer 0 is not an exit of a model of 3 layers; choose from 1 to 2",
+    "--exits=1,3": "layer 3 is not an exit",
+    "--rows=0": "rows is 0; it must be at least 1",
+    "--seed=-1": "seed is -1; it must be at least 0",
+    "--device=meta": "device 'meta' is not there",
+    "--vocab-size=200": "tokenizer.model: has 300 pieces, the model 200",
+    "--lr=nan": "lr and clip must be above 0",
+    "--length=49": "length is 49, the model has 48 positions",
+    "--train=": "nothing to train on",
+    "--train={files}/missing.tsv": "missing.tsv: no such data file",
+    "--dev={files}/missing.tsv": "missing.tsv: no such data file",
+    "--train={files}/empty.tsv": "empty.tsv: holds no data",
+    "--train={files}/malformed.tsv": "malformed.tsv, line 2: has 1 columns; 2 are needed",
+    "--lr=0.5": "was trained with lr 0.01, not 0.5; give another --out",
+    "--exits=1": "was trained with exits (1, 2), not (1,)",
+    "--d-ff=64": "was trained with d_ff 48, not 64",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_one_line_and_status_2_and_changes_no_file(mistake, files, config, finished, monkeypatch, capfd):
+    before = contents(finished[0])
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--out={finished[0]}", *flags(config, SHAPE), mistake.format(files=files)])
+    with pytest.raises(SystemExit) as end:
+        cli.run(train.main)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("error: ") and MISTAKES[mistake] in line
+    assert contents(finished[0]) == before
+
+
+def test_the_script_ends_so_too(tmp_path):
+    ended = python("train.py", f"--out={tmp_path / 'new'}", "--rows=0")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "error: rows is 0; it must be at least 1\n")
+    assert not (tmp_path / "new").exists()

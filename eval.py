@@ -1,0 +1,299 @@
+"""Speed and quality side by side. Without arguments: the embedded model on 60 test inputs of each task, every row of its settings.
+
+    python eval.py                                                  the table
+    python eval.py --confidence softmax --threshold 0.6             the full model against one setting
+    python eval.py --tune                                           chooses the settings anew, on dev, and writes them
+
+All rows share code, cache, dtype and prompts; they take turns prompt by prompt, so that a drift of the machine meets all alike.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+from tqdm import tqdm
+
+from cli import add_flags, add_model_flags, device_and_dtype, given, run
+from confidence import Trace, resolve
+from data import TASKS, Example, encode_prompt, read_examples, task_file
+from decode import DEFAULT_CHECKPOINT, Counters, DecodeConfig, Generation, generate
+from metrics import bleu, bootstrap, rouge_l, rouge_l_f1, token_agreement
+from model import Transformer, load_checkpoint
+
+LOWERCASE_BLEU = ("e2e",)  # as its published results; translation keeps its capitals
+MAX_NEW_TOKENS = 100
+LOSS_ALLOWED = 0.01        # --tune: how much of the full model's BLEU and ROUGE-L a setting may lose
+
+
+@dataclass
+class Measured:
+    """One row's outputs and times over all prompts."""
+
+    config: DecodeConfig
+    outputs: list[Generation] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of each prompt, the median of its repeats
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def measure(model: Transformer, prompts: list[list[int]], configs: dict[str, DecodeConfig], repeat: int, title: str) -> dict[str, Measured]:
+    """Decodes every prompt under every config, in turn, `repeat` times, after a warm-up."""
+    for config in configs.values():
+        generate(model, prompts[0], config)
+    rows = {name: Measured(config) for name, config in configs.items()}
+    for prompt in tqdm(prompts, desc=title, unit="prompt", dynamic_ncols=True):
+        times = defaultdict(list)
+        for turn in range(repeat):
+            for name, row in rows.items():
+                synchronize(model)
+                started = time.perf_counter()
+                out = generate(model, prompt, row.config)
+                synchronize(model)
+                times[name].append(time.perf_counter() - started)
+                if turn == 0:
+                    row.outputs.append(out)
+        for name, row in rows.items():
+            row.seconds.append(median(times[name]))
+    return rows
+
+
+def synchronize(model: Transformer) -> None:
+    if model.embedding.is_cuda:
+        torch.cuda.synchronize()
+
+
+def confidence_seconds(model: Transformer, prompts: list[list[int]], config: DecodeConfig) -> float:
+    """Time spent on asking, in a run of its own: every call of the confidence function with the heads that it computes, less one full
+    head where the answer was to exit at the first layer asked, since that head also gives the token."""
+    function, spent = resolve(config.confidence), 0.0
+
+    def timed(trace: Trace, layer: int) -> torch.Tensor:
+        nonlocal spent
+        started = time.perf_counter()
+        value = function(trace, layer)
+        exits = value.item() >= config.threshold
+        spent += time.perf_counter() - started
+        if exits and not trace.confidences and layer in trace.flops:
+            started = time.perf_counter()
+            model.head(trace.hidden[-1][-1:], layer)
+            synchronize(model)
+            spent -= time.perf_counter() - started
+        return value
+
+    for prompt in prompts:
+        generate(model, prompt, replace(config, confidence=timed))
+    return spent
+
+
+def summarize(model, tokenizer, task: str, examples: list[Example], name: str, row: Measured, full: Measured, spent: float | None) -> dict:
+    """One row of the table and of --json; the README says what each figure means. `spent`: seconds of asking, None if nothing is asked."""
+    total = Counters(*(sum(getattr(out.counters, f.name) for out in row.outputs) for f in fields(Counters)))
+    lengths, full_lengths = ([len(out.tokens) for out in measured.outputs] for measured in (row, full))
+
+    def speedup(tokens, seconds, full_tokens, full_seconds):
+        return (sum(tokens) / sum(seconds)) / (sum(full_tokens) / sum(full_seconds))
+
+    columns = (lengths, row.seconds, full_lengths, full.seconds)
+    ideal = model.config.n_layers * total.tokens / total.block_runs
+    texts, full_texts = ([tokenizer.decode(out.tokens) for out in measured.outputs] for measured in (row, full))
+    references = [list(example.references) for example in examples]
+    return {
+        "task": task,
+        "name": name,
+        "config": asdict(row.config),
+        "tokens_per_s": total.tokens / sum(row.seconds),
+        "speedup": speedup(*columns),
+        "speedup_ci": bootstrap(speedup, *columns),
+        "ideal_speedup": ideal,
+        "exit_efficiency": speedup(*columns) / ideal,
+        "avg_exit_layer": mean(layer for out in row.outputs for layer in out.exit_layers),
+        "block_rows_per_token": total.block_rows / total.tokens,
+        "rows_per_deep_pass": total.deep_rows / total.deep_passes if total.deep_passes else None,
+        "flops_per_token": (total.block_flops + total.head_flops) / total.tokens,
+        "confidence_flops_per_token": total.confidence_flops / total.tokens,
+        "confidence_time_share": None if spent is None else spent / sum(row.seconds),
+        "agreement": mean(token_agreement(out.tokens, base.tokens) for out, base in zip(row.outputs, full.outputs)),
+        "rougeL_full": mean(map(rouge_l_f1, texts, full_texts)),
+        "scores": {"bleu": bleu(texts, references, lowercase=task in LOWERCASE_BLEU), "rougeL": mean(map(rouge_l, texts, references))},
+        "miss_rate": total.missed / total.pruned_deep if total.pruned_deep else None,
+        "accepted": None,
+        "rolled_back": None,
+        "prompts": [
+            {"prompt": example.prompt, "references": example.references, "text": text, "tokens": out.tokens, "exit_layers": out.exit_layers,
+             "confidences": out.confidences, "seconds": seconds}
+            for example, text, out, seconds in zip(examples, texts, row.outputs, row.seconds)
+        ],
+    }  # fmt: skip
+
+
+def evaluate(model, tokenizer, task: str, examples: list[Example], configs: dict[str, DecodeConfig], repeat: int) -> list[dict]:
+    """Rows of one task, the full model's first."""
+    prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
+    rows = measure(model, prompts, {"full": DecodeConfig(max_new_tokens=MAX_NEW_TOKENS), **configs}, repeat, task)
+    summaries = []
+    for name, row in rows.items():
+        asks = row.config.confidence is not None and row.config.threshold > 0
+        spent = confidence_seconds(model, prompts, row.config) if asks else None
+        summaries.append(summarize(model, tokenizer, task, examples, name, row, rows["full"], spent))
+    return summaries
+
+
+# ---------------------------------------------------------------- settings, chosen on dev
+
+
+def read_settings(path: Path, task: str) -> dict[str, DecodeConfig]:
+    """The named settings of a task in the JSON file that --tune writes. Raises ValueError if there are none or they are unusable."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no settings for this checkpoint; choose some with --tune, or give one with --confidence and --threshold")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))[task]
+        return {name: DecodeConfig(**{**setting, "max_new_tokens": MAX_NEW_TOKENS}) for name, setting in settings.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not usable as settings of {task} ({error})") from None
+
+
+def candidates(n_layers: int) -> dict[str, list[DecodeConfig]]:
+    """What --tune tries for each row: exit sets at shares of the depth that serve, pruned to 64 candidates, under a range of thresholds."""
+    base = DecodeConfig(confidence="softmax", threshold=0.0, max_new_tokens=MAX_NEW_TOKENS)
+    static = [replace(base, exit_layers=(layer,)) for layer in range(2, n_layers)]
+    sets = [tuple(sorted({max(1, round(n_layers * share)) for share in shares})) for shares in
+            ((1 / 4, 1 / 2), (1 / 3,), (1 / 3, 1 / 2), (1 / 3, 2 / 3), (1 / 3, 1 / 2, 2 / 3), (1 / 2, 2 / 3), (1 / 2,))]  # fmt: skip
+    grid = list(product(dict.fromkeys(sets), (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)))
+    return {"static": static} | {
+        name: [replace(base, confidence=name, exit_layers=layers, threshold=threshold, prune="fixed") for layers, threshold in grid]
+        for name in ("softmax", "weighted", "jsd")
+    }
+
+
+def tune(model, tokenizer, task: str, examples: list[Example]) -> dict[str, dict]:
+    """For each row the fastest candidate that keeps the full model's BLEU and ROUGE-L to within LOSS_ALLOWED (if none does: the one that
+    keeps most), on the given examples."""
+    chosen = {}
+    for name, configs in candidates(model.config.n_layers).items():
+        prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
+        labelled = {"full": DecodeConfig(max_new_tokens=MAX_NEW_TOKENS)} | {str(number): config for number, config in enumerate(configs)}
+        measured = measure(model, prompts, labelled, 1, f"{task}: {name}")
+        full, *rows = [summarize(model, tokenizer, task, examples, label, row, measured["full"], None) for label, row in measured.items()]
+        kept = {row["name"]: min(row["scores"][score] / max(full["scores"][score], 1e-9) for score in full["scores"]) for row in rows}
+        good = [row for row in rows if kept[row["name"]] >= 1 - LOSS_ALLOWED]
+        best = max(good, key=lambda row: row["speedup"]) if good else max(rows, key=lambda row: kept[row["name"]])
+        config, default = configs[int(best["name"])], DecodeConfig()
+        chosen[name] = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)}
+        del chosen[name]["max_new_tokens"]
+        tqdm.write(f"{task}, {name}: {chosen[name]} keeps {kept[best['name']]:.1%} at {best['speedup']:.2f} times the full model's speed")
+    return chosen
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def environment(args: argparse.Namespace, model: Transformer) -> dict:
+    """Where and how the figures were measured."""
+    cpu = platform.processor()
+    if (info := Path("/proc/cpuinfo")).is_file():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    return {
+        "device": torch.cuda.get_device_name() if model.embedding.is_cuda else cpu, "threads": torch.get_num_threads(),
+        "dtype": str(model.embedding.dtype).removeprefix("torch."), "split": model.split, "torch": torch.__version__,
+        "python": platform.python_version(), "commit": commit, "checkpoint": str(args.checkpoint), "split_of_data": args.split,
+        "limit": args.limit, "repeat": args.repeat, "seed": args.seed,
+    }  # fmt: skip
+
+
+def table(rows: list[dict]) -> str:
+    """Rows of one task as aligned text, which is Markdown too."""
+    head = ["", "tokens/s", "speed-up (95 %)", "ideal", "efficiency", "exit layer", "MFLOPs/token (conf.)", "conf. time", "BLEU", "ROUGE-L",
+            "agreement", "ROUGE-L to full"]  # fmt: skip
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        share = row["confidence_flops_per_token"] / row["flops_per_token"]
+        low, high = row["speedup_ci"]
+        lines.append([
+            row["name"], f"{row['tokens_per_s']:.0f}", f"{row['speedup']:.2f} ({low:.2f}-{high:.2f})", f"{row['ideal_speedup']:.2f}",
+            f"{row['exit_efficiency']:.2f}", f"{row['avg_exit_layer']:.1f}", f"{row['flops_per_token'] / 1e6:.1f} ({share:.0%})",
+            "" if row["confidence_time_share"] is None else f"{row['confidence_time_share']:.0%}",
+            *(f"{100 * row['scores'][score]:.1f}" for score in ("bleu", "rougeL")), f"{row['agreement']:.3f}", f"{row['rougeL_full']:.3f}",
+        ])  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser, str(DEFAULT_CHECKPOINT))
+    parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--split", choices=("dev", "test"), help="data to use (default: test; dev with --tune)")
+    parser.add_argument("--limit", type=int, default=60, help="inputs of each task, drawn by --seed; 0 is all (default: %(default)s)")
+    parser.add_argument("--repeat", type=int, default=3, help="times an input is decoded; the median counts (default: %(default)s)")
+    parser.add_argument("--settings", type=Path, help="JSON file of the rows (default: the checkpoint's name with .json)")
+    parser.add_argument("--tune", action="store_true", help="choose the settings on dev and write them to --settings")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, per prompt too")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw of inputs, and of sampling (default: 0)")
+    add_flags(parser, DecodeConfig(max_new_tokens=MAX_NEW_TOKENS), "decoding: one row of your own, instead of the settings", skip=("seed",))
+    return parser
+
+
+def parse() -> tuple[argparse.Namespace, dict]:
+    """The arguments, checked, and the fields of DecodeConfig among them."""
+    args = make_parser().parse_args()
+    args.split = args.split or ("dev" if args.tune else "test")
+    args.settings = args.settings or Path(args.checkpoint).with_suffix(".json")
+    unknown = [task for task in args.tasks.split(",") if task not in TASKS]
+    if unknown:
+        raise ValueError(f"unknown task {unknown[0]!r}; choose from {', '.join(TASKS)}")
+    if args.limit < 0 or args.repeat < 1:
+        raise ValueError(f"limit is {args.limit}, repeat {args.repeat}; limit must be at least 0, repeat at least 1")
+    return args, given(args, DecodeConfig)
+
+
+def main() -> None:
+    args, custom = parse()
+    model, tokenizer = load_checkpoint(args.checkpoint, *device_and_dtype(args))
+    if tokenizer is None:
+        raise ValueError(f"{args.checkpoint}: has no tokenizer, which these tasks need")
+    result = {"environment": environment(args, model), "rows": []}
+    print(", ".join(f"{name} {value}" for name, value in result["environment"].items()), file=sys.stderr)
+    settings = {}
+    for task in args.tasks.split(","):
+        examples = read_examples(task_file(task, args.split))
+        if 0 < args.limit < len(examples):
+            examples = [examples[i] for i in sorted(random.Random(args.seed).sample(range(len(examples)), args.limit))]
+        if args.tune:
+            settings[task] = tune(model, tokenizer, task, examples)
+            continue
+        own = {"max_new_tokens": MAX_NEW_TOKENS, **custom}
+        configs = {"yours": DecodeConfig(**own)} if set(custom) - {"seed"} else read_settings(args.settings, task)
+        for config in configs.values():
+            config.exits(model.config.n_layers)
+        rows = evaluate(model, tokenizer, task, examples, configs, args.repeat)
+        result["rows"] += rows
+        print(f"\n{task}, {len(examples)} {args.split} inputs\n\n{table(rows)}")
+    if args.tune:
+        write_json(args.settings, settings)
+    if args.json:
+        write_json(args.json, result)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes the file whole or not at all."""
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,140 @@
+"""The table: figures that follow from the runs, settings that are chosen and read back, mistakes in one line."""
+
+import json
+
+import pytest
+import sentencepiece as spm
+import torch
+
+import cli
+import eval as evaluation
+from data import Example, encode_prompt, read_pairs, task_file, train_tokenizer
+from decode import DecodeConfig, Generation
+from model import save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    pairs = [pair for task in evaluation.TASKS for pair in list(read_pairs(task_file(task, "dev")))[:100]]
+    return train_tokenizer((text for pair in pairs for text in pair), 350)
+
+
+@pytest.fixture
+def checkpoint(tiny_model, tokenizer, tmp_path, monkeypatch):
+    """A tiny random model with a tokenizer, and settings of one row."""
+    monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 8)
+    save_checkpoint(tmp_path / "tiny.pt", tiny_model(0, vocab_size=350, max_len=256), tokenizer)
+    row = {"confidence": "softmax", "threshold": 0.2, "exit_layers": [2, 3], "prune": "fixed", "prune_k": 4}
+    (tmp_path / "tiny.json").write_text(json.dumps({task: {"softmax": row} for task in evaluation.TASKS}))
+    return tmp_path / "tiny.pt"
+
+
+def run_command(monkeypatch, *words) -> None:
+    monkeypatch.setattr("sys.argv", ["eval.py", *map(str, words)])
+    cli.run(evaluation.main)
+
+
+def test_the_json_holds_the_table_and_follows_from_the_runs(checkpoint, monkeypatch, tmp_path, capsys):
+    run_command(monkeypatch, "--checkpoint", checkpoint, "--limit", 4, "--repeat", 2, "--json", tmp_path / "out.json")
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["environment"]["dtype"] == "float32" and result["environment"]["split_of_data"] == "test"
+    assert [row["task"] for row in result["rows"]] == ["translation", "translation", "e2e", "e2e"]
+    assert [row["name"] for row in result["rows"]] == ["full", "softmax"] * 2
+    printed = capsys.readouterr().out
+    for full, row in zip(result["rows"][::2], result["rows"][1::2]):
+        assert full["speedup"] == full["ideal_speedup"] == full["agreement"] == full["rougeL_full"] == 1 and full["avg_exit_layer"] == 5
+        assert full["confidence_flops_per_token"] == 0 and full["confidence_time_share"] is None and full["miss_rate"] is None
+        layers = [layer for prompt in row["prompts"] for layer in prompt["exit_layers"]]
+        assert len(row["prompts"]) == 4 and set(layers) <= {2, 3, 5} and len(set(layers)) > 1
+        assert row["avg_exit_layer"] == pytest.approx(sum(layers) / len(layers)) == pytest.approx(5 / row["ideal_speedup"])
+        seconds = [sum(prompt["seconds"] for prompt in each["prompts"]) for each in (full, row)]
+        tokens = [sum(len(prompt["tokens"]) for prompt in each["prompts"]) for each in (full, row)]
+        assert row["speedup"] == pytest.approx(tokens[1] / seconds[1] / (tokens[0] / seconds[0]))
+        assert row["exit_efficiency"] == pytest.approx(row["speedup"] / row["ideal_speedup"])
+        assert row["speedup_ci"][0] <= row["speedup"] <= row["speedup_ci"][1] and 0 <= row["miss_rate"] <= 1
+        assert all(0 <= score <= 1 for score in (*row["scores"].values(), row["agreement"], row["rougeL_full"]))
+        assert f"{row['flops_per_token'] / 1e6:.1f}" in printed and row["confidence_flops_per_token"] > 0
+
+
+def test_one_setting_of_your_own_replaces_the_settings(checkpoint, monkeypatch, capsys):
+    own = ("--confidence", "hidden", "--threshold", 0.5)
+    run_command(monkeypatch, "--checkpoint", checkpoint, "--limit", 2, "--repeat", 1, "--tasks", "e2e", *own)
+    printed = capsys.readouterr().out
+    assert "| yours" in printed and "| softmax" not in printed and "translation" not in printed
+
+
+def test_tune_writes_settings_that_the_table_reads(checkpoint, monkeypatch, tmp_path):
+    """Of a setting that equals the full model and one that does not, the one that keeps its scores is chosen, however slow."""
+    safe = DecodeConfig(confidence="softmax", threshold=1.0, exit_layers=(2,), max_new_tokens=8)
+    wild = DecodeConfig(confidence="softmax", threshold=0.0, exit_layers=(1,), max_new_tokens=8)
+    monkeypatch.setattr(evaluation, "candidates", lambda n_layers: {"mine": [wild, safe]})
+    monkeypatch.setattr(evaluation, "bleu", lambda texts, references, lowercase: 0.1 + 0.9 * (texts == full_texts))
+    full_texts = None
+
+    def summarize(model, tokenizer, task, examples, name, row, full, spent, original=evaluation.summarize):
+        nonlocal full_texts
+        full_texts = [tokenizer.decode(out.tokens) for out in full.outputs]
+        return original(model, tokenizer, task, examples, name, row, full, spent)
+
+    monkeypatch.setattr(evaluation, "summarize", summarize)
+    run_command(monkeypatch, "--checkpoint", checkpoint, "--limit", 3, "--tune", "--settings", tmp_path / "new.json")
+    assert set(json.loads((tmp_path / "new.json").read_text())) == set(evaluation.TASKS)
+    assert evaluation.read_settings(tmp_path / "new.json", "e2e") == {"mine": safe}
+
+
+def test_every_candidate_fits_its_model():
+    for n_layers in (3, 5, 12, 30):
+        for configs in evaluation.candidates(n_layers).values():
+            assert all(config.exits(n_layers) for config in configs)
+
+
+def test_rows_take_turns_on_the_same_prompts(tiny_model, monkeypatch):
+    """After a warm-up, prompt by prompt, every repeat asks every row once."""
+    calls = []
+    monkeypatch.setattr(evaluation, "generate", lambda model, prompt, config: calls.append((prompt[0], config.threshold)) or Generation())
+    rows = {name: DecodeConfig(threshold=threshold) for name, threshold in (("a", 0.1), ("b", 0.2))}
+    measured = evaluation.measure(tiny_model(), [[1], [2]], rows, 2, "")
+    assert calls == [(1, 0.1), (1, 0.2)] + [(prompt, threshold) for prompt in (1, 2) for _ in range(2) for threshold in (0.1, 0.2)]
+    assert all(len(row.outputs) == len(row.seconds) == 2 for row in measured.values())
+
+
+def test_time_of_asking_is_part_of_the_time_and_leaves_the_output_alone(tiny_model, tokenizer):
+    model = tiny_model(0, vocab_size=350, max_len=256)
+    processor = spm.SentencePieceProcessor(model_proto=tokenizer)
+    examples = [Example("name[The Punter], food[Italian]", ("The Punter is Italian.",))]
+    config = DecodeConfig(confidence="jsd", threshold=1.0, exit_layers=(2, 4), max_new_tokens=8)
+    prompts = [encode_prompt(processor, examples[0].prompt)]
+    spent = evaluation.confidence_seconds(model, prompts, config)
+    whole = sum(evaluation.measure(model, prompts, {"jsd": config}, 3, "")["jsd"].seconds)
+    assert 0 < spent and whole > 0 and torch.get_num_threads() == 1
+
+
+MISTAKES = {
+    "--limit=-1": "limit is -1",
+    "--repeat=0": "repeat 0; limit must be at least 0, repeat at least 1",
+    "--tasks=chess": "unknown task 'chess'; choose from translation, e2e",
+    "--threshold=2": "threshold is 2.0; it must lie between 0 and 1",
+    "--confidence=magic": "unknown confidence 'magic'; choose from softmax",
+    "--device=nowhere": "device 'nowhere' is not there",
+    "--dtype=int4": "unknown dtype 'int4'",
+    "--settings=missing.json": "missing.json: no settings for this checkpoint",
+    "--checkpoint=missing.pt": "missing.pt: no such checkpoint",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_one_line_and_status_2(mistake, checkpoint, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_command(monkeypatch, "--checkpoint", checkpoint, "--limit", 1, mistake)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 2 and line.startswith("error: ") and MISTAKES[mistake] in line
+
+
+UNUSABLE = ["{", "[]", '{"e2e": {}}', '{"translation": {"a": {"threshold": 3}}}', '{"translation": {"a": {"colour": 3}}}']
+
+
+@pytest.mark.parametrize("content", UNUSABLE)
+def test_unusable_settings_are_refused(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=r"a\.json: not usable as settings of translation"):
+        evaluation.read_settings(tmp_path / "a.json", "translation")

@@ -50,6 +50,8 @@ class DecodeConfig:
     seed: int = option(0, "seed of the sampling")
 
     def __post_init__(self):
+        for name in ("exit_layers", "premature_layers"):
+            object.__setattr__(self, name, None if getattr(self, name) is None else tuple(getattr(self, name)))
         choices = {"threshold_schedule": THRESHOLDS, "fill": ("parallel", "copy"), "prune": SCHEDULES}
         for name, known in choices.items():
             if getattr(self, name) not in known:

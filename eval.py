@@ -186,7 +186,7 @@ def tune(model, tokenizer, task: str, examples: list[Example]) -> dict[str, dict
         labelled = {"full": DecodeConfig(max_new_tokens=MAX_NEW_TOKENS)} | {str(number): config for number, config in enumerate(configs)}
         measured = measure(model, prompts, labelled, 1, f"{task}: {name}")
         full, *rows = [summarize(model, tokenizer, task, examples, label, row, measured["full"], None) for label, row in measured.items()]
-        kept = {row["name"]: min(row["scores"][score] / max(full["scores"][score], 1e-9) for score in full["scores"]) for row in rows}
+        kept = {row["name"]: min(row["scores"][key] / score if score else 1.0 for key, score in full["scores"].items()) for row in rows}
         good = [row for row in rows if kept[row["name"]] >= 1 - LOSS_ALLOWED]
         best = max(good, key=lambda row: row["speedup"]) if good else max(rows, key=lambda row: kept[row["name"]])
         config, default = configs[int(best["name"])], DecodeConfig()

@@ -71,10 +71,10 @@ class Trace:
     def _narrow(self, size: int) -> None:
         """Keeps the `size` candidates of largest z_l, and everything known so far for these alone."""
         if size < self.n:
-            index = self._logits[self.layer].topk(size).indices  # (size,) by falling z_l
+            best, index = self._logits.pop(self.layer).topk(size)  # (size,) by falling z_l
             self.candidates = index if self.candidates is None else self.candidates[index]
             self.n, self._weight = size, None
-            self._logits = {layer: logits[index] for layer, logits in self._logits.items()}
+            self._logits = {self.layer: best} | {layer: logits[index] for layer, logits in self._logits.items()}
 
     def token(self, index: int) -> int:
         """Token id of a candidate's index."""

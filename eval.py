@@ -164,34 +164,38 @@ def read_settings(path: Path, task: str) -> dict[str, DecodeConfig]:
         raise ValueError(f"{path}: not usable as settings of {task} ({error})") from None
 
 
-def candidates(n_layers: int) -> dict[str, list[DecodeConfig]]:
-    """What --tune tries for each row: exit sets at shares of the depth that serve, pruned to 64 candidates, under a range of thresholds."""
+SHARES = ((1 / 4,), (1 / 3,), (1 / 2,), (1 / 4, 1 / 2), (1 / 3, 1 / 2), (1 / 3, 2 / 3), (1 / 2, 2 / 3), (1 / 3, 1 / 2, 2 / 3),
+          (1 / 4, 1 / 3, 1 / 2, 2 / 3))  # fmt: skip
+THRESHOLD_GRID = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+
+
+def candidates(n_layers: int, name: str, layers: tuple[int, ...] | None) -> list[DecodeConfig]:
+    """What --tune tries for a row: every static exit; `softmax` with exit sets at shares of the depth, under a range of thresholds; other
+    functions with the `layers` that served softmax best. All but static exits are pruned to 64 candidates."""
     base = DecodeConfig(confidence="softmax", threshold=0.0, max_new_tokens=MAX_NEW_TOKENS)
-    static = [replace(base, exit_layers=(layer,)) for layer in range(2, n_layers)]
-    sets = [tuple(sorted({max(1, round(n_layers * share)) for share in shares})) for shares in
-            ((1 / 4, 1 / 2), (1 / 3,), (1 / 3, 1 / 2), (1 / 3, 2 / 3), (1 / 3, 1 / 2, 2 / 3), (1 / 2, 2 / 3), (1 / 2,))]  # fmt: skip
-    grid = list(product(dict.fromkeys(sets), (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)))
-    return {"static": static} | {
-        name: [replace(base, confidence=name, exit_layers=layers, threshold=threshold, prune="fixed") for layers, threshold in grid]
-        for name in ("softmax", "weighted", "jsd")
-    }
+    if name == "static":
+        return [replace(base, exit_layers=(layer,)) for layer in range(1, n_layers)]
+    sets = {tuple(sorted({min(n_layers - 1, max(1, round(n_layers * share))) for share in shares})) for shares in SHARES}
+    grid = product([layers] if layers else sorted(sets), THRESHOLD_GRID if layers else THRESHOLD_GRID[1:8:2])
+    return [replace(base, confidence=name, exit_layers=layers, threshold=threshold, prune="fixed") for layers, threshold in grid]
 
 
 def tune(model, tokenizer, task: str, examples: list[Example]) -> dict[str, dict]:
     """For each row the fastest candidate that keeps the full model's BLEU and ROUGE-L to within LOSS_ALLOWED (if none does: the one that
-    keeps most), on the given examples."""
-    chosen = {}
-    for name, configs in candidates(model.config.n_layers).items():
-        prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
+    keeps most), on the given examples. Returns the fields that differ from DecodeConfig's defaults."""
+    chosen, layers = {}, None
+    prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
+    for name in ("static", "softmax", "weighted", "jsd"):
+        configs = candidates(model.config.n_layers, name, layers)
         labelled = {"full": DecodeConfig(max_new_tokens=MAX_NEW_TOKENS)} | {str(number): config for number, config in enumerate(configs)}
         measured = measure(model, prompts, labelled, 1, f"{task}: {name}")
         full, *rows = [summarize(model, tokenizer, task, examples, label, row, measured["full"], None) for label, row in measured.items()]
         kept = {row["name"]: min(row["scores"][key] / score if score else 1.0 for key, score in full["scores"].items()) for row in rows}
         good = [row for row in rows if kept[row["name"]] >= 1 - LOSS_ALLOWED]
         best = max(good, key=lambda row: row["speedup"]) if good else max(rows, key=lambda row: kept[row["name"]])
-        config, default = configs[int(best["name"])], DecodeConfig()
+        config, default = configs[int(best["name"])], DecodeConfig(max_new_tokens=MAX_NEW_TOKENS)
         chosen[name] = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)}
-        del chosen[name]["max_new_tokens"]
+        layers = config.exit_layers if name != "static" else None
         tqdm.write(f"{task}, {name}: {chosen[name]} keeps {kept[best['name']]:.1%} at {best['speedup']:.2f} times the full model's speed")
     return chosen
 

@@ -67,7 +67,7 @@ def test_tune_writes_settings_that_the_table_reads(checkpoint, monkeypatch, tmp_
     """Of a setting that equals the full model and one that does not, the one that keeps its scores is chosen, however slow."""
     safe = DecodeConfig(confidence="softmax", threshold=1.0, exit_layers=(2,), max_new_tokens=8)
     wild = DecodeConfig(confidence="softmax", threshold=0.0, exit_layers=(1,), max_new_tokens=8)
-    monkeypatch.setattr(evaluation, "candidates", lambda n_layers: {"mine": [wild, safe]})
+    monkeypatch.setattr(evaluation, "candidates", lambda n_layers, name, layers: [wild, safe])
     monkeypatch.setattr(evaluation, "bleu", lambda texts, references, lowercase: 0.1 + 0.9 * (texts == full_texts))
     full_texts = None
 
@@ -79,13 +79,14 @@ def test_tune_writes_settings_that_the_table_reads(checkpoint, monkeypatch, tmp_
     monkeypatch.setattr(evaluation, "summarize", summarize)
     run_command(monkeypatch, "--checkpoint", checkpoint, "--limit", 3, "--tune", "--settings", tmp_path / "new.json")
     assert set(json.loads((tmp_path / "new.json").read_text())) == set(evaluation.TASKS)
-    assert evaluation.read_settings(tmp_path / "new.json", "e2e") == {"mine": safe}
+    assert evaluation.read_settings(tmp_path / "new.json", "e2e") == dict.fromkeys(("static", "softmax", "weighted", "jsd"), safe)
 
 
 def test_every_candidate_fits_its_model():
     for n_layers in (3, 5, 12, 30):
-        for configs in evaluation.candidates(n_layers).values():
-            assert all(config.exits(n_layers) for config in configs)
+        for name, layers in (("static", None), ("softmax", None), ("jsd", (1, 2))):
+            configs = evaluation.candidates(n_layers, name, layers)
+            assert len(set(configs)) == len(configs) > 1 and all(config.exits(n_layers) for config in configs)
 
 
 def test_rows_take_turns_on_the_same_prompts(tiny_model, monkeypatch):

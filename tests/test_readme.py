@@ -1,0 +1,68 @@
+"""What the README says: its commands parse, its files exist, and the embedded model is what it should be."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import encode_prompt
+from decode import DEFAULT_CHECKPOINT, DecodeConfig, generate
+from eval import TASKS, read_settings
+from model import load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"(?:^    |&& |`)python ((?:decode|train|eval|data)\.py[^`\n]*)", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_parses(command):
+    script, *words = shlex.split(command)
+    importlib.import_module(script.removesuffix(".py")).make_parser().parse_args(words)
+
+
+def test_the_commands_are_found():
+    assert {command.split()[0] for command in COMMANDS} >= {"decode.py", "train.py", "eval.py"} and len(COMMANDS) >= 8
+
+
+def test_the_test_command_is_the_one_that_ci_runs():
+    command = "pip install -r requirements.txt && python -m pytest"
+    assert f"\n{command}\n" in README and command in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_file_list_is_complete():
+    listed = set(re.findall(r"^    (\w+\.py|\w+/)  ", README, re.MULTILINE))
+    there = {path.name for path in ROOT.glob("*.py")} | {f"{name}/" for name in ("tests", "checkpoints", "data")}
+    assert listed == there
+
+
+def test_no_placeholder_is_left():
+    assert not re.search(r"@[A-Z]+@|TODO|TBD", README)
+
+
+def test_the_embedded_model_is_small_and_plain():
+    assert DEFAULT_CHECKPOINT.stat().st_size < 25e6
+    content = torch.load(DEFAULT_CHECKPOINT, weights_only=True)
+    assert {weight.dtype for weight in content["weights"].values()} == {torch.float16}
+    assert 8e6 <= sum(weight.numel() for weight in content["weights"].values()) <= 12e6
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_embedded_settings_fit_the_embedded_model(task):
+    model, _ = load_checkpoint(DEFAULT_CHECKPOINT)
+    rows = read_settings(DEFAULT_CHECKPOINT.with_suffix(".json"), task)
+    assert list(rows) == ["static", "softmax", "weighted", "jsd"]
+    for config in rows.values():
+        assert config.exits(model.config.n_layers)
+
+
+def test_the_embedded_model_translates_and_describes():
+    model, tokenizer = load_checkpoint(DEFAULT_CHECKPOINT)
+    assert tokenizer.decode(generate(model, encode_prompt(tokenizer, "Ich liebe dich."), DecodeConfig()).tokens) == "I love you."
+    facts = encode_prompt(tokenizer, "name[The Punter], eatType[pub], food[Italian]")
+    text = tokenizer.decode(generate(model, facts, DecodeConfig()).tokens)
+    assert "The Punter" in text and "Italian" in text and "pub" in text
+

@@ -80,6 +80,12 @@ class Trace:
         """Token id of a candidate's index."""
         return index if self.candidates is None else int(self.candidates[index])
 
+    def spread(self, probs: Tensor | None) -> Tensor | None:
+        """Probabilities of the candidates (n,) as those of the vocabulary (V,)."""
+        if probs is None or self.candidates is None:
+            return probs
+        return probs.new_zeros(self.model.config.vocab_size).scatter(0, self.candidates, probs)
+
     def premature(self, layer: int) -> list[int]:
         """J of `layer`: the layers below it that may serve as its amateur; by default from 2 on."""
         return [j for j in (range(2, layer) if self._premature is None else self._premature) if j < layer]

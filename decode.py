@@ -41,6 +41,7 @@ class DecodeConfig:
     min_layer: int = option(1, "first layer at which an exit is allowed")
     fill: str = option("parallel", "keys and values of skipped layers: parallel (exact, when next needed) or copy (approximate, at once)")
     max_owed: int | None = option(None, "with so many positions owed to the last layer the next pass goes to the top; none: no bound")
+    verify: bool = option(False, "take early tokens as drafts and let the full model judge them: its output, exactly, only sooner")
     prune: str = option("none", "candidates kept after the first exit layer asked: none (all) or fixed (prune_k)")
     prune_k: int = option(64, "candidates of fixed pruning, at least 2")
     premature_layers: tuple[int, ...] | None = option(None, "layers that jsd may contrast with; none: all from 2 on")
@@ -65,6 +66,8 @@ class DecodeConfig:
             raise ValueError(f"threshold is {self.threshold}; it must lie between 0 and 1")
         if not 0 < self.top_p <= 1 or not self.tau > 0:
             raise ValueError(f"top_p is {self.top_p} and tau {self.tau}; top_p must lie above 0 and up to 1, tau above 0")
+        if self.verify and self.fill != "parallel":
+            raise ValueError("verify is True, but fill is copy; only exact keys and values can judge, so fill must be parallel")
         if self.confidence is not None:
             resolve(self.confidence)
 
@@ -84,6 +87,7 @@ class Token:
     exit_layer: int                   # L: from the full model
     confidences: dict[int, float]     # of each layer asked
     amateurs: dict[int, int]          # exit layer -> the layer that it was contrasted with
+    probs: Tensor | None = None       # (V,) what a draft was drawn from, if it was sampled
 
 
 @dataclass
@@ -101,25 +105,31 @@ class Counters:
     confidence_flops: int = 0   # part of head_flops
     pruned_deep: int = 0        # deep passes whose candidates had been pruned
     missed: int = 0             # of these, how often the full model's token had been pruned away
+    drafted: int = 0            # verified mode: early tokens judged by the full model
+    accepted: int = 0           # of these, kept
 
     def add_blocks(self, model: Transformer, before: list[int], stop: int, layer: int) -> None:
         """One pass up to `layer` that took the positions filled[1..layer] from `before` to `stop`."""
-        self.block_runs += layer
         for first, layers in groupby(before[1 : layer + 1]):
-            runs = len(list(layers))
+            runs = len(list(layers)) if first < stop else 0
+            self.block_runs += runs
             self.block_rows += runs * (stop - first)
             self.block_flops += runs * model.block_flops(first, stop)
         if layer == model.config.n_layers:
             self.deep_passes += 1
             self.deep_rows += stop - before[layer]
 
-    def add_heads(self, trace: Trace, layer: int, token: int) -> None:
-        """The heads of one pass that emitted `token` from `layer`."""
-        asked, deep = sum(trace.flops.values()), layer == trace.model.config.n_layers
-        self.tokens += 1
-        self.head_flops += asked + (2 * trace.model.unembed.numel() if deep else 0)
-        self.confidence_flops += asked - (0 if deep else trace.flops[layer])
-        if deep and trace.candidates is not None:
+    def add_heads(self, trace: Trace, layer: int, rows: int) -> None:
+        """The heads of one pass up to `layer`: those asked, and the final head on `rows` rows."""
+        asked = sum(trace.flops.values())
+        self.head_flops += asked + 2 * trace.model.unembed.numel() * rows
+        self.confidence_flops += asked - (0 if rows else trace.flops[layer])
+
+    def add_judgement(self, trace: Trace, drafted: int, kept: int, token: int | None) -> None:
+        """What the full model made of the drafts and of the candidates of the newest position."""
+        self.drafted += drafted
+        self.accepted += kept
+        if trace.candidates is not None and kept == drafted:
             self.pruned_deep += 1
             self.missed += token not in trace.candidates
 
@@ -136,16 +146,18 @@ class Generation:
 
 def run_pass(model: Transformer, cache: KVCache, tokens: list[int], trace: Trace, exits: frozenset[int], threshold: float) -> int:
     """Advances the staircase by `tokens` until an exit layer finds the next token decided, and returns the layer reached. Rows that
-    stopped below a layer in earlier passes join there, so that keys and values are those of a full forward pass."""
+    stopped below a layer in earlier passes join there, so that keys and values are those of a full forward pass. Without tokens, what is
+    owed is paid."""
     first, stop = cache.filled[0], cache.filled[0] + len(tokens)
     cache.filled[0] = stop
-    x = F.embedding(torch.tensor(tokens, device=cache.hidden.device), model.embedding)  # (R, d)
+    x = F.embedding(torch.tensor(tokens, dtype=torch.int64, device=cache.hidden.device), model.embedding)  # (R, d)
     trace.hidden.append(x)
     for layer, block in enumerate(model.blocks, 1):
         if cache.filled[layer] < first:
             x = torch.cat([cache.owed(layer, first), x])
             first = cache.filled[layer]
-        x = block.forward(x, partial(cache.attend, layer))  # not block(...): hooks cost time at every call
+        if stop > first:  # else, without new tokens, nothing is owed so far down
+            x = block.forward(x, partial(cache.attend, layer))  # not block(...): hooks cost time at every call
         trace.hidden.append(x)
         if layer in exits and trace.decided(threshold):
             cache.hidden[first:stop] = x
@@ -177,23 +189,38 @@ def stream(model: Transformer, prompt: list[int], config: DecodeConfig, counters
         counters.add_blocks(model, [0] * (L + 1), len(prompt) - 1, L)
         tokens = tokens[-1:]
 
-    for step in range(steps):
+    generated, drafts = 0, []  # drafts: in verified mode, the early tokens that the full model has yet to judge
+    while generated < steps:
+        step, ended = generated + len(drafts), bool(drafts) and drafts[-1].id == model.config.eos_id
+        tokens = [] if ended or step == steps else tokens  # nothing more to draft: pay what is owed and judge
+        full = not tokens or (config.max_owed is not None and cache.filled[0] - cache.filled[L] >= config.max_owed)
         threshold = THRESHOLDS[config.threshold_schedule](config.threshold, config.tau, step, steps)
-        owed = cache.filled[0] - cache.filled[L]
-        allowed = exits if config.max_owed is None or owed < config.max_owed else frozenset()
         trace, before = new_trace(), list(cache.filled)
-        layer = run_pass(model, cache, tokens, trace, allowed, threshold)
-        logits = trace.logits(layer) if layer < L else model.head(trace.hidden[L][-1:])[0]  # (n,) or (V,)
-        choice = pick(logits, config, generator)
-        token = trace.token(choice) if layer < L else choice
+        layer = run_pass(model, cache, tokens, trace, frozenset() if full else exits, threshold)
         counters.add_blocks(model, before, cache.filled[0], layer)
-        counters.add_heads(trace, layer, token)
-        yield Token(token, layer, trace.confidences, trace.amateurs)
-        if token == model.config.eos_id:
-            return
-        if layer < L and config.fill == "copy":
-            copy_up(model, cache, layer)
-        tokens = [token]
+        if layer < L:
+            choice, probs = pick(trace.logits(layer), config, generator)  # over (n,)
+            token = Token(trace.token(choice), layer, trace.confidences, trace.amateurs, trace.spread(probs))
+            settled, drafts = ([], [*drafts, token]) if config.verify else ([token], [])
+            counters.add_heads(trace, layer, 0)
+            if config.fill == "copy":
+                copy_up(model, cache, layer)
+        else:
+            rows = trace.hidden[L][-(len(drafts) + bool(tokens)) :]  # each judges the draft after it; the newest gives one more token
+            kept, choice = judge(model.head(rows), drafts, config, generator)  # over (R, V)
+            settled = drafts[:kept]
+            if choice is not None:
+                settled.append(Token(choice, L, *((trace.confidences, trace.amateurs) if kept == len(drafts) else ({}, {}))))
+            counters.add_heads(trace, layer, len(rows))
+            counters.add_judgement(trace, len(drafts), kept, choice)
+            cache.rollback(cache.filled[0] - len(rows) + kept + 1)
+            drafts = []
+        for token in settled:
+            generated, counters.tokens = generated + 1, counters.tokens + 1
+            yield token
+            if token.id == model.config.eos_id:
+                return
+        tokens = [token.id]
 
 
 def check_prompt(prompt: list[int], model: Transformer) -> None:
@@ -206,11 +233,27 @@ def check_prompt(prompt: list[int], model: Transformer) -> None:
         raise ValueError(f"a token id of the prompt lies outside 0 to {model.config.vocab_size - 1}")
 
 
-def pick(logits: Tensor, config: DecodeConfig, generator: torch.Generator) -> int:
-    """Index of the chosen candidate of logits (n,): the argmax at temperature 0, else a sample after temperature, top-k and top-p."""
+def pick(logits: Tensor, config: DecodeConfig, generator: torch.Generator) -> tuple[int, Tensor | None]:
+    """Index of the chosen candidate of logits (n,): the argmax at temperature 0, else a sample; and what it was drawn from, (n,)."""
     if config.temperature == 0:
-        return int(logits.argmax())
-    return int(torch.multinomial(distribution(logits, config), 1, generator=generator))
+        return int(logits.argmax()), None
+    probs = distribution(logits, config)
+    return int(torch.multinomial(probs, 1, generator=generator)), probs
+
+
+def judge(logits: Tensor, drafts: list[Token], config: DecodeConfig, generator: torch.Generator) -> tuple[int, int | None]:
+    """How many drafts the full model keeps, and the token that follows them. Row i of its logits (R, V) judges draft i: kept if it is the
+    argmax; sampled, with probability min(1, p/q), else replaced by a sample of max(p - q, 0) (Leviathan 2023, Chen 2023). The row after
+    the last draft, if there is one, gives one more token."""
+    for i, (row, draft) in enumerate(zip(logits, drafts)):
+        if config.temperature == 0:
+            if (best := int(row.argmax())) != draft.id:
+                return i, best
+            continue
+        p = distribution(row, config)
+        if torch.rand((), generator=generator, device=p.device) * draft.probs[draft.id] >= p[draft.id]:
+            return i, int(torch.multinomial((p - draft.probs).clamp(min=0), 1, generator=generator))
+    return len(drafts), pick(logits[-1], config, generator)[0] if len(logits) > len(drafts) else None
 
 
 def distribution(logits: Tensor, config: DecodeConfig) -> Tensor:

@@ -128,8 +128,8 @@ def summarize(model, tokenizer, task: str, examples: list[Example], name: str, r
         "rougeL_full": mean(map(rouge_l_f1, texts, full_texts)),
         "scores": {"bleu": bleu(texts, references, lowercase=task in LOWERCASE_BLEU), "rougeL": mean(map(rouge_l, texts, references))},
         "miss_rate": total.missed / total.pruned_deep if total.pruned_deep else None,
-        "accepted": None,
-        "rolled_back": None,
+        "accepted": total.accepted / total.drafted if total.drafted else None,
+        "rolled_back": (total.drafted - total.accepted) / total.drafted if total.drafted else None,
         "prompts": [
             {"prompt": example.prompt, "references": example.references, "text": text, "tokens": out.tokens, "exit_layers": out.exit_layers,
              "confidences": out.confidences, "seconds": seconds}

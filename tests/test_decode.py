@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -220,6 +221,87 @@ def test_samples_follow_the_distribution_and_the_seed(tiny_model):
 
 def test_top_k_one_is_greedy(tiny_model):
     assert mixed(tiny_model(0), temperature=0.7, top_k=1).tokens == mixed(tiny_model(0)).tokens
+
+
+# ---------------------------------------------------------------- verified mode
+
+
+def test_verified_greedy_output_is_the_full_models(tiny_model):
+    """600 random settings: confidence, threshold, exits, pruning, bound, prompt, length, and an end token that does occur."""
+    random, drafted, rolled_back = np.random.default_rng(0), 0, 0
+    for case in range(600):
+        prompt = random.integers(0, 50, random.integers(1, 6)).tolist()
+        model = tiny_model(case // 10, eos_id=None if case % 3 else int(random.integers(50)))
+        config = DecodeConfig(
+            verify=True, max_new_tokens=int(random.integers(1, 14)), confidence=str(random.choice(sorted(FUNCTIONS))),
+            threshold=float(random.choice([0, 0.05, 0.2, 0.6])), exit_layers=None if case % 2 else (1, 3),
+            max_owed=random.choice([None, 1, 2, 5]), prune=str(random.choice(["none", "fixed"])), prune_k=3,
+        )  # fmt: skip
+        out = generate(model, prompt, config)
+        assert out.tokens == greedy_reference(model, prompt, config.max_new_tokens), config
+        assert out.counters.tokens == len(out.tokens) and out.counters.accepted <= out.counters.drafted
+        drafted, rolled_back = drafted + out.counters.drafted, rolled_back + out.counters.drafted - out.counters.accepted
+    assert rolled_back > 300 and drafted - rolled_back > 300
+
+
+def test_a_verified_end_is_a_draft_like_any_other(tiny_model):
+    """A static exit drafts an end token that the full model rejects; the text goes on."""
+    wrong = 0
+    for seed in range(30):
+        drafted_end = greedy_reference(tiny_model(seed), PROMPT, 1, layer=1)[0]
+        model = tiny_model(seed, eos_id=drafted_end)
+        out = generate(model, PROMPT, DecodeConfig(max_new_tokens=8, confidence="softmax", threshold=0.0, exit_layers=(1,), verify=True))
+        assert out.tokens == greedy_reference(model, PROMPT, 8)
+        wrong += out.tokens[0] != drafted_end
+    assert wrong > 5
+
+
+@pytest.mark.parametrize("changes", [{}, {"prune": "fixed", "prune_k": 3}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9}, {"max_owed": 1}])
+def test_verified_samples_follow_the_full_models_distribution(tiny_model, changes):
+    """Three tokens of a vocabulary of 6, 1,500 draws against the exact joint distribution. The bound, df + 4.8 sqrt(2 df) + 15, lies above
+    the 1 - 1e-6 quantile of chi-square, so that a false alarm has less than that chance; and without verification the same exits exceed
+    it twice over."""
+    model, draws = tiny_model(3, vocab_size=6), range(1500)
+    base = {"max_new_tokens": 3, "confidence": "softmax", "threshold": 0.0, "exit_layers": (1,), "temperature": 1.0, "verify": True}
+    config = DecodeConfig(**{**base, **changes})
+    joint = {}
+    for a in range(6):
+        for b in range(6):
+            p = [distribution(row, config) for row in model(torch.tensor([[1, 2, a, b]]))[0, 1:]]
+            joint.update({(a, b, c): float(p[0][a] * p[1][b] * p[2][c]) for c in range(6)})
+    assert sum(joint.values()) == pytest.approx(1, abs=1e-4)
+    statistic, df = chi_square(joint, [tuple(generate(model, [1, 2], replace(config, seed=seed)).tokens) for seed in draws])
+    assert statistic < df + 4.8 * (2 * df) ** 0.5 + 15
+    loose = [tuple(generate(model, [1, 2], replace(config, seed=seed, verify=False, max_owed=None)).tokens) for seed in draws]
+    statistic, df = chi_square(joint, loose)
+    assert statistic > 2 * (df + 4.8 * (2 * df) ** 0.5 + 15)
+
+
+def chi_square(joint: dict[tuple, float], draws: list[tuple]) -> tuple[float, int]:
+    """Pearson's statistic and degrees of freedom, outcomes expected fewer than 5 times pooled into one."""
+    often = [outcome for outcome, p in joint.items() if p * len(draws) >= 5]
+    expected = [joint[outcome] * len(draws) for outcome in often]
+    found = [draws.count(outcome) for outcome in often]
+    expected, found = [*expected, max(len(draws) - sum(expected), 1e-3)], [*found, len(draws) - sum(found)]
+    return sum((f - e) ** 2 / e for f, e in zip(found, expected)), len(often)
+
+
+def test_verified_counters_by_hand(tiny_model):
+    """Static exit 3 of 5 layers, two owed at most: two drafts, then a pass to the top that judges them, unless the length ends it first."""
+    config = DecodeConfig(max_new_tokens=12, confidence="softmax", threshold=0.0, exit_layers=(3,), max_owed=2, verify=True)
+    outs = [generate(tiny_model(seed), [1], config) for seed in range(10)]
+    for out in outs:
+        c = out.counters
+        assert out.exit_layers.count(3) == c.accepted and len(out.tokens) == c.accepted + out.exit_layers.count(5) == c.tokens == 12
+        assert 2 * c.deep_passes - 1 <= c.drafted <= 2 * c.deep_passes and c.drafted <= c.deep_rows <= 3 * c.deep_passes
+    assert any(0 < out.counters.accepted < out.counters.drafted for out in outs)
+
+
+def test_streaming_yields_only_what_is_verified(tiny_model):
+    model = tiny_model(2)
+    config = DecodeConfig(max_new_tokens=12, confidence="softmax", threshold=0.0, exit_layers=(1,), max_owed=2, verify=True)
+    for n, token in enumerate(stream(model, PROMPT, config)):
+        assert token.id == greedy_reference(model, PROMPT, 12)[n]
 
 
 # ---------------------------------------------------------------- mistakes and the command line

@@ -3,9 +3,9 @@
     python bench.py
 """
 
-import argparse
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cli import add_model_flags, device_and_dtype, run
+from cli import Parser, add_model_flags, device_and_dtype, run
 from confidence import FUNCTIONS, Trace
 from decode import DEFAULT_CHECKPOINT, DecodeConfig, generate, run_pass
 from model import KVCache, Transformer, load_checkpoint
@@ -37,7 +37,7 @@ def plain_loop(model: Transformer, prompt: list[int], steps: int) -> list[int]:
     def rotate(x: Tensor, start: int) -> Tensor:
         frequency = c.rope_base ** (-torch.arange(0, C, 2, device=x.device) / C)
         angle = torch.arange(start, start + x.shape[2], device=x.device)[:, None] * frequency
-        cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+        cos, sin = torch.cat([angle.cos()] * 2, -1).to(x.dtype), torch.cat([angle.sin()] * 2, -1).to(x.dtype)
         first, second = x.chunk(2, -1)
         return x * cos + torch.cat([-second, first], -1) * sin
 
@@ -95,8 +95,13 @@ def check(model: Transformer, states: list[Tensor], layers: tuple[int, ...], nam
             model.head(states[-1])
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def peak_mib() -> float:
+    """The largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     add_model_flags(parser, str(DEFAULT_CHECKPOINT))
     parser.add_argument("--repeat", type=int, default=15, help="turns; the median counts (default: %(default)s)")
     return parser
@@ -104,12 +109,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = make_parser().parse_args()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if args.repeat < 1:
+        raise ValueError(f"repeat is {args.repeat}; it must be at least 1")
+    before = peak_mib()
     model, _ = load_checkpoint(args.checkpoint, *device_and_dtype(args))
-    object.__setattr__(model, "config", replace(model.config, eos_id=None))  # every run has the same length
+    model.config = replace(model.config, eos_id=None)  # every run has the same length
     L, prompt, config = model.config.n_layers, [5] * PROMPT, DecodeConfig(max_new_tokens=64)
     generate(model, prompt, config)
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    peak = peak_mib() - before
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters()) / 2**20
     print(f"{torch.get_num_threads()} threads, {str(model.embedding.dtype).removeprefix('torch.')}, each weight in {model.split} block(s)")
     print(f"memory over the imports: at most {peak:.0f} MiB, of which weights {weights:.0f}")

@@ -1,16 +1,39 @@
 """What the command lines share: flags made from the fields of a config, and one line with exit status 2 for a user's mistake."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are ValueErrors, for `run` to print in one line, and whose help shows the module's text as it is."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+@contextlib.contextmanager
+def whole_file(path) -> Iterator[str]:
+    """Gives a temporary name to write to; renames it to `path` at the end, so that the file is written whole or not at all."""
+    part = f"{os.fspath(path)}.part"
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
 
 
 def option(default, text: str):
@@ -41,9 +64,11 @@ def _reader(kind) -> Callable[[str], object]:
     elif typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         read = lambda text: tuple(item(part) for part in text.split(",") if part)  # noqa: E731
+        read.__name__ = f"list of {item.__name__}, separated by commas,"
+        return read
     else:
         return kind
-    read.__name__ = "value"  # what argparse calls it in its message
+    read.__name__ = inner.__name__  # what argparse calls it in its message
     return read
 
 
@@ -77,6 +102,7 @@ def device_and_dtype(args: argparse.Namespace) -> tuple[str, torch.dtype | None]
 
 def run(main: Callable[[], None]) -> None:
     """Runs a command; a mistake of the user ends it with one line and status 2, Ctrl-C with status 130."""
+    sys.path.append(os.getcwd())  # where a user's own confidence function may lie
     try:
         main()
     except BrokenPipeError:  # the reader of our output has left

@@ -17,9 +17,8 @@ ALPHA = 0.1  # plausibility: tokens of at least this share of the largest probab
 
 
 class Trace:
-    """The newest position of one pass, layer by layer. `hidden` holds h_0 (the embedding) .. h_l, each
-    (R, d), the newest position last. Logits are computed when
-    asked for, once, and only over the current candidates. The first logits of each exit layer asked may narrow the candidates."""
+    """The newest position of one pass, layer by layer. `hidden` holds h_0 (the embedding) .. h_l, each (R, d), the newest position last.
+    Logits are computed when asked for, once, over the current candidates, which the newest layer's first logits may narrow."""
 
     def __init__(self, model: Transformer, confidence: "Confidence | None" = None, prune: str = "none", prune_k: int = 64,
                  premature_layers: tuple[int, ...] | None = None):
@@ -33,7 +32,7 @@ class Trace:
         self.n = model.config.vocab_size       # how many candidates there are
         self._weight: Tensor | None = model.unembed  # (n, d), the candidates' rows of the unembedding; None: not gathered yet
         self._logits: dict[int, Tensor] = {}
-        self._size = SCHEDULES[prune](prune_k)
+        self._schedule, self._k = SCHEDULES[prune], prune_k
         self._premature = premature_layers
 
     @property
@@ -56,7 +55,10 @@ class Trace:
         return self.logits(layer).log_softmax(-1)
 
     def stack(self, layers: list[int]) -> list[Tensor]:
-        """z of several layers, those not known yet in one product, so that W is read once: (n,) each."""
+        """z of several layers, those not known yet in one product, so that W is read once: (n,) each. Where the newest layer's logits will
+        narrow the candidates, they come first, so that an index means the same token in whatever order a function asks."""
+        if self._schedule and self.layer not in self._logits and self.layer not in layers:
+            self.stack([self.layer])
         missing = [layer for layer in layers if layer not in self._logits]
         if missing:
             if self._weight is None:
@@ -64,8 +66,8 @@ class Trace:
             rows = torch.cat([self.model.exit_norm(self.hidden[layer][-1:], layer) for layer in missing])  # (m, d)
             self._logits.update(zip(missing, linear(rows, self._weight, self.model.split).float().unbind()))
             self.flops.update(dict.fromkeys(missing, 2 * self.n * rows.shape[1]))
-            if self.layer in missing:
-                self._narrow(self._size(self))
+            if self._schedule and self.layer in missing:
+                self._narrow(self._schedule(self, self._k))
         return [self._logits[layer] for layer in layers]
 
     def _narrow(self, size: int) -> None:
@@ -93,10 +95,10 @@ class Trace:
 
 # ---------------------------------------------------------------- vocabulary pruning
 
-# Name -> (prune_k) -> (trace) -> how many candidates to keep once the logits of an exit layer are known.
-SCHEDULES: dict[str, Callable[[int], Callable[[Trace], int]]] = {
-    "none": lambda k: lambda trace: trace.n,
-    "fixed": lambda k: lambda trace: k,
+# Name -> (trace, prune_k) -> how many candidates to keep once the logits of an exit layer are known; None keeps all.
+SCHEDULES: dict[str, Callable[[Trace, int], int] | None] = {
+    "none": None,
+    "fixed": lambda trace, k: k,
 }
 
 

@@ -5,7 +5,6 @@
 A document is [bos] prompt [sep] completion [eos], learned on the completion only; plain text has no prompt and is learned whole.
 """
 
-import argparse
 import csv
 import gzip
 import io
@@ -14,6 +13,7 @@ import json
 import lzma
 import os
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece as spm
 
-from cli import run
+from cli import Parser, run, whole_file
 
 SEP = "<sep>"  # the piece between prompt and completion; a tokenizer that lacks it continues prompts as they are
 HERE = Path(__file__).parent
@@ -38,8 +38,9 @@ class Example:
 
 
 def task_file(task: str, split: str) -> str:
-    """Path of an embedded task's `train`, `dev` or `test` file."""
-    return os.path.relpath(HERE / TASKS[task].format(split))
+    """Path of an embedded task's `train`, `dev` or `test` file, from here if it lies below."""
+    path = HERE / TASKS[task].format(split)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 # ---------------------------------------------------------------- readers
@@ -147,7 +148,7 @@ def encode_prompt(tokenizer: spm.SentencePieceProcessor, prompt: str) -> list[in
 def tokenize(pairs: Iterable[tuple[str, str]], tokenizer, path: str | Path, length: int) -> dict[str, int]:
     """Writes a memory-mappable array of (token, flags) records to `path` (.npy) and returns its statistics. A document of more than
     `length` + 1 tokens loses the left of its prompt, then the end of its completion; plain text is cut into documents of that size."""
-    tokens, flags = [], []
+    tokens, flags = array("I"), array("B")
     stats = {"documents": 0, "tokens": 0, "learned": 0, "shortened": 0}
     for prompt, completion in pairs:
         head = encode_prompt(tokenizer, prompt) if prompt else [tokenizer.bos_id()]
@@ -161,19 +162,18 @@ def tokenize(pairs: Iterable[tuple[str, str]], tokenizer, path: str | Path, leng
             whole = head + body
             pieces = [([], whole[i : i + length + 1]) for i in range(0, len(whole) - 1, length)]
         for before, learned in pieces:
-            tokens += before + learned
+            tokens.extend(before + learned)
             flag = [0] * len(before) + [LEARN] * len(learned)
             flag[0] |= START
-            flags += flag
+            flags.extend(flag)
             stats["documents"] += 1
             stats["learned"] += len(learned) - (not before)  # the first token of a document is no target
     stats["tokens"] = len(tokens)
     record = np.dtype([("token", "<u2" if tokenizer.vocab_size() <= 65536 else "<u4"), ("flags", "u1")])
-    array = np.empty(len(tokens), record)
-    array["token"], array["flags"] = tokens, flags
-    with open(f"{path}.part", "wb") as file:
-        np.save(file, array)
-    os.replace(f"{path}.part", path)
+    records = np.empty(len(tokens), record)
+    records["token"], records["flags"] = tokens, flags
+    with whole_file(path) as part, open(part, "wb") as file:
+        np.save(file, records)
     return stats
 
 
@@ -186,12 +186,12 @@ class Batch:
     documents: np.ndarray  # number of the document within its row; 0 is padding
 
 
-def batches(array: np.ndarray, rows: int, length: int, seed: int | None = 0, start: int = 0) -> Iterator[Batch]:
-    """Packs the documents of `array` (from `tokenize`) into batches, endlessly, in an order that depends on `seed` and the epoch alone;
+def batches(records: np.ndarray, rows: int, length: int, seed: int | None = 0, start: int = 0) -> Iterator[Batch]:
+    """Packs the documents of `records` (from `tokenize`) into batches, endlessly, in an order that depends on `seed` and the epoch alone;
     so skipping `start` batches resumes exactly. `seed=None`: one epoch, in the file's order. First fit over the rows of a batch; a
     document that fits nowhere waits for the next batch, and 16 of them waiting close the batch."""
-    begins = np.flatnonzero(array["flags"] & START)
-    ends = np.append(begins[1:], len(array))
+    begins = np.flatnonzero(records["flags"] & START)
+    ends = np.append(begins[1:], len(records))
     if (ends - begins).max() > length + 1:
         raise ValueError(f"the data was prepared for a longer context than {length}; prepare it again")
     number = 0
@@ -199,7 +199,7 @@ def batches(array: np.ndarray, rows: int, length: int, seed: int | None = 0, sta
         order = range(len(begins)) if seed is None else np.random.default_rng((seed, epoch)).permutation(len(begins))
         for plan in _pack(order, ends - begins - 1, rows, length):
             if number >= start:
-                yield _fill(array, plan, begins, ends, rows, length)
+                yield _fill(records, plan, begins, ends, rows, length)
             number += 1
         if seed is None:
             return
@@ -225,14 +225,14 @@ def _pack(order, sizes, rows: int, length: int) -> Iterator[list[list[int]]]:
         waiting = late
 
 
-def _fill(array, plan, begins, ends, rows: int, length: int) -> Batch:
+def _fill(records, plan, begins, ends, rows: int, length: int) -> Batch:
     inputs = np.zeros((rows, length), np.int64)
     targets = np.full((rows, length), -1, np.int64)
     documents = np.zeros((rows, length), np.int64)
     for row, members in enumerate(plan):
         at = 0
         for number, document in enumerate(members, 1):
-            piece = array[begins[document] : ends[document]]
+            piece = records[begins[document] : ends[document]]
             span = slice(at, at + len(piece) - 1)
             inputs[row, span] = piece["token"][:-1]
             targets[row, span] = np.where(piece["flags"][1:] & LEARN, piece["token"][1:].astype(np.int64), -1)
@@ -241,8 +241,8 @@ def _fill(array, plan, begins, ends, rows: int, length: int) -> Batch:
     return Batch(inputs, targets, documents)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("files", nargs="+", help="data files: .csv, .tsv, .jsonl or .txt, plain or .xz or .gz")
     return parser
 

@@ -3,7 +3,6 @@
 Dimensions: R rows of a pass, d model width, n candidates, L layers. The loop knows token ids only; text begins at `main`.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cli import add_flags, add_model_flags, device_and_dtype, given, option, run
+from cli import Parser, add_flags, add_model_flags, device_and_dtype, given, option, run
 from confidence import SCHEDULES, THRESHOLDS, Trace, resolve
 from data import encode_prompt
 from model import KVCache, Transformer, check_layers, load_checkpoint
@@ -57,11 +56,11 @@ class DecodeConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}")
-        least = {"max_new_tokens": 1, "min_layer": 1, "max_owed": 1, "prune_k": 2, "top_k": 1, "temperature": 0}
+        least = {"max_new_tokens": 1, "min_layer": 1, "max_owed": 1, "prune_k": 2, "top_k": 1, "temperature": 0, "seed": 0}
         for name, low in least.items():
             value = getattr(self, name)
-            if value is not None and not low <= value < float("inf"):
-                raise ValueError(f"{name} is {value}; it must be at least {low}")
+            if value is not None and not low <= value < 2**63:
+                raise ValueError(f"{name} is {value}; it must be at least {low}, and finite")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold is {self.threshold}; it must lie between 0 and 1")
         if not 0 < self.top_p <= 1 or not self.tau > 0:
@@ -72,11 +71,14 @@ class DecodeConfig:
             resolve(self.confidence)
 
     def exits(self, n_layers: int) -> frozenset[int]:
-        """The layers at which this model may exit. Raises ValueError for one that it does not have."""
+        """The layers at which this model may exit. Raises ValueError for one that it does not have, and if none is left."""
         layers = range(1, n_layers) if self.exit_layers is None else self.exit_layers
         check_layers("exit_layers", layers, n_layers)
         check_layers("premature_layers", self.premature_layers or (), n_layers)
-        return frozenset(layer for layer in layers if layer >= self.min_layer) if self.confidence else frozenset()
+        allowed = frozenset(layer for layer in layers if layer >= self.min_layer)
+        if self.confidence and n_layers > 1 and not allowed:
+            raise ValueError(f"min_layer is {self.min_layer}, which leaves no exit layer; lower it or give other exit_layers")
+        return allowed if self.confidence else frozenset()
 
 
 @dataclass
@@ -165,16 +167,21 @@ def run_pass(model: Transformer, cache: KVCache, tokens: list[int], trace: Trace
     return layer
 
 
-def copy_up(model: Transformer, cache: KVCache, layer: int) -> None:
+def copy_up(model: Transformer, cache: KVCache, layer: int, counters: Counters) -> None:
     """CALM's state propagation (Schuster 2022, section 3.2): every layer above projects keys and values from the state at the exit."""
     for above, block in enumerate(model.blocks[layer:], layer + 1):
-        cache.store(above, block.project(cache.owed(above, cache.filled[0])))
+        rows = cache.owed(above, cache.filled[0])
+        cache.store(above, block.project(rows))
+        counters.block_flops += 2 * block.qkv.numel() * len(rows)
 
 
 @torch.inference_mode()
-def stream(model: Transformer, prompt: list[int], config: DecodeConfig, counters: Counters | None = None) -> Iterator[Token]:
+def stream(
+    model: Transformer, prompt: list[int], config: DecodeConfig, counters: Counters | None = None, trace_type: type[Trace] = Trace
+) -> Iterator[Token]:
     """Yields tokens up to and including the end of the text, adding the work to `counters`. Batch size 1: `prompt` is one list of token
-    ids. Raises ValueError for a prompt that is empty or too long, and for layers that the model does not have."""
+    ids. `trace_type` may be a Trace that observes.
+    Raises ValueError for a prompt that is empty or too long, and for layers that the model does not have."""
     L, counters = model.config.n_layers, counters or Counters()
     exits = config.exits(L)
     check_prompt(prompt, model)
@@ -182,7 +189,7 @@ def stream(model: Transformer, prompt: list[int], config: DecodeConfig, counters
     cache = KVCache(model, len(prompt) + steps)
     generator = torch.Generator(cache.hidden.device).manual_seed(config.seed)
     confidence = config.confidence and resolve(config.confidence)
-    new_trace = partial(Trace, model, confidence, config.prune, config.prune_k, config.premature_layers)
+    new_trace = partial(trace_type, model, confidence, config.prune, config.prune_k, config.premature_layers)
     tokens = list(prompt)
     if config.fill == "copy" and exits and len(prompt) > 1:  # a prompt has its exact keys and values, as in CALM
         run_pass(model, cache, tokens[:-1], new_trace(), frozenset(), 1.0)
@@ -204,7 +211,7 @@ def stream(model: Transformer, prompt: list[int], config: DecodeConfig, counters
             settled, drafts = ([], [*drafts, token]) if config.verify else ([token], [])
             counters.add_heads(trace, layer, 0)
             if config.fill == "copy":
-                copy_up(model, cache, layer)
+                copy_up(model, cache, layer, counters)
         else:
             rows = trace.hidden[L][-(len(drafts) + bool(tokens)) :]  # each judges the draft after it; the newest gives one more token
             kept, choice = judge(model.head(rows), drafts, config, generator)  # over (R, V)
@@ -220,7 +227,7 @@ def stream(model: Transformer, prompt: list[int], config: DecodeConfig, counters
             yield token
             if token.id == model.config.eos_id:
                 return
-        tokens = [token.id]
+        tokens = [token.id]  # the newest, settled or a draft
 
 
 def check_prompt(prompt: list[int], model: Transformer) -> None:
@@ -252,24 +259,26 @@ def judge(logits: Tensor, drafts: list[Token], config: DecodeConfig, generator: 
             continue
         p = distribution(row, config)
         if torch.rand((), generator=generator, device=p.device) * draft.probs[draft.id] >= p[draft.id]:
-            return i, int(torch.multinomial((p - draft.probs).clamp(min=0), 1, generator=generator))
+            rest = (p - draft.probs).clamp(min=0)
+            return i, int(torch.multinomial(rest if rest.sum() > 0 else p, 1, generator=generator))
     return len(drafts), pick(logits[-1], config, generator)[0] if len(logits) > len(drafts) else None
 
 
 def distribution(logits: Tensor, config: DecodeConfig) -> Tensor:
     """What is sampled from: softmax(z / temperature) of (n,), cut to the top k, then to the fewest of mass >= top_p, renormalized."""
-    probs, index = (logits / config.temperature).softmax(-1).sort(descending=True)
+    probs, index = ((logits - logits.max()) / config.temperature).softmax(-1).sort(descending=True)
     if config.top_k is not None:
         probs[config.top_k :] = 0
-    probs = probs / probs.sum()
-    probs[probs.cumsum(-1) - probs >= config.top_p] = 0
+    if config.top_p < 1:
+        probs = probs / probs.sum()
+        probs[probs.cumsum(-1) - probs >= config.top_p] = 0
     return torch.zeros_like(probs).scatter(0, index, probs / probs.sum())
 
 
-def generate(model: Transformer, prompt: list[int], config: DecodeConfig = DecodeConfig()) -> Generation:
+def generate(model: Transformer, prompt: list[int], config: DecodeConfig = DecodeConfig(), trace_type: type[Trace] = Trace) -> Generation:
     """Decodes one prompt; see `stream` for what it raises."""
     counters = Counters()
-    tokens = list(stream(model, prompt, config, counters))
+    tokens = list(stream(model, prompt, config, counters, trace_type))
     return Generation([t.id for t in tokens], [t.exit_layer for t in tokens], [t.confidences for t in tokens], counters)
 
 
@@ -324,11 +333,16 @@ def show(model: Transformer, tokenizer, prompt: list[int], config: DecodeConfig,
           f"{counters.block_runs / n:.1f} block runs a token (ideal speed-up {L * n / counters.block_runs:.2f})")  # fmt: skip
 
 
-DEMO = DecodeConfig(confidence="softmax", threshold=0.6, exit_layers=(4, 6, 8), prune="fixed", max_new_tokens=100)  # what the command does
+DEMO = DecodeConfig(confidence="softmax", threshold=0.6, prune="fixed", max_new_tokens=100)  # what the command does
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def demo_exits(n_layers: int) -> tuple[int, ...]:
+    """Exits after a third, a half and two thirds of the layers, where the model is deep enough."""
+    return tuple(sorted({max(1, round(n_layers * share)) for share in (1 / 3, 1 / 2, 2 / 3)} - {n_layers}))
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--prompt", required=True, help="text; token ids, separated by commas, where the checkpoint has no tokenizer")
     parser.add_argument("--trace", metavar="FILE", help="write one JSON line per token: id, text, exit layer, confidences, time")
     add_model_flags(parser, DEFAULT_CHECKPOINT)
@@ -338,8 +352,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = make_parser().parse_args()
-    config = replace(DEMO, **given(args, DecodeConfig))
     model, tokenizer = load_checkpoint(args.checkpoint, *device_and_dtype(args))
+    config = replace(DEMO, **{"exit_layers": demo_exits(model.config.n_layers), **given(args, DecodeConfig)})
     prompt = read_prompt(args.prompt, tokenizer)
     config.exits(model.config.n_layers)  # a mistake there leaves an old trace file alone
     check_prompt(prompt, model)

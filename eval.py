@@ -9,7 +9,6 @@ All rows share code, cache, dtype and prompts; they take turns prompt by prompt,
 
 import argparse
 import json
-import os
 import platform
 import random
 import subprocess
@@ -24,8 +23,8 @@ from statistics import mean, median
 import torch
 from tqdm import tqdm
 
-from cli import add_flags, add_model_flags, device_and_dtype, given, run
-from confidence import Trace, resolve
+from cli import Parser, add_flags, add_model_flags, device_and_dtype, given, run, whole_file
+from confidence import Trace
 from data import TASKS, Example, encode_prompt, read_examples, task_file
 from decode import DEFAULT_CHECKPOINT, Counters, DecodeConfig, Generation, generate
 from metrics import bleu, bootstrap, rouge_l, rouge_l_f1, token_agreement
@@ -74,31 +73,33 @@ def synchronize(model: Transformer) -> None:
         torch.cuda.synchronize()
 
 
-def confidence_seconds(model: Transformer, prompts: list[list[int]], config: DecodeConfig) -> float:
-    """Time spent on asking, in a run of its own: every call of the confidence function with the heads that it computes, less one full
-    head where the answer was to exit at the first layer asked, since that head also gives the token."""
-    function, spent = resolve(config.confidence), 0.0
+def confidence_share(model: Transformer, prompts: list[list[int]], config: DecodeConfig) -> float:
+    """Share of the decoding time spent on asking, in a run of its own: every question with the heads that it computes, less, where the
+    answer was to exit, the time of one such head, since that gives the token."""
+    asking = again = 0.0
 
-    def timed(trace: Trace, layer: int) -> torch.Tensor:
-        nonlocal spent
-        started = time.perf_counter()
-        value = function(trace, layer)
-        exits = value.item() >= config.threshold
-        spent += time.perf_counter() - started
-        if exits and not trace.confidences and layer in trace.flops:
-            started = time.perf_counter()
-            model.head(trace.hidden[-1][-1:], layer)
+    class Timed(Trace):
+        def decided(self, threshold: float) -> bool:
+            nonlocal asking, again
             synchronize(model)
-            spent -= time.perf_counter() - started
-        return value
+            started = time.perf_counter()
+            exits = super().decided(threshold)
+            asking += time.perf_counter() - started
+            if exits and self.flops.get(self.layer) == 2 * model.unembed.numel():  # a pruned head costs next to nothing
+                started = time.perf_counter()
+                model.head(self.hidden[-1][-1:], self.layer)
+                synchronize(model)
+                again += time.perf_counter() - started
+            return exits
 
+    started = time.perf_counter()
     for prompt in prompts:
-        generate(model, prompt, replace(config, confidence=timed))
-    return spent
+        generate(model, prompt, config, Timed)
+    return (asking - again) / (time.perf_counter() - started - again)
 
 
-def summarize(model, tokenizer, task: str, examples: list[Example], name: str, row: Measured, full: Measured, spent: float | None) -> dict:
-    """One row of the table and of --json; the README says what each figure means. `spent`: seconds of asking, None if nothing is asked."""
+def summarize(model, tokenizer, task: str, examples: list[Example], name: str, row: Measured, full: Measured, share: float | None) -> dict:
+    """One row of the table and of --json; the README says what each figure means. `share`: of the time, for asking; None: not asked."""
     total = Counters(*(sum(getattr(out.counters, f.name) for out in row.outputs) for f in fields(Counters)))
     lengths, full_lengths = ([len(out.tokens) for out in measured.outputs] for measured in (row, full))
 
@@ -123,7 +124,7 @@ def summarize(model, tokenizer, task: str, examples: list[Example], name: str, r
         "rows_per_deep_pass": total.deep_rows / total.deep_passes if total.deep_passes else None,
         "flops_per_token": (total.block_flops + total.head_flops) / total.tokens,
         "confidence_flops_per_token": total.confidence_flops / total.tokens,
-        "confidence_time_share": None if spent is None else spent / sum(row.seconds),
+        "confidence_time_share": share,
         "agreement": mean(token_agreement(out.tokens, base.tokens) for out, base in zip(row.outputs, full.outputs)),
         "rougeL_full": mean(map(rouge_l_f1, texts, full_texts)),
         "scores": {"bleu": bleu(texts, references, lowercase=task in LOWERCASE_BLEU), "rougeL": mean(map(rouge_l, texts, references))},
@@ -139,27 +140,41 @@ def summarize(model, tokenizer, task: str, examples: list[Example], name: str, r
 
 
 def evaluate(model, tokenizer, task: str, examples: list[Example], configs: dict[str, DecodeConfig], repeat: int) -> list[dict]:
-    """Rows of one task, the full model's first."""
+    """Rows of one task, first that of the full model under the same length and sampling."""
     prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
-    rows = measure(model, prompts, {"full": DecodeConfig(max_new_tokens=MAX_NEW_TOKENS), **configs}, repeat, task)
+    full = full_model(next(iter(configs.values())))
+    rows = measure(model, prompts, {"full": full, **configs}, repeat, task)
     summaries = []
     for name, row in rows.items():
-        asks = row.config.confidence is not None and row.config.threshold > 0
-        spent = confidence_seconds(model, prompts, row.config) if asks else None
-        summaries.append(summarize(model, tokenizer, task, examples, name, row, rows["full"], spent))
+        asks = any(asked for out in row.outputs for asked in out.confidences)
+        share = confidence_share(model, prompts, row.config) if asks else None
+        summaries.append(summarize(model, tokenizer, task, examples, name, row, rows["full"], share))
     return summaries
+
+
+def full_model(config: DecodeConfig) -> DecodeConfig:
+    """The same without exits."""
+    same = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    return DecodeConfig(**{name: getattr(config, name) for name in same})
 
 
 # ---------------------------------------------------------------- settings, chosen on dev
 
 
-def read_settings(path: Path, task: str) -> dict[str, DecodeConfig]:
-    """The named settings of a task in the JSON file that --tune writes. Raises ValueError if there are none or they are unusable."""
+def read_settings(path: Path, task: str, n_layers: int, changes: dict) -> dict[str, DecodeConfig]:
+    """The named settings of a task in the JSON file that --tune writes, with the `changes` of the command line (a static exit stays
+    static). Raises ValueError if there are none or they are unusable."""
     if not path.is_file():
         raise ValueError(f"{path}: no settings for this checkpoint; choose some with --tune, or give one with --confidence and --threshold")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))[task]
-        return {name: DecodeConfig(**{**setting, "max_new_tokens": MAX_NEW_TOKENS}) for name, setting in settings.items()}
+        configs = {}
+        for name, setting in settings.items():
+            config = DecodeConfig(**{"max_new_tokens": MAX_NEW_TOKENS, **setting})
+            threshold = changes.get("threshold", config.threshold) if config.threshold else 0.0
+            configs[name] = replace(config, **{**changes, "threshold": threshold})
+            configs[name].exits(n_layers)
+        return configs
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not usable as settings of {task} ({error})") from None
 
@@ -187,7 +202,7 @@ def tune(model, tokenizer, task: str, examples: list[Example]) -> dict[str, dict
     prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
     for name in ("static", "softmax", "weighted", "jsd"):
         configs = candidates(model.config.n_layers, name, layers)
-        labelled = {"full": DecodeConfig(max_new_tokens=MAX_NEW_TOKENS)} | {str(number): config for number, config in enumerate(configs)}
+        labelled = {"full": full_model(configs[0])} | {str(number): config for number, config in enumerate(configs)}
         measured = measure(model, prompts, labelled, 1, f"{task}: {name}")
         full, *rows = [summarize(model, tokenizer, task, examples, label, row, measured["full"], None) for label, row in measured.items()]
         kept = {row["name"]: min(row["scores"][key] / score if score else 1.0 for key, score in full["scores"].items()) for row in rows}
@@ -208,11 +223,14 @@ def environment(args: argparse.Namespace, model: Transformer) -> dict:
     cpu = platform.processor()
     if (info := Path("/proc/cpuinfo")).is_file():
         cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
     return {
         "device": torch.cuda.get_device_name() if model.embedding.is_cuda else cpu, "threads": torch.get_num_threads(),
-        "dtype": str(model.embedding.dtype).removeprefix("torch."), "split": model.split, "torch": torch.__version__,
+        "dtype": str(model.embedding.dtype).removeprefix("torch."), "weight_blocks": model.split, "torch": torch.__version__,
         "python": platform.python_version(), "commit": commit, "checkpoint": str(args.checkpoint), "split_of_data": args.split,
         "limit": args.limit, "repeat": args.repeat, "seed": args.seed,
     }  # fmt: skip
@@ -236,8 +254,8 @@ def table(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     add_model_flags(parser, str(DEFAULT_CHECKPOINT))
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--split", choices=("dev", "test"), help="data to use (default: test; dev with --tune)")
@@ -247,7 +265,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tune", action="store_true", help="choose the settings on dev and write them to --settings")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, per prompt too")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw of inputs, and of sampling (default: 0)")
-    add_flags(parser, DecodeConfig(max_new_tokens=MAX_NEW_TOKENS), "decoding: one row of your own, instead of the settings", skip=("seed",))
+    title = "decoding: with --confidence one row of your own, else changes to every row"
+    add_flags(parser, DecodeConfig(max_new_tokens=MAX_NEW_TOKENS), title, skip=("seed",))
     return parser
 
 
@@ -259,9 +278,16 @@ def parse() -> tuple[argparse.Namespace, dict]:
     unknown = [task for task in args.tasks.split(",") if task not in TASKS]
     if unknown:
         raise ValueError(f"unknown task {unknown[0]!r}; choose from {', '.join(TASKS)}")
+    custom = given(args, DecodeConfig)
+    DecodeConfig(**custom)
+    if args.tune and (set(custom) - {"seed"} or args.json):
+        raise ValueError("--tune tries its own settings and writes only these; leave out --json and the decoding flags")
+    for path in (args.json, args.settings if args.tune else None):
+        if path and not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent} to write to")
     if args.limit < 0 or args.repeat < 1:
         raise ValueError(f"limit is {args.limit}, repeat {args.repeat}; limit must be at least 0, repeat at least 1")
-    return args, given(args, DecodeConfig)
+    return args, custom
 
 
 def main() -> None:
@@ -279,24 +305,25 @@ def main() -> None:
         if args.tune:
             settings[task] = tune(model, tokenizer, task, examples)
             continue
-        own = {"max_new_tokens": MAX_NEW_TOKENS, **custom}
-        configs = {"yours": DecodeConfig(**own)} if set(custom) - {"seed"} else read_settings(args.settings, task)
-        for config in configs.values():
-            config.exits(model.config.n_layers)
+        if "confidence" in custom:
+            configs = {"yours": DecodeConfig(**{"max_new_tokens": MAX_NEW_TOKENS, **custom})}
+            configs["yours"].exits(model.config.n_layers)
+        else:
+            configs = read_settings(args.settings, task, model.config.n_layers, custom)
         rows = evaluate(model, tokenizer, task, examples, configs, args.repeat)
         result["rows"] += rows
         print(f"\n{task}, {len(examples)} {args.split} inputs\n\n{table(rows)}")
     if args.tune:
-        write_json(args.settings, settings)
+        old = json.loads(args.settings.read_text(encoding="utf-8")) if args.settings.is_file() else {}
+        write_json(args.settings, {**old, **settings})
     if args.json:
         write_json(args.json, result)
 
 
 def write_json(path: Path, content: dict) -> None:
     """Writes the file whole or not at all."""
-    part = Path(f"{path}.part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with whole_file(path) as part:
+        Path(part).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cli import option
+from cli import option, whole_file
 
 FORMAT = "early-exit checkpoint 1"
 
@@ -199,7 +199,7 @@ class Transformer(nn.Module):
 def choose_split(model: Transformer, repeats: int = 5) -> None:
     """Times, on this machine, one row through all weights of a CPU model: as it is, and each weight split into as many blocks as there are
     threads; keeps the clearly faster. (Where memory is slow, the library's matrix-vector product runs on one thread and the split wins.)"""
-    weights = [weight for block in model.blocks for weight in block.parameters() if weight.dim() > 1]
+    weights = [model.unembed, *(weight for block in model.blocks for weight in block.parameters() if weight.dim() > 1)]
 
     @torch.inference_mode()
     def seconds(split: int) -> float:
@@ -270,16 +270,12 @@ def save_checkpoint(path: str | os.PathLike, model: Transformer, tokenizer: byte
     weights = {name: weight.detach().to(dtype or weight.dtype).contiguous() for name, weight in model.state_dict().items()}
     blob = None if tokenizer is None else torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
     content = {"format": FORMAT, "config": asdict(model.config), "weights": weights, "tokenizer": blob, **extra}
-    part = f"{os.fspath(path)}.part"
     try:
-        torch.save(content, part)
-        os.replace(part, path)
+        with whole_file(path) as part:
+            torch.save(content, part)
     except RuntimeError as error:  # what torch makes of a full disk
         reason = str(error).splitlines()[0][:80]
         raise OSError(f"{path}: could not be written, the old file is kept; is the disk full? ({reason})") from None
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
@@ -297,27 +293,36 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
     """Returns (model, tokenizer) ready to decode: tokenizer is a SentencePieceProcessor, or None if the file holds none. `dtype` None:
-    float32 on the CPU for float16 files (the CPU is slower at half precision), else the file's own. Raises ValueError."""
-    content = read_checkpoint(path)
+    float32 on the CPU for float16 files (CPUs are slow at several rows in half precision), else the file's own. Raises ValueError."""
+    content, device = read_checkpoint(path), torch.device(device)
     try:
         with torch.device("meta"):
             model = Transformer(ModelConfig(**content["config"]))
-        stored = content["weights"]["embedding"].dtype
-        if dtype is None:
-            dtype = torch.float32 if stored == torch.float16 and torch.device(device).type == "cpu" else stored
-        weights = {name: weight.to(device, dtype) for name, weight in content["weights"].items()}
-        model.load_state_dict(weights, assign=True)
-    except (KeyError, TypeError, RuntimeError) as error:
+        model.load_state_dict(content["weights"], assign=True)
+        blob = content["tokenizer"]
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{path}: the weights do not fit the model ({str(error).splitlines()[-1].strip()[:120]})") from None
-    model.rope = rope_table(model.config).to(device)
-    model.requires_grad_(False).eval()
-    if torch.device(device).type == "cpu":
+    if dtype is None:
+        dtype = torch.float32 if model.embedding.dtype == torch.float16 and device.type == "cpu" else model.embedding.dtype
+    model.rope = rope_table(model.config)
+    for module in model.modules():  # weight by weight, so that only one lies twice in memory; the rotary table stays float32
+        for name, weight in module._parameters.items():
+            module._parameters[name] = nn.Parameter(weight.to(device, dtype), requires_grad=False)
+    model.rope = model.rope.to(device)
+    model.eval()
+    if device.type == "cpu":
         choose_split(model)
-    if content["tokenizer"] is None:
-        return model, None
+    return model, None if blob is None else read_tokenizer(path, blob, model.config.vocab_size)
+
+
+def read_tokenizer(path: str | os.PathLike, blob: Tensor, vocab_size: int):
+    """The SentencePieceProcessor of a checkpoint's bytes. Raises ValueError for one that is damaged or too large for the model."""
     import sentencepiece
 
-    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=content["tokenizer"].numpy().tobytes())
-    if tokenizer.vocab_size() > model.config.vocab_size:
-        raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size()} pieces, the model only {model.config.vocab_size}")
-    return model, tokenizer
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=blob.numpy().tobytes())
+    except RuntimeError:
+        raise ValueError(f"{path}: its tokenizer is damaged") from None
+    if tokenizer.vocab_size() > vocab_size:
+        raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size()} pieces, the model only {vocab_size}")
+    return tokenizer

@@ -5,7 +5,6 @@
 Dimensions: B rows, T positions, N learned targets of a batch, d model width, V vocabulary.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -23,12 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from cli import add_flags, check_device, given, option, run
+from cli import Parser, add_flags, check_device, given, option, run, whole_file
 from model import ModelConfig, Transformer, check_layers, read_checkpoint, save_checkpoint
 
 LOSSES = ("none", "weighted", "rotate")
 VALIDATION_BATCHES = 16
-FREE_TO_CHANGE = {"max_steps", "device", "compile", "validate_every", "save_every"}  # settings that a resumed run may change
+FREE_TO_CHANGE = {"dev", "max_steps", "device", "compile", "validate_every", "save_every"}  # settings that a resumed run may change
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,8 @@ class TrainConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "exits", tuple(sorted(set(self.exits))))
+        for name in ("train", "dev"):
+            object.__setattr__(self, name, tuple(map(str, getattr(self, name))))
         for name, known in {"loss": LOSSES, "dtype": ("float32", "bfloat16")}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}")
@@ -134,27 +135,27 @@ def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
 
 
-def prepare_tokenizer(config: TrainConfig, folder: Path, vocab_size: int) -> bytes:
-    """The folder's sentencepiece model, trained on the training files if it is not there yet. Raises ValueError if it does not fit."""
-    path = folder / "tokenizer.model"
+def digest(files: tuple[str, ...], *rest) -> str:
+    """A name for what is made from these files, as they are now, and the rest."""
+    state = [(file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((state, rest)).encode()).hexdigest()[:16]
+
+
+def prepare_tokenizer(files: tuple[str, ...], folder: Path, vocab_size: int) -> bytes:
+    """A sentencepiece model trained on the files, once for these files and this size."""
+    files = tuple(dict.fromkeys(files))
+    path = folder / f"{digest(files, vocab_size)}.model"
     if not path.exists():
-        texts = (text for file in dict.fromkeys(config.train) for pair in data.read_pairs(file) for text in pair if text)
-        part = folder / "tokenizer.part"
-        part.write_bytes(data.train_tokenizer(texts, vocab_size))
-        part.replace(path)
-    try:
-        pieces = spm.SentencePieceProcessor(model_file=str(path)).vocab_size()
-    except RuntimeError:
-        raise ValueError(f"{path}: not a sentencepiece model, or cut short; delete it and run again") from None
-    if pieces > vocab_size:
-        raise ValueError(f"{path}: has {pieces} pieces, the model {vocab_size}; delete it or raise --vocab-size")
+        texts = (text for file in files for pair in data.read_pairs(file) for text in pair if text)
+        model = data.train_tokenizer(texts, vocab_size)
+        with whole_file(path) as part:
+            Path(part).write_bytes(model)
     return path.read_bytes()
 
 
 def prepare_data(files: tuple[str, ...], tokenizer: bytes, folder: Path, length: int) -> np.ndarray:
     """The files' documents as one memory-mapped array, tokenized once for these files, tokenizer and length."""
-    state = [(str(file), Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
-    path = folder / f"{hashlib.sha256(repr((state, tokenizer, length)).encode()).hexdigest()[:16]}.npy"
+    path = folder / f"{digest(files, tokenizer, length)}.npy"
     if not path.exists():
         pairs = (pair for file in files for pair in data.read_pairs(file))
         stats = data.tokenize(pairs, spm.SentencePieceProcessor(model_proto=tokenizer), path, length)
@@ -164,24 +165,31 @@ def prepare_data(files: tuple[str, ...], tokenizer: bytes, folder: Path, length:
 
 def train(config: TrainConfig, shape: ModelConfig, folder: Path) -> Transformer:
     """Trains in `folder`, going on from its checkpoint.pt if there is one, and writes model.pt (float16) at the end; interrupted or not,
-    to the same weights. Raises ValueError for unusable settings or data, other settings than the checkpoint's, a loss not finite."""
+    to the same weights (on the same CPU and number of threads). Raises ValueError for unusable settings or data, for other settings than
+    the checkpoint's, and for a loss that is not finite."""
     check_layers("exits", config.exits, shape.n_layers)
     if shape.max_len < config.length:
         raise ValueError(f"length is {config.length}, the model has {shape.max_len} positions; lower --length or raise --max-len")
     missing = [file for file in (*config.train, *config.dev) if not Path(file).is_file()]
     if missing:
         raise ValueError(f"{missing[0]}: no such data file; check --train and --dev")
+    checkpoint, step, scores = folder / "checkpoint.pt", 0, {}
+    content = read_checkpoint(checkpoint) if checkpoint.exists() else None
+    if content:
+        check_resumable(checkpoint, content, config, shape)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = prepare_tokenizer(config, folder, shape.vocab_size)
+    tokenizer = prepare_tokenizer(config.train, folder, shape.vocab_size)
     array = prepare_data(config.train, tokenizer, folder, config.length)
     dev_arrays = {file: prepare_data((file,), tokenizer, folder, config.length) for file in config.dev}
 
     torch.manual_seed(config.seed)
     model = Transformer(shape).to(config.device)
     optimizer = make_optimizer(model, config)
-    checkpoint, step, scores = folder / "checkpoint.pt", 0, {}
-    if checkpoint.exists():
-        step, scores = resume(checkpoint, config, model, optimizer)
+    if content:
+        model.load_state_dict(content["weights"])
+        optimizer.load_state_dict(content["training"]["optimizer"])
+        step, scores = content["training"]["step"], content["training"]["scores"]
+        tqdm.write(f"going on from {checkpoint} at step {step} of {config.max_steps}")
     if config.compile:
         for block in model.blocks:
             block.compile()
@@ -204,9 +212,9 @@ def train(config: TrainConfig, shape: ModelConfig, folder: Path) -> Transformer:
                     cells = "  ".join(f"{layer}: {loss:.3f} ({same:.3f})" for layer, (loss, same) in scores[str(file)].items())
                     tqdm.write(f"step {step}, {file}: loss (agreement with the last layer) by layer  {cells}")
             if step % config.save_every == 0 or last:
-                training = {"step": step, "scores": scores, "config": plain(config), "optimizer": optimizer.state_dict()}
+                training = {"step": step, "scores": scores, "config": asdict(config), "optimizer": optimizer.state_dict()}
                 save_checkpoint(checkpoint, model, tokenizer, training=training)
-    provenance = {"command": " ".join(sys.argv), "config": plain(config), "steps": step, "loss and agreement by layer": scores}
+    provenance = {"command": " ".join(sys.argv), "config": asdict(config), "steps": step, "loss and agreement by layer": scores}
     save_checkpoint(folder / "model.pt", model, tokenizer, torch.float16, provenance=provenance)
     tqdm.write(f"wrote {folder / 'model.pt'}")
     return model
@@ -232,24 +240,16 @@ def train_step(model: Transformer, optimizer: torch.optim.Optimizer, stream: Ite
     return mean
 
 
-def resume(checkpoint: Path, config: TrainConfig, model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
-    """Puts back weights and optimizer; returns the steps done and the last scores. Raises ValueError for a run with other settings."""
-    content = read_checkpoint(checkpoint)
+def check_resumable(checkpoint: Path, content: dict, config: TrainConfig, shape: ModelConfig) -> None:
+    """Raises ValueError if the run that wrote the checkpoint had other settings, or has gone beyond max_steps."""
     if "training" not in content:
         raise ValueError(f"{checkpoint}: holds a model but no training to go on with; give another --out")
-    then, now = {**content["training"]["config"], **content["config"]}, {**plain(config), **asdict(model.config)}
+    then, now = {**content["training"]["config"], **content["config"]}, {**asdict(config), **asdict(shape)}
     other = [name for name in now if now[name] != then.get(name) and name not in FREE_TO_CHANGE]
     if other:
         raise ValueError(f"{checkpoint} was trained with {other[0]} {then.get(other[0])}, not {now[other[0]]}; give another --out")
-    model.load_state_dict(content["weights"])
-    optimizer.load_state_dict(content["training"]["optimizer"])
-    tqdm.write(f"going on from {checkpoint} at step {content['training']['step']}")
-    return content["training"]["step"], content["training"]["scores"]
-
-
-def plain(config: TrainConfig) -> dict:
-    """The config in types that a checkpoint may hold."""
-    return {name: tuple(map(str, value)) if name in ("train", "dev") else value for name, value in asdict(config).items()}
+    if content["training"]["step"] > config.max_steps:
+        raise ValueError(f"{checkpoint} is at step {content['training']['step']}, beyond max_steps {config.max_steps}; give another --out")
 
 
 def write_log(folder: Path, row: dict) -> None:
@@ -257,8 +257,8 @@ def write_log(folder: Path, row: dict) -> None:
         log.write(json.dumps(row) + "\n")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--out", default="runs/default", metavar="FOLDER", help="where checkpoint, log and model go (default: %(default)s)")
     add_flags(parser, TrainConfig(), "training")
     add_flags(parser, ModelConfig(), "model")

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+import cli
 import decode
 from confidence import FUNCTIONS, register
 from decode import DecodeConfig, Generation, distribution, generate, stream
-from model import Transformer
+from model import Transformer, save_checkpoint
 
 PROMPT = [1, 7, 3, 9]
 
@@ -100,7 +101,7 @@ def test_pruning_changes_neither_the_static_exit_nor_the_full_model(tiny_model):
     """The best candidate survives any pruning, and the last layer asks the whole vocabulary."""
     model = tiny_model(4)
     for threshold in (0.0, 1.0):
-        assert mixed(model, threshold=threshold, prune="fixed", prune_k=2).tokens[:1] == mixed(model, threshold=threshold).tokens[:1]
+        assert mixed(model, threshold=threshold, prune="fixed", prune_k=2).tokens == mixed(model, threshold=threshold).tokens
     pruned = mixed(model, threshold=0.999, prune="fixed", prune_k=2)
     deep = [i for i, layer in enumerate(pruned.exit_layers) if layer == 5]
     assert [pruned.tokens[i] for i in deep] == [exact_tokens(model, PROMPT, pruned)[i] for i in deep]
@@ -124,6 +125,11 @@ def test_counters_add_up(tiny_model):
     for i, reached in enumerate(out.exit_layers):
         rows.update({layer: len(PROMPT) + i for layer in range(1, reached + 1)})
     assert c.block_rows == sum(rows.values())
+    before, flops = dict.fromkeys(range(1, 6), 0), 0
+    for i, reached in enumerate(out.exit_layers):
+        for layer in range(1, reached + 1):
+            flops, before[layer] = flops + model.block_flops(before[layer], len(PROMPT) + i), len(PROMPT) + i
+    assert c.block_flops == flops
 
 
 def test_copy_fill_owes_nothing(tiny_model):
@@ -141,7 +147,9 @@ def test_copied_keys_and_values_are_projected_from_the_exit_state(tiny_model):
     cache, trace = decode.KVCache(model, 4), decode.Trace(model)
     with torch.inference_mode():
         decode.run_pass(model, cache, [3], trace, frozenset({2}), 0.0)
-        decode.copy_up(model, cache, 2)
+        counters = decode.Counters()
+        decode.copy_up(model, cache, 2, counters)
+        assert counters.block_flops == 3 * 2 * 32 * 64  # three layers project 4 + 2 + 2 heads of width 8 from one row
         assert cache.filled == [1] * 6
         block, state = model.blocks[4], trace.hidden[2][0]
         value = (block.qkv @ (state * block.attn_norm / (state.square().mean() + 1e-6).sqrt()))[-16:]  # K C = 2 x 8
@@ -319,6 +327,7 @@ def test_impossible_settings_are_refused_by_name(field, value):
 
 @pytest.mark.parametrize(("prompt", "config", "message"), [
     ([], {}, "non-empty"), ([[1, 2], [3, 4]], {}, "batch size 1"), ([1] * 64, {}, "64 tokens"), ([1, 50], {}, "0 to 49"),
+    ([1], {"confidence": "softmax", "min_layer": 5}, "min_layer is 5, which leaves no exit layer"),
     ([1], {"confidence": "softmax", "exit_layers": (5,)}, "layer 5"), ([1], {"confidence": "softmax", "exit_layers": (0,)}, "layer 0"),
 ])  # fmt: skip
 def test_impossible_requests_are_refused(tiny_model, prompt, config, message):
@@ -361,3 +370,29 @@ def test_colours_run_from_green_to_red_and_can_be_off():
     assert decode.colour("x", 1, 12, True) == "\033[38;2;0;255;60mx\033[0m"
     assert decode.colour("x", 12, 12, True) == "\033[38;2;255;0;60mx\033[0m"
     assert decode.colour("x", 6, 12, False) == "x"
+
+
+def test_the_command_streams_ids_where_there_is_no_tokenizer_and_refuses_mistakes_in_one_line(tiny_model, tmp_path, monkeypatch, capsys):
+    save_checkpoint(tmp_path / "tiny.pt", tiny_model(0), None)
+
+    def command(*words):
+        monkeypatch.setattr("sys.argv", ["decode.py", f"--checkpoint={tmp_path / 'tiny.pt'}", *words])
+        cli.run(decode.main)
+
+    command("--prompt=1,7,3,9", "--confidence=none", "--max-new-tokens=6")
+    assert " ".join(map(str, greedy_reference(tiny_model(0), PROMPT, 6))) in capsys.readouterr().out
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("old")
+    mistakes = {"--prompt=hello": "token ids", "--prompt=": "token ids", "--exit-layers=9": "layer 9", "--prompt=1,99": "0 to 49",
+                "--threshold=2": "threshold", "--dtype=int3": "int3"}  # fmt: skip
+    for mistake, message in mistakes.items():
+        with pytest.raises(SystemExit) as end:
+            command("--prompt=1", f"--trace={trace}", mistake)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and line.startswith("error: ") and message in line and trace.read_text() == "old"
+
+
+@pytest.mark.parametrize("n_layers", [2, 3, 6, 12, 30])
+def test_the_commands_default_exits_fit_every_depth(n_layers):
+    assert DecodeConfig(exit_layers=decode.demo_exits(n_layers), confidence="softmax").exits(n_layers)
+    assert decode.demo_exits(12) == (4, 6, 8)

@@ -1,14 +1,14 @@
 """The table: figures that follow from the runs, settings that are chosen and read back, mistakes in one line."""
 
 import json
+import time
+from dataclasses import replace
 
 import pytest
-import sentencepiece as spm
-import torch
 
 import cli
 import eval as evaluation
-from data import Example, encode_prompt, read_pairs, task_file, train_tokenizer
+from data import read_pairs, task_file, train_tokenizer
 from decode import DecodeConfig, Generation
 from model import save_checkpoint
 
@@ -79,7 +79,7 @@ def test_tune_writes_settings_that_the_table_reads(checkpoint, monkeypatch, tmp_
     monkeypatch.setattr(evaluation, "summarize", summarize)
     run_command(monkeypatch, "--checkpoint", checkpoint, "--limit", 3, "--tune", "--settings", tmp_path / "new.json")
     assert set(json.loads((tmp_path / "new.json").read_text())) == set(evaluation.TASKS)
-    assert evaluation.read_settings(tmp_path / "new.json", "e2e") == dict.fromkeys(("static", "softmax", "weighted", "jsd"), safe)
+    assert evaluation.read_settings(tmp_path / "new.json", "e2e", 5, {}) == dict.fromkeys(("static", "softmax", "weighted", "jsd"), safe)
 
 
 def test_every_candidate_fits_its_model():
@@ -99,15 +99,34 @@ def test_rows_take_turns_on_the_same_prompts(tiny_model, monkeypatch):
     assert all(len(row.outputs) == len(row.seconds) == 2 for row in measured.values())
 
 
-def test_time_of_asking_is_part_of_the_time_and_leaves_the_output_alone(tiny_model, tokenizer):
+def test_time_of_asking_counts_what_did_not_give_the_token(tiny_model):
+    """A function that sleeps 5 ms at each of two layers takes nearly all of the time; one that answers at once takes a small part."""
     model = tiny_model(0, vocab_size=350, max_len=256)
-    processor = spm.SentencePieceProcessor(model_proto=tokenizer)
-    examples = [Example("name[The Punter], food[Italian]", ("The Punter is Italian.",))]
-    config = DecodeConfig(confidence="jsd", threshold=1.0, exit_layers=(2, 4), max_new_tokens=8)
-    prompts = [encode_prompt(processor, examples[0].prompt)]
-    spent = evaluation.confidence_seconds(model, prompts, config)
-    whole = sum(evaluation.measure(model, prompts, {"jsd": config}, 3, "")["jsd"].seconds)
-    assert 0 < spent and whole > 0 and torch.get_num_threads() == 1
+
+    def slow(trace, layer):
+        time.sleep(0.005)
+        return trace.logits(layer).max() * 0
+
+    config = DecodeConfig(confidence=slow, threshold=1.0, exit_layers=(2, 4), max_new_tokens=8)
+    assert 0.7 < evaluation.confidence_share(model, [[1, 2, 3]], config) < 1
+    quick = replace(config, confidence=lambda trace, layer: float(layer == 4))
+    assert 0 < evaluation.confidence_share(model, [[1, 2, 3]], quick) < 0.3
+
+
+def test_flags_without_a_confidence_change_every_row_and_the_full_model_alike(checkpoint, monkeypatch, tmp_path):
+    changes = ("--max-new-tokens", 3, "--threshold", 0.9)
+    run_command(monkeypatch, "--checkpoint", checkpoint, "--limit=2", "--repeat=1", "--tasks=e2e", *changes, "--json", tmp_path / "out.json")
+    full, row = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [len(prompt["tokens"]) for each in (full, row) for prompt in each["prompts"]] == [3] * 4
+    assert row["config"]["threshold"] == 0.9 and row["config"]["exit_layers"] == [2, 3]
+
+
+def test_tuning_one_task_keeps_the_other(checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluation, "candidates", lambda *_: [DecodeConfig(confidence="softmax", max_new_tokens=8)])
+    before = json.loads((tmp_path / "tiny.json").read_text())
+    run_command(monkeypatch, "--checkpoint", checkpoint, "--limit", 1, "--tune", "--tasks", "e2e")
+    after = json.loads((tmp_path / "tiny.json").read_text())
+    assert after["translation"] == before["translation"] and after["e2e"] != before["e2e"]
 
 
 MISTAKES = {
@@ -120,6 +139,11 @@ MISTAKES = {
     "--dtype=int4": "unknown dtype 'int4'",
     "--settings=missing.json": "missing.json: no settings for this checkpoint",
     "--checkpoint=missing.pt": "missing.pt: no such checkpoint",
+    "--json=nowhere/out.json": "nowhere/out.json: there is no folder nowhere to write to",
+    "--min-layer=9": "min_layer is 9, which leaves no exit layer",
+    "--exit-layers=2,a": "--exit-layers: invalid list of int, separated by commas, value: '2,a'",
+    "--max-owed=x": "--max-owed: invalid int value: 'x'",
+    "--no-such-flag": "unrecognized arguments: --no-such-flag",
 }
 
 
@@ -138,4 +162,4 @@ UNUSABLE = ["{", "[]", '{"e2e": {}}', '{"translation": {"a": {"threshold": 3}}}'
 def test_unusable_settings_are_refused(tmp_path, content):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(ValueError, match=r"a\.json: not usable as settings of translation"):
-        evaluation.read_settings(tmp_path / "a.json", "translation")
+        evaluation.read_settings(tmp_path / "a.json", "translation", 5, {})

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from confidence import Trace
-from decode import run_pass
+from decode import DecodeConfig, generate, run_pass
 from model import KVCache, ModelConfig, Transformer, choose_split, linear, load_checkpoint, rms_norm, save_checkpoint
 
 SHAPES = [{"n_kv_heads": 4}, {"n_kv_heads": 2}, {"n_kv_heads": 1}, {"tie_embeddings": False}, {"exit_norms": (1, 3)}, {"n_layers": 2}]
@@ -124,9 +124,31 @@ def test_a_split_product_equals_the_whole(tiny_model):
         x = torch.randn(rows, 16)
         torch.testing.assert_close(linear(x, weight, 2), x @ weight.T)
         torch.testing.assert_close(linear(x, weight, 4), x @ weight.T)  # 4 does not divide 6: whole
-    model = tiny_model(0)
+
+
+def test_the_split_is_chosen_by_trial_and_decodes_the_same(tiny_model, monkeypatch):
+    model, clock = tiny_model(0), [0.0]
+    cost = {1: 1.0, 2: 1.0}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr("model.linear", lambda x, weight, split: clock.__setitem__(0, clock[0] + cost[split]))
+    monkeypatch.setattr("model.time.perf_counter", lambda: clock[0])
     choose_split(model)
-    assert model.split in (1, torch.get_num_threads())
+    assert model.split == 1
+    cost[2] = 0.5
+    choose_split(model)
+    assert model.split == 2 and all(block.split == 2 for block in model.blocks)
+    monkeypatch.undo()
+    config = DecodeConfig(max_new_tokens=20, confidence="softmax", threshold=0.15, prune="fixed", prune_k=8)
+    assert generate(model, [1, 2, 3], config).tokens == generate(tiny_model(0), [1, 2, 3], config).tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close_to_float32(tiny_model, tmp_path, dtype):
+    save_checkpoint(tmp_path / "model.pt", tiny_model(0), None)
+    model, _ = load_checkpoint(tmp_path / "model.pt", dtype=dtype)
+    out = generate(model, [1, 2, 3], DecodeConfig(max_new_tokens=12, confidence="jsd", threshold=0.1))
+    states, exact = (each.hidden_states(torch.tensor([[1, 2, 3, *out.tokens]]))[-1].float() for each in (model, tiny_model(0)))
+    assert len(out.tokens) == 12 and (states - exact).norm() < 0.05 * exact.norm()
 
 
 def test_block_flops_count_weights_and_attention(tiny_model):

@@ -140,7 +140,7 @@ def test_packed_documents_do_not_see_each_other(tiny_model):
 def test_weighted_and_rotate_teach_every_exit_and_none_the_last_layer_alone(loss, taught, config, tmp_path):
     config = dataclasses.replace(config, loss=loss, max_steps=60, validate_every=60)
     model = train.train(config, SHAPE, tmp_path)
-    dev = train.prepare_data(config.dev, (tmp_path / "tokenizer.model").read_bytes(), tmp_path, config.length)
+    dev = train.prepare_data(config.dev, train.prepare_tokenizer(config.train, tmp_path, SHAPE.vocab_size), tmp_path, config.length)
     before, after = (train.validate(each, dev, config) for each in (untrained(), model))
     assert all(after[layer][0] < 0.5 * before[layer][0] for layer in taught)
     assert [layer for layer in (1, 2) if not torch.equal(model.exit_norms[str(layer)], torch.ones(32))] == taught[:-1]
@@ -310,14 +310,17 @@ MISTAKES = {  # a flag -> what the line must say
     "--rows=0": "rows is 0; it must be at least 1",
     "--seed=-1": "seed is -1; it must be at least 0",
     "--device=meta": "device 'meta' is not there",
-    "--vocab-size=200": "tokenizer.model: has 300 pieces, the model 200",
+    "--vocab-size=200": "was trained with vocab_size 300, not 200",
+    "--length=40": "was trained with length",
+    "--max-steps=3": "is at step 12, beyond max_steps 3",
     "--lr=nan": "lr and clip must be above 0",
     "--length=49": "length is 49, the model has 48 positions",
     "--train=": "nothing to train on",
+    "--train={files}/dev.tsv": "was trained with train",
     "--train={files}/missing.tsv": "missing.tsv: no such data file",
     "--dev={files}/missing.tsv": "missing.tsv: no such data file",
-    "--train={files}/empty.tsv": "empty.tsv: holds no data",
-    "--train={files}/malformed.tsv": "malformed.tsv, line 2: has 1 columns; 2 are needed",
+    "--dev={files}/empty.tsv": "empty.tsv: holds no data",
+    "--dev={files}/malformed.tsv": "malformed.tsv, line 2: has 1 columns; 2 are needed",
     "--lr=0.5": "was trained with lr 0.01, not 0.5; give another --out",
     "--exits=1": "was trained with exits (1, 2), not (1,)",
     "--d-ff=64": "was trained with d_ff 48, not 64",

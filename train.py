@@ -179,6 +179,8 @@ def train(config: TrainConfig, shape: ModelConfig, folder: Path) -> Transformer:
         check_resumable(checkpoint, content, config, shape)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = prepare_tokenizer(config.train, folder, shape.vocab_size)
+    if content and content["tokenizer"].numpy().tobytes() != tokenizer:
+        raise ValueError(f"{checkpoint} was trained with another tokenizer: the training files have changed; give another --out")
     array = prepare_data(config.train, tokenizer, folder, config.length)
     dev_arrays = {file: prepare_data((file,), tokenizer, folder, config.length) for file in config.dev}
 

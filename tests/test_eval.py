@@ -115,7 +115,7 @@ def test_time_of_asking_counts_what_did_not_give_the_token(tiny_model):
 
 def test_flags_without_a_confidence_change_every_row_and_the_full_model_alike(checkpoint, monkeypatch, tmp_path):
     changes = ("--max-new-tokens", 3, "--threshold", 0.9)
-    run_command(monkeypatch, "--checkpoint", checkpoint, "--limit=2", "--repeat=1", "--tasks=e2e", *changes, "--json", tmp_path / "out.json")
+    run_command(monkeypatch, "--checkpoint", checkpoint, "--limit=2", "--repeat=1", "--tasks=e2e", *changes, f"--json={tmp_path}/out.json")
     full, row = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [len(prompt["tokens"]) for each in (full, row) for prompt in each["prompts"]] == [3] * 4
     assert row["config"]["threshold"] == 0.9 and row["config"]["exit_layers"] == [2, 3]

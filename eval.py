@@ -9,6 +9,7 @@ All rows share code, cache, dtype and prompts; they take turns prompt by prompt,
 
 import argparse
 import json
+import math
 import platform
 import random
 import subprocess
@@ -179,40 +180,51 @@ def read_settings(path: Path, task: str, n_layers: int, changes: dict) -> dict[s
         raise ValueError(f"{path}: not usable as settings of {task} ({error})") from None
 
 
-SHARES = ((1 / 4,), (1 / 3,), (1 / 2,), (1 / 4, 1 / 2), (1 / 3, 1 / 2), (1 / 3, 2 / 3), (1 / 2, 2 / 3), (1 / 3, 1 / 2, 2 / 3),
-          (1 / 4, 1 / 3, 1 / 2, 2 / 3))  # fmt: skip
-THRESHOLD_GRID = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+SHARES = ((1 / 3,), (1 / 2,), (1 / 4, 1 / 2), (1 / 3, 2 / 3), (1 / 2, 2 / 3), (1 / 3, 1 / 2, 2 / 3))  # exit sets, as shares of the depth
+COARSE, FINE = (0.3, 0.6), (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # thresholds
+FIRST = 100  # inputs on which the layers are chosen
 
 
 def candidates(n_layers: int, name: str, layers: tuple[int, ...] | None) -> list[DecodeConfig]:
-    """What --tune tries for a row: every static exit; `softmax` with exit sets at shares of the depth, under a range of thresholds; other
-    functions with the `layers` that served softmax best. All but static exits are pruned to 64 candidates."""
+    """What --tune tries: every `static` exit; to choose layers, exit sets under few thresholds; given `layers`, many thresholds. All but
+    static exits are pruned to 64 candidates."""
     base = DecodeConfig(confidence="softmax", threshold=0.0, max_new_tokens=MAX_NEW_TOKENS)
     if name == "static":
         return [replace(base, exit_layers=(layer,)) for layer in range(1, n_layers)]
     sets = {tuple(sorted({min(n_layers - 1, max(1, round(n_layers * share))) for share in shares})) for shares in SHARES}
-    grid = product([layers] if layers else sorted(sets), THRESHOLD_GRID if layers else THRESHOLD_GRID[1:8:2])
+    grid = product([layers], FINE) if layers else product(sorted(sets), COARSE)
     return [replace(base, confidence=name, exit_layers=layers, threshold=threshold, prune="fixed") for layers, threshold in grid]
 
 
-def tune(model, tokenizer, task: str, examples: list[Example]) -> dict[str, dict]:
-    """For each row the fastest candidate that keeps the full model's BLEU and ROUGE-L to within LOSS_ALLOWED (if none does: the one that
-    keeps most), on the given examples. Returns the fields that differ from DecodeConfig's defaults."""
-    chosen, layers = {}, None
+def choose(model, tokenizer, task: str, examples: list[Example], name: str, layers: tuple[int, ...] | None) -> DecodeConfig:
+    """The fastest candidate that keeps the full model's BLEU and ROUGE-L on the examples to within LOSS_ALLOWED; if none does, the one
+    that keeps most."""
+    configs = candidates(model.config.n_layers, name, layers)
     prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
-    for name in ("static", "softmax", "weighted", "jsd"):
-        configs = candidates(model.config.n_layers, name, layers)
-        labelled = {"full": full_model(configs[0])} | {str(number): config for number, config in enumerate(configs)}
-        measured = measure(model, prompts, labelled, 1, f"{task}: {name}")
-        full, *rows = [summarize(model, tokenizer, task, examples, label, row, measured["full"], None) for label, row in measured.items()]
-        kept = {row["name"]: min(row["scores"][key] / score if score else 1.0 for key, score in full["scores"].items()) for row in rows}
-        good = [row for row in rows if kept[row["name"]] >= 1 - LOSS_ALLOWED]
-        best = max(good, key=lambda row: row["speedup"]) if good else max(rows, key=lambda row: kept[row["name"]])
-        config, default = configs[int(best["name"])], DecodeConfig(max_new_tokens=MAX_NEW_TOKENS)
-        chosen[name] = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)}
-        layers = config.exit_layers if name != "static" else None
-        tqdm.write(f"{task}, {name}: {chosen[name]} keeps {kept[best['name']]:.1%} at {best['speedup']:.2f} times the full model's speed")
-    return chosen
+    labelled = {"full": full_model(configs[0])} | {str(number): config for number, config in enumerate(configs)}
+    measured = measure(model, prompts, labelled, 1, f"{task}: {name}")
+    full, *rows = [summarize(model, tokenizer, task, examples, label, row, measured["full"], None) for label, row in measured.items()]
+    kept = {row["name"]: min(row["scores"][key] / score if score else 1.0 for key, score in full["scores"].items()) for row in rows}
+    good = [row for row in rows if kept[row["name"]] >= 1 - LOSS_ALLOWED]
+    best = max(good, key=lambda row: row["speedup"]) if good else max(rows, key=lambda row: kept[row["name"]])
+    config = configs[int(best["name"])]
+    tqdm.write(f"{task}, {name}: exits {config.exit_layers}, threshold {config.threshold} keep {kept[best['name']]:.1%} "
+               f"at {best['speedup']:.2f} times the full model's speed on {len(examples)} inputs")  # fmt: skip
+    return config
+
+
+def tune(model, tokenizer, task: str, examples: list[Example]) -> dict[str, dict]:
+    """Settings of every row: a static exit and the exit layers that serve softmax, on some of the examples; then, for these layers, the
+    threshold of each function, on all. Returns the fields that differ from DecodeConfig's defaults."""
+    some = examples[:: math.ceil(len(examples) / FIRST)]
+    chosen = {"static": choose(model, tokenizer, task, some, "static", None)}
+    layers = choose(model, tokenizer, task, some, "softmax", None).exit_layers
+    chosen |= {name: choose(model, tokenizer, task, examples, name, layers) for name in ("softmax", "weighted", "jsd")}
+    default = DecodeConfig(max_new_tokens=MAX_NEW_TOKENS)
+    return {
+        name: {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)}
+        for name, config in chosen.items()
+    }
 
 
 # ---------------------------------------------------------------- the command line

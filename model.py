@@ -69,7 +69,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @functools.cache
-def _rms_constants(d: int, eps: float) -> Tensor:
+def _rms_constants(d: int, eps: float) -> tuple[Tensor, Tensor]:
     """1 / sqrt d and sqrt eps, as tensors: rms(x) = hypot(|x| / sqrt d, sqrt eps)."""
     return torch.tensor([d**-0.5, eps**0.5]).unbind()
 

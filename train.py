@@ -209,9 +209,9 @@ def train(config: TrainConfig, shape: ModelConfig, folder: Path) -> Transformer:
             last = step == config.max_steps
             if step % config.validate_every == 0 or last:
                 for file, dev in dev_arrays.items():
-                    scores[str(file)] = validate(model, dev, config)
-                    write_log(folder, {"step": step, "dev": str(file), "layers": scores[str(file)]})
-                    cells = "  ".join(f"{layer}: {loss:.3f} ({same:.3f})" for layer, (loss, same) in scores[str(file)].items())
+                    scores[file] = validate(model, dev, config)
+                    write_log(folder, {"step": step, "dev": file, "layers": scores[file]})
+                    cells = "  ".join(f"{layer}: {loss:.3f} ({same:.3f})" for layer, (loss, same) in scores[file].items())
                     tqdm.write(f"step {step}, {file}: loss (agreement with the last layer) by layer  {cells}")
             if step % config.save_every == 0 or last:
                 training = {"step": step, "scores": scores, "config": asdict(config), "optimizer": optimizer.state_dict()}

@@ -54,7 +54,8 @@ def open_text(path: str | Path) -> io.TextIOBase:
 
 def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
     """Yields (prompt, completion) from a file, its format told by its ending: .csv with the columns mr,ref (E2E NLG), .tsv with
-    source and target (translation), .jsonl with `prompt` and `completion` or `references`, .txt as one document without a prompt.
+    source and target (translation), .jsonl with `prompt` and `completion` or `references`, or with `text`, and .txt as one text. A text has
+    the prompt "".
     Raises ValueError naming the file, and the line where there is one, for what is malformed, not UTF-8, or empty."""
     kind = Path(path).with_suffix("").suffix if Path(path).suffix in (".xz", ".gz") else Path(path).suffix
     readers = {".csv": _read_csv, ".tsv": _read_tsv, ".jsonl": _read_jsonl, ".txt": _read_txt}
@@ -74,7 +75,8 @@ def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
 
 def _fields(path, line: int, *fields) -> tuple[str, ...]:
     if not all(isinstance(field, str) and field.strip() for field in fields):
-        raise ValueError(f"{path}, line {line}: needs two non-empty texts, prompt and completion")
+        needed = "two non-empty texts, prompt and completion" if len(fields) > 1 else "a non-empty text"
+        raise ValueError(f"{path}, line {line}: needs {needed}")
     return fields
 
 
@@ -102,6 +104,9 @@ def _read_jsonl(file, path):
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
+        if isinstance(row, dict) and "text" in row:
+            yield "", *_fields(path, number, row["text"])
+            continue
         targets = (row.get("references") or [row.get("completion")]) if isinstance(row, dict) else [None]
         for target in targets if isinstance(targets, list) else [None]:
             yield _fields(path, number, row.get("prompt") if isinstance(row, dict) else None, target)
@@ -124,15 +129,17 @@ def read_examples(path: str | Path) -> list[Example]:
 # ---------------------------------------------------------------- tokens
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """A sentencepiece model, trained line by line: BPE, every byte representable, characters left as they are, runs of spaces made one.
-    Raises ValueError if there is too little text."""
-    model, lines = io.BytesIO(), (line for text in texts for line in text.splitlines() if line.strip())
+def train_tokenizer(pairs: Iterable[tuple[str, str]], vocab_size: int) -> bytes:
+    """A sentencepiece model, trained line by line: BPE, every byte representable, characters left as they are, runs of spaces made one;
+    with a separator if there are prompts. Raises ValueError if there is too little text."""
+    model, pairs = io.BytesIO(), iter(pairs)
+    first = next(pairs, ("", ""))
+    lines = (line for pair in itertools.chain([first], pairs) for text in pair for line in text.splitlines() if line.strip())
     try:
         spm.SentencePieceTrainer.train(
             sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
-            character_coverage=0.9995, normalization_rule_name="identity", user_defined_symbols=[SEP], num_threads=os.cpu_count(),
-            max_sentence_length=65536, minloglevel=2,
+            character_coverage=0.9995, normalization_rule_name="identity", user_defined_symbols=[SEP] if first[0] else [],
+            num_threads=os.cpu_count(), max_sentence_length=65536, minloglevel=2,
         )
     except RuntimeError as error:
         raise ValueError(f"no tokenizer of {vocab_size} pieces from this text: {str(error).splitlines()[-1]}") from None
@@ -147,27 +154,23 @@ def encode_prompt(tokenizer: spm.SentencePieceProcessor, prompt: str) -> list[in
 
 def tokenize(pairs: Iterable[tuple[str, str]], tokenizer, path: str | Path, length: int) -> dict[str, int]:
     """Writes a memory-mappable array of (token, flags) records to `path` (.npy) and returns its statistics. A document of more than
-    `length` + 1 tokens loses the left of its prompt, then the end of its completion; plain text is cut into documents of that size."""
+    `length` + 1 tokens loses the left of its prompt, then the end of its completion; a text is cut into documents, see `cut_text`."""
     tokens, flags = array("I"), array("B")
     stats = {"documents": 0, "tokens": 0, "learned": 0, "shortened": 0}
     for prompt, completion in pairs:
-        head = encode_prompt(tokenizer, prompt) if prompt else [tokenizer.bos_id()]
-        body = [*tokenizer.encode(completion), tokenizer.eos_id()]
         if prompt:
+            head, body = encode_prompt(tokenizer, prompt), [*tokenizer.encode(completion), tokenizer.eos_id()]
             excess = max(0, len(head) + len(body) - length - 1)
             stats["shortened"] += excess > 0
             head = head[:1] + head[1 + excess :]
-            pieces = [(head, body[: length + 1 - len(head)])]
+            documents = [(head, body[: length + 1 - len(head)])]
         else:
-            whole = head + body
-            pieces = [([], whole[i : i + length + 1]) for i in range(0, len(whole) - 1, length)]
-        for before, learned in pieces:
-            tokens.extend(before + learned)
-            flag = [0] * len(before) + [LEARN] * len(learned)
-            flag[0] |= START
-            flags.extend(flag)
+            documents = (([tokenizer.bos_id()], part) for part in cut_text(completion, tokenizer, length))
+        for head, body in documents:
+            tokens.extend(head + body)
+            flags.extend([START] + [0] * (len(head) - 1) + [LEARN] * len(body))
             stats["documents"] += 1
-            stats["learned"] += len(learned) - (not before)  # the first token of a document is no target
+            stats["learned"] += len(body)
     stats["tokens"] = len(tokens)
     record = np.dtype([("token", "<u2" if tokenizer.vocab_size() <= 65536 else "<u4"), ("flags", "u1")])
     records = np.empty(len(tokens), record)
@@ -175,6 +178,22 @@ def tokenize(pairs: Iterable[tuple[str, str]], tokenizer, path: str | Path, leng
     with whole_file(path) as part, open(part, "wb") as file:
         np.save(file, records)
     return stats
+
+
+def cut_text(text: str, tokenizer, length: int) -> Iterator[list[int]]:
+    """Token ids of a text in parts of at most `length`, each as many whole lines as fit; only a line that is longer is cut itself. So that
+    what follows [bos] mostly is the beginning of a paragraph, as in a prompt. [eos] ends the last."""
+    part, size, parts = [], 0, []
+    for line in text.splitlines(keepends=True):
+        more = len(tokenizer.encode(line)) + 1  # the end of the line is a token or part of the count's slack
+        if part and size + more > length:
+            parts.append("".join(part))
+            part, size = [], 0
+        part.append(line)
+        size += more
+    for number, lines in enumerate([*parts, "".join(part)]):
+        ids = tokenizer.encode(lines) + [tokenizer.eos_id()] * (number == len(parts))
+        yield from (ids[i : i + length] for i in range(0, len(ids), length))
 
 
 @dataclass(frozen=True)

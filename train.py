@@ -146,8 +146,7 @@ def prepare_tokenizer(files: tuple[str, ...], folder: Path, vocab_size: int) -> 
     files = tuple(dict.fromkeys(files))
     path = folder / f"{digest(files, vocab_size)}.model"
     if not path.exists():
-        texts = (text for file in files for pair in data.read_pairs(file) for text in pair if text)
-        model = data.train_tokenizer(texts, vocab_size)
+        model = data.train_tokenizer((pair for file in files for pair in data.read_pairs(file)), vocab_size)
         with whole_file(path) as part:
             Path(part).write_bytes(model)
     return path.read_bytes()

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece as spm
 
 import data
-from data import SEP, TASKS, Example, batches, encode_prompt, read_examples, read_pairs, task_file, tokenize, train_tokenizer
+from data import LEARN, SEP, START, TASKS, Example, batches, cut_text, encode_prompt, read_examples, read_pairs, task_file, train_tokenizer
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
 LENGTH = 64  # of the rows in the tests of packing
@@ -25,7 +25,7 @@ def embedded_pairs(count: int) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return spm.SentencePieceProcessor(model_proto=train_tokenizer((text for pair in embedded_pairs(150) for text in pair), 400))
+    return spm.SentencePieceProcessor(model_proto=train_tokenizer(embedded_pairs(150), 400))
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def prepare(tokenizer, tmp_path):
     """pairs -> (array, statistics), by way of the file."""
 
     def prepare(pairs, length: int = LENGTH):
-        stats = tokenize(pairs, tokenizer, tmp_path / "tokens.npy", length)
+        stats = data.tokenize(pairs, tokenizer, tmp_path / "tokens.npy", length)
         assert [path.name for path in tmp_path.iterdir()] == ["tokens.npy"]  # nothing half-written stays behind
         return np.load(tmp_path / "tokens.npy", mmap_mode="r"), stats
 
@@ -105,7 +105,13 @@ def test_jsonl_may_list_several_references(tmp_path):
     assert read_examples(tmp_path / "a.jsonl") == [Example("p", ("one", "two")), Example("q", ("three",))]
 
 
+def test_json_lines_may_hold_texts(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one\\ntwo", "title": "x"}\n{"text": "three"}\n')
+    assert list(read_pairs(tmp_path / "a.jsonl")) == [("", "one\ntwo"), ("", "three")]
+
+
 @pytest.mark.parametrize("name, content, complaint", [
+    ("text.jsonl", '{"text": " "}\n', "text.jsonl, line 1: needs a non-empty text"),
     ("three.tsv", "a\tb\nc\td\te\n", "line 2: has 3 columns; 2 are needed"),
     ("blank.tsv", "a\tb\n\nc\td\n", "line 2: has 1 columns; 2 are needed"),
     ("space.tsv", "a\tb\nc\t \n", "line 2: needs two non-empty texts"),
@@ -175,7 +181,7 @@ def test_a_prompt_is_encoded_between_bos_and_one_separator(tokenizer, monkeypatc
 @pytest.mark.parametrize("size", [10, 100_000])
 def test_a_vocabulary_that_the_text_cannot_fill_or_that_cannot_hold_it_is_named(size):
     with pytest.raises(ValueError, match=f"no tokenizer of {size} pieces") as error:
-        train_tokenizer(["one two three"] * 20, size)
+        train_tokenizer([("", "one two three")] * 20, size)
     assert "\n" not in str(error.value)
 
 
@@ -242,16 +248,29 @@ def test_a_document_that_is_too_long_loses_the_left_of_its_prompt_and_is_counted
     assert short == learned_document(tokenizer, *pairs[0]) and stats["shortened"] == 2
 
 
-def test_plain_text_is_cut_into_windows_and_every_token_learned_once(tokenizer, prepare):
-    text = " ".join(completion for _, completion in embedded_pairs(20))
-    whole = [tokenizer.bos_id(), *tokenizer.encode(text), tokenizer.eos_id()]
-    for length in (LENGTH, len(whole), len(whole) - 1, len(whole) - 2):
+def test_a_text_is_cut_at_line_ends_and_every_token_learned_once(tokenizer, prepare):
+    text = "\n\n".join(completion for _, completion in embedded_pairs(20)) + "\n"
+    for length in (150, 300, 100_000):
         array, stats = prepare([("", text)], length)
-        windows = list(itertools.chain(*(unpack(batch) for batch in batches(array, 1, length, seed=None))))
-        assert [token for _, targets in windows for token in targets] == whole[1:]
-        assert [token for inputs, _ in windows for token in inputs] == whole[:-1]
-        assert stats["learned"] == len(whole) - 1
-        assert len(windows) == stats["documents"] == -(-(len(whole) - 1) // length)
+        learned = [list(part["token"]) for part in np.split(array, np.flatnonzero(array["flags"] & START)[1:])]
+        assert all(part.pop(0) == tokenizer.bos_id() and len(part) <= length for part in learned)
+        assert learned[-1].pop() == tokenizer.eos_id()
+        assert all((part["flags"] == LEARN) | (part["flags"] == START) for part in array)
+        parts = [tokenizer.decode(list(map(int, part))) for part in learned]
+        assert "".join(parts) == text and all(part.endswith("\n") for part in parts)
+        assert stats["documents"] == len(parts) and stats["learned"] == sum(map(len, learned)) + 1
+
+
+def test_a_line_longer_than_a_document_is_cut(tokenizer):
+    line = "a long line with no end " * 9
+    ids = [*tokenizer.encode(line), tokenizer.eos_id()]
+    assert list(cut_text(line, tokenizer, 7)) == [ids[i : i + 7] for i in range(0, len(ids), 7)]
+
+
+def test_a_tokenizer_has_a_separator_only_where_there_are_prompts():
+    tokenizer = spm.SentencePieceProcessor(model_proto=train_tokenizer([("", "one two three\nfour")] * 20, 280))
+    assert SEP not in [tokenizer.id_to_piece(i) for i in range(280)]
+    assert encode_prompt(tokenizer, "one two") == [tokenizer.bos_id(), *tokenizer.encode("one two")]
 
 
 def test_documents_longer_than_a_row_are_an_error(prepare, short_pairs):

@@ -16,7 +16,7 @@ from model import save_checkpoint
 @pytest.fixture(scope="module")
 def tokenizer():
     pairs = [pair for task in evaluation.TASKS for pair in list(read_pairs(task_file(task, "dev")))[:100]]
-    return train_tokenizer((text for pair in pairs for text in pair), 350)
+    return train_tokenizer(pairs, 350)
 
 
 @pytest.fixture

@@ -118,12 +118,13 @@ def main() -> None:
     generate(model, prompt, config)
     peak = peak_mib() - before
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters()) / 2**20
-    print(f"{torch.get_num_threads()} threads, {str(model.embedding.dtype).removeprefix('torch.')}, each weight in {model.split} block(s)")
+    print(f"{torch.get_num_threads()} threads, {str(model.embedding.dtype).removeprefix('torch.')}, weights {model.form}")
     print(f"memory over the imports: at most {peak:.0f} MiB, of which weights {weights:.0f}")
 
-    loops = {"plain": lambda: plain_loop(model, prompt, 64), "full": lambda: generate(model, prompt, config)}
+    plain, _ = load_checkpoint(args.checkpoint, *device_and_dtype(args), plain=True)
+    loops = {"plain": lambda: plain_loop(plain, prompt, 64), "full": lambda: generate(model, prompt, config)}
     times = seconds(loops, args.device, args.repeat)
-    same = plain_loop(model, prompt, 64) == generate(model, prompt, config).tokens
+    same = plain_loop(plain, prompt, 64) == generate(model, prompt, config).tokens
     print(f"full depth, 64 tokens after {PROMPT}: plain loop {64 / times['plain']:.0f} tokens/s, this project {64 / times['full']:.0f}, "
           f"{times['plain'] / times['full']:.2f} times as fast, {'the same' if same else 'not the same'} tokens")  # fmt: skip
 

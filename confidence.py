@@ -30,7 +30,7 @@ class Trace:
         self.confidences: dict[int, float] = {}  # of each layer asked
         self.flops: dict[int, int] = {}        # layer -> floating-point operations of its head
         self.n = model.config.vocab_size       # how many candidates there are
-        self._weight: Tensor | None = model.unembed  # (n, d), the candidates' rows of the unembedding; None: not gathered yet
+        self._weight: Tensor | None = model.head_weight  # (n, d), the candidates' rows of the unembedding; None: not gathered yet
         self._logits: dict[int, Tensor] = {}
         self._schedule, self._k = SCHEDULES[prune], prune_k
         self._premature = premature_layers
@@ -64,7 +64,7 @@ class Trace:
             if self._weight is None:
                 self._weight = self.model.unembed[self.candidates]
             rows = torch.cat([self.model.exit_norm(self.hidden[layer][-1:], layer) for layer in missing])  # (m, d)
-            self._logits.update(zip(missing, linear(rows, self._weight, self.model.split).float().unbind()))
+            self._logits.update(zip(missing, linear(rows, self._weight).float().unbind()))
             self.flops.update(dict.fromkeys(missing, 2 * self.n * rows.shape[1]))
             if self._schedule and self.layer in missing:
                 self._narrow(self._schedule(self, self._k))

@@ -242,7 +242,7 @@ def environment(args: argparse.Namespace, model: Transformer) -> dict:
         commit = None
     return {
         "device": torch.cuda.get_device_name() if model.embedding.is_cuda else cpu, "threads": torch.get_num_threads(),
-        "dtype": str(model.embedding.dtype).removeprefix("torch."), "weight_blocks": model.split, "torch": torch.__version__,
+        "dtype": str(model.embedding.dtype).removeprefix("torch."), "weights": model.form, "torch": torch.__version__,
         "python": platform.python_version(), "commit": commit, "checkpoint": str(args.checkpoint), "split_of_data": args.split,
         "limit": args.limit, "repeat": args.repeat, "seed": args.seed,
     }  # fmt: skip

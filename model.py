@@ -74,12 +74,31 @@ def _rms_constants(d: int, eps: float) -> tuple[Tensor, Tensor]:
     return torch.tensor([d**-0.5, eps**0.5]).unbind()
 
 
-def linear(x: Tensor, weight: Tensor, split: int) -> Tensor:
-    """x (N, d_in) times weight (d_out, d_in): (N, d_out). One row may go as a batch of `split` blocks of the weight; see `choose_split`."""
-    if split > 1 and x.shape[0] == 1 and weight.shape[0] % split == 0:
-        blocks = weight.view(split, -1, weight.shape[1])
-        return torch.bmm(blocks, x[..., None].expand(split, -1, -1)).view(1, -1)
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (N, d_in) times a weight in one of the FORMS, logically (d_out, d_in): (N, d_out)."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    if weight.dim() == 3:  # (blocks, d_in, d_out / blocks)
+        if len(x) > 16:
+            return F.linear(x, weight.transpose(1, 2).flatten(0, 1))
+        return torch.bmm(x.expand(len(weight), -1, -1), weight).transpose(0, 1).reshape(len(x), -1)
     return F.linear(x, weight)
+
+
+def split(weight: Tensor) -> Tensor:
+    """A view of the weight in as many blocks of its rows as there are threads, one for each; the weight itself if that does not fit."""
+    blocks = torch.get_num_threads()
+    return weight if blocks == 1 or len(weight) % blocks else weight.view(blocks, -1, weight.shape[1]).transpose(1, 2)
+
+
+def packed(weight: Tensor) -> Tensor:
+    """A copy in oneDNN's own order, laid out for a few rows; the weight itself where oneDNN is missing or does not know the dtype."""
+    known = torch.backends.mkldnn.is_available() and weight.dtype in (torch.float32, torch.bfloat16)
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 4) if known else weight
+
+
+# How a CPU model's weights are kept for `linear`, the form telling the kernel: `choose_form` takes the fastest.
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {"plain": lambda weight: weight, "split": split, "packed": packed}
 
 
 class Block(nn.Module):
@@ -88,7 +107,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         d, C, H, K = config.d_model, config.head_dim, config.n_heads, config.n_kv_heads
-        self.eps, self.split = config.norm_eps, 1
+        self.eps = config.norm_eps
         self.attn_norm = nn.Parameter(torch.ones(d))
         self.qkv = nn.Parameter(torch.empty((H + 2 * K) * C, d))
         self.out = nn.Parameter(torch.empty(d, H * C))
@@ -98,15 +117,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """x (N, d) -> (N, d); `attend` takes the queries, keys and values side by side, (N, (H + 2K) C), to (N, H C)."""
-        w, split = self._parameters, self.split  # not self.qkv: a Module's attribute access is slow enough to show in decoding
-        x = x + linear(attend(self.project(x)), w["out"], split)
-        gate, up = linear(rms_norm(x, w["mlp_norm"], self.eps), w["gate_up"], split).chunk(2, dim=-1)
-        return x + linear(F.silu(gate) * up, w["down"], split)
+        w = self._parameters  # not self.qkv: a Module's attribute access is slow enough to show in decoding
+        x = x + linear(attend(self.project(x)), w["out"])
+        gate, up = linear(rms_norm(x, w["mlp_norm"], self.eps), w["gate_up"]).chunk(2, dim=-1)
+        return x + linear(F.silu(gate) * up, w["down"])
 
     def project(self, x: Tensor) -> Tensor:
         """x (N, d) -> queries, keys and values before rotation, (N, (H + 2K) C)."""
         w = self._parameters
-        return linear(rms_norm(x, w["attn_norm"], self.eps), w["qkv"], self.split)
+        return linear(rms_norm(x, w["attn_norm"], self.eps), w["qkv"])
 
 
 def rope_table(config: ModelConfig) -> Tensor:
@@ -140,7 +159,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.split = 1
+        self.form = "plain"  # of the weights, see FORMS
+        self._head_weight: Tensor | None = None
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.Parameter(torch.ones(config.d_model))
@@ -181,13 +201,18 @@ class Transformer(nn.Module):
         """The unembedding W (V, d)."""
         return self.embedding if self.config.tie_embeddings else self.unembedding
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The unembedding in the form that the heads multiply with."""
+        return self.unembed if self._head_weight is None else self._head_weight
+
     def exit_norm(self, hidden: Tensor, layer: int) -> Tensor:
         """norm_l(h_l): the layer's own norm if it has one, else the final norm; (N, d) -> (N, d)."""
         return rms_norm(hidden, self.exit_norms[str(layer)] if layer in self.config.exit_norms else self.norm, self.config.norm_eps)
 
     def head(self, hidden: Tensor, layer: int | None = None) -> Tensor:
         """z_l = W norm_l(h_l): hidden (N, d) after `layer` (None: the last) -> logits (N, V) float32."""
-        return linear(self.exit_norm(hidden, layer or self.config.n_layers), self.unembed, self.split).float()
+        return linear(self.exit_norm(hidden, layer or self.config.n_layers), self.head_weight).float()
 
     def block_flops(self, first: int, stop: int) -> int:
         """Floating-point operations of one block on the positions first .. stop - 1: 2 a weight and row, 4 H C a row and position seen."""
@@ -196,26 +221,37 @@ class Transformer(nn.Module):
         return 2 * weights * (stop - first) + 4 * c.n_heads * c.head_dim * ((first + 1 + stop) * (stop - first) // 2)
 
 
-def choose_split(model: Transformer, repeats: int = 5) -> None:
-    """Times, on this machine, one row through all weights of a CPU model: as it is, and each weight split into as many blocks as there are
-    threads; keeps the clearly faster. (Where memory is slow, the library's matrix-vector product runs on one thread and the split wins.)"""
-    weights = [model.unembed, *(weight for block in model.blocks for weight in block.parameters() if weight.dim() > 1)]
+SAMPLE = 2**26     # bytes of weights that a trial multiplies with: more than caches hold
+COPY_LIMIT = 2**28  # bytes: a larger unembedding is not kept a second time, packed
 
-    @torch.inference_mode()
-    def seconds(split: int) -> float:
-        rows = {weight.shape[1]: torch.ones(1, weight.shape[1], dtype=weight.dtype) for weight in weights}
-        times = []
-        for _ in range(repeats):
-            started = time.perf_counter()
-            for weight in weights:
-                linear(rows[weight.shape[1]], weight, split)
-            times.append(time.perf_counter() - started)
-        return min(times)
 
-    threads = torch.get_num_threads()
-    if threads > 1 and seconds(threads) < 0.9 * seconds(1):
-        for module in (model, *model.blocks):
-            module.split = threads
+@torch.no_grad()
+def choose_form(model: Transformer, repeats: int = 5) -> None:
+    """Times, on this machine, one row and four rows through weights of a CPU model in each of the FORMS, and keeps the clearly fastest.
+    (The library's product of one row may run on one thread, at a fifth of what memory gives.)"""
+    weights, size = [], 0
+    for weight in (weight for block in model.blocks for weight in block.parameters() if weight.dim() > 1):
+        if size < SAMPLE:
+            weights.append(weight)
+            size += weight.numel() * weight.element_size()
+    forms = {name: [form(weight) for weight in weights] for name, form in FORMS.items()}
+    inputs = [[weight.new_ones(rows, weight.shape[1]) for weight in weights] for rows in (1, 4)]
+
+    def seconds(made: list[Tensor]) -> float:
+        started = time.perf_counter()
+        for rows in inputs:
+            for x, weight in zip(rows, made):
+                linear(x, weight)
+        return time.perf_counter() - started
+
+    times = {name: min(seconds(made) for _ in range(repeats)) * (0.9 if name == "plain" else 1) for name, made in forms.items()}
+    model.form = min(times, key=times.get)
+    for block in model.blocks:
+        for name, weight in block._parameters.items():
+            if weight.dim() > 1:
+                block._parameters[name] = FORMS[model.form](weight)
+    large = model.unembed.numel() * model.unembed.element_size() > COPY_LIMIT
+    model._head_weight = FORMS["split" if model.form == "packed" and large else model.form](model.unembed)
 
 
 class KVCache:
@@ -291,9 +327,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     return content
 
 
-def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
+def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, plain: bool = False):
     """Returns (model, tokenizer) ready to decode: tokenizer is a SentencePieceProcessor, or None if the file holds none. `dtype` None:
-    float32 on the CPU for float16 files (CPUs are slow at several rows in half precision), else the file's own. Raises ValueError."""
+    float32 on the CPU for float16 files (CPUs are slow at several rows in half precision), else the file's own. On a CPU the weights
+    take the form that is fastest there (`choose_form`) unless `plain`. Raises ValueError."""
     content, device = read_checkpoint(path), torch.device(device)
     try:
         with torch.device("meta"):
@@ -310,8 +347,8 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu",
             module._parameters[name] = nn.Parameter(weight.to(device, dtype), requires_grad=False)
     model.rope = model.rope.to(device)
     model.eval()
-    if device.type == "cpu":
-        choose_split(model)
+    if device.type == "cpu" and not plain:
+        choose_form(model)
     return model, None if blob is None else read_tokenizer(path, blob, model.config.vocab_size)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from confidence import Trace
 from decode import DecodeConfig, generate, run_pass
-from model import KVCache, ModelConfig, Transformer, choose_split, linear, load_checkpoint, rms_norm, save_checkpoint
+from model import FORMS, KVCache, ModelConfig, Transformer, choose_form, linear, load_checkpoint, rms_norm, save_checkpoint
 
 SHAPES = [{"n_kv_heads": 4}, {"n_kv_heads": 2}, {"n_kv_heads": 1}, {"tie_embeddings": False}, {"exit_norms": (1, 3)}, {"n_layers": 2}]
 
@@ -118,28 +118,41 @@ def test_the_quick_norm_equals_the_library_norm():
         torch.testing.assert_close(rms_norm(x, weight, 1e-3), torch.nn.functional.rms_norm(x, (64,), weight, 1e-3))
 
 
-def test_a_split_product_equals_the_whole(tiny_model):
-    weight = torch.randn(6, 16)
-    for rows in (1, 2):
-        x = torch.randn(rows, 16)
-        torch.testing.assert_close(linear(x, weight, 2), x @ weight.T)
-        torch.testing.assert_close(linear(x, weight, 4), x @ weight.T)  # 4 does not divide 6: whole
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 40])
+def test_every_form_of_a_weight_gives_the_same_product(form, rows, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for size in ((8, 16), (6, 16)):  # 4 does not divide 6: whole
+        x, weight = torch.randn(rows, 16), torch.randn(size)
+        torch.testing.assert_close(linear(x, FORMS[form](weight)), x @ weight.T, rtol=1e-4, atol=1e-5)
 
 
-def test_the_split_is_chosen_by_trial_and_decodes_the_same(tiny_model, monkeypatch):
-    model, clock = tiny_model(0), [0.0]
-    cost = {1: 1.0, 2: 1.0}
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr("model.linear", lambda x, weight, split: clock.__setitem__(0, clock[0] + cost[split]))
-    monkeypatch.setattr("model.time.perf_counter", lambda: clock[0])
-    choose_split(model)
-    assert model.split == 1
-    cost[2] = 0.5
-    choose_split(model)
-    assert model.split == 2 and all(block.split == 2 for block in model.blocks)
-    monkeypatch.undo()
+@pytest.mark.parametrize("fast", FORMS)
+def test_the_fastest_form_is_chosen_by_trial_and_decodes_the_same(tiny_model, monkeypatch, fast):
+    clock = [0.0]
+
+    def cost(x: torch.Tensor, weight: torch.Tensor) -> None:
+        clock[0] += 1.0 - 0.5 * (fast == ("packed" if weight.is_mkldnn else "split" if weight.dim() == 3 else "plain"))
+
+    model = tiny_model(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 2)
+        patch.setattr("model.linear", cost)
+        patch.setattr("model.time.perf_counter", lambda: clock[0])
+        choose_form(model)
+    assert model.form == fast and model.blocks[0].qkv.is_mkldnn == model.head_weight.is_mkldnn == (fast == "packed")
+    assert (model.blocks[0].down.dim() == 3) == (model.head_weight.dim() == 3) == (fast == "split")
     config = DecodeConfig(max_new_tokens=20, confidence="softmax", threshold=0.15, prune="fixed", prune_k=8)
     assert generate(model, [1, 2, 3], config).tokens == generate(tiny_model(0), [1, 2, 3], config).tokens
+
+
+def test_a_large_unembedding_is_not_kept_twice(tiny_model, monkeypatch):
+    monkeypatch.setattr("model.COPY_LIMIT", 100)
+    monkeypatch.setattr("model.FORMS", {"packed": FORMS["packed"], "split": FORMS["split"]})
+    monkeypatch.setattr("model.min", lambda *args, **kwargs: "packed" if "key" in kwargs else min(*args), raising=False)
+    model = tiny_model(0)
+    choose_form(model)
+    assert model.blocks[0].qkv.is_mkldnn and model.head_weight.data_ptr() == model.unembed.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

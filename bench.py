@@ -79,7 +79,7 @@ def advance(model: Transformer, cache: KVCache, rows: int, passes: int = 20) -> 
     """`passes` passes to the top, of `rows` positions each."""
     for _ in range(passes):
         cache.rollback(PROMPT)
-        run_pass(model, cache, [5] * rows, Trace(model), frozenset(), 1.0)
+        run_pass(model, cache, [5] * rows, Trace(model), {})
 
 
 @torch.inference_mode()
@@ -130,7 +130,7 @@ def main() -> None:
 
     cache = KVCache(model, PROMPT + 16)
     with torch.inference_mode():
-        run_pass(model, cache, prompt, Trace(model), frozenset(), 1.0)
+        run_pass(model, cache, prompt, Trace(model), {})
         states = [state[-1:] for state in model.hidden_states(torch.tensor([prompt], device=args.device))]
     rows = {str(count): partial(advance, model, cache, count) for count in (1, 2, 4, 8, 16)}
     for count, spent in seconds(rows, args.device, args.repeat).items():

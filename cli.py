@@ -72,6 +72,18 @@ def _reader(kind) -> Callable[[str], object]:
     return read
 
 
+def read_field(config: type, name: str, text: str):
+    """The value of a field of a config from text, as its flag reads it; of a bool, without text, True. Raises ValueError."""
+    kinds = typing.get_type_hints(config)
+    field = name.replace("-", "_")
+    if field not in kinds:
+        raise ValueError(f"unknown setting {name!r}; choose from {', '.join(kinds)}")
+    try:
+        return {"": True, "true": True, "false": False}[text.lower()] if kinds[field] is bool else _reader(kinds[field])(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"{name} cannot be {text!r}") from None
+
+
 def given(args: argparse.Namespace, config: type) -> dict:
     """The fields of `config` that were given as flags."""
     return {field.name: getattr(args, field.name) for field in dataclasses.fields(config) if hasattr(args, field.name)}

@@ -1,4 +1,4 @@
-"""Is the next token decided? The trace of one position, the confidence functions over it, contrast, pruning and thresholds.
+"""Is the next token decided? The trace of one position, vocabulary pruning, the confidence functions, and contrast.
 
 Notation: h_l the hidden state of the newest position after layer l, z_l = W norm_l(h_l) its logits, p_l = softmax(z_l), over the n
 current candidates (the whole vocabulary V unless pruned). Everything is float32. Confidences lie in [0, 1]; exit when c >= threshold.
@@ -21,18 +21,20 @@ class Trace:
     Logits are computed when asked for, once, over the current candidates, which the newest layer's first logits may narrow."""
 
     def __init__(self, model: Transformer, confidence: "Confidence | None" = None, prune: str = "none", prune_k: int = 64,
-                 premature_layers: tuple[int, ...] | None = None):
+                 prune_min: int = 16, premature_layers: tuple[int, ...] | None = None):
         self.model = model
         self.confidence = confidence
         self.hidden: list[Tensor] = []
-        self.candidates: Tensor | None = None  # (n,) int64 token ids; None is the whole vocabulary
-        self.amateurs: dict[int, int] = {}     # exit layer -> the layer it was contrasted with
+        self.candidates: Tensor | None = None    # (n,) int64 token ids; None is the whole vocabulary
+        self.n = model.config.vocab_size         # how many candidates there are
         self.confidences: dict[int, float] = {}  # of each layer asked
-        self.flops: dict[int, int] = {}        # layer -> floating-point operations of its head
-        self.n = model.config.vocab_size       # how many candidates there are
-        self._weight: Tensor | None = model.head_weight  # (n, d), the candidates' rows of the unembedding; None: not gathered yet
+        self.thresholds: dict[int, float] = {}   # that they had to reach
+        self.amateurs: dict[int, int] = {}       # exit layer -> the layer it was contrasted with
+        self.flops: dict[int, int] = {}          # layer -> floating-point operations of its head
+        self._weight = model.head_weight         # (n, d), the candidates' rows of the unembedding, but for those ..
+        self._take: Tensor | None = None         # .. narrowed away since: of its rows, the ones still to be gathered
         self._logits: dict[int, Tensor] = {}
-        self._schedule, self._k = SCHEDULES[prune], prune_k
+        self._schedule, self._limits = SCHEDULES[prune], (prune_k, prune_min)
         self._premature = premature_layers
 
     @property
@@ -42,6 +44,7 @@ class Trace:
 
     def decided(self, threshold: float) -> bool:
         """Whether the confidence after the newest layer reaches the threshold. A threshold of 0 is reached without asking."""
+        self.thresholds[self.layer] = threshold
         if threshold > 0:
             self.confidences[self.layer] = float(self.confidence(self, self.layer))
         return threshold <= 0 or self.confidences[self.layer] >= threshold
@@ -61,13 +64,15 @@ class Trace:
             self.stack([self.layer])
         missing = [layer for layer in layers if layer not in self._logits]
         if missing:
-            if self._weight is None:
-                self._weight = self.model.unembed[self.candidates]
+            if self._take is not None:
+                first = self._weight is self.model.head_weight
+                self._weight = (self.model.unembed if first else self._weight)[self._take]
+                self._take = None
             rows = torch.cat([self.model.exit_norm(self.hidden[layer][-1:], layer) for layer in missing])  # (m, d)
             self._logits.update(zip(missing, linear(rows, self._weight).float().unbind()))
             self.flops.update(dict.fromkeys(missing, 2 * self.n * rows.shape[1]))
             if self._schedule and self.layer in missing:
-                self._narrow(self._schedule(self, self._k))
+                self._narrow(self._schedule(self, *self._limits))
         return [self._logits[layer] for layer in layers]
 
     def _narrow(self, size: int) -> None:
@@ -75,18 +80,29 @@ class Trace:
         if size < self.n:
             best, index = self._logits.pop(self.layer).topk(size)  # (size,) by falling z_l
             self.candidates = index if self.candidates is None else self.candidates[index]
-            self.n, self._weight = size, None
+            self._take = index if self._take is None else self._take[index]
+            self.n = size
             self._logits = {self.layer: best} | {layer: logits[index] for layer, logits in self._logits.items()}
 
     def token(self, index: int) -> int:
         """Token id of a candidate's index."""
         return index if self.candidates is None else int(self.candidates[index])
 
+    def guess(self, layer: int) -> int:
+        """Token id of the most probable candidate at `layer`."""
+        return self.token(int(self.logits(layer).argmax()))
+
     def spread(self, probs: Tensor | None) -> Tensor | None:
         """Probabilities of the candidates (n,) as those of the vocabulary (V,)."""
         if probs is None or self.candidates is None:
             return probs
         return probs.new_zeros(self.model.config.vocab_size).scatter(0, self.candidates, probs)
+
+    def whole(self, layer: int, logits: Tensor) -> "Trace":
+        """The same position over the whole vocabulary, the logits (V,) of `layer` known."""
+        trace = Trace(self.model, premature_layers=self._premature)
+        trace.hidden, trace._logits = self.hidden, {layer: logits}
+        return trace
 
     def premature(self, layer: int) -> list[int]:
         """J of `layer`: the layers below it that may serve as its amateur; by default from 2 on."""
@@ -95,10 +111,28 @@ class Trace:
 
 # ---------------------------------------------------------------- vocabulary pruning
 
-# Name -> (trace, prune_k) -> how many candidates to keep once the logits of an exit layer are known; None keeps all.
-SCHEDULES: dict[str, Callable[[Trace, int], int] | None] = {
+
+def decaying(trace: Trace, k: int, k_min: int) -> int:
+    """k first, then k_next = max(k_min, k_now / (1 + (k_now - k_min) / k_min * l/L)), rounded up."""
+    if trace.candidates is None and k < trace.n:
+        return k
+    shrink = 1 + (trace.n - k_min) / k_min * trace.layer / trace.model.config.n_layers
+    return max(k_min, math.ceil(trace.n / shrink))
+
+
+def adaptive(trace: Trace, k: int, k_min: int) -> int:
+    """min(k, V (1 - 0.9 c)) with c the confidence of the previous check, at least k_min. Since this is never below V/10, k caps it wherever
+    k <= V/10; the uncapped form is k = V."""
+    sure = list(trace.confidences.values())[-1] if trace.confidences else 0.0
+    return max(k_min, min(k, math.ceil(trace.model.config.vocab_size * (1 - 0.9 * sure))))
+
+
+# Name -> (trace, prune_k, prune_min) -> how many candidates to keep once the logits of an exit layer are known; None keeps all.
+SCHEDULES: dict[str, Callable[[Trace, int, int], int] | None] = {
     "none": None,
-    "fixed": lambda trace, k: k,
+    "fixed": lambda trace, k, k_min: k,
+    "decaying": decaying,
+    "adaptive": adaptive,
 }
 
 
@@ -148,6 +182,13 @@ def hidden(trace: Trace, layer: int) -> Tensor:
     return torch.cosine_similarity(trace.hidden[layer][-1].float(), trace.hidden[layer - 1][-1].float(), dim=-1).clamp(0, 1)
 
 
+@register("classifier")
+def classifier(trace: Trace, layer: int) -> Tensor:
+    """sigmoid(w_l norm_l(h_l) + b_l), trained to predict argmax p_l = argmax p_L (CALM, section 3.5, early-exit classifier). Raises
+    ValueError for a layer without one."""
+    return trace.model.classify(trace.hidden[layer][-1:], layer)[0]
+
+
 @register("entropy")
 def entropy(trace: Trace, layer: int) -> Tensor:
     """1 - H(p_l) / log n."""
@@ -164,15 +205,20 @@ def weighted(trace: Trace, layer: int) -> Tensor:
 
 @register("jsd")
 def jsd(trace: Trace, layer: int) -> Tensor:
-    """Margin of p_l contrasted with m = argmax over j in J of JSD(p_l, p_j) / (l - j) (after DoLa, Chuang 2023, Eq. 4, whose choice has
-    no distance in it). Where J is empty there is nothing to contrast with: the margin of p_l."""
-    log_p = trace.log_probs(layer)
+    """Margin of p_l contrasted with the layer that `most_different` finds (after DoLa, Chuang 2023); of p_l alone where there is none."""
+    amateur = most_different(trace, layer)
+    return margin(trace.log_probs(layer).exp() if amateur is None else contrasted(trace, layer, amateur))
+
+
+def most_different(trace: Trace, layer: int, by_distance: bool = True) -> int | None:
+    """argmax over j in J of JSD(p_l, p_j) / (l - j), or of JSD(p_l, p_j) alone as in DoLa, Eq. 4. None where J is empty."""
     premature = trace.premature(layer)
-    if not premature:
-        return margin(log_p.exp())
+    if len(premature) < 2:
+        return premature[0] if premature else None
+    log_p = trace.log_probs(layer)
     log_q = torch.stack(trace.stack(premature)).log_softmax(-1)  # (|J|, n)
-    distance = layer - torch.tensor(premature, device=log_q.device)
-    return margin(contrasted(trace, layer, premature[int((jensen_shannon(log_p, log_q) / distance).argmax())]))
+    distance = layer - torch.tensor(premature, device=log_q.device) if by_distance else 1
+    return premature[int((jensen_shannon(log_p, log_q) / distance).argmax())]
 
 
 def margin(probs: Tensor) -> Tensor:
@@ -188,11 +234,15 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (terms.sum(-1) / 2).clamp(0, math.log(2))
 
 
+def plausible(log_p: Tensor, alpha: float = ALPHA) -> Tensor:
+    """V_head = {x : p(x) >= alpha max p} of log-probabilities (n,), as a mask (Li 2022, section 3.2)."""
+    return log_p >= log_p.max() + math.log(alpha)
+
+
 def contrast(log_expert: Tensor, log_amateur: Tensor, alpha: float = ALPHA) -> Tensor:
-    """The contrasted distribution p_DCD of log-probabilities (n,), (n,): over V_head = {x : p(x) >= alpha max p} the softmax of
-    log p - log q, scaled to the mass that p has there; p elsewhere (ACD, Gera 2023, Eq. 3-5). It sums to 1."""
-    p = log_expert.exp()
-    head = p >= alpha * p.max()
+    """The contrasted distribution p_DCD of log-probabilities (n,), (n,): over V_head the softmax of log p - log q, scaled to the mass
+    that p has there; p elsewhere (ACD, Gera 2023, Eq. 3-5). It sums to 1."""
+    p, head = log_expert.exp(), plausible(log_expert, alpha)
     ratio = (log_expert - log_amateur).masked_fill(~head, -math.inf)
     return torch.where(head, ratio.softmax(-1) * (p * head).sum().clamp(max=1), p)
 
@@ -201,12 +251,3 @@ def contrasted(trace: Trace, layer: int, amateur: int) -> Tensor:
     """p_DCD(l, m), the choice of m noted in the trace."""
     trace.amateurs[layer] = amateur
     return contrast(trace.log_probs(layer), trace.log_probs(amateur))
-
-
-# ---------------------------------------------------------------- thresholds
-
-THRESHOLDS: dict[str, Callable[[float, float, int, int], float]] = {
-    "constant": lambda threshold, tau, step, steps: threshold,
-    # CALM, Eq. 5: early tokens influence all that follow, so they meet a higher bar
-    "decaying": lambda threshold, tau, step, steps: min(1.0, max(0.0, 0.9 * threshold + 0.1 * math.exp(-tau * step / steps))),
-}

@@ -1,84 +1,30 @@
 """The decoding loop: stop early, pay the debt later. `python decode.py --prompt ...` shows each token by the layer at which it exited.
 
-Dimensions: R rows of a pass, d model width, n candidates, L layers. The loop knows token ids only; text begins at `main`.
+Dimensions: R rows of a pass, d model width, n candidates, L layers, V vocabulary. The loop knows token ids only; text begins at `main`.
 """
 
-import json
-import os
-import sys
-import time
+import argparse
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TextIO
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cli import Parser, add_flags, add_model_flags, device_and_dtype, given, option, run
-from confidence import SCHEDULES, THRESHOLDS, Trace, resolve
+from cli import Parser, add_flags, add_model_flags, device_and_dtype, given, read_field, run
+from confidence import Trace, resolve
 from data import encode_prompt
-from model import KVCache, Transformer, check_layers, load_checkpoint
+from model import KVCache, Transformer, load_checkpoint
+from predict import judge, penalize, pick, scores
+from settings import DecodeConfig, read_thresholds
+from show import difference, show
+from thresholds import Constant
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "default.pt"
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """How to decode. Layers count from 1; exit layer l is after l blocks."""
-
-    max_new_tokens: int = option(64, "tokens at most; fewer where the model's positions end")
-    confidence: str | None = option(None, "confidence function: a registered name, package.module:function, or none for the full model")
-    threshold: float = option(0.8, "exit when confidence >= threshold, 0 to 1; at 0 the question is not asked")
-    threshold_schedule: str = option("constant", "constant, or decaying over the steps (CALM)")
-    tau: float = option(4.0, "how fast the decaying threshold falls, above 0")
-    exit_layers: tuple[int, ...] | None = option(None, "layers after which to ask, 1 to L-1; none: every one")
-    min_layer: int = option(1, "first layer at which an exit is allowed")
-    fill: str = option("parallel", "keys and values of skipped layers: parallel (exact, when next needed) or copy (approximate, at once)")
-    max_owed: int | None = option(None, "with so many positions owed to the last layer the next pass goes to the top; none: no bound")
-    verify: bool = option(False, "take early tokens as drafts and let the full model judge them: its output, exactly, only sooner")
-    prune: str = option("none", "candidates kept after the first exit layer asked: none (all) or fixed (prune_k)")
-    prune_k: int = option(64, "candidates of fixed pruning, at least 2")
-    premature_layers: tuple[int, ...] | None = option(None, "layers that jsd may contrast with; none: all from 2 on")
-    temperature: float = option(0.0, "sampling temperature; 0 is greedy")
-    top_k: int | None = option(None, "sample from the k most probable tokens")
-    top_p: float = option(1.0, "sample from the most probable tokens of this total mass, above 0, up to 1")
-    seed: int = option(0, "seed of the sampling")
-
-    def __post_init__(self):
-        for name in ("exit_layers", "premature_layers"):
-            object.__setattr__(self, name, None if getattr(self, name) is None else tuple(getattr(self, name)))
-        choices = {"threshold_schedule": THRESHOLDS, "fill": ("parallel", "copy"), "prune": SCHEDULES}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}")
-        least = {"max_new_tokens": 1, "min_layer": 1, "max_owed": 1, "prune_k": 2, "top_k": 1, "temperature": 0, "seed": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value < 2**63:
-                raise ValueError(f"{name} is {value}; it must be at least {low}, and finite")
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold is {self.threshold}; it must lie between 0 and 1")
-        if not 0 < self.top_p <= 1 or not self.tau > 0:
-            raise ValueError(f"top_p is {self.top_p} and tau {self.tau}; top_p must lie above 0 and up to 1, tau above 0")
-        if self.verify and self.fill != "parallel":
-            raise ValueError("verify is True, but fill is copy; only exact keys and values can judge, so fill must be parallel")
-        if self.confidence is not None:
-            resolve(self.confidence)
-
-    def exits(self, n_layers: int) -> frozenset[int]:
-        """The layers at which this model may exit. Raises ValueError for one that it does not have, and if none is left."""
-        layers = range(1, n_layers) if self.exit_layers is None else self.exit_layers
-        check_layers("exit_layers", layers, n_layers)
-        check_layers("premature_layers", self.premature_layers or (), n_layers)
-        allowed = frozenset(layer for layer in layers if layer >= self.min_layer)
-        if self.confidence and n_layers > 1 and not allowed:
-            raise ValueError(f"min_layer is {self.min_layer}, which leaves no exit layer; lower it or give other exit_layers")
-        return allowed if self.confidence else frozenset()
 
 
 @dataclass
@@ -86,10 +32,12 @@ class Token:
     """One generated token and why it came from where it came."""
 
     id: int
-    exit_layer: int                   # L: from the full model
-    confidences: dict[int, float]     # of each layer asked
-    amateurs: dict[int, int]          # exit layer -> the layer that it was contrasted with
-    probs: Tensor | None = None       # (V,) what a draft was drawn from, if it was sampled
+    exit_layer: int                    # L: from the full model
+    confidences: dict[int, float]      # of each layer asked
+    thresholds: dict[int, float]       # that they had to reach
+    amateurs: dict[int, int]           # exit layer -> the layer that it was contrasted with
+    probs: Tensor | None = None        # (V,) what a draft was drawn from, if it was sampled
+    rolled_back: tuple[int, ...] = ()  # verified mode: the drafts that this token replaced
 
 
 @dataclass
@@ -121,11 +69,10 @@ class Counters:
             self.deep_passes += 1
             self.deep_rows += stop - before[layer]
 
-    def add_heads(self, trace: Trace, layer: int, rows: int) -> None:
-        """The heads of one pass up to `layer`: those asked, and the final head on `rows` rows."""
-        asked = sum(trace.flops.values())
-        self.head_flops += asked + 2 * trace.model.unembed.numel() * rows
-        self.confidence_flops += asked - (0 if rows else trace.flops[layer])
+    def add_heads(self, asked: dict[int, int], layer: int, total: int) -> None:
+        """The heads of one pass up to `layer`: the FLOPs of those asked, by layer, and of all."""
+        self.head_flops += total
+        self.confidence_flops += sum(flops for head, flops in asked.items() if head != layer)
 
     def add_judgement(self, trace: Trace, drafted: int, kept: int, token: int | None) -> None:
         """What the full model made of the drafts and of the candidates of the newest position."""
@@ -146,10 +93,10 @@ class Generation:
     counters: Counters = field(default_factory=Counters)
 
 
-def run_pass(model: Transformer, cache: KVCache, tokens: list[int], trace: Trace, exits: frozenset[int], threshold: float) -> int:
-    """Advances the staircase by `tokens` until an exit layer finds the next token decided, and returns the layer reached. Rows that
-    stopped below a layer in earlier passes join there, so that keys and values are those of a full forward pass. Without tokens, what is
-    owed is paid."""
+def run_pass(model: Transformer, cache: KVCache, tokens: list[int], trace: Trace, exits: dict[int, float]) -> int:
+    """Advances the staircase by `tokens` until one of `exits` (layer -> threshold) finds the next token decided, and returns the layer
+    reached. Rows that stopped below a layer in earlier passes join there, so that keys and values are those of a full forward pass. Without
+    tokens, what is owed is paid."""
     first, stop = cache.filled[0], cache.filled[0] + len(tokens)
     cache.filled[0] = stop
     x = F.embedding(torch.tensor(tokens, dtype=torch.int64, device=cache.hidden.device), model.embedding)  # (R, d)
@@ -161,7 +108,7 @@ def run_pass(model: Transformer, cache: KVCache, tokens: list[int], trace: Trace
         if stop > first:  # else, without new tokens, nothing is owed so far down
             x = block.forward(x, partial(cache.attend, layer))  # not block(...): hooks cost time at every call
         trace.hidden.append(x)
-        if layer in exits and trace.decided(threshold):
+        if layer in exits and trace.decided(exits[layer]):
             cache.hidden[first:stop] = x
             break
     return layer
@@ -175,59 +122,108 @@ def copy_up(model: Transformer, cache: KVCache, layer: int, counters: Counters) 
         counters.block_flops += 2 * block.qkv.numel() * len(rows)
 
 
+class Companion:
+    """A second model in step with the first, the amateur of Contrastive Decoding: always at full depth, with a cache of its own."""
+
+    def __init__(self, model: Transformer, length: int):
+        self.model, self.cache = model, KVCache(model, length)
+
+    def logits(self, text: list[int], counters: Counters) -> Tensor:
+        """Its logits (V,) for the token after `text`, which begins with what it has read already."""
+        trace, first = Trace(self.model), self.cache.filled[0]
+        layers = run_pass(self.model, self.cache, text[first:], trace, {})
+        counters.block_flops += layers * self.model.block_flops(first, len(text))
+        counters.head_flops += 2 * self.model.unembed.numel()
+        return self.model.head(trace.hidden[-1][-1:])[0]
+
+
 @torch.inference_mode()
 def stream(
-    model: Transformer, prompt: list[int], config: DecodeConfig, counters: Counters | None = None, trace_type: type[Trace] = Trace
-) -> Iterator[Token]:
+    model: Transformer, prompt: list[int], config: DecodeConfig, counters: Counters | None = None, trace_type: type[Trace] = Trace,
+    amateur: Transformer | None = None,
+) -> Iterator[Token]:  # fmt: skip
     """Yields tokens up to and including the end of the text, adding the work to `counters`. Batch size 1: `prompt` is one list of token
-    ids. `trace_type` may be a Trace that observes.
-    Raises ValueError for a prompt that is empty or too long, and for layers that the model does not have."""
-    L, counters = model.config.n_layers, counters or Counters()
-    exits = config.exits(L)
+    ids. `trace_type` may be a Trace that observes; `amateur` is a second model to contrast with.
+    Raises ValueError for a prompt that is empty or too long, for layers that the model does not have, and for an amateur that cannot be."""
+    L, counters, thresholds = model.config.n_layers, counters or Counters(), config.thresholds(model.config.n_layers)
     check_prompt(prompt, model)
     steps = min(config.max_new_tokens, model.config.max_len - len(prompt))
     cache = KVCache(model, len(prompt) + steps)
+    companion = amateur and Companion(check_amateur(amateur, model, config, len(prompt) + steps), len(prompt) + steps)
     generator = torch.Generator(cache.hidden.device).manual_seed(config.seed)
     confidence = config.confidence and resolve(config.confidence)
-    new_trace = partial(trace_type, model, confidence, config.prune, config.prune_k, config.premature_layers)
-    tokens = list(prompt)
-    if config.fill == "copy" and exits and len(prompt) > 1:  # a prompt has its exact keys and values, as in CALM
-        run_pass(model, cache, tokens[:-1], new_trace(), frozenset(), 1.0)
+    new_trace = partial(trace_type, model, confidence, config.prune, config.prune_k, config.prune_min, config.premature_layers)
+    text, tokens = list(prompt), list(prompt)  # all so far, drafts included; those that the next pass begins with
+    if config.fill == "copy" and config.confidence and len(prompt) > 1:  # a prompt has its exact keys and values, as in CALM
+        run_pass(model, cache, tokens[:-1], new_trace(), {})
         counters.add_blocks(model, [0] * (L + 1), len(prompt) - 1, L)
         tokens = tokens[-1:]
 
-    generated, drafts = 0, []  # drafts: in verified mode, the early tokens that the full model has yet to judge
+    generated, drafts, guesses = 0, [], []  # since the last deep pass: tokens to be verified; what exits said, for thresholds that learn
     while generated < steps:
         step, ended = generated + len(drafts), bool(drafts) and drafts[-1].id == model.config.eos_id
         tokens = [] if ended or step == steps else tokens  # nothing more to draft: pay what is owed and judge
         full = not tokens or (config.max_owed is not None and cache.filled[0] - cache.filled[L] >= config.max_owed)
-        threshold = THRESHOLDS[config.threshold_schedule](config.threshold, config.tau, step, steps)
         trace, before = new_trace(), list(cache.filled)
-        layer = run_pass(model, cache, tokens, trace, frozenset() if full else exits, threshold)
+        layer = run_pass(model, cache, tokens, trace, {} if full else thresholds.at(step, steps))
         counters.add_blocks(model, before, cache.filled[0], layer)
+        asked, other = dict(trace.flops), companion and companion.logits(text, counters)
         if layer < L:
-            choice, probs = pick(trace.logits(layer), config, generator)  # over (n,)
-            token = Token(trace.token(choice), layer, trace.confidences, trace.amateurs, trace.spread(probs))
+            z = penalize(scores(trace, layer, config, other), text, config.repetition_penalty, trace.candidates)  # (n,)
+            choice, probs = pick(z, config, generator)
+            token = Token(trace.token(choice), layer, trace.confidences, trace.thresholds, trace.amateurs, trace.spread(probs))
             settled, drafts = ([], [*drafts, token]) if config.verify else ([token], [])
-            counters.add_heads(trace, layer, 0)
+            text.append(token.id)
+            if thresholds.learns and config.fill == "parallel":
+                guesses.append((trace.confidences.get(layer), trace.guess(layer)))
             if config.fill == "copy":
                 copy_up(model, cache, layer, counters)
+            heads = sum(trace.flops.values())
         else:
-            rows = trace.hidden[L][-(len(drafts) + bool(tokens)) :]  # each judges the draft after it; the newest gives one more token
-            kept, choice = judge(model.head(rows), drafts, config, generator)  # over (R, V)
+            logits = model.head(trace.hidden[L][-(max(len(drafts), len(guesses)) + bool(tokens)) :])  # (R, V)
+            whole = trace.whole(L, logits[-1])
+            final = logits[-(len(drafts) + bool(tokens)) :] if config.predict == "own" else scores(whole, L, config, other)[None]
+            kept, choice = judge(final, drafts, text[: len(text) - len(drafts)], config, generator)
             settled = drafts[:kept]
-            if choice is not None:
-                settled.append(Token(choice, L, *((trace.confidences, trace.amateurs) if kept == len(drafts) else ({}, {}))))
-            counters.add_heads(trace, layer, len(rows))
+            if choice is not None:  # each row judges the draft after it; the newest gives one more token
+                why = (trace.confidences, trace.thresholds, trace.amateurs | whole.amateurs) if kept == len(drafts) else ({}, {}, {})
+                settled.append(Token(choice, L, *why, rolled_back=tuple(draft.id for draft in drafts[kept:])))
+            if thresholds.learns:
+                teach(thresholds, guesses, trace, logits.argmax(-1).tolist())
+            heads = sum(trace.flops.values()) + sum(whole.flops.values()) + 2 * model.unembed.numel() * len(logits)
             counters.add_judgement(trace, len(drafts), kept, choice)
-            cache.rollback(cache.filled[0] - len(rows) + kept + 1)
-            drafts = []
+            cache.rollback(cache.filled[0] - len(final) + kept + 1)
+            text[len(text) - len(drafts) :] = [token.id for token in settled]
+            drafts, guesses = [], []
+        counters.add_heads(asked, layer, heads)
         for token in settled:
             generated, counters.tokens = generated + 1, counters.tokens + 1
             yield token
             if token.id == model.config.eos_id:
                 return
         tokens = [token.id]  # the newest, settled or a draft
+
+
+def teach(thresholds: Constant, guesses: list[tuple[float | None, int]], trace: Trace, truth: list[int]) -> None:
+    """Tells thresholds that learn what a deep pass found out: of the early tokens since the last one, and of every layer asked in it,
+    the confidence and whether the exit head's token was the full model's (`truth`, one for each row, the newest position last)."""
+    for (confidence, guess), token in zip(guesses, truth):
+        if confidence is not None:
+            thresholds.learn(confidence, guess == token)
+    for layer, confidence in trace.confidences.items():
+        thresholds.learn(confidence, trace.guess(layer) == truth[-1])
+    thresholds.update()
+
+
+def check_amateur(amateur: Transformer, model: Transformer, config: DecodeConfig, length: int) -> Transformer:
+    """The amateur. Raises ValueError unless it can read and contrast what the model writes."""
+    if config.predict != "contrast":
+        raise ValueError(f"there is an amateur, but predict is {config.predict}; set it to contrast")
+    if amateur.config.vocab_size != model.config.vocab_size:
+        raise ValueError(f"the amateur knows {amateur.config.vocab_size} tokens, the model {model.config.vocab_size}; that must be equal")
+    if amateur.config.max_len < length:
+        raise ValueError(f"the amateur has {amateur.config.max_len} positions, {length} are needed; shorten the prompt or the answer")
+    return amateur
 
 
 def check_prompt(prompt: list[int], model: Transformer) -> None:
@@ -240,56 +236,17 @@ def check_prompt(prompt: list[int], model: Transformer) -> None:
         raise ValueError(f"a token id of the prompt lies outside 0 to {model.config.vocab_size - 1}")
 
 
-def pick(logits: Tensor, config: DecodeConfig, generator: torch.Generator) -> tuple[int, Tensor | None]:
-    """Index of the chosen candidate of logits (n,): the argmax at temperature 0, else a sample; and what it was drawn from, (n,)."""
-    if config.temperature == 0:
-        return int(logits.argmax()), None
-    probs = distribution(logits, config)
-    return int(torch.multinomial(probs, 1, generator=generator)), probs
-
-
-def judge(logits: Tensor, drafts: list[Token], config: DecodeConfig, generator: torch.Generator) -> tuple[int, int | None]:
-    """How many drafts the full model keeps, and the token that follows them. Row i of its logits (R, V) judges draft i: kept if it is the
-    argmax; sampled, with probability min(1, p/q), else replaced by a sample of max(p - q, 0) (Leviathan 2023, Chen 2023). The row after
-    the last draft, if there is one, gives one more token."""
-    for i, (row, draft) in enumerate(zip(logits, drafts)):
-        if config.temperature == 0:
-            if (best := int(row.argmax())) != draft.id:
-                return i, best
-            continue
-        p = distribution(row, config)
-        if torch.rand((), generator=generator, device=p.device) * draft.probs[draft.id] >= p[draft.id]:
-            rest = (p - draft.probs).clamp(min=0)
-            return i, int(torch.multinomial(rest if rest.sum() > 0 else p, 1, generator=generator))
-    return len(drafts), pick(logits[-1], config, generator)[0] if len(logits) > len(drafts) else None
-
-
-def distribution(logits: Tensor, config: DecodeConfig) -> Tensor:
-    """What is sampled from: softmax(z / temperature) of (n,), cut to the top k, then to the fewest of mass >= top_p, renormalized."""
-    probs, index = ((logits - logits.max()) / config.temperature).softmax(-1).sort(descending=True)
-    if config.top_k is not None:
-        probs[config.top_k :] = 0
-    if config.top_p < 1:
-        probs = probs / probs.sum()
-        probs[probs.cumsum(-1) - probs >= config.top_p] = 0
-    return torch.zeros_like(probs).scatter(0, index, probs / probs.sum())
-
-
-def generate(model: Transformer, prompt: list[int], config: DecodeConfig = DecodeConfig(), trace_type: type[Trace] = Trace) -> Generation:
+def generate(
+    model: Transformer, prompt: list[int], config: DecodeConfig = DecodeConfig(), trace_type: type[Trace] = Trace,
+    amateur: Transformer | None = None,
+) -> Generation:  # fmt: skip
     """Decodes one prompt; see `stream` for what it raises."""
     counters = Counters()
-    tokens = list(stream(model, prompt, config, counters, trace_type))
+    tokens = list(stream(model, prompt, config, counters, trace_type, amateur))
     return Generation([t.id for t in tokens], [t.exit_layer for t in tokens], [t.confidences for t in tokens], counters)
 
 
 # ---------------------------------------------------------------- the command line
-
-
-def colour(text: str, layer: int, n_layers: int, on: bool) -> str:
-    """`text` in the colour of its exit layer, from green (the first) through yellow to red (the full model)."""
-    share = (layer - 1) / max(1, n_layers - 1)
-    red, green = min(255, int(510 * share)), min(255, int(510 * (1 - share)))
-    return f"\033[38;2;{red};{green};60m{text}\033[0m" if on and text else text
 
 
 def read_prompt(text: str, tokenizer) -> list[int]:
@@ -304,35 +261,6 @@ def read_prompt(text: str, tokenizer) -> list[int]:
         raise ValueError("this checkpoint has no tokenizer: give the prompt as token ids, separated by commas") from None
 
 
-def pieces(tokenizer, tokens: Iterator[Token]) -> Iterator[tuple[Token, str]]:
-    """Each token with the text that it adds; bytes of an unfinished character wait for the rest of it."""
-    ids, shown = [], ""
-    for token in tokens:
-        ids.append(token.id)
-        text = tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids))
-        new = "" if text.endswith("\ufffd") else text[len(shown) :]
-        shown += new
-        yield token, new
-
-
-def show(model: Transformer, tokenizer, prompt: list[int], config: DecodeConfig, trace: TextIO | None) -> None:
-    """Streams the text, each token in the colour of its exit layer, then a legend and one line of figures."""
-    L, on = model.config.n_layers, sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    counters, layers, started = Counters(), [], time.perf_counter()
-    for token, text in pieces(tokenizer, stream(model, prompt, config, counters)):
-        elapsed = time.perf_counter() - started
-        layers.append(token.exit_layer)
-        print(colour(text, token.exit_layer, L, on), end="", flush=True)
-        if trace:
-            row = {"id": token.id, "text": text, "exit_layer": token.exit_layer, "confidence": token.confidences,
-                   "contrast_layer": token.amateurs, "seconds": round(elapsed, 6)}  # fmt: skip
-            trace.write(json.dumps(row, ensure_ascii=False) + "\n")
-    n = len(layers)
-    print("\n\nexit layers: " + "  ".join(f"{colour(str(layer), layer, L, on)} ({layers.count(layer)})" for layer in sorted(set(layers))))
-    print(f"{n} tokens in {elapsed:.2f} s ({n / elapsed:.0f} tokens/s), average exit layer {sum(layers) / n:.1f} of {L}, "
-          f"{counters.block_runs / n:.1f} block runs a token (ideal speed-up {L * n / counters.block_runs:.2f})")  # fmt: skip
-
-
 DEMO = DecodeConfig(confidence="softmax", threshold=0.6, prune="fixed", max_new_tokens=100)  # what the command does
 
 
@@ -341,10 +269,43 @@ def demo_exits(n_layers: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(n_layers * share)) for share in (1 / 3, 1 / 2, 2 / 3)} - {n_layers}))
 
 
+def settings(args: argparse.Namespace, defaults: DecodeConfig) -> DecodeConfig:
+    """The defaults, changed by --thresholds, then by the flags. A --threshold takes the place of those of single layers."""
+    from_file, flags = read_thresholds(args.thresholds), given(args, DecodeConfig)
+    if "threshold" in flags and "layer_thresholds" not in flags:
+        from_file.pop("layer_thresholds", None)
+    contrast = {"predict": "contrast"} if args.amateur else {}
+    return replace(defaults, **{**from_file, **contrast, **flags})
+
+
+def variant(config: DecodeConfig, name: str) -> DecodeConfig:
+    """`config` changed as --compare names it: a confidence function or full, then +field or +field=value: softmax+verify+prune-k=32."""
+    first, *changes = name.split("+")
+    values = {"confidence": None if first == "full" else first}
+    for change in changes:
+        key, _, value = change.partition("=")
+        values[key.replace("-", "_")] = read_field(DecodeConfig, key, value)
+    return replace(config, **values)
+
+
+def read_amateur(path: str | None, tokenizer, device: str, dtype: torch.dtype | None) -> Transformer | None:
+    """The second model of --amateur. Raises ValueError if its tokenizer is another."""
+    if path is None:
+        return None
+    amateur, other = load_checkpoint(path, device, dtype)
+    if tokenizer and (not other or other.serialized_model_proto() != tokenizer.serialized_model_proto()):
+        raise ValueError(f"{path}: has another tokenizer than the model; an amateur must read the same tokens")
+    return amateur
+
+
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("--prompt", required=True, help="text; token ids, separated by commas, where the checkpoint has no tokenizer")
-    parser.add_argument("--trace", metavar="FILE", help="write one JSON line per token: id, text, exit layer, confidences, time")
+    parser.add_argument("--trace", metavar="FILE", help="write one JSON line per token: id, text, exit layer, confidences, time, ..")
+    parser.add_argument("--compare", metavar="NAMES", help="show several settings, and where each first differs from the full model: "
+                        "confidence functions or full, each with changes, as in softmax,jsd+threshold=0.5,softmax+verify")  # fmt: skip
+    parser.add_argument("--thresholds", metavar="FILE", help="JSON file of settings, as calibration writes it; flags go before it")
+    parser.add_argument("--amateur", metavar="CHECKPOINT", help="a second, weaker model to contrast with (Contrastive Decoding)")
     add_model_flags(parser, DEFAULT_CHECKPOINT)
     add_flags(parser, DEMO, "decoding")
     return parser
@@ -352,13 +313,24 @@ def make_parser() -> Parser:
 
 def main() -> None:
     args = make_parser().parse_args()
-    model, tokenizer = load_checkpoint(args.checkpoint, *device_and_dtype(args))
-    config = replace(DEMO, **{"exit_layers": demo_exits(model.config.n_layers), **given(args, DecodeConfig)})
-    prompt = read_prompt(args.prompt, tokenizer)
-    config.exits(model.config.n_layers)  # a mistake there leaves an old trace file alone
+    place = device_and_dtype(args)
+    model, tokenizer = load_checkpoint(args.checkpoint, *place)
+    L = model.config.n_layers
+    config = settings(args, replace(DEMO, exit_layers=demo_exits(L)))
+    amateur, prompt = read_amateur(args.amateur, tokenizer, *place), read_prompt(args.prompt, tokenizer)
+    configs = {name: variant(config, name) for name in args.compare.split(",")} if args.compare else {"": config}
     check_prompt(prompt, model)
+    for each in configs.values():
+        each.exits(L)  # a mistake there leaves an old trace file alone
+    full = generate(model, prompt, replace(config, confidence=None, verify=False), amateur=amateur).tokens if args.compare else []
     with open(args.trace, "w", encoding="utf-8") if args.trace else nullcontext() as trace:
-        show(model, tokenizer, prompt, config, trace)
+        for name, each in configs.items():
+            if name:
+                print(f"--- {name}")
+            counters = Counters()
+            ids = show(stream(model, prompt, each, counters, amateur=amateur), tokenizer, L, counters, trace)
+            if name:
+                print(f"{difference(ids, full, tokenizer)}\n")
 
 
 if __name__ == "__main__":

@@ -35,10 +35,12 @@ class ModelConfig:
     norm_eps: float = option(1e-6, "added to the mean square in the norms")
     tie_embeddings: bool = option(True, "unembed with the embedding")
     exit_norms: tuple[int, ...] = option((), "exit layers with a norm of their own; the others share the final norm")
+    classifiers: tuple[int, ...] = option((), "exit layers with a confidence classifier")
     eos_id: int | None = option(2, "token that ends a text; none: nothing does")
 
     def __post_init__(self):
-        object.__setattr__(self, "exit_norms", tuple(self.exit_norms))
+        for name in ("exit_norms", "classifiers"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "max_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -46,7 +48,8 @@ class ModelConfig:
             raise ValueError(f"d_model {self.d_model} must be an even multiple of n_heads {self.n_heads}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
-        check_layers("exit_norms", self.exit_norms, self.n_layers)
+        for name in ("exit_norms", "classifiers"):
+            check_layers(name, getattr(self, name), self.n_layers)
 
     @property
     def head_dim(self) -> int:
@@ -165,6 +168,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.Parameter(torch.ones(config.d_model))
         self.exit_norms = nn.ParameterDict({str(layer): torch.ones(config.d_model) for layer in config.exit_norms})
+        self.classifiers = nn.ParameterDict({str(layer): torch.zeros(config.d_model + 1) for layer in config.classifiers})  # w, then b
         if not config.tie_embeddings:
             self.unembedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.register_buffer("rope", rope_table(config), persistent=False)
@@ -213,6 +217,15 @@ class Transformer(nn.Module):
     def head(self, hidden: Tensor, layer: int | None = None) -> Tensor:
         """z_l = W norm_l(h_l): hidden (N, d) after `layer` (None: the last) -> logits (N, V) float32."""
         return linear(self.exit_norm(hidden, layer or self.config.n_layers), self.head_weight).float()
+
+    def classify(self, hidden: Tensor, layer: int) -> Tensor:
+        """sigmoid(w_l norm_l(h_l) + b_l), the classifier's belief that exit `layer` agrees with the last layer: (N, d) -> (N,) float32.
+        Raises ValueError if this layer has none."""
+        if layer not in self.config.classifiers:
+            have = ", ".join(map(str, self.config.classifiers)) or "none"
+            raise ValueError(f"layer {layer} has no confidence classifier (layers with one: {have}); train it, or ask another confidence")
+        w = self.classifiers[str(layer)]
+        return (self.exit_norm(hidden, layer) @ w[:-1] + w[-1]).float().sigmoid()
 
     def block_flops(self, first: int, stop: int) -> int:
         """Floating-point operations of one block on the positions first .. stop - 1: 2 a weight and row, 4 H C a row and position seen."""

@@ -15,9 +15,12 @@ def tiny_model():
     def make(seed: int = 0, **shape) -> Transformer:
         torch.manual_seed(seed)
         small = {"vocab_size": 50, "n_layers": 5, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48, "max_len": 64, "eos_id": None}
+        small["classifiers"] = tuple(range(1, shape.get("n_layers", 5)))
         model = Transformer(ModelConfig(**{**small, **shape})).requires_grad_(False).eval()
         for weight in model.parameters():
             weight.copy_(torch.randn_like(weight) * (weight.shape[-1] ** -0.5 if weight.dim() > 1 else 0.3) + (weight.dim() == 1))
+        for weight in model.classifiers.values():
+            weight.copy_(torch.randn_like(weight) * 0.3)
         return model
 
     return make

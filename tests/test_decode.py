@@ -1,6 +1,5 @@
 """The loop: exact where it must be, early where it may be, and honest about the work done."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -10,9 +9,11 @@ import torch
 
 import cli
 import decode
-from confidence import FUNCTIONS, register
-from decode import DecodeConfig, Generation, distribution, generate, stream
+from confidence import FUNCTIONS, SCHEDULES, register
+from decode import DecodeConfig, Generation, generate, stream
 from model import Transformer, save_checkpoint
+from predict import distribution
+from thresholds import THRESHOLDS
 
 PROMPT = [1, 7, 3, 9]
 
@@ -146,7 +147,7 @@ def test_copied_keys_and_values_are_projected_from_the_exit_state(tiny_model):
     model = tiny_model(5)
     cache, trace = decode.KVCache(model, 4), decode.Trace(model)
     with torch.inference_mode():
-        decode.run_pass(model, cache, [3], trace, frozenset({2}), 0.0)
+        decode.run_pass(model, cache, [3], trace, {2: 0.0})
         counters = decode.Counters()
         decode.copy_up(model, cache, 2, counters)
         assert counters.block_flops == 3 * 2 * 32 * 64  # three layers project 4 + 2 + 2 heads of width 8 from one row
@@ -154,7 +155,7 @@ def test_copied_keys_and_values_are_projected_from_the_exit_state(tiny_model):
         block, state = model.blocks[4], trace.hidden[2][0]
         value = (block.qkv @ (state * block.attn_norm / (state.square().mean() + 1e-6).sqrt()))[-16:]  # K C = 2 x 8
         exact = decode.KVCache(model, 4)
-        decode.run_pass(model, exact, [3], decode.Trace(model), frozenset(), 1.0)
+        decode.run_pass(model, exact, [3], decode.Trace(model), {})
     torch.testing.assert_close(cache.values[4][0, :, 0].flatten(), value, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(cache.values[4][:, :, 0], exact.values[4][:, :, 0], atol=0.1)  # approximate, as CALM's is
 
@@ -243,7 +244,8 @@ def test_verified_greedy_output_is_the_full_models(tiny_model):
         config = DecodeConfig(
             verify=True, max_new_tokens=int(random.integers(1, 14)), confidence=str(random.choice(sorted(FUNCTIONS))),
             threshold=float(random.choice([0, 0.05, 0.2, 0.6])), exit_layers=None if case % 2 else (1, 3),
-            max_owed=random.choice([None, 1, 2, 5]), prune=str(random.choice(["none", "fixed"])), prune_k=3,
+            max_owed=random.choice([None, 1, 2, 5]), prune=str(random.choice(sorted(SCHEDULES))), prune_k=6,
+            prune_min=3, threshold_schedule=str(random.choice(sorted(THRESHOLDS))),
         )  # fmt: skip
         out = generate(model, prompt, config)
         assert out.tokens == greedy_reference(model, prompt, config.max_new_tokens), config
@@ -339,37 +341,6 @@ def test_streaming_yields_tokens_as_they_come(tiny_model):
     model = tiny_model(0)
     tokens = stream(model, PROMPT, DecodeConfig(max_new_tokens=5))
     assert next(tokens).id == greedy_reference(model, PROMPT, 1)[0]
-
-
-class Letters:
-    """A tokenizer whose token 1 and 2 are the two bytes of é."""
-
-    def decode(self, ids):
-        return b"".join({1: b"\xc3", 2: b"\xa9"}.get(i, bytes([97 + i])) for i in ids).decode("utf-8", "replace")
-
-
-def test_an_unfinished_character_waits_for_the_rest_of_it():
-    tokens = [decode.Token(i, 1, {}, {}) for i in (0, 1, 2, 3)]
-    assert [text for _, text in decode.pieces(Letters(), iter(tokens))] == ["a", "", "é", "d"]
-
-
-def test_the_trace_file_holds_one_line_per_token(tiny_model, tmp_path, capsys):
-    model = tiny_model(1)
-    config = DecodeConfig(max_new_tokens=10, confidence="jsd", threshold=0.1, exit_layers=(3, 4))
-    with open(tmp_path / "trace.jsonl", "w") as file:
-        decode.show(model, None, PROMPT, config, file)
-    rows = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
-    out = generate(model, PROMPT, config)
-    assert [row["id"] for row in rows] == out.tokens and [row["exit_layer"] for row in rows] == out.exit_layers
-    assert all(set(row["contrast_layer"]) == set(row["confidence"]) for row in rows)
-    printed = capsys.readouterr().out
-    assert "\033" not in printed and "10 tokens in" in printed and f"average exit layer {sum(out.exit_layers) / 10:.1f} of 5" in printed
-
-
-def test_colours_run_from_green_to_red_and_can_be_off():
-    assert decode.colour("x", 1, 12, True) == "\033[38;2;0;255;60mx\033[0m"
-    assert decode.colour("x", 12, 12, True) == "\033[38;2;255;0;60mx\033[0m"
-    assert decode.colour("x", 6, 12, False) == "x"
 
 
 def test_the_command_streams_ids_where_there_is_no_tokenizer_and_refuses_mistakes_in_one_line(tiny_model, tmp_path, monkeypatch, capsys):

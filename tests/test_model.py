@@ -72,7 +72,7 @@ def test_the_staircase_equals_a_full_pass_for_random_exits(tiny_model, shape, se
         count, stop = min(40 - at, int(random.integers(1, 4))), int(random.integers(1, L + 1))
         trace = Trace(model)
         with torch.inference_mode():
-            layer = run_pass(model, cache, tokens[at : at + count], trace, frozenset({stop} - {L}), 0.0)
+            layer = run_pass(model, cache, tokens[at : at + count], trace, dict.fromkeys({stop} - {L}, 0.0))
         at += count
         assert layer == stop
         assert all(below >= above for below, above in zip(cache.filled, cache.filled[1:]))
@@ -89,7 +89,7 @@ def test_the_staircase_equals_a_full_pass_for_random_exits(tiny_model, shape, se
 
 def full_pass(model, cache, tokens):
     with torch.inference_mode():
-        return run_pass(model, cache, tokens, Trace(model), frozenset(), 1.0)
+        return run_pass(model, cache, tokens, Trace(model), {})
 
 
 def test_a_rolled_back_cache_goes_on_as_if_nothing_had_followed(tiny_model):
@@ -97,12 +97,12 @@ def test_a_rolled_back_cache_goes_on_as_if_nothing_had_followed(tiny_model):
     cache = KVCache(model, 12)
     with torch.inference_mode():
         full_pass(model, cache, [1, 2, 3, 4])
-        run_pass(model, cache, [5], Trace(model), frozenset({2}), 0.0)
-        run_pass(model, cache, [6], Trace(model), frozenset({1}), 0.0)
+        run_pass(model, cache, [5], Trace(model), {2: 0.0})
+        run_pass(model, cache, [6], Trace(model), {1: 0.0})
         cache.rollback(5)
         assert cache.filled == [5, 5, 5, 4, 4, 4]
         trace = Trace(model)
-        run_pass(model, cache, [7], trace, frozenset(), 1.0)
+        run_pass(model, cache, [7], trace, {})
     torch.testing.assert_close(trace.hidden[-1], model.hidden_states(torch.tensor([[1, 2, 3, 4, 5, 7]]))[-1][4:], rtol=1e-4, atol=1e-5)
 
 

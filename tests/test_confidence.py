@@ -224,15 +224,18 @@ def test_weighted_contrasts_with_the_layer_halfway_and_with_1_at_least(tiny_mode
         assert trace.amateurs == {layer: amateur}
 
 
-@pytest.mark.parametrize("name, layers", {"softmax": {5}, "hidden": set(), "entropy": {5}, "weighted": {2, 5}, "jsd": {2, 3, 4, 5}}.items())
+HEADS = {"softmax": {5}, "hidden": set(), "classifier": set(), "entropy": {5}, "weighted": {2, 5}, "jsd": {2, 3, 4, 5}}
+
+
+@pytest.mark.parametrize("name, layers", HEADS.items())
 @pytest.mark.parametrize("prune", ["none", "fixed"])
 def test_heads_are_computed_when_asked_for_and_once(tiny_model, monkeypatch, name, layers, prune):
-    trace, computed = trace_at(tiny_model(), 5, prune=prune, prune_k=8), []
+    trace, computed = trace_at(tiny_model(n_layers=6), 5, prune=prune, prune_k=8), []
     head_norm = trace.model.exit_norm
     monkeypatch.setattr(trace.model, "exit_norm", lambda hidden, layer: computed.append(layer) or head_norm(hidden, layer))
     for _ in range(2):
         FUNCTIONS[name](trace, 5)
-    assert sorted(computed) == sorted(layers)
+    assert sorted(computed) == ([5, 5] if name == "classifier" else sorted(layers))  # a classifier reads the norm each time
     n, d = {"none": 50, "fixed": 8}[prune], 32  # over n candidates once layer 5 has chosen them
     assert trace.flops == {layer: 2 * d * (50 if layer == 5 else n) for layer in layers}
 
@@ -280,6 +283,53 @@ def test_candidates_narrowed_twice_keep_their_ids_and_what_is_known_of_them(tiny
 def test_without_pruning_an_index_is_a_token(tiny_model, prune, k):
     trace = trace_at(tiny_model(), 3, prune=prune, prune_k=k)
     assert len(trace.logits(3)) == 50 and trace.candidates is None and trace.token(17) == 17
+
+
+def sizes_of(model, prune, confidences, **limits) -> list[int]:
+    """How many candidates are left after the checks at layers 1, 2, .., with these confidences."""
+    trace, sizes, states = Trace(model, prune=prune, **limits), [], model.hidden_states(TOKENS)
+    for layer, value in enumerate(confidences, 1):
+        trace.hidden = states[: layer + 1]
+        trace.logits(layer)
+        trace.confidences[layer] = value
+        sizes.append(trace.n)
+        assert trace.n == (50 if trace.candidates is None else len(trace.candidates)) == len(trace.logits(1))
+    return sizes
+
+
+def test_decaying_pruning_by_hand(tiny_model):
+    """40 at first; then 40 / (1 + 32/8 · 2/5) = 15.4, 16 / (1 + 8/8 · 3/5) = 10, and 10 / (1 + 2/8 · 4/5) = 8.3 of at least 8."""
+    assert sizes_of(tiny_model(), "decaying", [0, 0, 0, 0], prune_k=40, prune_min=8) == [40, 16, 10, 9]
+    assert sizes_of(tiny_model(), "decaying", [0, 0, 0, 0], prune_k=12, prune_min=12) == [12] * 4
+    assert sizes_of(tiny_model(), "decaying", [0], prune_k=50, prune_min=10) == [math.ceil(50 / (1 + 40 / 10 / 5))]  # from V on
+
+
+def test_adaptive_pruning_by_hand(tiny_model):
+    """V = 50: 50 · (1 - 0.9 · 0.5) = 27.5, · (1 - 0.9 · 0.2) = 41 but never growing, · (1 - 0.9) = 5 but at least 6."""
+    assert sizes_of(tiny_model(), "adaptive", [0.5, 0.2, 1.0, 0.0], prune_k=50, prune_min=6) == [50, 28, 28, 6]
+    assert sizes_of(tiny_model(), "adaptive", [0.5, 0.2, 1.0, 0.0], prune_k=5, prune_min=5) == [5] * 4  # k <= V/10 caps it
+
+
+@every_function
+@pytest.mark.parametrize("prune", ["fixed", "decaying", "adaptive"])
+def test_pruned_confidences_are_of_distributions_over_the_candidates(tiny_model, name, prune):
+    """Each is its definition over the candidates that are left, whose p sum to 1 and whose JSD is at most log 2."""
+    for seed in range(4):
+        model = tiny_model(seed)
+        states, trace = model.hidden_states(TOKENS), Trace(model, FUNCTIONS[name], prune=prune, prune_k=20, prune_min=4)
+        z, h = {layer: logits_ref(model, layer) for layer in range(1, 5)}, [state[-1].double().numpy() for state in states]
+        for layer in range(1, 5):
+            trace.hidden = states[: layer + 1]
+            trace.decided(1.0)
+            n = len(trace.logits(layer))
+            kept = range(50) if trace.candidates is None else trace.candidates.tolist()
+            p = {j: softmax_ref(z[j][list(kept)]) for j in z}
+            expected = classifier_ref(model, layer) if name == "classifier" else REFERENCES[name](p, h, layer)
+            assert trace.confidences[layer] == pytest.approx(expected, abs=1e-5) and n == len(kept)
+            log_p = torch.stack([trace.log_probs(j) for j in range(1, layer + 1)])
+            assert log_p.exp().sum(-1).numpy() == pytest.approx(np.ones(layer), abs=1e-5)
+            assert 0 <= jensen_shannon(log_p[-1], log_p).min() and jensen_shannon(log_p[-1], log_p).max() <= math.log(2)
+        assert prune == "adaptive" or trace.n < 20 or prune == "fixed"
 
 
 # ---------------------------------------------------------------- the decision, and functions from outside

@@ -90,6 +90,24 @@ def test_the_exit_is_at_the_first_layer_whose_confidence_reaches_the_threshold(t
         assert [c >= 0.15 for c in asked.values()] == [exit_layer == layer for exit_layer in asked]
 
 
+@pytest.mark.parametrize("layer", [2, 3])
+def test_one_exit_layer_is_frees_shallow_deep_module(tiny_model, layer):
+    """FREE (Bae 2023): a shallow model of the first layers speaks where its softmax margin reaches the threshold, else the deep model does,
+    whose missing keys and values are computed in parallel, so that both read the whole text exactly."""
+    paths = set()
+    for seed in range(6):
+        model, text = tiny_model(seed), list(PROMPT)
+        for _ in range(25):
+            states = model.hidden_states(torch.tensor([text]))
+            shallow = model.head(states[layer][-1:], layer)[0]
+            first, second = shallow.softmax(-1).topk(2).values.tolist()
+            paths.add(first - second >= 0.12)
+            text.append(int((shallow if first - second >= 0.12 else model.head(states[-1][-1:])[0]).argmax()))
+        config = DecodeConfig(max_new_tokens=25, confidence="softmax", threshold=0.12, exit_layers=(layer,))
+        assert generate(model, PROMPT, config).tokens == text[len(PROMPT) :]
+    assert paths == {True, False}
+
+
 def test_max_owed_bounds_what_is_owed(tiny_model):
     model = tiny_model(1)
     out = generate(model, [1], DecodeConfig(max_new_tokens=12, confidence="softmax", threshold=0.0, exit_layers=(2,), max_owed=3))
@@ -320,11 +338,19 @@ def test_streaming_yields_only_what_is_verified(tiny_model):
 @pytest.mark.parametrize(("field", "value"), [
     ("threshold", 1.5), ("threshold", -0.1), ("threshold", math.nan), ("confidence", "magic"), ("fill", "none"), ("top_p", 0.0),
     ("threshold_schedule", "rising"), ("prune", "all"), ("prune_k", 1), ("max_owed", 0), ("max_new_tokens", 0), ("min_layer", 0),
-    ("temperature", -1.0), ("top_k", 0),
+    ("temperature", -1.0), ("top_k", 0), ("prune_min", 1), ("prune_min", 65), ("target", 1.0), ("tau", 0.0),
+    ("predict", "next"), ("form", "sum"), ("repetition_penalty", 0.5),
+    ("contrast", "best"), ("alpha", 0.0), ("beta", 0.0), ("amateur_temperature", math.inf),
 ])  # fmt: skip
 def test_impossible_settings_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"{field}.*{value}"):
-        DecodeConfig(**{field: value})
+        DecodeConfig(**{"prune": "decaying", field: value})
+
+
+@pytest.mark.parametrize("other", [{"fill": "copy"}, {"predict": "contrast"}])
+def test_what_cannot_be_verified_is_refused(other):
+    with pytest.raises(ValueError, match=f"verify is True, but {next(iter(other))} is {next(iter(other.values()))}"):
+        DecodeConfig(verify=True, **other)
 
 
 @pytest.mark.parametrize(("prompt", "config", "message"), [
@@ -355,12 +381,38 @@ def test_the_command_streams_ids_where_there_is_no_tokenizer_and_refuses_mistake
     trace = tmp_path / "trace.jsonl"
     trace.write_text("old")
     mistakes = {"--prompt=hello": "token ids", "--prompt=": "token ids", "--exit-layers=9": "layer 9", "--prompt=1,99": "0 to 49",
-                "--threshold=2": "threshold", "--dtype=int3": "int3"}  # fmt: skip
+                "--threshold=2": "threshold", "--dtype=int3": "int3", "--thresholds=no.json": "no.json",
+                "--amateur=no.pt": "no such checkpoint", "--compare=softmax,magic": "magic",
+                "--compare=softmax+speed=2": "speed", "--contrast=9": "layer 9"}  # fmt: skip
     for mistake, message in mistakes.items():
         with pytest.raises(SystemExit) as end:
             command("--prompt=1", f"--trace={trace}", mistake)
         (line,) = capsys.readouterr().err.splitlines()
         assert end.value.code == 2 and line.startswith("error: ") and message in line and trace.read_text() == "old"
+
+
+def test_settings_side_by_side(tiny_model, tmp_path, monkeypatch, capsys):
+    save_checkpoint(tmp_path / "tiny.pt", tiny_model(0), None)
+    names = "full,softmax+threshold=0+exit-layers=1,jsd+threshold=0.1+verify"
+    monkeypatch.setattr("sys.argv", ["decode.py", f"--checkpoint={tmp_path / 'tiny.pt'}", "--prompt=1,7,3,9", f"--compare={names}"])
+    cli.run(decode.main)
+    _, *parts = capsys.readouterr().out.split("--- ")
+    assert [part.splitlines()[0] for part in parts] == names.split(",")
+    full = greedy_reference(tiny_model(0), PROMPT, 60)
+    for part in (parts[0], parts[2]):
+        assert part.splitlines()[1] == " ".join(map(str, full)) and "the same text as the full model's" in part
+    early = greedy_reference(tiny_model(0), PROMPT, 60, layer=1)
+    at = next(i for i in range(60) if early[i] != full[i])
+    assert f"first at token {at + 1}: {early[at]} in place of {full[at]}" in parts[1]
+    assert "drafts: " in parts[2] and "drafts: " not in parts[1]
+
+
+def test_thresholds_from_a_file_give_way_to_flags(tiny_model, tmp_path):
+    (tmp_path / "t.json").write_text('{"confidence": "jsd", "exit_layers": [1, 2], "layer_thresholds": [0.5, 0.6]}')
+    read = lambda *words: decode.settings(decode.make_parser().parse_args(["--prompt=1", f"--thresholds={tmp_path / 't.json'}", *words]),  # noqa: E731
+                                          DecodeConfig(threshold=0.9))  # fmt: skip
+    assert read().exits(5) == {1: 0.5, 2: 0.6} and read().confidence == "jsd"
+    assert read("--threshold=0.7").exits(5) == {1: 0.7, 2: 0.7} and read("--layer-thresholds=0.1,0.2").exits(5) == {1: 0.1, 2: 0.2}
 
 
 @pytest.mark.parametrize("n_layers", [2, 3, 6, 12, 30])

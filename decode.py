@@ -304,7 +304,7 @@ def make_parser() -> Parser:
     parser.add_argument("--trace", metavar="FILE", help="write one JSON line per token: id, text, exit layer, confidences, time, ..")
     parser.add_argument("--compare", metavar="NAMES", help="show several settings, and where each first differs from the full model: "
                         "confidence functions or full, each with changes, as in softmax,jsd+threshold=0.5,softmax+verify")  # fmt: skip
-    parser.add_argument("--thresholds", metavar="FILE", help="JSON file of settings, as calibration writes it; flags go before it")
+    parser.add_argument("--thresholds", metavar="FILE", help="JSON file of settings, as calibration writes it; flags outrank it")
     parser.add_argument("--amateur", metavar="CHECKPOINT", help="a second, weaker model to contrast with (Contrastive Decoding)")
     add_model_flags(parser, DEFAULT_CHECKPOINT)
     add_flags(parser, DEMO, "decoding")

@@ -8,6 +8,7 @@ import pytest
 
 import cli
 import eval as evaluation
+import measure as measuring
 from data import read_pairs, task_file, train_tokenizer
 from decode import DecodeConfig, Generation
 from model import save_checkpoint
@@ -63,12 +64,21 @@ def test_one_setting_of_your_own_replaces_the_settings(checkpoint, monkeypatch, 
     assert "| yours" in printed and "| softmax" not in printed and "translation" not in printed
 
 
+def test_thresholds_from_a_file_make_a_row_and_give_way_to_flags(checkpoint, monkeypatch, tmp_path):
+    (tmp_path / "t.json").write_text('{"confidence": "jsd", "exit_layers": [2, 4], "layer_thresholds": [0.5, 0.1], "provenance": {}}')
+    for flags, bars in (((), [0.5, 0.1]), (("--threshold", 0.3), None)):
+        file = ("--thresholds", tmp_path / "t.json", "--json", tmp_path / "out.json")
+        run_command(monkeypatch, "--checkpoint", checkpoint, "--limit", 2, "--repeat", 1, "--tasks", "e2e", *file, *flags)
+        config = json.loads((tmp_path / "out.json").read_text())["rows"][1]["config"]
+        assert config["exit_layers"] == [2, 4] and config["layer_thresholds"] == bars and config["threshold"] == (0.8 if bars else 0.3)
+
+
 def test_tune_writes_settings_that_the_table_reads(checkpoint, monkeypatch, tmp_path):
     """Of a setting that equals the full model and one that does not, the one that keeps its scores is chosen, however slow."""
     safe = DecodeConfig(confidence="softmax", threshold=1.0, exit_layers=(2,), max_new_tokens=8)
     wild = DecodeConfig(confidence="softmax", threshold=0.0, exit_layers=(1,), max_new_tokens=8)
-    monkeypatch.setattr(evaluation, "candidates", lambda n_layers, name, layers: [wild, safe])
-    monkeypatch.setattr(evaluation, "bleu", lambda texts, references, lowercase: 0.1 + 0.9 * (texts == full_texts))
+    monkeypatch.setattr(evaluation, "candidates", lambda n_layers, name, layers, verify: [wild, safe])
+    monkeypatch.setattr(measuring, "bleu", lambda texts, references, lowercase: 0.1 + 0.9 * (texts == full_texts))
     full_texts = None
 
     def summarize(model, tokenizer, task, examples, name, row, full, spent, original=evaluation.summarize):
@@ -79,22 +89,29 @@ def test_tune_writes_settings_that_the_table_reads(checkpoint, monkeypatch, tmp_
     monkeypatch.setattr(evaluation, "summarize", summarize)
     run_command(monkeypatch, "--checkpoint", checkpoint, "--limit", 3, "--tune", "--settings", tmp_path / "new.json")
     assert set(json.loads((tmp_path / "new.json").read_text())) == set(evaluation.TASKS)
-    assert evaluation.read_settings(tmp_path / "new.json", "e2e", 5, {}) == dict.fromkeys(("static", "softmax", "weighted", "jsd"), safe)
+    rows = evaluation.read_settings(tmp_path / "new.json", "e2e", 5, {})
+    schedules = ("none", "fixed", "decaying", "adaptive")
+    assert list(rows) == ["static", *(f"softmax, {name}" for name in schedules), "weighted, fixed", *(f"jsd, {name}" for name in schedules),
+                          "softmax, copy", "softmax, verified", "jsd, verified"]  # fmt: skip
+    for name, row in rows.items():
+        assert row.prune == (name.split(", ")[1] if name.endswith(schedules) and not name.startswith("weighted") else "none")
+        assert replace(row, prune="none", prune_k=64, fill="parallel") == safe and (row.fill == "copy") == name.endswith("copy")
 
 
 def test_every_candidate_fits_its_model():
     for n_layers in (3, 5, 12, 30):
-        for name, layers in (("static", None), ("softmax", None), ("jsd", (1, 2))):
-            configs = evaluation.candidates(n_layers, name, layers)
+        for name, layers, verify in (("static", None, False), ("softmax", None, False), ("jsd", (1, 2), False), ("softmax", None, True)):
+            configs = evaluation.candidates(n_layers, name, layers, verify)
             assert len(set(configs)) == len(configs) > 1 and all(config.exits(n_layers) for config in configs)
+            assert all(config.verify == verify for config in configs)
 
 
 def test_rows_take_turns_on_the_same_prompts(tiny_model, monkeypatch):
     """After a warm-up, prompt by prompt, every repeat asks every row once."""
     calls = []
-    monkeypatch.setattr(evaluation, "generate", lambda model, prompt, config: calls.append((prompt[0], config.threshold)) or Generation())
+    monkeypatch.setattr(measuring, "generate", lambda model, prompt, config: calls.append((prompt[0], config.threshold)) or Generation())
     rows = {name: DecodeConfig(threshold=threshold) for name, threshold in (("a", 0.1), ("b", 0.2))}
-    measured = evaluation.measure(tiny_model(), [[1], [2]], rows, 2, "")
+    measured = measuring.measure(tiny_model(), [[1], [2]], rows, 2, "")
     assert calls == [(1, 0.1), (1, 0.2)] + [(prompt, threshold) for prompt in (1, 2) for _ in range(2) for threshold in (0.1, 0.2)]
     assert all(len(row.outputs) == len(row.seconds) == 2 for row in measured.values())
 
@@ -108,9 +125,9 @@ def test_time_of_asking_counts_what_did_not_give_the_token(tiny_model):
         return trace.logits(layer).max() * 0
 
     config = DecodeConfig(confidence=slow, threshold=1.0, exit_layers=(2, 4), max_new_tokens=8)
-    assert 0.7 < evaluation.confidence_share(model, [[1, 2, 3]], config) < 1
+    assert 0.7 < measuring.confidence_share(model, [[1, 2, 3]], config) < 1
     quick = replace(config, confidence=lambda trace, layer: float(layer == 4))
-    assert 0 < evaluation.confidence_share(model, [[1, 2, 3]], quick) < 0.3
+    assert 0 < measuring.confidence_share(model, [[1, 2, 3]], quick) < 0.3
 
 
 def test_flags_without_a_confidence_change_every_row_and_the_full_model_alike(checkpoint, monkeypatch, tmp_path):

@@ -1,12 +1,15 @@
-"""Where the time of decoding goes: against a plain loop, by rows of a pass, by kind of check; and the memory it takes.
+"""Where the time of decoding goes: against a plain loop, by rows of a pass, by kind of check; its memory; what copy fill gets wrong.
 
     python bench.py
+    python bench.py --large-vocabulary        checks of a random model with V = 262,144, the shape of Gemma 3 270M
 """
 
+import argparse
 import math
 import resource
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,8 +21,9 @@ from torch import Tensor
 
 from cli import Parser, add_model_flags, device_and_dtype, run
 from confidence import FUNCTIONS, Trace
-from decode import DEFAULT_CHECKPOINT, DecodeConfig, generate, run_pass
-from model import KVCache, Transformer, load_checkpoint
+from data import TASKS, encode_prompt, read_examples, task_file
+from decode import DEFAULT_CHECKPOINT, Counters, DecodeConfig, copy_up, demo_exits, generate, run_pass
+from model import KVCache, ModelConfig, Transformer, choose_form, load_checkpoint
 
 PROMPT = 32  # tokens
 
@@ -75,7 +79,7 @@ def seconds(actions: dict[str, Callable[[], object]], device: str, repeat: int) 
 
 
 @torch.inference_mode()
-def advance(model: Transformer, cache: KVCache, rows: int, passes: int = 20) -> None:
+def advance(model: Transformer, cache: KVCache, rows: int, passes: int) -> None:
     """`passes` passes to the top, of `rows` positions each."""
     for _ in range(passes):
         cache.rollback(PROMPT)
@@ -83,10 +87,10 @@ def advance(model: Transformer, cache: KVCache, rows: int, passes: int = 20) -> 
 
 
 @torch.inference_mode()
-def check(model: Transformer, states: list[Tensor], layers: tuple[int, ...], name: str | None, prune: str, passes: int = 20) -> None:
+def check(model: Transformer, states: list[Tensor], layers: tuple[int, ...], name: str | None, prune: str, k: int, passes: int) -> None:
     """`passes` passes' worth of the heads alone: a check at each of `layers`, or (None) the final head."""
     for _ in range(passes):
-        trace = Trace(model, FUNCTIONS.get(name), prune)
+        trace = Trace(model, FUNCTIONS.get(name), prune, k)
         for layer in layers:
             trace.hidden = states[: layer + 1]
             if name:
@@ -95,14 +99,69 @@ def check(model: Transformer, states: list[Tensor], layers: tuple[int, ...], nam
             model.head(states[-1])
 
 
+@torch.inference_mode()
+def copy_error(model: Transformer, prompts: list[list[int]], config: DecodeConfig) -> dict[int, tuple[float, float]]:
+    """Layer -> relative distances |K' - K| / |K| of the keys, and likewise of the values, that copy fill gave to the positions that stopped
+    below it, from those of a full pass over the same text."""
+    L, sums = model.config.n_layers, defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
+    for prompt in prompts:
+        out = generate(model, prompt, config)
+        text = prompt + out.tokens[:-1]
+        exact, copied = KVCache(model, len(text)), KVCache(model, len(text))
+        run_pass(model, exact, text, Trace(model), {})
+        run_pass(model, copied, prompt[:-1], Trace(model), {})  # nothing, for a prompt of one token
+        for token, layer in zip(text[len(prompt) - 1 :], out.exit_layers):
+            run_pass(model, copied, [token], Trace(model), {layer: 0.0})
+            copy_up(model, copied, layer, Counters())
+        for layer in range(1, L + 1):
+            rows = [i for i, reached in enumerate(out.exit_layers, len(prompt) - 1) if reached < layer]
+            for at, name in ((0, "keys"), (2, "values")):
+                true, found = (getattr(cache, name)[layer - 1][:, :, rows].double() for cache in (exact, copied))
+                sums[layer][at : at + 2] += torch.stack([(found - true).square().sum(), true.square().sum()]).cpu()
+    return {layer: (math.sqrt(s[0] / s[1]), math.sqrt(s[2] / s[3])) for layer, s in sums.items() if s[1] > 0}
+
+
 def peak_mib() -> float:
     """The largest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def random_model(args: argparse.Namespace) -> Transformer:
+    """Random weights in the shape of Gemma 3 270M, whose vocabulary is large."""
+    config = ModelConfig(vocab_size=262_144, n_layers=18, d_model=640, n_heads=4, n_kv_heads=1, d_ff=2048, eos_id=None)
+    device, dtype = device_and_dtype(args)
+    torch.manual_seed(0)
+    model = Transformer(config).to(device, dtype or torch.float32).requires_grad_(False)
+    if device == "cpu":
+        choose_form(model)
+    return model
+
+
+def print_checks(model: Transformer, device: str, exits: tuple[int, ...], k: int, repeat: int, passes: int) -> None:
+    """Time of the checks of one token that exits nowhere, without pruning and with it, beside that of the token itself."""
+    prompt, cache = [5] * PROMPT, KVCache(model, PROMPT + 1)
+    with torch.inference_mode():
+        states = [state[-1:] for state in model.hidden_states(torch.tensor([prompt], device=device))]
+        run_pass(model, cache, prompt, Trace(model), {})
+    actions = {"full depth": partial(advance, model, cache, 1, passes),
+               "final head": partial(check, model, states, (), None, "none", k, passes)} | {
+        f"{name}, {prune}": partial(check, model, states, exits, name, prune, k, passes)
+        for name in ("softmax", "weighted", "jsd") for prune in ("none", "fixed")
+    }  # fmt: skip
+    spent = {name: 1e6 * value / passes for name, value in seconds(actions, device, repeat).items()}
+    token = spent["full depth"] + spent["final head"]
+    print(f"a token at full depth: {token:.0f} µs, of which the final head {spent['final head']:.0f}; checks after layers "
+          f"{','.join(map(str, exits))}, all in vain:")  # fmt: skip
+    for name in ("softmax", "weighted", "jsd"):
+        none, fixed = spent[f"{name}, none"], spent[f"{name}, fixed"]
+        print(f"  {name}: {none:.0f} µs unpruned, {fixed:.0f} with fixed k = {k} ({none / fixed:.1f} times less), "
+              f"{fixed / (token + fixed):.0%} of the time")  # fmt: skip
+
+
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add_model_flags(parser, str(DEFAULT_CHECKPOINT))
+    parser.add_argument("--large-vocabulary", action="store_true", help="only the checks, of a random model with V = 262,144")
     parser.add_argument("--repeat", type=int, default=15, help="turns; the median counts (default: %(default)s)")
     return parser
 
@@ -111,9 +170,15 @@ def main() -> None:
     args = make_parser().parse_args()
     if args.repeat < 1:
         raise ValueError(f"repeat is {args.repeat}; it must be at least 1")
+    if args.large_vocabulary:
+        model = random_model(args)
+        print(f"{torch.get_num_threads()} threads, {str(model.embedding.dtype).removeprefix('torch.')}, weights {model.form}")
+        for exits in ((6, 9, 12), tuple(range(2, 18))):
+            print_checks(model, args.device, exits, 512, args.repeat, 1)
+        return
     before = peak_mib()
-    model, _ = load_checkpoint(args.checkpoint, *device_and_dtype(args))
-    model.config = replace(model.config, eos_id=None)  # every run has the same length
+    model, tokenizer = load_checkpoint(args.checkpoint, *device_and_dtype(args))
+    ends, model.config = model.config, replace(model.config, eos_id=None)  # every run has the same length
     L, prompt, config = model.config.n_layers, [5] * PROMPT, DecodeConfig(max_new_tokens=64)
     generate(model, prompt, config)
     peak = peak_mib() - before
@@ -131,17 +196,17 @@ def main() -> None:
     cache = KVCache(model, PROMPT + 16)
     with torch.inference_mode():
         run_pass(model, cache, prompt, Trace(model), {})
-        states = [state[-1:] for state in model.hidden_states(torch.tensor([prompt], device=args.device))]
-    rows = {str(count): partial(advance, model, cache, count) for count in (1, 2, 4, 8, 16)}
+    rows = {str(count): partial(advance, model, cache, count, 20) for count in (1, 2, 4, 8, 16)}
     for count, spent in seconds(rows, args.device, args.repeat).items():
         print(f"a pass of {count:>2} rows: {1e6 * spent / 20 / L:.0f} µs a block")
-    third, half, two = round(L / 3), round(L / 2), round(2 * L / 3)
-    checks = {"final head": partial(check, model, states, (), None, "none")} | {
-        f"{name}, exits {third},{half},{two}, {prune}": partial(check, model, states, (third, half, two), name, prune)
-        for name in ("softmax", "weighted", "jsd") for prune in ("none", "fixed")
-    }  # fmt: skip
-    for name, spent in seconds(checks, args.device, args.repeat).items():
-        print(f"{name}: {1e6 * spent / 20:.0f} µs a token")
+    print_checks(model, args.device, demo_exits(L), 64, args.repeat, 20)
+
+    model.config = ends
+    if tokenizer:
+        settings = DecodeConfig(confidence="softmax", threshold=0.6, exit_layers=demo_exits(L), prune="fixed", fill="copy")
+        prompts = [encode_prompt(tokenizer, each.prompt) for task in TASKS for each in read_examples(task_file(task, "test"))[::100]]
+        print(f"copy fill on {len(prompts)} test inputs, relative distance of its keys (values) from the exact ones, by layer: "
+              + "  ".join(f"{layer}: {k:.2f} ({v:.2f})" for layer, (k, v) in copy_error(model, prompts, settings).items()))  # fmt: skip
 
 
 if __name__ == "__main__":

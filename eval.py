@@ -53,9 +53,9 @@ def read_settings(path: Path, task: str, n_layers: int, changes: dict) -> dict[s
 
 
 SHARES = ((1 / 4,), (1 / 3,), (1 / 2,), (1 / 4, 1 / 2), (1 / 3, 2 / 3), (1 / 2, 2 / 3), (1 / 3, 1 / 2, 2 / 3))  # exit sets, of the depth
-DRAFTS = ((1 / 4,), (1 / 3,), (1 / 3, 1 / 2))  # exit sets of verified mode, whose early tokens are drafts
+DRAFTS = ((1 / 6,), (1 / 4,), (1 / 3,), (1 / 4, 1 / 2))  # exit sets of verified mode, whose early tokens are drafts
 COARSE, FINE = (0.3, 0.6), (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # thresholds
-OWED = (4, 8)
+LOOSE, OWED = (0.2, 0.4, 0.6), (8, 16)  # verified mode: thresholds, bounds of the owed rows
 FIRST = 60  # inputs on which layers and drafts are chosen
 PRUNING = {"none": {}, "fixed": {"prune": "fixed"}, "decaying": {"prune": "decaying"}, "adaptive": {"prune": "adaptive", "prune_k": 512}}
 
@@ -72,7 +72,7 @@ def candidates(n_layers: int, name: str, layers: tuple[int, ...] | None, verify:
 
     base = replace(base, confidence=name, prune="fixed")
     if verify:
-        grid = product(exit_sets(DRAFTS), COARSE, OWED)
+        grid = product(exit_sets(DRAFTS), LOOSE, OWED)
         return [replace(base, exit_layers=exits, threshold=bar, max_owed=owed, verify=True) for exits, bar, owed in grid]
     grid = product([layers], FINE) if layers else product(exit_sets(SHARES), COARSE)
     return [replace(base, exit_layers=exits, threshold=bar) for exits, bar in grid]

@@ -20,4 +20,14 @@ def test_the_command_prints_its_figures(tiny_model, tmp_path, monkeypatch, capsy
     monkeypatch.setattr("sys.argv", ["bench.py", f"--checkpoint={tmp_path / 'tiny.pt'}", "--repeat=1"])
     cli.run(bench.main)
     printed = capsys.readouterr().out
-    assert "the same tokens" in printed and "a pass of 16 rows" in printed and "jsd, exits 2,2,3, fixed" in printed
+    assert "the same tokens" in printed and "a pass of 16 rows" in printed and "checks after layers 2,3, all in vain" in printed
+    assert "jsd: " in printed and "weighted: " in printed
+
+
+def test_copied_keys_and_values_are_off_only_above_the_layer_after_the_exit(tiny_model):
+    """Layer 3 reads the state after layer 2, so that a copy from exit 2 is exact there, as long as no earlier copy is attended to."""
+    config = DecodeConfig(max_new_tokens=1, confidence="softmax", threshold=0.0, exit_layers=(2,), fill="copy")
+    errors = bench.copy_error(tiny_model(0), [[1, 2, 3, 4], [5]], config)
+    assert set(errors) == {3, 4, 5} and max(errors[3]) < 1e-5 and min(*errors[4], *errors[5]) > 0.05
+    never = DecodeConfig(max_new_tokens=4, confidence="softmax", threshold=1.0, fill="copy")
+    assert bench.copy_error(tiny_model(0), [[1, 2, 3]], never) == {}

@@ -269,7 +269,7 @@ def demo_exits(n_layers: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(n_layers * share)) for share in (1 / 3, 1 / 2, 2 / 3)} - {n_layers}))
 
 
-def settings(args: argparse.Namespace, defaults: DecodeConfig) -> DecodeConfig:
+def chosen(args: argparse.Namespace, defaults: DecodeConfig) -> DecodeConfig:
     """The defaults, changed by --thresholds, then by the flags. A --threshold takes the place of those of single layers."""
     from_file, flags = read_thresholds(args.thresholds), given(args, DecodeConfig)
     if "threshold" in flags and "layer_thresholds" not in flags:
@@ -316,7 +316,7 @@ def main() -> None:
     place = device_and_dtype(args)
     model, tokenizer = load_checkpoint(args.checkpoint, *place)
     L = model.config.n_layers
-    config = settings(args, replace(DEMO, exit_layers=demo_exits(L)))
+    config = chosen(args, replace(DEMO, exit_layers=demo_exits(L)))
     amateur, prompt = read_amateur(args.amateur, tokenizer, *place), read_prompt(args.prompt, tokenizer)
     configs = {name: variant(config, name) for name in args.compare.split(",")} if args.compare else {"": config}
     check_prompt(prompt, model)

@@ -409,7 +409,7 @@ def test_settings_side_by_side(tiny_model, tmp_path, monkeypatch, capsys):
 
 def test_thresholds_from_a_file_give_way_to_flags(tiny_model, tmp_path):
     (tmp_path / "t.json").write_text('{"confidence": "jsd", "exit_layers": [1, 2], "layer_thresholds": [0.5, 0.6]}')
-    read = lambda *words: decode.settings(decode.make_parser().parse_args(["--prompt=1", f"--thresholds={tmp_path / 't.json'}", *words]),  # noqa: E731
+    read = lambda *words: decode.chosen(decode.make_parser().parse_args(["--prompt=1", f"--thresholds={tmp_path / 't.json'}", *words]),  # noqa: E731
                                           DecodeConfig(threshold=0.9))  # fmt: skip
     assert read().exits(5) == {1: 0.5, 2: 0.6} and read().confidence == "jsd"
     assert read("--threshold=0.7").exits(5) == {1: 0.7, 2: 0.7} and read("--layer-thresholds=0.1,0.2").exits(5) == {1: 0.1, 2: 0.2}

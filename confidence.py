@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from model import Transformer, linear
+from model import Transformer
 
 ALPHA = 0.1  # plausibility: tokens of at least this share of the largest probability (Li 2022, section 3.2)
 
@@ -64,7 +64,7 @@ class Trace:
             if self._weight is None:
                 self._weight = self.model.unembed[self.candidates]
             rows = torch.cat([self.model.exit_norm(self.hidden[layer][-1:], layer) for layer in missing])  # (m, d)
-            self._logits.update(zip(missing, linear(rows, self._weight, self.model.split).float().unbind()))
+            self._logits.update(zip(missing, self.model.score(rows, self._weight).unbind()))
             self.flops.update(dict.fromkeys(missing, 2 * self.n * rows.shape[1]))
             if self._schedule and self.layer in missing:
                 self._narrow(self._schedule(self, self._k))

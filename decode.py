@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cli import Parser, add_flags, add_model_flags, device_and_dtype, given, option, run
@@ -152,7 +151,7 @@ def run_pass(model: Transformer, cache: KVCache, tokens: list[int], trace: Trace
     owed is paid."""
     first, stop = cache.filled[0], cache.filled[0] + len(tokens)
     cache.filled[0] = stop
-    x = F.embedding(torch.tensor(tokens, dtype=torch.int64, device=cache.hidden.device), model.embedding)  # (R, d)
+    x = model.embed(torch.tensor(tokens, dtype=torch.int64, device=cache.hidden.device))  # (R, d)
     trace.hidden.append(x)
     for layer, block in enumerate(model.blocks, 1):
         if cache.filled[layer] < first:

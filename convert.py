@@ -263,7 +263,7 @@ def make_parser() -> Parser:
     parser.add_argument("out", type=Path, metavar="OUT", help="file to write")
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)} (default: the source's own; float32 for GGUF)")
     parser.add_argument("--max-len", type=int, help=f"positions (default: the model's, at most {MAX_LEN})")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="sentencepiece model, or llama2.c's tokenizer.bin (default: SOURCE's)")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="sentencepiece model or llama2.c tokenizer.bin (default: SOURCE's)")
     return parser
 
 

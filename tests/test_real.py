@@ -1,10 +1,12 @@
-"""Real checkpoints against their references, by hand: skipped unless EARLY_EXIT_REAL names a folder with *.gguf files (the Llama family and
-Gemma). It needs gguf, transformers and llama-cpp-python beside the requirements, some 6 GB of memory and minutes a file:
+"""Real checkpoints against their references, by hand: skipped unless EARLY_EXIT_REAL names a folder with *.gguf files (the Llama family
+and Gemma), and perhaps *.txt to tokenize. It needs gguf, transformers, accelerate and llama-cpp-python, some GB of memory, and a minute
+a file:
 
     EARLY_EXIT_REAL=FOLDER python -m pytest tests/test_real.py -s
 """
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -100,10 +102,11 @@ def test_the_tokenizer_equals_that_of_llama_cpp(case):
     if tokenizer is None:
         pytest.skip("byte-level BPE")
     reference = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
-    hard = ["Grüße, Café", "👍🏽 emoji 🧑‍🚀", "日本語 中文 한국어", "line\nline\n\n\nline", "  two   three    spaces ", "\ttab", "<b>x</b> ⟨?⟩", "", " "]
-    german = [text for text, _ in read_pairs(DATA / "translation" / "train.tsv.xz")]
-    for text in [*hard, *english(2000), *german[:2000], *os.environ.get("EARLY_EXIT_TEXTS", "").split()]:
-        text = Path(text).read_text(encoding="utf-8") if text.endswith(".txt") and os.path.isfile(text) else text
+    hard = ["Grüße, Café", "👍🏽 emoji 🧑‍🚀", "日本語 中文 한국어", "a\nb\n\n\nc\n", "  two   three    spaces ", "\ttab", "<b>x</b> ⟨?⟩"]
+    german = [text for text, _ in read_pairs(DATA / "translation" / "train.tsv.xz")][:2000]
+    files = [paragraph for file in sorted(Path(FOLDER).glob("*.txt")) for paragraph in re.split("(?<=\n\n)", file.read_text("utf-8"))]
+    for text in [*hard, *english(2000), *german, *files]:
         ids = tokenizer.encode(text)
         assert ids == reference.tokenize(text.encode(), add_bos=False, special=False), text[:100]
         assert tokenizer.decode(ids) == text
+    print(f"{path.stem}: the same tokens on {len(files)} paragraphs of *.txt")

@@ -151,8 +151,8 @@ def build_tokenizer(tokens: list[str], scores: list[float], types: list[int], un
     types[unk] = UNKNOWN
     model = b"".join(_field(1, _field(1, p) + _field(2, float(s)) + _field(3, int(t))) for p, s, t in zip(pieces, scores, types))
     trainer = _field(3, 2) + _field(4, len(pieces)) + _field(35, BYTE in types)  # BPE, size, byte fallback
-    for number, at in enumerate((unk, bos, eos, None)):  # unk, bos, eos, pad: by id, and by name, where an empty one is found nowhere
-        trainer += _field(40 + number, -1 if at is None else at) + _field(45 + number, b"" if at is None else pieces[at])
+    for number, at in enumerate((unk, bos, eos, None)):  # unk, bos, eos, pad: by id, and by name; one that does not exist is not found
+        trainer += _field(40 + number, -1 if at is None else at) + _field(45 + number, b"(none)" if at is None else pieces[at])
     normalizer = _field(1, b"identity") + _field(3, prefix) + _field(4, False) + _field(5, True)  # keeps runs of spaces, as ▁
     return model + _field(2, trainer) + _field(3, normalizer)
 

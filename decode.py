@@ -356,6 +356,8 @@ def main() -> None:
     prompt = read_prompt(args.prompt, tokenizer)
     config.exits(model.config.n_layers)  # a mistake there leaves an old trace file alone
     check_prompt(prompt, model)
+    if tokenizer is None:
+        print("this checkpoint has no tokenizer: token ids in, token ids out", file=sys.stderr)
     with open(args.trace, "w", encoding="utf-8") if args.trace else nullcontext() as trace:
         show(model, tokenizer, prompt, config, trace)
 

@@ -246,7 +246,7 @@ def open_llama2c(path: Path) -> Source:
     d, d_ff, L, H, K, V, T = struct.unpack_from("<7i", header, 8 if new else 0)
     start, tied = (256, bool(header[36])) if new and len(header) == 256 else (28, V > 0)
     if min(d, d_ff, L, H, K, abs(V), T) < 1 or d % H:
-        raise ValueError(f"{path}: neither GGUF nor, by its first numbers, llama2.c; for weights of another kind give their folder")
+        raise ValueError(f"{path}: neither GGUF nor, by its first numbers, llama2.c; of weights of another kind give the folder")
     C, V = d // H, abs(V)
     layer = {"attention_norm": (d,), "attention.wq": (d, d), "attention.wk": (K * C, d), "attention.wv": (K * C, d), "attention.wo": (d, d),
              "ffn_norm": (d,), "feed_forward.w1": (d_ff, d), "feed_forward.w2": (d, d_ff), "feed_forward.w3": (d_ff, d)}  # fmt: skip
@@ -255,13 +255,15 @@ def open_llama2c(path: Path) -> Source:
         order = [*norms, "norm", "tok_embeddings", *(name for name in layer if name not in norms)]
     else:
         order = ["tok_embeddings", *layer, "norm", "rope.freqs"]
+    order += [] if tied else ["output"]
+    floats = sum(math.prod(layer[name]) * L if name in layer else math.prod(whole[name]) for name in order)
+    if (needed := start + 4 * floats) != size:
+        raise ValueError(f"{path}: neither GGUF nor a whole file of llama2.c (by its first numbers {needed} bytes, not {size}); cut short?")
     spans, at = {}, start // 4
-    for name in [*order, *([] if tied else ["output"])]:
+    for name in order:
         for full, shape in [(f"layers.{i}.{name}", layer[name]) for i in range(L)] if name in layer else [(name, whole[name])]:
             spans[f"{full}.weight"] = (at, shape)
             at += math.prod(shape)
-    if 4 * at != size:
-        raise ValueError(f"{path}: as a llama2.c checkpoint it would have {4 * at} bytes, not {size}; cut short, or of another kind")
     data = torch.from_file(str(path), shared=False, size=at)
     tensors = {
         name: Stored(shape, torch.float32, partial(lambda first, shape: [data[first : first + math.prod(shape)].view(shape)], first, shape))
@@ -326,9 +328,10 @@ def gguf_config(fields: dict, family: str) -> dict:
     missing = [word for word in ("hidden_size", "num_attention_heads", "num_hidden_layers") if word not in config]
     if missing:
         raise ValueError(f"the metadata lack {family}.{words[missing[0]]}")
-    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
-    if (family, config["num_hidden_layers"]) in (("gemma2", 46), ("gemma3", 62)):  # the 27B models; llama.cpp, too, knows them by depth
-        config["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"]
+    share = config["hidden_size"] // config["num_attention_heads"]
+    config.setdefault("head_dim", share)
+    large = (family, config["num_hidden_layers"]) in (("gemma2", 46), ("gemma3", 62))  # 27B; llama.cpp, too, knows them by their depth
+    config["query_pre_attn_scalar"] = share if large else config["head_dim"]
     if (kind := fields.get(f"{family}.rope.scaling.type", "none")) != "none":
         config["rope_scaling"] = {"rope_type": kind, "factor": fields.get(f"{family}.rope.scaling.factor", 1.0)}
     return config

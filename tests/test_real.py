@@ -47,10 +47,10 @@ def case(request, tmp_path_factory):
     torch.set_num_threads(1)
 
 
-def compare(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+def compare(name: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = TOLERANCE) -> None:
     worst, same = (ours - theirs).abs().max().item(), int((ours.argmax(-1) == theirs.argmax(-1)).sum())
     print(f"{name}: largest difference of a logit {worst:.1e}, same argmax at {same} of {len(ours)} positions")
-    assert worst < TOLERANCE and same == len(ours)
+    assert worst < tolerance and same == len(ours)
 
 
 def test_logits_and_greedy_text_equal_those_of_transformers(case):
@@ -68,15 +68,17 @@ def test_logits_and_greedy_text_equal_those_of_transformers(case):
 
 
 def test_logits_equal_those_of_llama_cpp(case, tmp_path):
-    """llama.cpp on the same weights, dequantized, with a float32 cache."""
+    """llama.cpp on the same weights, dequantized, with a float32 cache. It looks GELU up in a table of half-precision numbers (ggml's
+    GGML_GELU_FP16), which moves Gemma's logits by some 0.03; built without the table it meets the tolerance."""
     import llama_cpp
 
-    path, _, _, tokens, logits = case
+    path, model, _, tokens, logits = case
     dequantize(path, tmp_path / "float32.gguf")
     reference = llama_cpp.Llama(str(tmp_path / "float32.gguf"), n_ctx=1024, n_batch=1024, n_ubatch=1024, logits_all=True, verbose=False,
                                 type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, flash_attn=False)  # fmt: skip
     reference.eval(tokens)
-    compare(f"{path.stem}, llama.cpp", logits, torch.from_numpy(reference.scores[:POSITIONS]).float())
+    tolerance = 0.1 if model.config.activation == "gelu_tanh" else TOLERANCE
+    compare(f"{path.stem}, llama.cpp", logits, torch.from_numpy(reference.scores[:POSITIONS]).float(), tolerance)
 
 
 def dequantize(path: Path, out: Path) -> None:

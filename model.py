@@ -163,8 +163,8 @@ def rope_table(config: ModelConfig) -> Tensor:
     own = config.window is not None and config.local_rope_base is not None
     frequencies = torch.stack([frequency, config.local_rope_base**exponent] if own else [frequency])
     angle = torch.arange(config.max_len, dtype=torch.float64)[:, None] * frequencies[:, None]  # (1 or 2, max_len, C/2)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1).float()
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1)
 
 
 def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -214,12 +214,18 @@ def test_llama2c_files(tiny_model, tmp_path, version, tied):
         convert.convert(tmp_path / "model.bin", tmp_path / "out.pt")
 
 
-@pytest.mark.parametrize("family", ["llama", "llama tied", "gemma3_text"])
+GGUF_SHAPES = {
+    "llama": LLAMA,
+    "llama 3": {**LLAMA, "tie_embeddings": True, "rope_base": 5e5, "rope_factor": 8.0, "rope_bands": (1.0, 4.0, 8192.0)},
+    "gemma3": {**SANDWICH, "qk_norm": True, "local_rope_base": 10000.0, "n_layers": 7, "global_layers": (6,)},
+}
+
+
+@pytest.mark.parametrize("family", GGUF_SHAPES)
 def test_gguf_files(tiny_model, tmp_path, family):
     gguf = pytest.importorskip("gguf")
-    model = tiny_model(4, **{**FAMILIES[family], "rope_factor": 1.0, "rope_bands": (), "global_layers": (), "local_rope_base": 10000.0}
-                       if family == "gemma3_text" else {**FAMILIES[family], "rope_factor": 1.0, "rope_bands": ()})  # fmt: skip
-    c, arch = model.config, family.split()[0].removesuffix("_text")
+    model = tiny_model(4, **GGUF_SHAPES[family])
+    c, arch = model.config, family.split()[0]
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", arch)
     for add, value in ((writer.add_block_count, c.n_layers), (writer.add_embedding_length, c.d_model), (writer.add_head_count, c.n_heads),
                        (writer.add_head_count_kv, c.n_kv_heads), (writer.add_feed_forward_length, c.d_ff),
@@ -230,6 +236,9 @@ def test_gguf_files(tiny_model, tmp_path, family):
         writer.add_sliding_window(c.window)
     for name, tensor in named(model, GGUF, "blk", ("token_embd", "output_norm", "output"), interleaved=arch == "llama").items():
         writer.add_tensor(name, tensor.numpy())
+    if c.rope_bands:  # what the frequencies of the four pairs, 1, 0.0376, 0.00141 and 0.0000532, are divided by: the third turns 1.84 times
+        smooth = (8192 * 5e5**-0.5 / (2 * math.pi) - 1) / 3
+        writer.add_tensor("rope_freqs.weight", torch.tensor([1, 1, 1 / (smooth + (1 - smooth) / 8), 8]).numpy())
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         write()
     report = convert_and_compare(tmp_path / "model.gguf", model, tmp_path)

@@ -7,6 +7,7 @@ a file:
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,8 +63,7 @@ def test_logits_and_greedy_text_equal_those_of_transformers(case):
         compare(f"{path.stem}, transformers", logits, reference(torch.tensor([tokens])).logits[0].float())
         prompt = torch.tensor([tokens[:600]])
         text = reference.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)[0, 600:].tolist()
-    never = -1  # no end of text, as in the reference
-    object.__setattr__(model.config, "eos_id", never)
+    model.config = replace(model.config, eos_id=None)  # no end of text, as in the reference
     assert generate(model, tokens[:600], DecodeConfig(max_new_tokens=NEW)).tokens == text
 
 

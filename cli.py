@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+          "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,9 +108,14 @@ def check_device(device: str) -> None:
 def device_and_dtype(args: argparse.Namespace) -> tuple[str, torch.dtype | None]:
     """--device and --dtype. Raises ValueError for what is not there."""
     check_device(args.device)
-    if args.dtype not in (None, *DTYPES):
-        raise ValueError(f"unknown dtype {args.dtype!r}; choose from {', '.join(DTYPES)}")
-    return args.device, DTYPES.get(args.dtype)
+    return args.device, read_dtype(args.dtype)
+
+
+def read_dtype(name: str | None) -> torch.dtype | None:
+    """A --dtype. Raises ValueError for one that is not known."""
+    if name not in (None, *DTYPES):
+        raise ValueError(f"unknown dtype {name!r}; choose from {', '.join(DTYPES)}")
+    return DTYPES.get(name)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from model import Transformer, linear
+from model import Transformer
 
 ALPHA = 0.1  # plausibility: tokens of at least this share of the largest probability (Li 2022, section 3.2)
 
@@ -69,7 +69,7 @@ class Trace:
                 self._weight = (self.model.unembed if first else self._weight)[self._take]
                 self._take = None
             rows = torch.cat([self.model.exit_norm(self.hidden[layer][-1:], layer) for layer in missing])  # (m, d)
-            self._logits.update(zip(missing, linear(rows, self._weight).float().unbind()))
+            self._logits.update(zip(missing, self.model.score(rows, self._weight).unbind()))
             self.flops.update(dict.fromkeys(missing, 2 * self.n * rows.shape[1]))
             if self._schedule and self.layer in missing:
                 self._narrow(self._schedule(self, *self._limits))

@@ -4,6 +4,7 @@ Dimensions: R rows of a pass, d model width, n candidates, L layers, V vocabular
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,6 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cli import Parser, add_flags, add_model_flags, device_and_dtype, given, read_field, run
@@ -99,7 +99,7 @@ def run_pass(model: Transformer, cache: KVCache, tokens: list[int], trace: Trace
     tokens, what is owed is paid."""
     first, stop = cache.filled[0], cache.filled[0] + len(tokens)
     cache.filled[0] = stop
-    x = F.embedding(torch.tensor(tokens, dtype=torch.int64, device=cache.hidden.device), model.embedding)  # (R, d)
+    x = model.embed(torch.tensor(tokens, dtype=torch.int64, device=cache.hidden.device))  # (R, d)
     trace.hidden.append(x)
     for layer, block in enumerate(model.blocks, 1):
         if cache.filled[layer] < first:
@@ -323,6 +323,8 @@ def main() -> None:
     for each in configs.values():
         each.exits(L)  # a mistake there leaves an old trace file alone
     full = generate(model, prompt, replace(config, confidence=None, verify=False), amateur=amateur).tokens if args.compare else []
+    if tokenizer is None:
+        print("this checkpoint has no tokenizer: token ids in, token ids out", file=sys.stderr)
     with open(args.trace, "w", encoding="utf-8") if args.trace else nullcontext() as trace:
         for name, each in configs.items():
             if name:

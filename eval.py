@@ -164,7 +164,7 @@ def main() -> None:
     args, custom = parse()
     model, tokenizer = load_checkpoint(args.checkpoint, *device_and_dtype(args))
     if tokenizer is None:
-        raise ValueError(f"{args.checkpoint}: has no tokenizer, which these tasks need")
+        raise ValueError(f"{args.checkpoint}: has no tokenizer, which these tasks need, being text; decode.py takes token ids")
     how = {"checkpoint": str(args.checkpoint), "split_of_data": args.split, "limit": args.limit, "repeat": args.repeat, "seed": args.seed}
     result = {"environment": environment(model) | how, "rows": []}
     print(", ".join(f"{name} {value}" for name, value in result["environment"].items()), file=sys.stderr)

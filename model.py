@@ -7,7 +7,6 @@ Layers count from 1 to L; index 0 stands for the embedding. Positions count from
 import functools
 import math
 import os
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -16,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cli import option, whole_file
+from kernels import FORMS, fastest_form, linear, rms_norm
 
 FORMAT = "early-exit checkpoint 1"
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Llama-family transformer; the defaults are the embedded model's."""
+    """The shape of a transformer of the Llama family, or of Gemma's; the defaults are the embedded model's."""
 
     vocab_size: int = option(4096, "pieces of the vocabulary")
     n_layers: int = option(12, "blocks")
@@ -37,23 +38,48 @@ class ModelConfig:
     exit_norms: tuple[int, ...] = option((), "exit layers with a norm of their own; the others share the final norm")
     classifiers: tuple[int, ...] = option((), "exit layers with a confidence classifier")
     eos_id: int | None = option(2, "token that ends a text; none: nothing does")
+    head_dim: int | None = option(None, "width of a head, even; none: d_model / n_heads")
+    activation: str = option("silu", "of the gated MLP: silu, or gelu_tanh (Gemma)")
+    embedding_scale: float = option(1.0, "factor of the embeddings (Gemma: sqrt d_model)")
+    query_scale: float | None = option(None, "factor of q k before the softmax; none: 1 / sqrt head_dim")
+    qk_norm: bool = option(False, "norm the queries and keys of every head (Gemma 3)")
+    post_norms: bool = option(False, "norm what attention and MLP add, too (Gemma 2 and 3)")
+    attention_cap: float | None = option(None, "soft cap of q k (Gemma 2); none: no cap")
+    logit_cap: float | None = option(None, "soft cap of the logits (Gemma 2); none: no cap")
+    window: int | None = option(None, "newest positions, its own included, that a position sees (Mistral 0.1, Gemma 2 and 3); none: all")
+    global_layers: tuple[int, ...] = option((), "layers that see all positions in spite of a window")
+    local_rope_base: float | None = option(None, "rope_base of the layers with a window (Gemma 3); none: the same")
+    rope_factor: float = option(1.0, "divides the rotary frequencies, but for those of local_rope_base")
+    rope_bands: tuple[float, ...] = option((), "Llama 3: low, high and length; rope_factor divides fully what turns less than low times in "
+                                               "length positions, not at all what turns more than high times")  # fmt: skip
 
     def __post_init__(self):
-        for name in ("exit_norms", "classifiers"):
+        for name in ("exit_norms", "classifiers", "global_layers", "rope_bands"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "max_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.d_model % self.n_heads or self.head_dim % 2:
-            raise ValueError(f"d_model {self.d_model} must be an even multiple of n_heads {self.n_heads}")
+        for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "max_len", "head_dim", "window"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.head_dim is None:
+            if self.d_model % self.n_heads:
+                raise ValueError(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}, or head_dim given")
+            object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim} (d_model / n_heads if not given); it must be even")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}; choose from {', '.join(ACTIVATIONS)}")
+        for name in ("query_scale", "attention_cap", "logit_cap", "local_rope_base", "rope_base", "rope_factor"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        if self.rope_bands and (len(self.rope_bands) != 3 or not 0 < self.rope_bands[0] < self.rope_bands[1]):
+            raise ValueError(f"rope_bands is {self.rope_bands}; it must be low, high and length, low below high, or nothing")
         for name in ("exit_norms", "classifiers"):
             check_layers(name, getattr(self, name), self.n_layers)
 
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_heads
+    def slides(self, layer: int) -> bool:
+        """Whether the layer has a window."""
+        return self.window is not None and layer not in self.global_layers
 
 
 def check_layers(name: str, layers, n_layers: int) -> None:
@@ -63,81 +89,62 @@ def check_layers(name: str, layers, n_layers: int) -> None:
         raise ValueError(f"{name}: layer {bad[0]} is not an exit of a model of {n_layers} layers; choose from 1 to {n_layers - 1}")
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension of (N, d) (Zhang 2019). On the few rows of decoding, small kernels beat the library's."""
-    if x.is_cpu and x.dtype == torch.float32 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        scale, floor = _rms_constants(x.shape[-1], eps)
-        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True) * scale, floor) * weight
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-@functools.cache
-def _rms_constants(d: int, eps: float) -> tuple[Tensor, Tensor]:
-    """1 / sqrt d and sqrt eps, as tensors: rms(x) = hypot(|x| / sqrt d, sqrt eps)."""
-    return torch.tensor([d**-0.5, eps**0.5]).unbind()
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (N, d_in) times a weight in one of the FORMS, logically (d_out, d_in): (N, d_out)."""
-    if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    if weight.dim() == 3:  # (blocks, d_in, d_out / blocks)
-        if len(x) > 16:
-            return F.linear(x, weight.transpose(1, 2).flatten(0, 1))
-        return torch.bmm(x.expand(len(weight), -1, -1), weight).transpose(0, 1).reshape(len(x), -1)
-    return F.linear(x, weight)
-
-
-def split(weight: Tensor) -> Tensor:
-    """A view of the weight in as many blocks of its rows as there are threads, one for each; the weight itself if that does not fit."""
-    blocks = torch.get_num_threads()
-    return weight if blocks == 1 or len(weight) % blocks else weight.view(blocks, -1, weight.shape[1]).transpose(1, 2)
-
-
-def packed(weight: Tensor) -> Tensor:
-    """A copy in oneDNN's own order, laid out for a few rows; the weight itself where oneDNN is missing or does not know the dtype."""
-    known = torch.backends.mkldnn.is_available() and weight.dtype in (torch.float32, torch.bfloat16)
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 4) if known else weight
-
-
-# How a CPU model's weights are kept for `linear`, the form telling the kernel: `choose_form` takes the fastest.
-FORMS: dict[str, Callable[[Tensor], Tensor]] = {"plain": lambda weight: weight, "split": split, "packed": packed}
-
-
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). It treats every row alike; what depends on positions is in `attend`."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)); with post_norms x + norm(attention(norm(x))), and so on. It treats every
+    row alike; what depends on positions is in `attend`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         d, C, H, K = config.d_model, config.head_dim, config.n_heads, config.n_kv_heads
-        self.eps = config.norm_eps
+        self.eps, self.activation = config.norm_eps, ACTIVATIONS[config.activation]
+        self.post_norms, self.qk_norm, self.sizes = config.post_norms, config.qk_norm, (H * C, K * C, K * C)
         self.attn_norm = nn.Parameter(torch.ones(d))
         self.qkv = nn.Parameter(torch.empty((H + 2 * K) * C, d))
         self.out = nn.Parameter(torch.empty(d, H * C))
         self.mlp_norm = nn.Parameter(torch.ones(d))
         self.gate_up = nn.Parameter(torch.empty(2 * config.d_ff, d))
         self.down = nn.Parameter(torch.empty(d, config.d_ff))
+        if config.post_norms:
+            self.attn_post_norm, self.mlp_post_norm = nn.Parameter(torch.ones(d)), nn.Parameter(torch.ones(d))
+        if config.qk_norm:
+            self.q_norm, self.k_norm = nn.Parameter(torch.ones(C)), nn.Parameter(torch.ones(C))
 
     def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """x (N, d) -> (N, d); `attend` takes the queries, keys and values side by side, (N, (H + 2K) C), to (N, H C)."""
         w = self._parameters  # not self.qkv: a Module's attribute access is slow enough to show in decoding
-        x = x + linear(attend(self.project(x)), w["out"])
+        y = linear(attend(self.project(x)), w["out"])
+        x = x + (rms_norm(y, w["attn_post_norm"], self.eps) if self.post_norms else y)
         gate, up = linear(rms_norm(x, w["mlp_norm"], self.eps), w["gate_up"]).chunk(2, dim=-1)
-        return x + linear(F.silu(gate) * up, w["down"])
+        y = linear(self.activation(gate) * up, w["down"])
+        return x + (rms_norm(y, w["mlp_post_norm"], self.eps) if self.post_norms else y)
 
     def project(self, x: Tensor) -> Tensor:
         """x (N, d) -> queries, keys and values before rotation, (N, (H + 2K) C)."""
         w = self._parameters
-        return linear(rms_norm(x, w["attn_norm"], self.eps), w["qkv"])
+        qkv = linear(rms_norm(x, w["attn_norm"], self.eps), w["qkv"])
+        if self.qk_norm:
+            q, k, v = qkv.split(self.sizes, -1)
+            q, k = (rms_norm(y.reshape(-1, len(w[name])), w[name], self.eps).view_as(y) for y, name in ((q, "q_norm"), (k, "k_norm")))
+            qkv = torch.cat([q, k, v], -1)
+        return qkv
 
 
 def rope_table(config: ModelConfig) -> Tensor:
-    """cos and signed sin of every position: (2, max_len, C)."""
-    half = config.head_dim // 2
-    frequency = config.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
-    angle = torch.arange(config.max_len, dtype=torch.float64)[:, None] * frequency  # (max_len, C/2)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).float()
+    """cos and signed sin of every position: (1, 2, max_len, C), or (2, 2, max_len, C) where the layers with a window, last, have their own
+    base. Frequencies are slowed as in Llama 3 (llama-models, `apply_scaling`), or all alike where there are no bands."""
+    exponent = -torch.arange(config.head_dim // 2, dtype=torch.float64) / (config.head_dim // 2)
+    frequency = config.rope_base**exponent
+    if config.rope_factor != 1:
+        kept = torch.zeros_like(frequency)  # share of the frequency that is not slowed
+        if config.rope_bands:
+            low, high, length = config.rope_bands
+            kept = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / config.rope_factor)
+    own = config.window is not None and config.local_rope_base is not None
+    frequencies = torch.stack([frequency, config.local_rope_base**exponent] if own else [frequency])
+    angle = torch.arange(config.max_len, dtype=torch.float64)[:, None] * frequencies[:, None]  # (1 or 2, max_len, C/2)
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1)
 
 
 def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,10 +157,30 @@ def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: tuple[Tensor
     return qk[:, :H], qk[:, H:], v
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """softmax(q k / sqrt C) v where `mask` (.., T, S) allows: q (B, H, T, C), k and v (B, K, S, C) -> (B T, H C)."""
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: ModelConfig, causal: bool = False) -> Tensor:
+    """softmax(q k * query_scale) v where `mask` (.., T, S) allows, or everywhere: q (B, H, T, C), k and v (B, K, S, C) -> (B T, H C)."""
+    if config.attention_cap is None:
+        gqa = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=config.query_scale, enable_gqa=gqa)
+    else:  # the library's attention knows no cap
+        B, H, T, C = q.shape
+        grouped = q.view(B, k.shape[1], -1, T, C)  # (B, K, H/K, T, C)
+        scores = soft_cap((grouped @ k[:, :, None].mT).float() * (config.query_scale or C**-0.5), config.attention_cap).view(B, H, T, -1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        out = (scores.softmax(-1).type_as(v).view(*grouped.shape[:-1], -1) @ v[:, :, None]).view(B, H, T, C)
     return out.transpose(1, 2).reshape(-1, q.shape[1] * q.shape[3])
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """cap tanh(x / cap): x, kept within -cap .. cap (Gemma 2, section 2)."""
+    return cap * torch.tanh(x / cap)
+
+
+def visible(rows: Tensor, columns: Tensor, window: int | None) -> Tensor:
+    """Which of the positions `columns` (S,) the positions `rows` (T,) see: those up to their own, the newest `window` of them. (T, S)."""
+    distance = rows[:, None] - columns
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
 class Transformer(nn.Module):
@@ -186,19 +213,27 @@ class Transformer(nn.Module):
         B, T = tokens.shape
         if T > self.config.max_len:
             raise ValueError(f"{T} tokens do not fit into the model's {self.config.max_len} positions; shorten the text")
-        mask = None
-        if documents is not None:
-            causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
-            mask = (causal & (documents[:, :, None] == documents[:, None, :]))[:, None]  # (B, 1, T, T)
-        rope = self.rope[:, :T].unbind()
+        config, positions = self.config, torch.arange(T, device=tokens.device)
 
-        def attend(qkv: Tensor) -> Tensor:
-            return attention(*split_heads(qkv, B, self.config, rope), mask, causal=mask is None)
+        def attend_as(slides: bool) -> Callable[[Tensor], Tensor]:
+            mask, rope = None, self.rope[-slides, :, :T].unbind()
+            if documents is not None or slides or config.attention_cap is not None:
+                mask = visible(positions, positions, config.window if slides else None)  # (T, T)
+            if documents is not None:
+                mask = (mask & (documents[:, :, None] == documents[:, None, :]))[:, None]  # (B, 1, T, T)
+            return lambda qkv: attention(*split_heads(qkv, B, config, rope), mask, config, causal=mask is None)
 
-        states = [F.embedding(tokens.flatten(), self.embedding)]
-        for block in self.blocks:
-            states.append(block(states[-1], attend))
+        slides = [config.slides(layer) for layer in range(1, config.n_layers + 1)]
+        attend = {kind: attend_as(kind) for kind in set(slides)}
+        states = [self.embed(tokens.flatten())]
+        for block, kind in zip(self.blocks, slides):
+            states.append(block(states[-1], attend[kind]))
         return states
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """h_0 of tokens (N,): (N, d)."""
+        x = F.embedding(tokens, self.embedding)
+        return x if self.config.embedding_scale == 1 else x * self.config.embedding_scale
 
     @property
     def unembed(self) -> Tensor:
@@ -216,7 +251,7 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor, layer: int | None = None) -> Tensor:
         """z_l = W norm_l(h_l): hidden (N, d) after `layer` (None: the last) -> logits (N, V) float32."""
-        return linear(self.exit_norm(hidden, layer or self.config.n_layers), self.head_weight).float()
+        return self.score(self.exit_norm(hidden, layer or self.config.n_layers), self.head_weight)
 
     def classify(self, hidden: Tensor, layer: int) -> Tensor:
         """sigmoid(w_l norm_l(h_l) + b_l), the classifier's belief that exit `layer` agrees with the last layer: (N, d) -> (N,) float32.
@@ -227,44 +262,32 @@ class Transformer(nn.Module):
         w = self.classifiers[str(layer)]
         return (self.exit_norm(hidden, layer) @ w[:-1] + w[-1]).float().sigmoid()
 
+    def score(self, normed: Tensor, weight: Tensor) -> Tensor:
+        """Logits of the tokens whose rows of the unembedding are `weight` (n, d): norm_l(h_l) (N, d) -> (N, n) float32."""
+        logits = linear(normed, weight).float()
+        return logits if self.config.logit_cap is None else soft_cap(logits, self.config.logit_cap)
+
     def block_flops(self, first: int, stop: int) -> int:
-        """Floating-point operations of one block on the positions first .. stop - 1: 2 a weight and row, 4 H C a row and position seen."""
+        """Floating-point operations of one block on the positions first .. stop - 1: 2 a weight and row, 4 H C a row and position seen
+        (without a window)."""
         c = self.config
         weights = c.d_model * (2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 3 * c.d_ff)
         return 2 * weights * (stop - first) + 4 * c.n_heads * c.head_dim * ((first + 1 + stop) * (stop - first) // 2)
 
 
-SAMPLE = 2**26     # bytes of weights that a trial multiplies with: more than caches hold
 COPY_LIMIT = 2**28  # bytes: a larger unembedding is not kept a second time, packed
 
 
 @torch.no_grad()
-def choose_form(model: Transformer, repeats: int = 5) -> None:
-    """Times, on this machine, one row and four rows through weights of a CPU model in each of the FORMS, and keeps the clearly fastest.
-    (The library's product of one row may run on one thread, at a fifth of what memory gives.)"""
-    weights, size = [], 0
-    for weight in (weight for block in model.blocks for weight in block.parameters() if weight.dim() > 1):
-        if size < SAMPLE:
-            weights.append(weight)
-            size += weight.numel() * weight.element_size()
-    forms = {name: [form(weight) for weight in weights] for name, form in FORMS.items()}
-    inputs = [[weight.new_ones(rows, weight.shape[1]) for weight in weights] for rows in (1, 4)]
-
-    def seconds(made: list[Tensor]) -> float:
-        started = time.perf_counter()
-        for rows in inputs:
-            for x, weight in zip(rows, made):
-                linear(x, weight)
-        return time.perf_counter() - started
-
-    times = {name: min(seconds(made) for _ in range(repeats)) * (0.9 if name == "plain" else 1) for name, made in forms.items()}
-    model.form = min(times, key=times.get)
+def choose_form(model: Transformer) -> None:
+    """Keeps the weights of a CPU model in the form that is fastest on this machine."""
+    model.form = fastest_form([weight for block in model.blocks for weight in block.parameters() if weight.dim() > 1])
     for block in model.blocks:
         for name, weight in block._parameters.items():
             if weight.dim() > 1:
                 block._parameters[name] = FORMS[model.form](weight)
     large = model.unembed.numel() * model.unembed.element_size() > COPY_LIMIT
-    model._head_weight = FORMS["split" if model.form == "packed" and large else model.form](model.unembed)
+    model._head_weight = FORMS["split" if model.form == "packed" and large else model.form](model.unembed.detach())
 
 
 class KVCache:
@@ -274,37 +297,44 @@ class KVCache:
 
     def __init__(self, model: Transformer, length: int):
         """Room for `length` positions."""
-        self.config, self.rope_table = model.config, model.rope
+        self.config, self.rope = model.config, model.rope
         shape = (1, self.config.n_kv_heads, length, self.config.head_dim)
         self.keys = [model.embedding.new_empty(shape) for _ in model.blocks]    # (1, K, length, C) a layer
         self.values = [model.embedding.new_empty(shape) for _ in model.blocks]
         self.hidden = model.embedding.new_empty(length, self.config.d_model)
         self.filled = [0] * (self.config.n_layers + 1)
-        self._span, self._rope, self._mask = None, None, None
+        self._slides = [False, *(self.config.slides(layer) for layer in range(1, self.config.n_layers + 1))]
+        self._span, self._views = None, []
 
     def owed(self, layer: int, stop: int) -> Tensor:
         """Hidden states of the positions filled[layer] .. stop - 1: (R, d)."""
         return self.hidden[self.filled[layer] : stop]
 
-    def store(self, layer: int, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def store(self, layer: int, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Appends the keys and values of the R rows that follow filled[layer], from qkv (R, (H + 2K) C). Returns the rows' queries
-        (1, H, R, C) and all keys and values of the layer, (1, K, filled[layer], C)."""
+        (1, H, R, C), the S keys and values of the layer that they may see, (1, K, S, C), and who sees which (R, S); None: all see all."""
         first = self.filled[layer]
         stop = self.filled[layer] = first + qkv.shape[0]
         if self._span != (first, stop):  # the layers of a pass mostly share their rows
-            self._span, self._rope, self._mask = (first, stop), self.rope_table[:, first:stop].unbind(), None
-            if stop - first > 1:  # row i, at position first + i, sees the positions up to its own
-                positions = torch.arange(stop, device=qkv.device)
-                self._mask = positions <= positions[first:, None]  # (R, stop)
-        q, k, v = split_heads(qkv, 1, self.config, self._rope)
+            self._span, self._views = (first, stop), [self._view(first, stop, slides) for slides in sorted(set(self._slides))]
+        start, rope, mask = self._views[self._slides[layer]]
+        q, k, v = split_heads(qkv, 1, self.config, rope)
         keys, values = self.keys[layer - 1], self.values[layer - 1]
         keys[:, :, first:stop] = k
         values[:, :, first:stop] = v
-        return q, keys[:, :, :stop], values[:, :, :stop]
+        return q, keys[:, :, start:stop], values[:, :, start:stop], mask
+
+    def _view(self, first: int, stop: int, slides: bool) -> tuple[int, tuple[Tensor, Tensor], Tensor | None]:
+        """Of the rows first .. stop - 1 in a layer: the first position that one of them sees, their rotation, and who sees which."""
+        start, mask = max(0, first + 1 - self.config.window) if slides else 0, None
+        if stop - first > 1:
+            positions = torch.arange(start, stop, device=self.hidden.device)
+            mask = visible(positions[first - start :], positions, self.config.window if slides else None)  # (R, stop - start)
+        return start, self.rope[-slides, :, first:stop].unbind(), mask
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
-        """`attend` of a block: stores the rows' keys and values, then attends to all positions so far. (R, (H + 2K) C) -> (R, H C)."""
-        return attention(*self.store(layer, qkv), self._mask)
+        """`attend` of a block: stores the rows' keys and values, then attends to what they may see. (R, (H + 2K) C) -> (R, H C)."""
+        return attention(*self.store(layer, qkv), self.config)
 
     def rollback(self, length: int) -> None:
         """Forgets the positions from `length` on."""

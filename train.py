@@ -245,7 +245,7 @@ def check_resumable(checkpoint: Path, content: dict, config: TrainConfig, shape:
     """Raises ValueError if the run that wrote the checkpoint had other settings, or has gone beyond max_steps."""
     if "training" not in content:
         raise ValueError(f"{checkpoint}: holds a model but no training to go on with; give another --out")
-    then, now = {**content["training"]["config"], **content["config"]}, {**asdict(config), **asdict(shape)}
+    then, now = {**content["training"]["config"], **asdict(ModelConfig(**content["config"]))}, {**asdict(config), **asdict(shape)}
     other = [name for name in now if now[name] != then.get(name) and name not in FREE_TO_CHANGE]
     if other:
         raise ValueError(f"{checkpoint} was trained with {other[0]} {then.get(other[0])}, not {now[other[0]]}; give another --out")
@@ -270,7 +270,7 @@ def main() -> None:
     args = make_parser().parse_args()
     config = replace(TrainConfig(), **given(args, TrainConfig))
     check_device(config.device)
-    train(config, replace(ModelConfig(), **given(args, ModelConfig)), Path(args.out))
+    train(config, ModelConfig(**given(args, ModelConfig)), Path(args.out))
 
 
 if __name__ == "__main__":

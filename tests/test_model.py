@@ -6,9 +6,18 @@ import torch
 
 from confidence import Trace
 from decode import DecodeConfig, generate, run_pass
-from model import FORMS, KVCache, ModelConfig, Transformer, choose_form, linear, load_checkpoint, rms_norm, save_checkpoint
+from kernels import FORMS, linear, rms_norm
+from model import KVCache, ModelConfig, Transformer, choose_form, load_checkpoint, rope_table, save_checkpoint
 
 SHAPES = [{"n_kv_heads": 4}, {"n_kv_heads": 2}, {"n_kv_heads": 1}, {"tie_embeddings": False}, {"exit_norms": (1, 3)}, {"n_layers": 2}]
+FEATURES = [
+    {"head_dim": 6}, {"activation": "gelu_tanh"}, {"embedding_scale": 3.0}, {"query_scale": 0.9}, {"qk_norm": True}, {"post_norms": True},
+    {"attention_cap": 0.7}, {"logit_cap": 1.5}, {"window": 3}, {"window": 1}, {"window": 4, "global_layers": (2, 5)},
+    {"window": 4, "global_layers": (3,), "local_rope_base": 50.0}, {"rope_factor": 4.0},
+    {"rope_factor": 8.0, "rope_bands": (1.0, 4.0, 60.0)},
+    {"head_dim": 10, "activation": "gelu_tanh", "embedding_scale": 3.0, "query_scale": 0.5, "qk_norm": True, "post_norms": True,
+     "window": 4, "global_layers": (2, 4), "local_rope_base": 50.0, "attention_cap": 2.0, "logit_cap": 3.0, "rope_factor": 8.0},
+]  # fmt: skip
 
 
 def numpy_forward(model: Transformer, tokens: list[int]) -> tuple[list[np.ndarray], np.ndarray]:
@@ -20,33 +29,63 @@ def numpy_forward(model: Transformer, tokens: list[int]) -> tuple[list[np.ndarra
     def norm(x, weight):
         return x / np.sqrt((x**2).mean() + c.norm_eps) * weight
 
-    def rotated(x, position):
-        pairs = [(x[i], x[i + C // 2], position * c.rope_base ** (-2 * i / C)) for i in range(C // 2)]
+    def cap(x, limit):
+        return x if limit is None else limit * np.tanh(x / limit)
+
+    def activation(x):
+        if c.activation == "silu":
+            return x / (1 + np.exp(-x))
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    def speed(i, slides):
+        """Radians a position of the pair (i, i + C/2)."""
+        if slides and c.local_rope_base:
+            return c.local_rope_base ** (-2 * i / C)
+        fast = c.rope_base ** (-2 * i / C)
+        if not c.rope_bands:
+            return fast / c.rope_factor
+        low, high, length = c.rope_bands
+        turns = length * fast / (2 * np.pi)
+        if turns < low or turns > high:
+            return fast / c.rope_factor if turns < low else fast
+        smooth = (turns - low) / (high - low)
+        return (1 - smooth) * fast / c.rope_factor + smooth * fast
+
+    def rotated(x, position, slides):
+        pairs = [(x[i], x[i + C // 2], position * speed(i, slides)) for i in range(C // 2)]
         return np.array([a * np.cos(t) - b * np.sin(t) for a, b, t in pairs] + [b * np.cos(t) + a * np.sin(t) for a, b, t in pairs])
 
-    states = [np.array([w["embedding"][token] for token in tokens])]
+    states = [np.array([w["embedding"][token] * c.embedding_scale for token in tokens])]
     for layer in range(c.n_layers):
-        b = {name: w[f"blocks.{layer}.{name}"] for name in ("attn_norm", "qkv", "out", "mlp_norm", "gate_up", "down")}
+        b = {name.split(".")[2]: weight for name, weight in w.items() if name.startswith(f"blocks.{layer}.")}
+        slides = c.window is not None and layer + 1 not in c.global_layers
         keys, values, rows = [], [], []
         for position, x in enumerate(states[-1]):
             q, k, v = np.split(b["qkv"] @ norm(x, b["attn_norm"]), [H * C, (H + K) * C])
-            keys.append([rotated(head, position) for head in k.reshape(K, C)])
+            q, k = q.reshape(H, C), k.reshape(K, C)
+            if c.qk_norm:
+                q, k = ([norm(head, b[name]) for head in heads] for heads, name in ((q, "q_norm"), (k, "k_norm")))
+            keys.append([rotated(head, position, slides) for head in k])
             values.append(v.reshape(K, C))
             heads = []
-            for number, head in enumerate(q.reshape(H, C)):
+            seen = range(max(0, position - c.window + 1) if slides else 0, position + 1)
+            for number, head in enumerate(q):
                 group = number // (H // K)
-                scores = np.array([rotated(head, position) @ key[group] for key in keys]) / np.sqrt(C)
+                scores = np.array([rotated(head, position, slides) @ keys[at][group] for at in seen])
+                scores = cap(scores * (c.query_scale or 1 / np.sqrt(C)), c.attention_cap)
                 share = np.exp(scores - scores.max())
-                heads.append(sum(s * value[group] for s, value in zip(share / share.sum(), values)))
-            x = x + b["out"] @ np.concatenate(heads)
+                heads.append(sum(s * values[at][group] for s, at in zip(share / share.sum(), seen)))
+            attended = b["out"] @ np.concatenate(heads)
+            x = x + (norm(attended, b["attn_post_norm"]) if c.post_norms else attended)
             gate, up = np.split(b["gate_up"] @ norm(x, b["mlp_norm"]), 2)
-            rows.append(x + b["down"] @ (gate / (1 + np.exp(-gate)) * up))
+            added = b["down"] @ (activation(gate) * up)
+            rows.append(x + (norm(added, b["mlp_post_norm"]) if c.post_norms else added))
         states.append(np.array(rows))
     unembed = w["embedding"] if c.tie_embeddings else w["unembedding"]
-    return states, np.array([unembed @ norm(x, w["norm"]) for x in states[-1]])
+    return states, np.array([cap(unembed @ norm(x, w["norm"]), c.logit_cap) for x in states[-1]])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES + FEATURES)
 def test_full_pass_equals_the_numpy_reference(tiny_model, shape):
     model = tiny_model(1, **shape)
     tokens = torch.randint(0, 50, (9,), generator=torch.Generator().manual_seed(2))
@@ -56,7 +95,17 @@ def test_full_pass_equals_the_numpy_reference(tiny_model, shape):
     np.testing.assert_allclose(model(tokens[None])[0].numpy(), logits, rtol=1e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", FEATURES[1:])
+def test_every_feature_shows(tiny_model, shape):
+    """Added to a model, each changes its logits: so the comparisons above and below can fail."""
+    tokens = torch.randint(0, 50, (1, 9), generator=torch.Generator().manual_seed(2))
+    plain, model = tiny_model(1), tiny_model(1, **{name: value for name, value in shape.items() if name != "head_dim"})
+    for name, weight in plain.named_parameters():
+        model.get_parameter(name).copy_(weight)
+    assert (model(tokens) - plain(tokens)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("shape", SHAPES + FEATURES)
 @pytest.mark.parametrize("seed", range(4))
 def test_the_staircase_equals_a_full_pass_for_random_exits(tiny_model, shape, seed):
     """Random chunks of tokens, each pass stopping at a random exit layer: states, keys, values and logits of every row that ran a layer
@@ -85,6 +134,44 @@ def test_the_staircase_equals_a_full_pass_for_random_exits(tiny_model, shape, se
             until = cache.filled[number]
             for ours, theirs in ((cache.keys, reference.keys), (cache.values, reference.values)):
                 torch.testing.assert_close(ours[number - 1][:, :, :until], theirs[number - 1][:, :, :until], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", FEATURES)
+def test_early_exits_are_exact_with_every_feature(tiny_model, shape):
+    """Tokens equal those that a full pass over the text, without a cache, reads out at each token's exit layer; and step by step to the
+    top, the logits are the full pass's."""
+    model = tiny_model(2, **shape)
+    out = generate(model, [1, 7, 3], DecodeConfig(max_new_tokens=25, confidence=lambda trace, layer: torch.rand(()), threshold=0.7))
+    states = model.hidden_states(torch.tensor([[1, 7, 3, *out.tokens]]))
+    assert len(set(out.exit_layers)) > 3
+    assert out.tokens == [int(model.head(states[layer][i : i + 1], layer).argmax()) for i, layer in enumerate(out.exit_layers, 2)]
+    cache, tokens = KVCache(model, 20), torch.randint(0, 50, (20,)).tolist()
+    steps = []
+    for token in tokens:
+        trace = Trace(model)
+        with torch.inference_mode():
+            run_pass(model, cache, [token], trace, {})
+        steps.append(model.head(trace.hidden[-1])[0])
+    torch.testing.assert_close(torch.stack(steps), model(torch.tensor([tokens]))[0], rtol=1e-4, atol=1e-4)
+
+
+def test_packed_documents_slide_alone(tiny_model):
+    model = tiny_model(1, window=3, global_layers=(2,))
+    tokens, documents = torch.arange(1, 13)[None], torch.tensor([[1] * 5 + [2] * 7])
+    packed = model.hidden_states(tokens, documents)[-1]
+    alone = model.hidden_states(tokens[:, 5:])[0]
+    torch.testing.assert_close(model.hidden_states(tokens, documents)[0][5:], alone)
+    assert torch.isfinite(packed).all() and not torch.allclose(packed[5:], model.hidden_states(tokens)[-1][5:], atol=1e-3)
+
+
+def test_llama_3_rope_scaling_by_hand():
+    """C = 4, base 10000: the pair 0 turns 1 radian a position, pair 1 0.01. In 8192 positions pair 0 turns 1304 times, above high = 4, and
+    stays; pair 1 turns 13.04 times with length 8192, and 0.815 times, below low = 1, with length 512: slowed by the whole factor; with
+    length 1024 1.63 times: smooth = 0.63 / 3 = 0.2099, 0.01 * (0.2099 + 0.7901 / 8) = 0.003087."""
+    config = {"d_model": 4, "n_heads": 1, "n_kv_heads": 1, "max_len": 2, "rope_factor": 8.0}
+    for length, expected in ((8192, 0.01), (512, 0.00125), (1024, 0.003087)):
+        cos, sin = rope_table(ModelConfig(**config, rope_bands=(1.0, 4.0, length)))[0]
+        torch.testing.assert_close(torch.atan2(sin[1, 2:], cos[1, 2:]), torch.tensor([1.0, expected]), rtol=1e-3, atol=0.0)
 
 
 def full_pass(model, cache, tokens):
@@ -137,8 +224,8 @@ def test_the_fastest_form_is_chosen_by_trial_and_decodes_the_same(tiny_model, mo
     model = tiny_model(0)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 2)
-        patch.setattr("model.linear", cost)
-        patch.setattr("model.time.perf_counter", lambda: clock[0])
+        patch.setattr("kernels.linear", cost)
+        patch.setattr("kernels.time.perf_counter", lambda: clock[0])
         choose_form(model)
     assert model.form == fast and model.blocks[0].qkv.is_mkldnn == model.head_weight.is_mkldnn == (fast == "packed")
     assert (model.blocks[0].down.dim() == 3) == (model.head_weight.dim() == 3) == (fast == "split")
@@ -148,8 +235,7 @@ def test_the_fastest_form_is_chosen_by_trial_and_decodes_the_same(tiny_model, mo
 
 def test_a_large_unembedding_is_not_kept_twice(tiny_model, monkeypatch):
     monkeypatch.setattr("model.COPY_LIMIT", 100)
-    monkeypatch.setattr("model.FORMS", {"packed": FORMS["packed"], "split": FORMS["split"]})
-    monkeypatch.setattr("model.min", lambda *args, **kwargs: "packed" if "key" in kwargs else min(*args), raising=False)
+    monkeypatch.setattr("model.fastest_form", lambda weights: "packed")
     model = tiny_model(0)
     choose_form(model)
     assert model.blocks[0].qkv.is_mkldnn and model.head_weight.data_ptr() == model.unembed.data_ptr()
@@ -173,6 +259,8 @@ def test_block_flops_count_weights_and_attention(tiny_model):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"n_heads": 3}, "n_heads"), ({"n_kv_heads": 3}, "n_kv_heads"), ({"vocab_size": 0}, "vocab_size"), ({"exit_norms": (5,)}, "exit_norms"),
+    ({"head_dim": 5}, "head_dim is 5"), ({"activation": "relu"}, "relu"), ({"window": 0}, "window is 0"),
+    ({"rope_bands": (4.0, 1.0, 9.0)}, "rope_bands"), ({"attention_cap": 0.0}, "attention_cap"),
 ])  # fmt: skip
 def test_impossible_shapes_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

@@ -15,7 +15,7 @@ from model import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"(?:^    |&& |`)python ((?:decode|train|eval|data|bench)\.py[^`\n]*)", README, re.MULTILINE)
+COMMANDS = re.findall(r"(?:^    |&& |`)python ((?:decode|train|eval|data|bench|convert)\.py[^`\n]*)", README, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -25,7 +25,7 @@ def test_every_command_parses(command):
 
 
 def test_the_commands_are_found():
-    assert {command.split()[0] for command in COMMANDS} >= {"decode.py", "train.py", "eval.py"} and len(COMMANDS) >= 8
+    assert {command.split()[0] for command in COMMANDS} >= {"convert.py", "decode.py", "train.py", "eval.py"} and len(COMMANDS) >= 8
 
 
 def test_the_test_command_is_the_one_that_ci_runs():

@@ -1,0 +1,114 @@
+"""Real checkpoints against their references, by hand: skipped unless EARLY_EXIT_REAL names a folder with *.gguf files (the Llama family
+and Gemma), and perhaps *.txt to tokenize. It needs gguf, transformers, accelerate and llama-cpp-python, some GB of memory, and a minute
+a file:
+
+    EARLY_EXIT_REAL=FOLDER python -m pytest tests/test_real.py -s
+"""
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from convert import convert
+from data import read_pairs
+from decode import DecodeConfig, generate
+from model import load_checkpoint
+
+FOLDER = os.environ.get("EARLY_EXIT_REAL")
+POSITIONS, NEW, TOLERANCE = 700, 64, 2e-3  # positions: more than Gemma's window of 512
+pytestmark = pytest.mark.skipif(not FOLDER, reason="EARLY_EXIT_REAL names no folder of real checkpoints")
+DATA = Path(__file__).parent.parent / "data"
+
+
+def english(count: int) -> list[str]:
+    return [text for _, text in read_pairs(DATA / "e2e" / "train.csv.xz")][:count]
+
+
+@pytest.fixture(scope="module", params=sorted(Path(FOLDER).glob("*.gguf")) if FOLDER else [], ids=lambda path: path.stem)
+def case(request, tmp_path_factory):
+    """(GGUF file, our model in float32, our tokenizer or None, token ids of a text, logits of our full pass)."""
+    torch.set_num_threads(os.cpu_count())
+    out = tmp_path_factory.mktemp("real") / "model.pt"
+    print(convert(request.param, out, torch.float32))
+    model, tokenizer = load_checkpoint(out)
+    if tokenizer:
+        tokens = [tokenizer.bos_id(), *tokenizer.encode("\n".join(english(100)))]
+    else:
+        from transformers import AutoTokenizer
+
+        tokens = AutoTokenizer.from_pretrained(FOLDER, gguf_file=request.param.name)("\n".join(english(100)))["input_ids"]
+    tokens = tokens[:POSITIONS]
+    assert len(tokens) == POSITIONS
+    with torch.inference_mode():
+        yield request.param, model, tokenizer, tokens, model(torch.tensor([tokens]))[0]
+    torch.set_num_threads(1)
+
+
+def compare(name: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    worst, same = (ours - theirs).abs().max().item(), int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+    print(f"{name}: largest difference of a logit {worst:.1e}, same argmax at {same} of {len(ours)} positions")
+    assert worst < tolerance and same == len(ours)
+
+
+def test_logits_and_greedy_text_equal_those_of_transformers(case):
+    from transformers import AutoModelForCausalLM
+
+    path, model, _, tokens, logits = case
+    reference = AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        compare(f"{path.stem}, transformers", logits, reference(torch.tensor([tokens])).logits[0].float())
+        prompt = torch.tensor([tokens[:600]])
+        text = reference.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)[0, 600:].tolist()
+    model.config = replace(model.config, eos_id=None)  # no end of text, as in the reference
+    assert generate(model, tokens[:600], DecodeConfig(max_new_tokens=NEW)).tokens == text
+
+
+def test_logits_equal_those_of_llama_cpp(case, tmp_path):
+    """llama.cpp on the same weights, dequantized, with a float32 cache. It looks GELU up in a table of half-precision numbers (ggml's
+    GGML_GELU_FP16), which moves Gemma's logits by some 0.03; built without the table it meets the tolerance."""
+    import llama_cpp
+
+    path, model, _, tokens, logits = case
+    dequantize(path, tmp_path / "float32.gguf")
+    reference = llama_cpp.Llama(str(tmp_path / "float32.gguf"), n_ctx=1024, n_batch=1024, n_ubatch=1024, logits_all=True, verbose=False,
+                                type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, flash_attn=False)  # fmt: skip
+    reference.eval(tokens)
+    tolerance = 0.1 if model.config.activation == "gelu_tanh" else TOLERANCE
+    compare(f"{path.stem}, llama.cpp", logits, torch.from_numpy(reference.scores[:POSITIONS]).float(), tolerance)
+
+
+def dequantize(path: Path, out: Path) -> None:
+    """Writes a GGUF file with all weights as float32."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            inner = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), field.types[0], inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+
+
+def test_the_tokenizer_equals_that_of_llama_cpp(case):
+    import llama_cpp
+
+    path, _, tokenizer, _, _ = case
+    if tokenizer is None:
+        pytest.skip("byte-level BPE")
+    reference = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    hard = ["Grüße, Café", "👍🏽 emoji 🧑‍🚀", "日本語 中文 한국어", "a\nb\n\n\nc\n", "  two   three    spaces ", "\ttab", "<b>x</b> ⟨?⟩"]
+    german = [text for text, _ in read_pairs(DATA / "translation" / "train.tsv.xz")][:2000]
+    files = [paragraph for file in sorted(Path(FOLDER).glob("*.txt")) for paragraph in re.split("(?<=\n\n)", file.read_text("utf-8"))]
+    for text in [*hard, *english(2000), *german, *files]:
+        ids = tokenizer.encode(text)
+        assert ids == reference.tokenize(text.encode(), add_bos=False, special=False), text[:100]
+        assert tokenizer.decode(ids) == text
+    print(f"{path.stem}: the same tokens on {len(files)} paragraphs of *.txt")

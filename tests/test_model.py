@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from attention import rope_table
 from confidence import Trace
 from decode import DecodeConfig, generate, run_pass
 from kernels import FORMS, linear, rms_norm
-from model import KVCache, ModelConfig, Transformer, choose_form, load_checkpoint, rope_table, save_checkpoint
+from model import KVCache, ModelConfig, Transformer, choose_form, load_checkpoint, save_checkpoint
 
 SHAPES = [{"n_kv_heads": 4}, {"n_kv_heads": 2}, {"n_kv_heads": 1}, {"tie_embeddings": False}, {"exit_norms": (1, 3)}, {"n_layers": 2}]
 FEATURES = [

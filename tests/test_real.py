@@ -7,8 +7,10 @@ a file:
 
 import os
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -112,3 +114,56 @@ def test_the_tokenizer_equals_that_of_llama_cpp(case):
         assert ids == reference.tokenize(text.encode(), add_bos=False, special=False), text[:100]
         assert tokenizer.decode(ids) == text
     print(f"{path.stem}: the same tokens on {len(files)} paragraphs of *.txt")
+
+
+def read_speed() -> float:
+    """Bytes a second that all threads together read from memory."""
+    block, times = torch.ones(2**28), []
+    for _ in range(5):
+        started = time.perf_counter()
+        block.sum()
+        times.append(time.perf_counter() - started)
+    return block.nbytes / min(times)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("path", sorted(Path(FOLDER).glob("*.gguf")) if FOLDER else [], ids=lambda path: path.stem)
+def test_speed_is_printed_beside_that_of_transformers_and_llama_cpp(path, dtype, tmp_path):
+    """64 greedy tokens after 32, in turn, medians of five turns; llama.cpp on the file as it is, quantized. The first two have the same
+    weights and dtype."""
+    import llama_cpp
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(os.cpu_count())
+    convert(path, tmp_path / "model.pt", dtype)
+    model, tokenizer = load_checkpoint(tmp_path / "model.pt", dtype=dtype)
+    model.config = replace(model.config, eos_id=None)
+    reference = AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=path.name, dtype=dtype).eval()
+    quantized = llama_cpp.Llama(str(path), n_ctx=256, n_threads=os.cpu_count(), verbose=False)
+    prompt = tokenizer.encode(" ".join(english(5)))[:32] if tokenizer else list(range(1000, 1032))
+
+    def ours() -> None:
+        generate(model, prompt, DecodeConfig(max_new_tokens=NEW))
+
+    def theirs() -> None:
+        with torch.inference_mode():
+            reference.generate(torch.tensor([prompt]), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+
+    def cpp() -> None:
+        quantized.reset()
+        stream = quantized.generate(prompt, temp=0.0, repeat_penalty=1.0)
+        for _ in range(NEW):
+            next(stream)
+
+    actions, times = {"this project": ours, "transformers": theirs, "llama.cpp, quantized": cpp}, {}
+    for turn in range(6):  # the first warms up
+        for name, action in actions.items():
+            started = time.perf_counter()
+            action()
+            times.setdefault(name, []).extend([time.perf_counter() - started] * bool(turn))
+    speed = {name: NEW / median(values) for name, values in times.items()}
+    weights = sum(weight.numel() * weight.element_size() for block in model.blocks for weight in block.parameters())
+    share = (weights + model.unembed.nbytes) * speed["this project"] / read_speed()
+    print(f"{path.stem}, {dtype}, {os.cpu_count()} threads: " + ", ".join(f"{name} {value:.1f}" for name, value in speed.items())
+          + f" tokens/s; {speed['this project'] / speed['transformers']:.2f} times transformers, {share:.0%} of what memory gives")  # fmt: skip
+    torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from confidence import Trace, resolve
 from data import encode_prompt
 from model import KVCache, Transformer, load_checkpoint
 from predict import judge, penalize, pick, scores
-from settings import DecodeConfig, read_thresholds
+from settings import DecodeConfig, with_thresholds
 from show import difference, show
 from thresholds import Constant
 
@@ -270,12 +270,9 @@ def demo_exits(n_layers: int) -> tuple[int, ...]:
 
 
 def chosen(args: argparse.Namespace, defaults: DecodeConfig) -> DecodeConfig:
-    """The defaults, changed by --thresholds, then by the flags. A --threshold takes the place of those of single layers."""
-    from_file, flags = read_thresholds(args.thresholds), given(args, DecodeConfig)
-    if "threshold" in flags and "layer_thresholds" not in flags:
-        from_file.pop("layer_thresholds", None)
+    """The defaults, changed by --thresholds, then by the flags."""
     contrast = {"predict": "contrast"} if args.amateur else {}
-    return replace(defaults, **{**from_file, **contrast, **flags})
+    return replace(defaults, **{**contrast, **with_thresholds(args.thresholds, given(args, DecodeConfig))})
 
 
 def variant(config: DecodeConfig, name: str) -> DecodeConfig:

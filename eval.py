@@ -25,7 +25,7 @@ from data import TASKS, Example, encode_prompt, read_examples, task_file
 from decode import DEFAULT_CHECKPOINT, DecodeConfig
 from measure import environment, evaluate, full_model, measure, summarize, table
 from model import load_checkpoint
-from settings import read_thresholds
+from settings import with_thresholds
 
 MAX_NEW_TOKENS = 100
 LOSS_ALLOWED = 0.01        # --tune: how much of the full model's BLEU and ROUGE-L a setting may lose
@@ -91,7 +91,7 @@ def choose(model, tokenizer, task: str, examples: list[Example], name: str, laye
     best = max(good, key=lambda row: row["speedup"]) if good else max(rows, key=lambda row: kept[row["name"]])
     config = configs[int(best["name"])]
     bound = f", at most {config.max_owed} owed," if verify else ""
-    tqdm.write(f"{task}, {name}{', verified' * verify}: exits {config.exit_layers}, threshold {config.threshold}{bound} keep "
+    tqdm.write(f"{task}, {name}{' verified' * verify}: exits {config.exit_layers}, threshold {config.threshold}{bound} keep "
                f"{kept[best['name']]:.1%} at {best['speedup']:.2f} times the full model's speed on {len(examples)} inputs")  # fmt: skip
     return config
 
@@ -105,11 +105,11 @@ def tune(model, tokenizer, task: str, examples: list[Example]) -> dict[str, dict
     layers = pick(some, "softmax").exit_layers
     softmax, weighted, jsd = (pick(examples, name, layers) for name in ("softmax", "weighted", "jsd"))
     chosen = {"static": pick(some, "static")}
-    chosen |= {f"softmax, {name}": replace(softmax, **{"prune": "none", **changes}) for name, changes in PRUNING.items()}
-    chosen |= {"weighted, fixed": weighted}
-    chosen |= {f"jsd, {name}": replace(jsd, **{"prune": "none", **changes}) for name, changes in PRUNING.items()}
-    chosen |= {"softmax, copy": replace(softmax, fill="copy")}
-    chosen |= {f"{name}, verified": pick(some, name, verify=True) for name in ("softmax", "jsd")}
+    chosen |= {f"softmax {name}": replace(softmax, **{"prune": "none", **changes}) for name, changes in PRUNING.items()}
+    chosen |= {"weighted fixed": weighted}
+    chosen |= {f"jsd {name}": replace(jsd, **{"prune": "none", **changes}) for name, changes in PRUNING.items()}
+    chosen |= {"softmax copy": replace(softmax, fill="copy")}
+    chosen |= {f"{name} verified": pick(some, name, verify=True) for name in ("softmax", "jsd")}
     default = DecodeConfig(max_new_tokens=MAX_NEW_TOKENS)
     return {
         name: {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)}
@@ -128,6 +128,7 @@ def make_parser() -> Parser:
     parser.add_argument("--limit", type=int, default=60, help="inputs of each task, drawn by --seed; 0 is all (default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=2, help="times an input is decoded; the median counts (default: %(default)s)")
     parser.add_argument("--settings", type=Path, help="JSON file of the rows (default: the checkpoint's name with .json)")
+    parser.add_argument("--rows", metavar="NAMES", help="of the settings only these rows, comma-separated (default: all)")
     parser.add_argument("--thresholds", type=Path, metavar="FILE", help="JSON file of settings, as calibration writes it; flags outrank it")
     parser.add_argument("--tune", action="store_true", help="choose the settings on dev and write them to --settings")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, per prompt too")
@@ -145,10 +146,7 @@ def parse() -> tuple[argparse.Namespace, dict]:
     unknown = [task for task in args.tasks.split(",") if task not in TASKS]
     if unknown:
         raise ValueError(f"unknown task {unknown[0]!r}; choose from {', '.join(TASKS)}")
-    flags = given(args, DecodeConfig)
-    custom = {**read_thresholds(args.thresholds), **flags}
-    if "threshold" in flags and "layer_thresholds" not in flags:
-        custom.pop("layer_thresholds", None)
+    custom = with_thresholds(args.thresholds, given(args, DecodeConfig))
     DecodeConfig(**custom)
     if args.tune and (set(custom) - {"seed"} or args.json):
         raise ValueError("--tune tries its own settings and writes only these; leave out --json and the decoding flags")
@@ -181,6 +179,11 @@ def main() -> None:
             configs["yours"].exits(model.config.n_layers)
         else:
             configs = read_settings(args.settings, task, model.config.n_layers, custom)
+            names = args.rows.split(",") if args.rows else list(configs)
+            unknown = [name for name in names if name not in configs]
+            if unknown:
+                raise ValueError(f"{args.settings}: has no row {unknown[0]!r} for {task}; choose from {', '.join(configs)}")
+            configs = {name: configs[name] for name in names}
         rows = evaluate(model, tokenizer, task, examples, configs, args.repeat)
         result["rows"] += rows
         print(f"\n{task}, {len(examples)} {args.split} inputs\n\n{table(rows)}")

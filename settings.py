@@ -1,7 +1,7 @@
 """How to decode: every setting, checked, each also a flag of decode.py and eval.py; and thresholds from a file."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from cli import option
@@ -100,16 +100,22 @@ class DecodeConfig:
         return THRESHOLDS[self.threshold_schedule](self.exits(n_layers), self.tau, self.target)
 
 
-def read_thresholds(path: Path | None) -> dict:
-    """Settings from a JSON file, as calibration writes it: fields of DecodeConfig, and their `provenance`, which is not read. None is no
-    file. Raises ValueError for what is not that."""
-    if path is None:
-        return {}
+def with_thresholds(path: Path | None, flags: dict) -> dict:
+    """The fields of DecodeConfig in a file of thresholds, if there is one, and the flags, which outrank it: a threshold among them those
+    of single layers, too."""
+    settings = {} if path is None else read_thresholds(path)
+    if "threshold" in flags:
+        settings.pop("layer_thresholds", None)
+    return {**settings, **flags}
+
+
+def read_thresholds(path: Path) -> dict:
+    """Settings from a JSON file, as calibration writes it: fields of DecodeConfig, and their `provenance`, which is not read. Raises
+    ValueError for what is not that."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         settings = {name: value for name, value in content.items() if name != "provenance"}
         DecodeConfig(**settings)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not usable as thresholds ({error})") from None
-    known = {field.name for field in fields(DecodeConfig)}
-    return {name: value for name, value in settings.items() if name in known}
+    return settings

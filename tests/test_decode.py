@@ -393,7 +393,7 @@ def test_the_command_streams_ids_where_there_is_no_tokenizer_and_refuses_mistake
 
 def test_settings_side_by_side(tiny_model, tmp_path, monkeypatch, capsys):
     save_checkpoint(tmp_path / "tiny.pt", tiny_model(0), None)
-    names = "full,softmax+threshold=0+exit-layers=1,jsd+threshold=0.1+verify"
+    names = "full,softmax+threshold=0+exit-layers=1,softmax+threshold=0+exit-layers=2+max-owed=2+verify"
     monkeypatch.setattr("sys.argv", ["decode.py", f"--checkpoint={tmp_path / 'tiny.pt'}", "--prompt=1,7,3,9", f"--compare={names}"])
     cli.run(decode.main)
     _, *parts = capsys.readouterr().out.split("--- ")

@@ -64,6 +64,14 @@ def test_one_setting_of_your_own_replaces_the_settings(checkpoint, monkeypatch, 
     assert "| yours" in printed and "| softmax" not in printed and "translation" not in printed
 
 
+def test_rows_are_chosen_by_name(checkpoint, monkeypatch, capsys, tmp_path):
+    row = {"confidence": "softmax", "exit_layers": [2]}
+    (tmp_path / "tiny.json").write_text(json.dumps({task: dict.fromkeys(("a", "b", "c"), row) for task in evaluation.TASKS}))
+    run_command(monkeypatch, "--checkpoint", checkpoint, "--limit", 1, "--repeat", 1, "--tasks", "e2e", "--rows", "c,a")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("| ")][2:] == ["full", "c", "a"]
+
+
 def test_thresholds_from_a_file_make_a_row_and_give_way_to_flags(checkpoint, monkeypatch, tmp_path):
     (tmp_path / "t.json").write_text('{"confidence": "jsd", "exit_layers": [2, 4], "layer_thresholds": [0.5, 0.1], "provenance": {}}')
     for flags, bars in (((), [0.5, 0.1]), (("--threshold", 0.3), None)):
@@ -91,10 +99,10 @@ def test_tune_writes_settings_that_the_table_reads(checkpoint, monkeypatch, tmp_
     assert set(json.loads((tmp_path / "new.json").read_text())) == set(evaluation.TASKS)
     rows = evaluation.read_settings(tmp_path / "new.json", "e2e", 5, {})
     schedules = ("none", "fixed", "decaying", "adaptive")
-    assert list(rows) == ["static", *(f"softmax, {name}" for name in schedules), "weighted, fixed", *(f"jsd, {name}" for name in schedules),
-                          "softmax, copy", "softmax, verified", "jsd, verified"]  # fmt: skip
+    assert list(rows) == ["static", *(f"softmax {name}" for name in schedules), "weighted fixed", *(f"jsd {name}" for name in schedules),
+                          "softmax copy", "softmax verified", "jsd verified"]  # fmt: skip
     for name, row in rows.items():
-        assert row.prune == (name.split(", ")[1] if name.endswith(schedules) and not name.startswith("weighted") else "none")
+        assert row.prune == (name.split()[1] if name.endswith(schedules) and not name.startswith("weighted") else "none")
         assert replace(row, prune="none", prune_k=64, fill="parallel") == safe and (row.fill == "copy") == name.endswith("copy")
 
 
@@ -151,6 +159,7 @@ MISTAKES = {
     "--repeat=0": "repeat 0; limit must be at least 0, repeat at least 1",
     "--tasks=chess": "unknown task 'chess'; choose from translation, e2e",
     "--threshold=2": "threshold is 2.0; it must lie between 0 and 1",
+    "--rows=softmax,magic": "has no row 'magic' for translation; choose from softmax",
     "--confidence=magic": "unknown confidence 'magic'; choose from softmax",
     "--device=nowhere": "device 'nowhere' is not there",
     "--dtype=int4": "unknown dtype 'int4'",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from decode import DecodeConfig, generate, stream
-from settings import read_thresholds
+from settings import read_thresholds, with_thresholds
 from thresholds import THRESHOLDS, Adaptive, Constant, Decaying, fit_beta
 
 PROMPT = [1, 7, 3, 9]
@@ -116,7 +116,7 @@ def test_a_file_of_thresholds_gives_settings(tmp_path, settings):
     (tmp_path / "t.json").write_text(json.dumps(settings))
     read = read_thresholds(tmp_path / "t.json")
     assert read == {name: value for name, value in settings.items() if name != "provenance"}
-    assert DecodeConfig(**read).confidence == settings["confidence"] and read_thresholds(None) == {}
+    assert DecodeConfig(**read).confidence == settings["confidence"] and with_thresholds(None, {}) == {}
 
 
 @pytest.mark.parametrize("content, complaint", [

@@ -37,9 +37,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def split(weight: Tensor) -> Tensor:
-    """A view of the weight in as many blocks of its rows as there are threads, one for each; the weight itself if that does not fit."""
+    """A view of the weight in as many blocks of its rows as there are threads, one for each; the weight itself if that does not fit, or in
+    half precision, where the batched product makes a copy."""
     blocks = torch.get_num_threads()
-    return weight if blocks == 1 or len(weight) % blocks else weight.view(blocks, -1, weight.shape[1]).transpose(1, 2)
+    whole = blocks == 1 or len(weight) % blocks or weight.dtype != torch.float32
+    return weight if whole else weight.view(blocks, -1, weight.shape[1]).transpose(1, 2)
 
 
 def packed(weight: Tensor) -> Tensor:

@@ -233,8 +233,13 @@ def choose_form(model: Transformer) -> None:
         for name, weight in block._parameters.items():
             if weight.dim() > 1:
                 block._parameters[name] = FORMS[model.form](weight)
-    large = model.unembed.numel() * model.unembed.element_size() > COPY_LIMIT
-    model._head_weight = FORMS["split" if model.form == "packed" and large else model.form](model.unembed.detach())
+    choose_head(model)
+
+
+def choose_head(model: Transformer) -> None:
+    """Keeps the unembedding of a model in its form, but a large one not a second time."""
+    unembed = model.unembed.detach()
+    model._head_weight = FORMS["split" if model.form == "packed" and unembed.nbytes > COPY_LIMIT else model.form](unembed)
 
 
 class KVCache:
@@ -324,22 +329,32 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu",
     content, device = read_checkpoint(path), torch.device(device)
     try:
         with torch.device("meta"):
-            model = Transformer(ModelConfig(**content["config"]))
+            model = Transformer(ModelConfig(**content["config"])).eval()
         model.load_state_dict(content["weights"], assign=True)
         blob = content["tokenizer"]
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{path}: the weights do not fit the model ({str(error).splitlines()[-1].strip()[:120]})") from None
+    tokenizer = None if blob is None else read_tokenizer(path, blob, model.config.vocab_size)
     if dtype is None:
         dtype = torch.float32 if model.embedding.dtype == torch.float16 and device.type == "cpu" else model.embedding.dtype
-    model.rope = rope_table(model.config)
-    for module in model.modules():  # weight by weight, so that only one lies twice in memory; the rotary table stays float32
-        for name, weight in module._parameters.items():
-            module._parameters[name] = nn.Parameter(weight.to(device, dtype), requires_grad=False)
-    model.rope = model.rope.to(device)
-    model.eval()
+    model.rope = rope_table(model.config).to(device)
+    adopt(model, content["weights"], device, dtype)
     if device.type == "cpu" and not plain:
         choose_form(model)
-    return model, None if blob is None else read_tokenizer(path, blob, model.config.vocab_size)
+    if model.form == "packed":  # the rest anew: the first mapping goes, and with it the pages that packing has read
+        del content, blob
+        adopt(model, read_checkpoint(path)["weights"], device, dtype)
+        choose_head(model)
+    return model, tokenizer
+
+
+def adopt(model: Transformer, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+    """Gives the model all weights that are not packed, one by one, so that only one lies twice in memory; the rotary table is none."""
+    for prefix, module in model.named_modules():
+        for name, weight in module._parameters.items():
+            if not weight.is_mkldnn:
+                new = weights[f"{prefix}.{name}" if prefix else name].to(device, dtype)
+                module._parameters[name] = nn.Parameter(new, requires_grad=False)
 
 
 def read_tokenizer(path: str | os.PathLike, blob: Tensor, vocab_size: int):

@@ -164,6 +164,6 @@ def test_speed_is_printed_beside_that_of_transformers_and_llama_cpp(path, dtype,
     speed = {name: NEW / median(values) for name, values in times.items()}
     weights = sum(weight.numel() * weight.element_size() for block in model.blocks for weight in block.parameters())
     share = (weights + model.unembed.nbytes) * speed["this project"] / read_speed()
-    print(f"{path.stem}, {dtype}, {os.cpu_count()} threads: " + ", ".join(f"{name} {value:.1f}" for name, value in speed.items())
-          + f" tokens/s; {speed['this project'] / speed['transformers']:.2f} times transformers, {share:.0%} of what memory gives")  # fmt: skip
+    print(f"{path.stem}, {dtype}, {os.cpu_count()} threads: {', '.join(f'{name} {value:.1f}' for name, value in speed.items())} tokens/s; "
+          f"{speed['this project'] / speed['transformers']:.2f} times transformers, {share:.0%} of what memory gives")  # fmt: skip
     torch.set_num_threads(1)

@@ -319,7 +319,7 @@ def main() -> None:
     check_prompt(prompt, model)
     for each in configs.values():
         each.exits(L)  # a mistake there leaves an old trace file alone
-    full = generate(model, prompt, replace(config, confidence=None, verify=False), amateur=amateur).tokens if args.compare else []
+    full = generate(model, prompt, config.full(), amateur=amateur).tokens if args.compare else []
     if tokenizer is None:
         print("this checkpoint has no tokenizer: token ids in, token ids out", file=sys.stderr)
     with open(args.trace, "w", encoding="utf-8") if args.trace else nullcontext() as trace:

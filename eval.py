@@ -23,7 +23,7 @@ from tqdm import tqdm
 from cli import Parser, add_flags, add_model_flags, device_and_dtype, given, run, whole_file
 from data import TASKS, Example, encode_prompt, read_examples, task_file
 from decode import DEFAULT_CHECKPOINT, DecodeConfig
-from measure import environment, evaluate, full_model, measure, summarize, table
+from measure import environment, evaluate, measure, summarize, table
 from model import load_checkpoint
 from settings import with_thresholds
 
@@ -83,7 +83,7 @@ def choose(model, tokenizer, task: str, examples: list[Example], name: str, laye
     that keeps most."""
     configs = candidates(model.config.n_layers, name, layers, verify)
     prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
-    labelled = {"full": full_model(configs[0])} | {str(number): config for number, config in enumerate(configs)}
+    labelled = {"full": configs[0].full()} | {str(number): config for number, config in enumerate(configs)}
     measured = measure(model, prompts, labelled, 1, f"{task}: {name}")
     full, *rows = [summarize(model, tokenizer, task, examples, label, row, measured["full"], None) for label, row in measured.items()]
     kept = {row["name"]: min(row["scores"][key] / score if score else 1.0 for key, score in full["scores"].items()) for row in rows}

@@ -127,7 +127,7 @@ def summarize(model, tokenizer, task: str, examples: list[Example], name: str, r
 def evaluate(model, tokenizer, task: str, examples: list[Example], configs: dict[str, DecodeConfig], repeat: int) -> list[dict]:
     """Rows of one task, first that of the full model under the same length and sampling."""
     prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
-    full = full_model(next(iter(configs.values())))
+    full = next(iter(configs.values())).full()
     rows = measure(model, prompts, {"full": full, **configs}, repeat, task)
     summaries = []
     for name, row in rows.items():
@@ -135,12 +135,6 @@ def evaluate(model, tokenizer, task: str, examples: list[Example], configs: dict
         share = confidence_share(model, prompts[::3], row.config) if asks else None
         summaries.append(summarize(model, tokenizer, task, examples, name, row, rows["full"], share))
     return summaries
-
-
-def full_model(config: DecodeConfig) -> DecodeConfig:
-    """The same without exits."""
-    same = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    return DecodeConfig(**{name: getattr(config, name) for name in same})
 
 
 def environment(model: Transformer) -> dict:

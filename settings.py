@@ -1,7 +1,7 @@
 """How to decode: every setting, checked, each also a flag of decode.py and eval.py; and thresholds from a file."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cli import option
@@ -94,6 +94,10 @@ class DecodeConfig:
         if self.confidence and n_layers > 1 and not allowed:
             raise ValueError(f"min_layer is {self.min_layer}, which leaves no exit layer; lower it or give other exit_layers")
         return allowed if self.confidence else {}
+
+    def full(self) -> "DecodeConfig":
+        """The same without exits: every token from the last layer."""
+        return replace(self, confidence=None, verify=False)
 
     def thresholds(self, n_layers: int) -> Constant:
         """A fresh threshold schedule over the exits of a model."""

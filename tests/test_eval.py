@@ -146,6 +146,11 @@ def test_flags_without_a_confidence_change_every_row_and_the_full_model_alike(ch
     assert row["config"]["threshold"] == 0.9 and row["config"]["exit_layers"] == [2, 3]
 
 
+def test_the_full_model_is_measured_under_the_same_prediction():
+    row = DecodeConfig(confidence="softmax", verify=True, repetition_penalty=1.3, temperature=0.7, seed=4)
+    assert row.full() == DecodeConfig(repetition_penalty=1.3, temperature=0.7, seed=4)
+
+
 def test_tuning_one_task_keeps_the_other(checkpoint, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "candidates", lambda *_: [DecodeConfig(confidence="softmax", max_new_tokens=8)])
     before = json.loads((tmp_path / "tiny.json").read_text())

@@ -23,7 +23,7 @@ from cli import Parser, add_model_flags, device_and_dtype, run
 from confidence import FUNCTIONS, Trace
 from data import TASKS, encode_prompt, read_examples, task_file
 from decode import DEFAULT_CHECKPOINT, Counters, DecodeConfig, copy_up, demo_exits, generate, run_pass
-from model import KVCache, ModelConfig, Transformer, choose_form, load_checkpoint
+from model import KVCache, ModelConfig, Transformer, choose_form, choose_head, load_checkpoint
 
 PROMPT = 32  # tokens
 
@@ -128,12 +128,13 @@ def peak_mib() -> float:
 
 def random_model(args: argparse.Namespace) -> Transformer:
     """Random weights in the shape of Gemma 3 270M, whose vocabulary is large."""
-    config = ModelConfig(vocab_size=262_144, n_layers=18, d_model=640, n_heads=4, n_kv_heads=1, d_ff=2048, eos_id=None)
+    config = ModelConfig(vocab_size=262_144, n_layers=18, d_model=640, n_heads=4, n_kv_heads=1, head_dim=256, d_ff=2048, eos_id=None)
     device, dtype = device_and_dtype(args)
     torch.manual_seed(0)
     model = Transformer(config).to(device, dtype or torch.float32).requires_grad_(False)
     if device == "cpu":
         choose_form(model)
+        choose_head(model)
     return model
 
 
@@ -182,7 +183,7 @@ def main() -> None:
     L, prompt, config = model.config.n_layers, [5] * PROMPT, DecodeConfig(max_new_tokens=64)
     generate(model, prompt, config)
     peak = peak_mib() - before
-    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters()) / 2**20
+    weights = sum(weight.nbytes for weight in model.parameters()) / 2**20
     print(f"{torch.get_num_threads()} threads, {str(model.embedding.dtype).removeprefix('torch.')}, weights {model.form}")
     print(f"memory over the imports: at most {peak:.0f} MiB, of which weights {weights:.0f}")
 

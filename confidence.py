@@ -31,8 +31,7 @@ class Trace:
         self.thresholds: dict[int, float] = {}   # that they had to reach
         self.amateurs: dict[int, int] = {}       # exit layer -> the layer it was contrasted with
         self.flops: dict[int, int] = {}          # layer -> floating-point operations of its head
-        self._weight = model.head_weight         # (n, d), the candidates' rows of the unembedding, but for those ..
-        self._take: Tensor | None = None         # .. narrowed away since: of its rows, the ones still to be gathered
+        self._weight: Tensor | None = model.head_weight  # (n, d), the candidates' rows of the unembedding; None: not gathered yet
         self._logits: dict[int, Tensor] = {}
         self._schedule, self._limits = SCHEDULES[prune], (prune_k, prune_min)
         self._premature = premature_layers
@@ -64,10 +63,8 @@ class Trace:
             self.stack([self.layer])
         missing = [layer for layer in layers if layer not in self._logits]
         if missing:
-            if self._take is not None:
-                first = self._weight is self.model.head_weight
-                self._weight = (self.model.unembed if first else self._weight)[self._take]
-                self._take = None
+            if self._weight is None:
+                self._weight = self.model.unembed[self.candidates]
             rows = torch.cat([self.model.exit_norm(self.hidden[layer][-1:], layer) for layer in missing])  # (m, d)
             self._logits.update(zip(missing, self.model.score(rows, self._weight).unbind()))
             self.flops.update(dict.fromkeys(missing, 2 * self.n * rows.shape[1]))
@@ -80,8 +77,7 @@ class Trace:
         if size < self.n:
             best, index = self._logits.pop(self.layer).topk(size)  # (size,) by falling z_l
             self.candidates = index if self.candidates is None else self.candidates[index]
-            self._take = index if self._take is None else self._take[index]
-            self.n = size
+            self.n, self._weight = size, None
             self._logits = {self.layer: best} | {layer: logits[index] for layer, logits in self._logits.items()}
 
     def token(self, index: int) -> int:
@@ -200,7 +196,12 @@ def entropy(trace: Trace, layer: int) -> Tensor:
 def weighted(trace: Trace, layer: int) -> Tensor:
     """Margin of p_l contrasted with the fixed amateur m = max(1, floor(l/2)) (after ACD, Gera 2023). Layer 1 is its own amateur: there the
     plausible tokens become equal, and the margin is 0 unless there is one alone."""
-    return margin(contrasted(trace, layer, max(1, layer // 2)))
+    return margin(contrasted(trace, layer, halfway(trace, layer)))
+
+
+def halfway(trace: Trace, layer: int) -> int:
+    """max(1, floor(l/2))."""
+    return max(1, layer // 2)
 
 
 @register("jsd")

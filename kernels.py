@@ -61,7 +61,7 @@ def fastest_form(weights: list[Tensor], repeats: int = 5) -> str:
     for weight in weights:
         if size < SAMPLE:
             sample.append(weight)
-            size += weight.numel() * weight.element_size()
+            size += weight.nbytes
     forms = {name: [form(weight) for weight in sample] for name, form in FORMS.items()}
     inputs = [[weight.new_ones(rows, weight.shape[1]) for weight in sample] for rows in (1, 4)]
 

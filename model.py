@@ -227,13 +227,12 @@ COPY_LIMIT = 2**28  # bytes: a larger unembedding is not kept a second time, pac
 
 @torch.no_grad()
 def choose_form(model: Transformer) -> None:
-    """Keeps the weights of a CPU model in the form that is fastest on this machine."""
+    """Keeps the blocks of a CPU model in the form that is fastest on this machine; `choose_head` then follows for the unembedding."""
     model.form = fastest_form([weight for block in model.blocks for weight in block.parameters() if weight.dim() > 1])
     for block in model.blocks:
         for name, weight in block._parameters.items():
             if weight.dim() > 1:
                 block._parameters[name] = FORMS[model.form](weight)
-    choose_head(model)
 
 
 def choose_head(model: Transformer) -> None:
@@ -341,9 +340,9 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu",
     adopt(model, content["weights"], device, dtype)
     if device.type == "cpu" and not plain:
         choose_form(model)
-    if model.form == "packed":  # the rest anew: the first mapping goes, and with it the pages that packing has read
-        del content, blob
-        adopt(model, read_checkpoint(path)["weights"], device, dtype)
+        if model.form == "packed":  # the rest anew: the first mapping goes, and with it the pages that packing has read
+            del content, blob
+            adopt(model, read_checkpoint(path)["weights"], device, dtype)
         choose_head(model)
     return model, tokenizer
 

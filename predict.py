@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from confidence import Trace, contrast, most_different, plausible
+from confidence import Trace, contrast, halfway, most_different, plausible
 
 if TYPE_CHECKING:
     from decode import Token
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # How the amateur layer of an expert layer is chosen: name -> (trace, layer) -> layer, or None for no contrast.
 AMATEURS: dict[str, Callable[[Trace, int], int | None]] = {
-    "half": lambda trace, layer: max(1, layer // 2),
+    "half": halfway,
     "jsd": most_different,
     "dola": lambda trace, layer: most_different(trace, layer, by_distance=False),  # DoLa, Eq. 4
 }
@@ -62,11 +62,7 @@ def penalize(scores: Tensor, seen: list[int], penalty: float, candidates: Tensor
     if penalty == 1:
         return scores
     ids = torch.tensor(seen, device=scores.device)
-    occurred = torch.zeros_like(scores, dtype=torch.bool)
-    if candidates is None:
-        occurred[ids] = True
-    else:
-        occurred = torch.isin(candidates, ids)
+    occurred = torch.isin(torch.arange(len(scores), device=scores.device) if candidates is None else candidates, ids)
     return torch.where(occurred, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
 
 

@@ -8,7 +8,7 @@ from attention import rope_table
 from confidence import Trace
 from decode import DecodeConfig, generate, run_pass
 from kernels import FORMS, linear, rms_norm
-from model import KVCache, ModelConfig, Transformer, choose_form, load_checkpoint, save_checkpoint
+from model import KVCache, ModelConfig, Transformer, choose_form, choose_head, load_checkpoint, save_checkpoint
 
 SHAPES = [{"n_kv_heads": 4}, {"n_kv_heads": 2}, {"n_kv_heads": 1}, {"tie_embeddings": False}, {"exit_norms": (1, 3)}, {"n_layers": 2}]
 FEATURES = [
@@ -228,6 +228,7 @@ def test_the_fastest_form_is_chosen_by_trial_and_decodes_the_same(tiny_model, mo
         patch.setattr("kernels.linear", cost)
         patch.setattr("kernels.time.perf_counter", lambda: clock[0])
         choose_form(model)
+        choose_head(model)
     assert model.form == fast and model.blocks[0].qkv.is_mkldnn == model.head_weight.is_mkldnn == (fast == "packed")
     assert (model.blocks[0].down.dim() == 3) == (model.head_weight.dim() == 3) == (fast == "split")
     config = DecodeConfig(max_new_tokens=20, confidence="softmax", threshold=0.15, prune="fixed", prune_k=8)
@@ -239,6 +240,7 @@ def test_a_large_unembedding_is_not_kept_twice(tiny_model, monkeypatch):
     monkeypatch.setattr("model.fastest_form", lambda weights: "packed")
     model = tiny_model(0)
     choose_form(model)
+    choose_head(model)
     assert model.blocks[0].qkv.is_mkldnn and model.head_weight.data_ptr() == model.unembed.data_ptr()
 
 

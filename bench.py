@@ -2,9 +2,11 @@
 
     python bench.py
     python bench.py --large-vocabulary        checks of a random model with V = 262,144, the shape of Gemma 3 270M
+    python bench.py --training                tokens a second of every training loss, beside a plain PyTorch model
 """
 
 import argparse
+import itertools
 import math
 import resource
 import sys
@@ -15,15 +17,21 @@ from dataclasses import replace
 from functools import partial
 from statistics import median
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from cli import Parser, add_model_flags, device_and_dtype, run
+from attention import rope_table
+from cache import KVCache
+from cli import Parser, add_model_flags, device_and_dtype, read_dtype, run
 from confidence import FUNCTIONS, Trace
-from data import TASKS, encode_prompt, read_examples, task_file
+from data import TASKS, Batch, read_examples, task_file
 from decode import DEFAULT_CHECKPOINT, Counters, DecodeConfig, copy_up, demo_exits, generate, run_pass
-from model import KVCache, ModelConfig, Transformer, choose_form, choose_head, load_checkpoint
+from losses import LOSSES, Objective
+from model import ModelConfig, Transformer, choose_form, choose_head, load_checkpoint
+from tokenizer import encode_prompt
+from train import TrainConfig, make_model, make_optimizer, on_device, train_step
 
 PROMPT = 32  # tokens
 
@@ -159,10 +167,75 @@ def print_checks(model: Transformer, device: str, exits: tuple[int, ...], k: int
               f"{fixed / (token + fixed):.0%} of the time")  # fmt: skip
 
 
+class Plain(nn.Module):
+    """The embedded model's shape from the library's parts, trained on the last layer alone, as one writes it first (cf. nanoGPT): every
+    position learned, documents seeing each other."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d, self.heads, self.rope = config.d_model, config.n_heads, rope_table(config)[0]
+        self.embedding = nn.Embedding(config.vocab_size, d)
+        sizes = {"qkv": (d, 3 * d), "out": (d, d), "gate": (d, config.d_ff), "up": (d, config.d_ff), "down": (config.d_ff, d)}
+        norms, linear = ("norm", "mlp_norm"), partial(nn.Linear, bias=False)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({name: nn.RMSNorm(d) for name in norms} | {name: linear(*size) for name, size in sizes.items()})
+            for _ in range(config.n_layers)
+        )
+        self.norm = nn.RMSNorm(d)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        (B, T), cos, sin = tokens.shape, *self.rope[:, : tokens.shape[1]].to(tokens.device)
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            q, k, v = (part.view(B, T, self.heads, -1).transpose(1, 2) for part in block["qkv"](block["norm"](x)).chunk(3, -1))
+            q, k = ((part * cos + part.roll(part.shape[-1] // 2, -1) * sin).type_as(v) for part in (q, k))
+            x = x + block["out"](F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, -1))
+            y = block["mlp_norm"](x)
+            x = x + block["down"](F.silu(block["gate"](y)) * block["up"](y))
+        return F.cross_entropy(F.linear(self.norm(x), self.embedding.weight).flatten(0, 1), targets)
+
+
+def training(config: TrainConfig, repeat: int) -> None:
+    """Prints tokens a second of a step with each loss, all positions learned, beside the plain model, and what share that is of the rate
+    of matrix products here."""
+    shape, N = ModelConfig(), config.rows * config.length
+    tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (config.rows, config.length + 1))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones_like(tokens[:, 1:]))
+    plain = Plain(shape).to(config.device)
+    optimizer = torch.optim.AdamW(plain.parameters(), fused=True)
+
+    def plain_step() -> None:
+        inputs, targets, _ = on_device(batch, config.device)
+        with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            plain(inputs, targets).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def steps(setting: TrainConfig) -> Callable[[], float]:
+        model, stream, numbers = make_model(setting, shape), itertools.repeat(batch), itertools.count()
+        objective, optimizer = Objective(model, setting), make_optimizer(model, setting)
+        return lambda: train_step(objective, optimizer, stream, setting, next(numbers))
+
+    left, right = (torch.randn(*size, device=config.device, dtype=getattr(torch, config.dtype)) for size in ((N, 256), (256, 1024)))
+    actions = {"products": lambda: [left @ right for _ in range(20)], "plain PyTorch": plain_step}
+    actions |= {loss: steps(replace(config, loss=loss)) for loss in LOSSES}
+    actions["rotate, layer dropout 0.2"] = steps(replace(config, layer_dropout=0.2))
+    spent = seconds(actions, config.device, repeat)
+    rate = 20 * 2 * left.numel() * right.shape[1] / spent.pop("products")
+    print(f"{torch.get_num_threads()} threads, {config.dtype}, {config.rows} x {config.length} tokens a step, all of them learned; "
+          f"products of {N} x 256 and 256 x 1024: {rate / 1e9:.0f} GFLOP/s")  # fmt: skip
+    work = 6 * N * sum(weight.numel() for weight in plain.parameters())
+    for name, value in spent.items():
+        used = f", {work / value / rate:.0%} of the products' rate" if name in ("none", "plain PyTorch") else ""
+        print(f"  {name}: {N / value:.0f} tokens/s, {value / spent['none']:.2f} times the time of none{used}")
+
+
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add_model_flags(parser, str(DEFAULT_CHECKPOINT))
     parser.add_argument("--large-vocabulary", action="store_true", help="only the checks, of a random model with V = 262,144")
+    parser.add_argument("--training", action="store_true", help="only training, on one batch of random tokens")
     parser.add_argument("--repeat", type=int, default=15, help="turns; the median counts (default: %(default)s)")
     return parser
 
@@ -171,6 +244,10 @@ def main() -> None:
     args = make_parser().parse_args()
     if args.repeat < 1:
         raise ValueError(f"repeat is {args.repeat}; it must be at least 1")
+    if args.training:
+        dtype = "bfloat16" if read_dtype(args.dtype) == torch.bfloat16 else "float32"
+        training(TrainConfig(device=device_and_dtype(args)[0], dtype=dtype, warmup=0, lr=1e-4), args.repeat)
+        return
     if args.large_vocabulary:
         model = random_model(args)
         print(f"{torch.get_num_threads()} threads, {str(model.embedding.dtype).removeprefix('torch.')}, weights {model.form}")

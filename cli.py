@@ -3,11 +3,13 @@
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -35,6 +37,12 @@ def whole_file(path) -> Iterator[str]:
     finally:
         if os.path.exists(part):
             os.remove(part)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes the file whole or not at all."""
+    with whole_file(path) as part:
+        Path(part).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def option(default, text: str):

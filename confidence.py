@@ -67,7 +67,7 @@ class Trace:
                 self._weight = self.model.unembed[self.candidates]
             rows = torch.cat([self.model.exit_norm(self.hidden[layer][-1:], layer) for layer in missing])  # (m, d)
             self._logits.update(zip(missing, self.model.score(rows, self._weight).unbind()))
-            self.flops.update(dict.fromkeys(missing, 2 * self.n * rows.shape[1]))
+            self.flops.update({layer: self.model.head_flops(layer, self.n) for layer in missing})
             if self._schedule and self.layer in missing:
                 self._narrow(self._schedule(self, *self._limits))
         return [self._logits[layer] for layer in layers]

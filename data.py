@@ -1,18 +1,18 @@
-"""Text in, tokens out: the tokenizer, the readers of every data format, and packed training batches.
+"""Text in, batches out: the readers of every data format, documents as token ids, and packed training batches.
 
-    python data.py data/e2e/train.csv.xz          prints what a data file holds
+    python data.py data/e2e/train.csv.xz                            prints what a data file holds
+    python data.py books.txt more.jsonl --out books.npy             also makes one memory-mapped file of it, and books.model, its tokenizer
 
 A document is [bos] prompt [sep] completion [eos], learned on the completion only; plain text has no prompt and is learned whole.
 """
 
 import csv
 import gzip
+import hashlib
 import io
 import itertools
 import json
 import lzma
-import os
-import struct
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
@@ -22,11 +22,14 @@ from pathlib import Path
 import numpy as np
 import sentencepiece as spm
 
-from cli import Parser, run, whole_file
+from cli import Parser, run, whole_file, write_json
+from model import load_tokenizer
+from tokenizer import encode_prompt, train_tokenizer
 
-SEP = "<sep>"  # the piece between prompt and completion; a tokenizer that lacks it continues prompts as they are
 HERE = Path(__file__).parent
 TASKS = {"translation": "data/translation/{}.tsv.xz", "e2e": "data/e2e/{}.csv.xz"}
+SUMMARY = "{dialogue}\nSummary:\n"                              # the prompts of SAMSum,
+QUESTION = "{context}\nQuestion: {question}\nAnswer:\n"        # SQuAD and FairytaleQA
 LEARN, START = 1, 2  # flags of a token: it is a training target; a document starts here
 
 
@@ -55,11 +58,11 @@ def open_text(path: str | Path) -> io.TextIOBase:
 
 def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
     """Yields (prompt, completion) from a file, its format told by its ending: .csv with the columns mr,ref (E2E NLG), .tsv with
-    source and target (translation), .jsonl with `prompt` and `completion` or `references`, or with `text`, and .txt as one text. A text has
-    the prompt "".
-    Raises ValueError naming the file, and the line where there is one, for what is malformed, not UTF-8, or empty."""
+    source and target (translation), .jsonl with a record a line, .json with a list of records or SQuAD's layout, and .txt as one text.
+    Records: see `from_record`. Raises ValueError naming the file, and the line where there is one, for what is malformed, not UTF-8,
+    or empty."""
     kind = Path(path).with_suffix("").suffix if Path(path).suffix in (".xz", ".gz") else Path(path).suffix
-    readers = {".csv": _read_csv, ".tsv": _read_tsv, ".jsonl": _read_jsonl, ".txt": _read_txt}
+    readers = {".csv": _read_csv, ".tsv": _read_tsv, ".jsonl": _read_jsonl, ".json": _read_json, ".txt": _read_txt}
     if kind not in readers:
         raise ValueError(f"{path}: unknown kind of data file; its name must end in {', '.join(readers)} (then .xz or .gz if compressed)")
     count = 0
@@ -74,10 +77,9 @@ def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
         raise ValueError(f"{path}: holds no data")
 
 
-def _fields(path, line: int, *fields) -> tuple[str, ...]:
+def _fields(where: str, *fields) -> tuple[str, ...]:
     if not all(isinstance(field, str) and field.strip() for field in fields):
-        needed = "two non-empty texts, prompt and completion" if len(fields) > 1 else "a non-empty text"
-        raise ValueError(f"{path}, line {line}: needs {needed}")
+        raise ValueError(f"{where}: needs {'two non-empty texts, prompt and completion' if len(fields) > 1 else 'a non-empty text'}")
     return fields
 
 
@@ -88,7 +90,7 @@ def _read_csv(file, path):
     for row in rows:
         if len(row) != 2:
             raise ValueError(f"{path}, line {rows.line_num}: has {len(row)} columns; 2 are needed")
-        yield _fields(path, rows.line_num, *row)
+        yield _fields(f"{path}, line {rows.line_num}", *row)
 
 
 def _read_tsv(file, path):
@@ -96,7 +98,7 @@ def _read_tsv(file, path):
         row = line.rstrip("\r\n").split("\t")
         if len(row) != 2:
             raise ValueError(f"{path}, line {number}: has {len(row)} columns; 2 are needed")
-        yield _fields(path, number, *row)
+        yield _fields(f"{path}, line {number}", *row)
 
 
 def _read_jsonl(file, path):
@@ -105,12 +107,38 @@ def _read_jsonl(file, path):
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
-        if isinstance(row, dict) and "text" in row:
-            yield "", *_fields(path, number, row["text"])
-            continue
-        targets = (row.get("references") or [row.get("completion")]) if isinstance(row, dict) else [None]
-        for target in targets if isinstance(targets, list) else [None]:
-            yield _fields(path, number, row.get("prompt") if isinstance(row, dict) else None, target)
+        yield from from_record(row, f"{path}, line {number}")
+
+
+def _read_json(file, path):
+    try:
+        content = json.load(file)
+        rows = content if isinstance(content, list) else [
+            {"context": paragraph["context"], **question}
+            for article in content["data"] for paragraph in article["paragraphs"] for question in paragraph["qas"]
+        ]  # fmt: skip
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: neither a list of records nor in SQuAD's layout ({type(error).__name__}: {error})") from None
+    for number, row in enumerate(rows, 1):
+        yield from from_record(row, f"{path}, record {number}")
+
+
+def from_record(row, where: str) -> Iterator[tuple[str, str]]:
+    """(prompt, completion) for every completion of a JSON record: `text`, whose prompt is ""; `prompt` with `completion` or a list of
+    `references`; `dialogue` and `summary` (SAMSum); `context`, `question` and `answers`, texts or {"text": …} (FairytaleQA, SQuAD)."""
+    row = row if isinstance(row, dict) else {}
+    row = {key: value.replace("\r\n", "\n") if isinstance(value, str) else value for key, value in row.items()}
+    if "text" in row:
+        prompt, targets = "", [row["text"]]
+    elif "dialogue" in row:
+        prompt, targets = SUMMARY.format(dialogue=row["dialogue"]), [row.get("summary")]
+    elif "question" in row:
+        prompt, targets = QUESTION.format(context=row.get("context"), question=row["question"]), row.get("answers")
+    else:
+        prompt, targets = row.get("prompt"), row.get("references") or [row.get("completion")]
+    targets = [target.get("text") if isinstance(target, dict) else target for target in targets] if isinstance(targets, list) else [None]
+    for target in targets or [None]:
+        yield (prompt, *_fields(where, target)) if prompt == "" else _fields(where, prompt, target)
 
 
 def _read_txt(file, path):
@@ -127,64 +155,7 @@ def read_examples(path: str | Path) -> list[Example]:
     return [Example(prompt, tuple(references)) for prompt, references in groups.items()]
 
 
-# ---------------------------------------------------------------- tokens
-
-
-def train_tokenizer(pairs: Iterable[tuple[str, str]], vocab_size: int) -> bytes:
-    """A sentencepiece model, trained line by line: BPE, every byte representable, characters left as they are, runs of spaces made one;
-    with a separator if there are prompts. Raises ValueError if there is too little text."""
-    model, pairs = io.BytesIO(), iter(pairs)
-    first = next(pairs, ("", ""))
-    lines = (line for pair in itertools.chain([first], pairs) for text in pair for line in text.splitlines() if line.strip())
-    try:
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
-            character_coverage=0.9995, normalization_rule_name="identity", user_defined_symbols=[SEP] if first[0] else [],
-            num_threads=os.cpu_count(), max_sentence_length=65536, minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise ValueError(f"no tokenizer of {vocab_size} pieces from this text: {str(error).splitlines()[-1]}") from None
-    return model.getvalue()
-
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces (sentencepiece_model.proto)
-
-
-def build_tokenizer(tokens: list[str], scores: list[float], types: list[int], unk: int, bos: int | None, eos: int | None,
-                    prefix: bool) -> bytes:
-    """A sentencepiece BPE model of these pieces, as the bytes of a ModelProto (sentencepiece_model.proto). Text is taken as it is, spaces
-    become ▁, with `prefix` one is put before the text, and what has no piece goes by bytes."""
-    pieces, types = [token.replace(" ", "▁").encode() for token in tokens], list(types)
-    types[unk] = UNKNOWN
-    model = b"".join(_field(1, _field(1, p) + _field(2, float(s)) + _field(3, int(t))) for p, s, t in zip(pieces, scores, types))
-    trainer = _field(3, 2) + _field(4, len(pieces)) + _field(35, BYTE in types)  # BPE, size, byte fallback
-    for number, at in enumerate((unk, bos, eos, None)):  # unk, bos, eos, pad: by id, and by name; one that does not exist is not found
-        trainer += _field(40 + number, -1 if at is None else at) + _field(45 + number, b"(none)" if at is None else pieces[at])
-    normalizer = _field(1, b"identity") + _field(3, prefix) + _field(4, False) + _field(5, True)  # keeps runs of spaces, as ▁
-    return model + _field(2, trainer) + _field(3, normalizer)
-
-
-def _field(number: int, value: bytes | float | int) -> bytes:
-    """One field of a protobuf message: a string or message, a float, or an integer."""
-    if isinstance(value, bytes):
-        return _varint(number << 3 | 2) + _varint(len(value)) + value
-    if isinstance(value, float):
-        return _varint(number << 3 | 5) + struct.pack("<f", value)
-    return _varint(number << 3) + _varint(value)
-
-
-def _varint(value: int) -> bytes:
-    value, out = value % (1 << 64), bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def encode_prompt(tokenizer: spm.SentencePieceProcessor, prompt: str) -> list[int]:
-    """[bos] prompt [sep], each only where the tokenizer has one."""
-    bos, sep = tokenizer.bos_id(), tokenizer.piece_to_id(SEP)
-    return [*([bos] if bos >= 0 else []), *tokenizer.encode(prompt), *([sep] if sep != tokenizer.unk_id() else [])]
+# ---------------------------------------------------------------- tokens, packed
 
 
 def tokenize(pairs: Iterable[tuple[str, str]], tokenizer, path: str | Path, length: int) -> dict[str, int]:
@@ -295,19 +266,72 @@ def _fill(records, plan, begins, ends, rows: int, length: int) -> Batch:
     return Batch(inputs, targets, documents)
 
 
+# ---------------------------------------------------------------- prepared files
+
+
+def digest(*parts) -> str:
+    """A short name for these values; for the content of files given as Path, by their size and time of change."""
+    state = [(str(part), part.stat().st_size, part.stat().st_mtime_ns) if isinstance(part, Path) else part for part in parts]
+    return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+
+
+def prepare(files: Iterable[str], tokenizer: bytes, path: Path, length: int) -> dict:
+    """Writes the files' documents to `path` (.npy), and beside it (.json) for which tokenizer and length, and its statistics, which it
+    returns."""
+    stats = tokenize((pair for file in files for pair in read_pairs(file)), spm.SentencePieceProcessor(model_proto=tokenizer), path, length)
+    content = {"files": [str(file) for file in files], "tokenizer": digest(tokenizer), "length": length, **stats}
+    write_json(path.with_suffix(".json"), content)
+    return stats
+
+
+def read_prepared(path: Path, tokenizer: bytes, length: int) -> np.ndarray:
+    """The records of a prepared file, memory-mapped. Raises ValueError if it is damaged, or made for another tokenizer or a greater
+    length."""
+    try:
+        made = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        if made["tokenizer"] != digest(tokenizer) or made["length"] > length:
+            raise ValueError(f"it was made for length {made['length']}, tokenizer {made['tokenizer']}, not {length}, {digest(tokenizer)}")
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: not usable as prepared data ({error}); make it anew with data.py") from None
+
+
+def describe(stats: dict) -> str:
+    """The statistics of `tokenize` in words."""
+    return (f"{stats['documents']:,} documents, {stats['tokens']:,} tokens, {stats['learned']:,} of them learned; "
+            f"{stats['shortened']:,} documents shortened to fit")  # fmt: skip
+
+
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("files", nargs="+", help="data files: .csv, .tsv, .jsonl or .txt, plain or .xz or .gz")
+    parser.add_argument("files", nargs="+", help="data files: .csv, .tsv, .jsonl, .json or .txt, plain or .xz or .gz")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="prepare the files for train.py: their documents in one .npy file")
+    parser.add_argument("--tokenizer", metavar="FILE", help="sentencepiece model, or a checkpoint (default: trained here, kept beside)")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="pieces of a tokenizer trained here (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=128, help="positions of a training row (default: %(default)s)")
     return parser
 
 
 def main() -> None:
-    for path in make_parser().parse_args().files:
+    args = make_parser().parse_args()
+    if args.out and (args.out.suffix != ".npy" or not args.out.parent.is_dir()):
+        raise ValueError(f"{args.out}: --out must be a .npy file in a folder that exists")
+    if args.length < 2:
+        raise ValueError(f"length is {args.length}; it must be at least 2")
+    for path in args.files:
         examples = read_examples(path)
         references = [reference for example in examples for reference in example.references]
         words = [len(text.split()) for text in references]
         print(f"{path}: {len(examples)} prompts, {len(references)} completions, {np.median(words):.0f} words each (at most {max(words)})")
         print(f"  {examples[0].prompt[:100]!r} -> {references[0][:100]!r}")
+    if args.out:
+        if args.tokenizer:
+            tokenizer = load_tokenizer(args.tokenizer)
+        else:
+            tokenizer = train_tokenizer((pair for path in args.files for pair in read_pairs(path)), args.vocab_size)
+            with whole_file(args.out.with_suffix(".model")) as part:
+                Path(part).write_bytes(tokenizer)
+        print(f"{args.out}: {describe(prepare(args.files, tokenizer, args.out, args.length))}")
 
 
 if __name__ == "__main__":

@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cache import KVCache
 from cli import Parser, add_flags, add_model_flags, device_and_dtype, given, read_field, run
 from confidence import Trace, resolve
-from data import encode_prompt
-from model import KVCache, Transformer, load_checkpoint
+from model import Transformer, load_checkpoint
 from predict import judge, penalize, pick, scores
 from settings import DecodeConfig, with_thresholds
 from show import difference, show
 from thresholds import Constant
+from tokenizer import encode_prompt
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "default.pt"
 

@@ -20,12 +20,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cli import Parser, add_flags, add_model_flags, device_and_dtype, given, run, whole_file
-from data import TASKS, Example, encode_prompt, read_examples, task_file
+from cli import Parser, add_flags, add_model_flags, device_and_dtype, given, run, write_json
+from data import TASKS, Example, read_examples, task_file
 from decode import DEFAULT_CHECKPOINT, DecodeConfig
 from measure import environment, evaluate, measure, summarize, table
 from model import load_checkpoint
 from settings import with_thresholds
+from tokenizer import encode_prompt
 
 MAX_NEW_TOKENS = 100
 LOSS_ALLOWED = 0.01        # --tune: how much of the full model's BLEU and ROUGE-L a setting may lose
@@ -192,12 +193,6 @@ def main() -> None:
         write_json(args.settings, {**old, **settings})
     if args.json:
         write_json(args.json, result)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes the file whole or not at all."""
-    with whole_file(path) as part:
-        Path(part).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ import torch
 from tqdm import tqdm
 
 from confidence import Trace
-from data import Example, encode_prompt
+from data import Example
 from decode import Counters, DecodeConfig, Generation, generate
 from metrics import bleu, bootstrap, rouge_l, rouge_l_f1, token_agreement
 from model import Transformer
+from tokenizer import encode_prompt
 
 LOWERCASE_BLEU = ("e2e",)  # as its published results; translation keeps its capitals
 
@@ -70,7 +71,7 @@ def confidence_share(model: Transformer, prompts: list[list[int]], config: Decod
             started = time.perf_counter()
             exits = super().decided(threshold)
             asking += time.perf_counter() - started
-            if exits and self.flops.get(self.layer) == 2 * model.unembed.numel():  # a pruned head costs next to nothing
+            if exits and self.flops.get(self.layer, 0) >= 2 * model.unembed.numel():  # a pruned head costs next to nothing
                 started = time.perf_counter()
                 model.head(self.hidden[-1][-1:], self.layer)
                 synchronize(model)

@@ -1,18 +1,20 @@
-"""The decoder-only transformer, its staircase cache and its one-file checkpoints. It knows nothing of confidence.
+"""The decoder-only transformer and its one-file checkpoints. It knows nothing of confidence.
 
-Dimensions: B batch, T time, R rows of a pass, d model width, H query heads, K key/value heads, C width of a head, V vocabulary.
+Dimensions: B batch, T time, N rows, d model width, H query heads, K key/value heads, C width of a head, V vocabulary.
 Layers count from 1 to L; index 0 stands for the embedding. Positions count from 0.
 """
 
 import functools
 import math
 import os
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from attention import attention, rope_table, soft_cap, split_heads, visible
 from cli import option, whole_file
@@ -38,6 +40,7 @@ class ModelConfig:
     tie_embeddings: bool = option(True, "unembed with the embedding")
     exit_norms: tuple[int, ...] = option((), "exit layers with a norm of their own; the others share the final norm")
     classifiers: tuple[int, ...] = option((), "exit layers with a confidence classifier")
+    adapter_rank: int = option(0, "rank of the adapter before every norm in exit_norms; 0: no adapters")
     eos_id: int | None = option(2, "token that ends a text; none: nothing does")
     head_dim: int | None = option(None, "width of a head, even; none: d_model / n_heads")
     activation: str = option("silu", "of the gated MLP: silu, or gelu_tanh (Gemma)")
@@ -60,6 +63,8 @@ class ModelConfig:
         for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "max_len", "head_dim", "window"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.adapter_rank < 0:
+            raise ValueError(f"adapter_rank is {self.adapter_rank}; it must be at least 0")
         if self.head_dim is None:
             if self.d_model % self.n_heads:
                 raise ValueError(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}, or head_dim given")
@@ -142,21 +147,26 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.Parameter(torch.ones(config.d_model))
         self.exit_norms = nn.ParameterDict({str(layer): torch.ones(config.d_model) for layer in config.exit_norms})
+        adapted = config.exit_norms if config.adapter_rank else ()  # down, then up, which starts at zero: the adapter as identity
+        self.adapters = nn.ParameterDict({str(layer): torch.zeros(2, config.adapter_rank, config.d_model) for layer in adapted})
         self.classifiers = nn.ParameterDict({str(layer): torch.zeros(config.d_model + 1) for layer in config.classifiers})  # w, then b
         if not config.tie_embeddings:
             self.unembedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.register_buffer("rope", rope_table(config), persistent=False)
         for name, weight in self.named_parameters():  # what writes into the residual stream starts smaller, by depth (GPT-2)
             if weight.dim() > 1:
+                weight = weight[0] if name.startswith("adapters") else weight
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layers) if name.endswith(("out", "down")) else 0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Final-layer logits of a full pass without a cache: tokens (B, T) int64 -> (B, T, V) float32."""
         return self.head(self.hidden_states(tokens)[-1]).view(*tokens.shape, -1)
 
-    def hidden_states(self, tokens: Tensor, documents: Tensor | None = None) -> list[Tensor]:
+    def hidden_states(self, tokens: Tensor, documents: Tensor | None = None, skipped: Collection[int] = (),
+                      recompute: bool = False) -> list[Tensor]:  # fmt: skip
         """h_0 .. h_L of a full pass over tokens (B, T): L + 1 tensors (B T, d). `documents` (B, T) numbers the documents packed into a row;
-        none sees another. Raises ValueError for more tokens than the model has positions."""
+        none sees another. Layers in `skipped` hand their input on; with `recompute` a block's inner states are made again for the gradient
+        instead of kept. Raises ValueError for more tokens than the model has positions."""
         B, T = tokens.shape
         if T > self.config.max_len:
             raise ValueError(f"{T} tokens do not fit into the model's {self.config.max_len} positions; shorten the text")
@@ -173,8 +183,13 @@ class Transformer(nn.Module):
         slides = [config.slides(layer) for layer in range(1, config.n_layers + 1)]
         attend = {kind: attend_as(kind) for kind in set(slides)}
         states = [self.embed(tokens.flatten())]
-        for block, kind in zip(self.blocks, slides):
-            states.append(block(states[-1], attend[kind]))
+        for layer, (block, kind) in enumerate(zip(self.blocks, slides), 1):
+            if layer in skipped:
+                states.append(states[-1])
+            elif recompute:
+                states.append(recomputed(block, states[-1], attend[kind], use_reentrant=False))
+            else:
+                states.append(block(states[-1], attend[kind]))
         return states
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -193,8 +208,14 @@ class Transformer(nn.Module):
         return self.unembed if self._head_weight is None else self._head_weight
 
     def exit_norm(self, hidden: Tensor, layer: int) -> Tensor:
-        """norm_l(h_l): the layer's own norm if it has one, else the final norm; (N, d) -> (N, d)."""
-        return rms_norm(hidden, self.exit_norms[str(layer)] if layer in self.config.exit_norms else self.norm, self.config.norm_eps)
+        """norm_l(h_l): the layer's own norm if it has one, after its adapter h + up(down(h)) if it has one; else the final norm. (N, d) ->
+        (N, d)."""
+        if layer not in self.config.exit_norms:
+            return rms_norm(hidden, self.norm, self.config.norm_eps)
+        if self.config.adapter_rank:
+            down, up = self.adapters[str(layer)]
+            hidden = hidden + hidden @ down.T @ up
+        return rms_norm(hidden, self.exit_norms[str(layer)], self.config.norm_eps)
 
     def head(self, hidden: Tensor, layer: int | None = None) -> Tensor:
         """z_l = W norm_l(h_l): hidden (N, d) after `layer` (None: the last) -> logits (N, V) float32."""
@@ -213,6 +234,11 @@ class Transformer(nn.Module):
         """Logits of the tokens whose rows of the unembedding are `weight` (n, d): norm_l(h_l) (N, d) -> (N, n) float32."""
         logits = linear(normed, weight).float()
         return logits if self.config.logit_cap is None else soft_cap(logits, self.config.logit_cap)
+
+    def head_flops(self, layer: int, n: int) -> int:
+        """Floating-point operations of one row's head over n tokens: 2 a weight, those of the layer's adapter included."""
+        rank = self.config.adapter_rank if layer in self.config.exit_norms else 0
+        return 2 * self.config.d_model * (n + 2 * rank)
 
     def block_flops(self, first: int, stop: int) -> int:
         """Floating-point operations of one block on the positions first .. stop - 1: 2 a weight and row, 4 H C a row and position seen
@@ -241,63 +267,14 @@ def choose_head(model: Transformer) -> None:
     model._head_weight = FORMS["split" if model.form == "packed" and unembed.nbytes > COPY_LIMIT else model.form](unembed)
 
 
-class KVCache:
-    """The staircase: `filled[l]` positions have their key and value stored at layer l, and filled never increases with l; filled[0]
-    counts the positions begun. A position that stopped below the top keeps its state in `hidden`, at the depth it reached, and is *owed*
-    to the layers above. Rows owed to a layer are the newest ones, one contiguous run. Batch size 1."""
-
-    def __init__(self, model: Transformer, length: int):
-        """Room for `length` positions."""
-        self.config, self.rope = model.config, model.rope
-        shape = (1, self.config.n_kv_heads, length, self.config.head_dim)
-        self.keys = [model.embedding.new_empty(shape) for _ in model.blocks]    # (1, K, length, C) a layer
-        self.values = [model.embedding.new_empty(shape) for _ in model.blocks]
-        self.hidden = model.embedding.new_empty(length, self.config.d_model)
-        self.filled = [0] * (self.config.n_layers + 1)
-        self._slides = [False, *(self.config.slides(layer) for layer in range(1, self.config.n_layers + 1))]
-        self._span, self._views = None, []
-
-    def owed(self, layer: int, stop: int) -> Tensor:
-        """Hidden states of the positions filled[layer] .. stop - 1: (R, d)."""
-        return self.hidden[self.filled[layer] : stop]
-
-    def store(self, layer: int, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Appends the keys and values of the R rows that follow filled[layer], from qkv (R, (H + 2K) C). Returns the rows' queries
-        (1, H, R, C), the S keys and values of the layer that they may see, (1, K, S, C), and who sees which (R, S); None: all see all."""
-        first = self.filled[layer]
-        stop = self.filled[layer] = first + qkv.shape[0]
-        if self._span != (first, stop):  # the layers of a pass mostly share their rows
-            self._span, self._views = (first, stop), [self._view(first, stop, slides) for slides in sorted(set(self._slides))]
-        start, rope, mask = self._views[self._slides[layer]]
-        q, k, v = split_heads(qkv, 1, self.config, rope)
-        keys, values = self.keys[layer - 1], self.values[layer - 1]
-        keys[:, :, first:stop] = k
-        values[:, :, first:stop] = v
-        return q, keys[:, :, start:stop], values[:, :, start:stop], mask
-
-    def _view(self, first: int, stop: int, slides: bool) -> tuple[int, tuple[Tensor, Tensor], Tensor | None]:
-        """Of the rows first .. stop - 1 in a layer: the first position that one of them sees, their rotation, and who sees which."""
-        start, mask = max(0, first + 1 - self.config.window) if slides else 0, None
-        if stop - first > 1:
-            positions = torch.arange(start, stop, device=self.hidden.device)
-            mask = visible(positions[first - start :], positions, self.config.window if slides else None)  # (R, stop - start)
-        return start, self.rope[-slides, :, first:stop].unbind(), mask
-
-    def attend(self, layer: int, qkv: Tensor) -> Tensor:
-        """`attend` of a block: stores the rows' keys and values, then attends to what they may see. (R, (H + 2K) C) -> (R, H C)."""
-        return attention(*self.store(layer, qkv), self.config)
-
-    def rollback(self, length: int) -> None:
-        """Forgets the positions from `length` on."""
-        self.filled = [min(count, length) for count in self.filled]
-
-
 # ---------------------------------------------------------------- checkpoints
 
 
 def save_checkpoint(path: str | os.PathLike, model: Transformer, tokenizer: bytes | None, dtype: torch.dtype | None = None, **extra):
-    """Writes config, weights (as `dtype`), the sentencepiece model and `extra` (plain values, tensors) to one file, whole or not at all."""
-    weights = {name: weight.detach().to(dtype or weight.dtype).contiguous() for name, weight in model.state_dict().items()}
+    """Writes config, weights (matrices as `dtype`, vectors as they are), the sentencepiece model and `extra` (plain values, tensors) to one
+    file, whole or not at all."""
+    cast = {name: dtype or weight.dtype if weight.dim() > 1 else weight.dtype for name, weight in model.state_dict().items()}
+    weights = {name: weight.detach().to(cast[name]).contiguous() for name, weight in model.state_dict().items()}
     blob = None if tokenizer is None else torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
     content = {"format": FORMAT, "config": asdict(model.config), "weights": weights, "tokenizer": blob, **extra}
     try:
@@ -367,3 +344,21 @@ def read_tokenizer(path: str | os.PathLike, blob: Tensor, vocab_size: int):
     if tokenizer.vocab_size() > vocab_size:
         raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size()} pieces, the model only {vocab_size}")
     return tokenizer
+
+
+def load_tokenizer(path: str | os.PathLike) -> bytes:
+    """The sentencepiece model in a checkpoint, or in a file of its own. Raises ValueError if there is none."""
+    import sentencepiece
+
+    try:
+        if zipfile.is_zipfile(path):  # what torch.save writes
+            blob = read_checkpoint(path)["tokenizer"]
+            if blob is None:
+                raise ValueError(f"{path}: has no tokenizer")
+            return blob.numpy().tobytes()
+        with open(path, "rb") as file:
+            model = file.read()
+        sentencepiece.SentencePieceProcessor(model_proto=model)
+        return model
+    except RuntimeError:
+        raise ValueError(f"{path}: neither a checkpoint nor a sentencepiece model") from None

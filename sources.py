@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import BYTE, CONTROL, NORMAL, UNKNOWN, build_tokenizer
+from tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, build_tokenizer
 
 SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER = 100_000_000  # bytes; the format's own limit

@@ -1,49 +1,63 @@
-"""Pretraining and fine-tuning with exit losses. Without arguments it trains the embedded default from the embedded data.
+"""Pretraining, fine-tuning and training of exit heads. Without arguments it trains the embedded default from the embedded data.
 
     python train.py --out runs/mine --max-steps 50
+    python train.py --init model.pt --train heads --exits 4,8 --data mine.jsonl --dev dev.jsonl --out runs/heads
+    torchrun --nproc-per-node 4 train.py --out runs/mine            on several GPUs of one machine
+    python train.py --plot runs/mine/log.jsonl                      draws loss and agreement of every exit
 
-Dimensions: B rows, T positions, N learned targets of a batch, d model width, V vocabulary.
+Memory of --train all: 16 bytes a weight (float32 weight, gradient and AdamW's two moments), with --dtype bfloat16 2 more while a step runs:
+18 GB for 1B weights. With --recompute, the states between blocks and one block's insides are small beside that; so are logits (losses.py).
 """
 
-import hashlib
-import json
 import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import sentencepiece as spm
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import data
 from cli import Parser, add_flags, check_device, given, option, run, whole_file
-from model import ModelConfig, Transformer, check_layers, read_checkpoint, save_checkpoint
+from data import TASKS, Batch, batches, describe, digest, prepare, read_pairs, read_prepared, task_file
+from losses import LOSSES, Objective, exit_loss, layers_of_step, skipped_layers
+from model import ModelConfig, Transformer, check_layers, load_tokenizer, read_checkpoint, save_checkpoint
+from runs import Log, check_resumable, noted_signals, process_group, processes, tell, total, wait
+from tokenizer import train_tokenizer
 
-LOSSES = ("none", "weighted", "rotate")
 VALIDATION_BATCHES = 16
-FREE_TO_CHANGE = {"dev", "max_steps", "device", "compile", "validate_every", "save_every"}  # settings that a resumed run may change
+FREE_TO_CHANGE = {"dev", "max_steps", "device", "compile", "recompute", "validate_every", "save_every"}  # what a resumed run may change
+HEADS = ("exit_norms", "adapters", "classifiers")  # what --train heads trains
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train. One step is one update of the weights."""
 
-    train: tuple[str, ...] = option(tuple(data.task_file(task, "train") for task in ("translation", "translation", "e2e")),
-                                    "training files; one named twice is seen twice as often")  # fmt: skip
-    dev: tuple[str, ...] = option(tuple(data.task_file(task, "dev") for task in data.TASKS), "validation files, scored one by one")
-    loss: str = option("rotate", "none: the final layer alone; weighted: every exit, every step; rotate: some exits a step, in turn")
+    data: tuple[str, ...] = option(tuple(task_file(task, "train") for task in ("translation", "translation", "e2e")),
+                                   "training files; one named twice is seen twice as often")  # fmt: skip
+    dev: tuple[str, ...] = option(tuple(task_file(task, "dev") for task in TASKS), "validation files, scored one by one")
+    tokenizer: str | None = option(None, "sentencepiece model, or checkpoint that holds one; none: that of --init, or a new one")
+    init: str | None = option(None, "checkpoint to start from, shape and tokenizer included; none: random weights")
+    train: str = option("all", "all: every weight; heads: norm, adapter and classifier of each exit, the model's own output unchanged")
+    loss: str = option("rotate", "none: the last layer alone; weighted: every exit, every step; rotate: some exits a step, in turn; "
+                                 "distill: so, towards the last layer's distribution; hidden: rotate, and states to deeper")  # fmt: skip
     exits: tuple[int, ...] = option((2, 3, 4, 6, 8, 10), "exit layers to train")
-    per_step: int = option(2, "rotate: exits a step")
+    exit_weights: tuple[float, ...] = option((), "weights of the exits' losses, lowest first, then the last layer's; none: by depth")
+    per_step: int = option(2, "rotate, distill, hidden: exits a step")
+    hidden_weight: float = option(1.0, "hidden: weight of the distance between states")
+    layer_dropout: float = option(0.0, "chance to leave out the last layer, less for lower ones, 0 to 1")
+    classifier: bool = option(False, "also train a confidence classifier at every exit")
     max_steps: int = option(7500, "steps in all")
     rows: int = option(16, "rows of a micro-batch")
     length: int = option(128, "positions of a row; documents are packed into rows")
-    accumulate: int = option(1, "micro-batches of a step")
+    accumulate: int = option(1, "micro-batches of a step, in each process")
     lr: float = option(1.5e-3, "peak learning rate")
     min_lr: float = option(0.02, "learning rate at the end, as a share of the peak, 0 to 1")
     warmup: int = option(300, "steps of linear warm-up, before the cosine")
@@ -52,71 +66,36 @@ class TrainConfig:
     dtype: str = option("float32", "float32 or bfloat16 (autocast)")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     compile: bool = option(False, "torch.compile every block")
+    recompute: bool = option(False, "make the insides of blocks anew for the gradient: less memory, a third more work")
     validate_every: int = option(750, "steps between validations")
     save_every: int = option(250, "steps between checkpoints")
-    seed: int = option(0, "seed of the weights and of the data's order")
+    seed: int = option(0, "seed of the weights, of the data's order and of the layers left out")
 
     def __post_init__(self):
         object.__setattr__(self, "exits", tuple(sorted(set(self.exits))))
-        for name in ("train", "dev"):
+        if len(self.exit_weights) not in (0, len(self.exits) + 1) or not min(self.exit_weights, default=1) > 0:
+            raise ValueError(f"exit_weights are {self.exit_weights}; give {len(self.exits) + 1} above 0, one an exit and the last layer's")
+        for name in ("data", "dev"):
             object.__setattr__(self, name, tuple(map(str, getattr(self, name))))
-        for name, known in {"loss": LOSSES, "dtype": ("float32", "bfloat16")}.items():
+        for name, known in {"loss": LOSSES, "dtype": ("float32", "bfloat16"), "train": ("all", "heads")}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}")
         least = dict.fromkeys(("per_step", "max_steps", "rows", "length", "accumulate", "validate_every", "save_every"), 1)
-        for name, low in {**least, "warmup": 0, "weight_decay": 0, "seed": 0}.items():
+        for name, low in {**least, "warmup": 0, "weight_decay": 0, "seed": 0, "hidden_weight": 0}.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
-        if not (self.lr > 0 and self.clip > 0 and 0 <= self.min_lr <= 1):
-            raise ValueError(f"lr {self.lr}, clip {self.clip}, min_lr {self.min_lr}: lr and clip must be above 0, min_lr between 0 and 1")
-        if not self.train:
-            raise ValueError("there is nothing to train on; name a file with --train")
+        if not (self.lr > 0 and self.clip > 0 and 0 <= self.min_lr <= 1 and 0 <= self.layer_dropout <= 1):
+            raise ValueError(f"lr {self.lr}, clip {self.clip}, min_lr {self.min_lr}, layer_dropout {self.layer_dropout}: lr and clip must "
+                             "be above 0, min_lr and layer_dropout between 0 and 1")  # fmt: skip
+        if not self.data:
+            raise ValueError("there is nothing to train on; name a file with --data")
+        if self.train == "heads" and (self.init is None or self.loss in ("none", "hidden") or self.layer_dropout):
+            raise ValueError("train is heads, which needs --init, a loss of the exits (weighted, rotate or distill) and no layer_dropout")
+        if not self.exits and (self.train == "heads" or self.loss in ("distill", "hidden") or self.classifier):
+            raise ValueError(f"train {self.train}, loss {self.loss}, classifier {self.classifier}: there must be exits to train")
 
 
-# ---------------------------------------------------------------- the loss
-
-
-def layers_of_step(config: TrainConfig, n_layers: int, step: int) -> list[int]:
-    """Layers whose heads are trained at `step`, the last one always. `rotate`: every R-th exit, from an offset that moves on by one each
-    step (LayerSkip, Elhoushi 2024, section 4.1.2, rotational early exit)."""
-    stride = {"none": len(config.exits) + 1, "weighted": 1, "rotate": max(1, math.ceil(len(config.exits) / config.per_step))}[config.loss]
-    exits = config.exits[step % stride :: stride] if config.loss != "none" else ()
-    return [*exits, n_layers]
-
-
-def exit_loss(model: Transformer, states: list[Tensor], targets: Tensor, layers: list[int]) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over the learned targets, averaged over `layers` with weights proportional to depth, w_l = l / sum (CALM,
-    Schuster 2022, Eq. 6). Returns it and the last layer's own. states: h_0..h_L, (B T, d) each; targets (B T), -1 where not learned."""
-    learned = targets >= 0
-    losses = [F.cross_entropy(model.head(states[layer][learned], layer), targets[learned]) for layer in layers]  # over (N, V)
-    return sum(layer * loss for layer, loss in zip(layers, losses)) / sum(layers), losses[-1].detach()
-
-
-@torch.no_grad()
-def validate(model: Transformer, array: np.ndarray, config: TrainConfig) -> dict[int, list[float]]:
-    """[loss in nats per target, agreement with the last layer's argmax in [0, 1]] of every trained exit and of the last layer, over the
-    first batches of a validation set."""
-    layers = [*config.exits, model.config.n_layers]
-    sums, count = {layer: [0.0, 0.0] for layer in layers}, 0
-    for batch, _ in zip(data.batches(array, config.rows, config.length, seed=None), range(VALIDATION_BATCHES)):
-        inputs, targets, documents = on_device(batch, config.device)
-        states, learned = model.hidden_states(inputs, documents), targets >= 0
-        final = model.head(states[-1][learned]).argmax(-1)
-        count += len(final)
-        for layer in layers:
-            logits = model.head(states[layer][learned], layer)
-            sums[layer][0] += F.cross_entropy(logits, targets[learned], reduction="sum").item()
-            sums[layer][1] += (logits.argmax(-1) == final).sum().item()
-    return {layer: [round(value / count, 4) for value in pair] for layer, pair in sums.items()}
-
-
-def on_device(batch: data.Batch, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """inputs (B, T), targets (B T), documents (B, T)."""
-    inputs, targets, documents = (torch.from_numpy(part).to(device) for part in (batch.inputs, batch.targets, batch.documents))
-    return inputs, targets.flatten(), documents
-
-
-# ---------------------------------------------------------------- the run
+# ---------------------------------------------------------------- one step, and its validation
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -128,111 +107,37 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; only matrices decay."""
-    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
-    vectors = [weight for weight in model.parameters() if weight.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    """AdamW over what is trained; only matrices decay."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [{"params": [weight for weight in trained if weight.dim() > 1], "weight_decay": config.weight_decay},
+              {"params": [weight for weight in trained if weight.dim() == 1], "weight_decay": 0.0}]  # fmt: skip
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
 
 
-def digest(files: tuple[str, ...], *rest) -> str:
-    """A name for what is made from these files, as they are now, and the rest."""
-    state = [(file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr((state, rest)).encode()).hexdigest()[:16]
+def on_device(batch: Batch, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """inputs (B, T), targets (B T), documents (B, T)."""
+    inputs, targets, documents = (torch.from_numpy(part).to(device) for part in (batch.inputs, batch.targets, batch.documents))
+    return inputs, targets.flatten(), documents
 
 
-def prepare_tokenizer(files: tuple[str, ...], folder: Path, vocab_size: int) -> bytes:
-    """A sentencepiece model trained on the files, once for these files and this size."""
-    files = tuple(dict.fromkeys(files))
-    path = folder / f"{digest(files, vocab_size)}.model"
-    if not path.exists():
-        model = data.train_tokenizer((pair for file in files for pair in data.read_pairs(file)), vocab_size)
-        with whole_file(path) as part:
-            Path(part).write_bytes(model)
-    return path.read_bytes()
-
-
-def prepare_data(files: tuple[str, ...], tokenizer: bytes, folder: Path, length: int) -> np.ndarray:
-    """The files' documents as one memory-mapped array, tokenized once for these files, tokenizer and length."""
-    path = folder / f"{digest(files, tokenizer, length)}.npy"
-    if not path.exists():
-        pairs = (pair for file in files for pair in data.read_pairs(file))
-        stats = data.tokenize(pairs, spm.SentencePieceProcessor(model_proto=tokenizer), path, length)
-        tqdm.write(f"{', '.join(map(str, files))}: " + ", ".join(f"{count:,} {name}" for name, count in stats.items()))
-    return np.load(path, mmap_mode="r")
-
-
-def train(config: TrainConfig, shape: ModelConfig, folder: Path) -> Transformer:
-    """Trains in `folder`, going on from its checkpoint.pt if there is one, and writes model.pt (float16) at the end; interrupted or not,
-    to the same weights (on the same CPU and number of threads). Raises ValueError for unusable settings or data, for other settings than
-    the checkpoint's, and for a loss that is not finite."""
-    check_layers("exits", config.exits, shape.n_layers)
-    if shape.max_len < config.length:
-        raise ValueError(f"length is {config.length}, the model has {shape.max_len} positions; lower --length or raise --max-len")
-    missing = [file for file in (*config.train, *config.dev) if not Path(file).is_file()]
-    if missing:
-        raise ValueError(f"{missing[0]}: no such data file; check --train and --dev")
-    checkpoint, step, scores = folder / "checkpoint.pt", 0, {}
-    content = read_checkpoint(checkpoint) if checkpoint.exists() else None
-    if content:
-        check_resumable(checkpoint, content, config, shape)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = prepare_tokenizer(config.train, folder, shape.vocab_size)
-    if content and content["tokenizer"].numpy().tobytes() != tokenizer:
-        raise ValueError(f"{checkpoint} was trained with another tokenizer: the training files have changed; give another --out")
-    array = prepare_data(config.train, tokenizer, folder, config.length)
-    dev_arrays = {file: prepare_data((file,), tokenizer, folder, config.length) for file in config.dev}
-
-    torch.manual_seed(config.seed)
-    model = Transformer(shape).to(config.device)
-    optimizer = make_optimizer(model, config)
-    if content:
-        model.load_state_dict(content["weights"])
-        optimizer.load_state_dict(content["training"]["optimizer"])
-        step, scores = content["training"]["step"], content["training"]["scores"]
-        tqdm.write(f"going on from {checkpoint} at step {step} of {config.max_steps}")
-    if config.compile:
-        for block in model.blocks:
-            block.compile()
-
-    stream = data.batches(array, config.rows, config.length, config.seed, start=step * config.accumulate)
-    with tqdm(total=config.max_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=1) as bar:
-        while step < config.max_steps:
-            started = time.perf_counter()
-            loss = train_step(model, optimizer, stream, config, step)
-            step += 1
-            speed = round(config.rows * config.length * config.accumulate / (time.perf_counter() - started))
-            write_log(folder, {"step": step, "loss": round(loss, 4), "tokens_per_s": speed})
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=speed)
-            last = step == config.max_steps
-            if step % config.validate_every == 0 or last:
-                for file, dev in dev_arrays.items():
-                    scores[file] = validate(model, dev, config)
-                    write_log(folder, {"step": step, "dev": file, "layers": scores[file]})
-                    cells = "  ".join(f"{layer}: {loss:.3f} ({same:.3f})" for layer, (loss, same) in scores[file].items())
-                    tqdm.write(f"step {step}, {file}: loss (agreement with the last layer) by layer  {cells}")
-            if step % config.save_every == 0 or last:
-                training = {"step": step, "scores": scores, "config": asdict(config), "optimizer": optimizer.state_dict()}
-                save_checkpoint(checkpoint, model, tokenizer, training=training)
-    provenance = {"command": " ".join(sys.argv), "config": asdict(config), "steps": step, "loss and agreement by layer": scores}
-    save_checkpoint(folder / "model.pt", model, tokenizer, torch.float16, provenance=provenance)
-    tqdm.write(f"wrote {folder / 'model.pt'}")
-    return model
-
-
-def train_step(model: Transformer, optimizer: torch.optim.Optimizer, stream: Iterator[data.Batch], config: TrainConfig, step: int) -> float:
-    """One update; returns the final layer's loss. Raises ValueError, before the update, if loss or gradient are not finite."""
+def train_step(objective: nn.Module, optimizer: torch.optim.Optimizer, stream: Iterator[Batch], config: TrainConfig, step: int,
+               rank: int = 0, world: int = 1) -> float:  # fmt: skip
+    """One update by `accumulate` micro-batches of each of `world` processes; returns the mean loss of the deepest layer trained. Raises
+    ValueError, before the update, if loss or gradient are not finite."""
+    model = getattr(objective, "module", objective).model
     layers, mean = layers_of_step(config, model.config.n_layers, step), 0.0
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
-    for _ in range(config.accumulate):
-        inputs, targets, documents = on_device(next(stream), config.device)
-        with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            loss, final = exit_loss(model, model.hidden_states(inputs, documents), targets, layers)
-        (loss / config.accumulate).backward()
-        mean += final.item() / config.accumulate
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
+    for turn in range(config.accumulate):
+        number = (step * config.accumulate + turn) * world + rank
+        skipped, synced = skipped_layers(config, model.config.n_layers, number), world == 1 or turn == config.accumulate - 1
+        with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16"), \
+             nullcontext() if synced else objective.no_sync():  # fmt: skip
+            loss, deepest = objective(*on_device(next(stream), config.device), layers, skipped)
+            (loss / config.accumulate).backward()
+        mean += deepest.item() / config.accumulate
+    norm = nn.utils.clip_grad_norm_([weight for weight in model.parameters() if weight.requires_grad], config.clip).item()
+    mean = total(mean, config.device) / world
     if not math.isfinite(mean + norm):
         raise ValueError(f"the loss is {mean}, its gradient {norm} at step {step}; the last checkpoint is kept: "
                          "train anew with a lower --lr in another --out")  # fmt: skip
@@ -241,26 +146,195 @@ def train_step(model: Transformer, optimizer: torch.optim.Optimizer, stream: Ite
     return mean
 
 
-def check_resumable(checkpoint: Path, content: dict, config: TrainConfig, shape: ModelConfig) -> None:
-    """Raises ValueError if the run that wrote the checkpoint had other settings, or has gone beyond max_steps."""
-    if "training" not in content:
-        raise ValueError(f"{checkpoint}: holds a model but no training to go on with; give another --out")
-    then, now = {**content["training"]["config"], **asdict(ModelConfig(**content["config"]))}, {**asdict(config), **asdict(shape)}
-    other = [name for name in now if now[name] != then.get(name) and name not in FREE_TO_CHANGE]
-    if other:
-        raise ValueError(f"{checkpoint} was trained with {other[0]} {then.get(other[0])}, not {now[other[0]]}; give another --out")
-    if content["training"]["step"] > config.max_steps:
-        raise ValueError(f"{checkpoint} is at step {content['training']['step']}, beyond max_steps {config.max_steps}; give another --out")
+@torch.no_grad()
+def validate(model: Transformer, array: np.ndarray, config: TrainConfig) -> dict[int, list[float]]:
+    """[loss in nats per target, agreement with the last layer's argmax in [0, 1]] of every trained exit and of the last layer, over the
+    first batches of a validation set."""
+    layers = [*config.exits, model.config.n_layers]
+    sums, count = {layer: [0.0, 0.0] for layer in layers}, 0
+    for batch, _ in zip(batches(array, config.rows, config.length, seed=None), range(VALIDATION_BATCHES)):
+        inputs, targets, documents = on_device(batch, config.device)
+        learned = (targets >= 0).nonzero()[:, 0]
+        states = model.hidden_states(inputs, documents)
+        rows = {layer: states[layer][learned] for layer in layers}
+        _, losses, agreed = exit_loss(model, rows, targets[learned], dict.fromkeys(layers, 1.0), compare=True)
+        for layer in layers:
+            sums[layer][0] += losses[layer].item() * len(learned)
+            sums[layer][1] += agreed[layer].sum().item() if layer in agreed else len(learned)
+        count += len(learned)
+    return {layer: [round(value / count, 4) for value in pair] for layer, pair in sums.items()}
 
 
-def write_log(folder: Path, row: dict) -> None:
-    with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
-        log.write(json.dumps(row) + "\n")
+def score_table(step: int, scores: dict[str, dict[int, list[float]]]) -> str:
+    """Loss and agreement of every layer on each validation file."""
+    lines = []
+    for file, layers in scores.items():
+        losses, agreements = zip(*layers.values())
+        lines += [f"step {step}, {file}", "  layer     " + "".join(f"{layer:7}" for layer in layers),
+                  "  loss      " + "".join(f"{loss:7.3f}" for loss in losses),
+                  "  agreement " + "".join(f"{same:7.3f}" for same in agreements)]  # fmt: skip
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the run
+
+
+def prepare_tokenizer(config: TrainConfig, folder: Path, vocab_size: int) -> bytes:
+    """The tokenizer that the settings name, or one trained on the files, once for these files and this size."""
+    if config.tokenizer or config.init:
+        return load_tokenizer(config.tokenizer or config.init)
+    files = tuple(dict.fromkeys(config.data))
+    if prepared := [file for file in files if file.endswith(".npy")]:
+        raise ValueError(f"{prepared[0]} is prepared data; name the tokenizer that it was made with: --tokenizer FILE")
+    path = folder / f"{digest(*map(Path, files), vocab_size)}.model"
+    if not path.exists():
+        model = train_tokenizer((pair for file in files for pair in read_pairs(file)), vocab_size)
+        with whole_file(path) as part:
+            Path(part).write_bytes(model)
+    return path.read_bytes()
+
+
+def prepare_data(files: tuple[str, ...], tokenizer: bytes, folder: Path, length: int) -> np.ndarray:
+    """The files' documents as one memory-mapped array, tokenized once for these files, tokenizer and length; a prepared file as it is."""
+    if len(files) == 1 and files[0].endswith(".npy"):
+        return read_prepared(Path(files[0]), tokenizer, length)
+    path = folder / f"{digest(*map(Path, files), tokenizer, length)}.npy"
+    if not path.with_suffix(".json").exists():  # written last
+        tqdm.write(f"{', '.join(files)}: {describe(prepare(files, tokenizer, path, length))}")
+    return read_prepared(path, tokenizer, length)
+
+
+def shape_from(config: TrainConfig, given: dict) -> ModelConfig:
+    """The shape of the model to train: that of --init, or of the flags; with the heads that the settings ask for. Raises ValueError."""
+    if config.init:
+        shape = read_checkpoint(config.init)["config"]
+        if other := set(given) - {"exit_norms", "classifiers", "adapter_rank", "max_len"}:
+            raise ValueError(f"{sorted(other)[0]} comes from --init {config.init}; leave the flag out")
+    else:
+        shape = {}
+    shape = ModelConfig(**{**shape, **given})
+    extra = {}
+    if config.train == "heads":
+        extra["exit_norms"] = tuple(sorted({*shape.exit_norms, *config.exits}))
+    if config.classifier:
+        extra["classifiers"] = tuple(sorted({*shape.classifiers, *config.exits}))
+    return replace(shape, **extra)
+
+
+def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
+    """The model at the start, its weights float32 (with heads: the frozen ones in the dtype of training); heads that --init lacks begin
+    as the final norm, the identity, and a classifier that is undecided."""
+    torch.manual_seed(config.seed)
+    model = Transformer(shape)
+    if config.init:
+        weights = read_checkpoint(config.init)["weights"]
+        missing = model.load_state_dict(weights, strict=False).missing_keys
+        for name in missing:
+            if name.startswith("exit_norms"):
+                model.get_parameter(name).data.copy_(model.norm.data)
+    if config.train == "heads":
+        for name, weight in model.named_parameters():
+            if not name.startswith(HEADS):
+                weight.requires_grad_(False).data = weight.data.to(getattr(torch, config.dtype))
+    return model.to(config.device)
+
+
+def train(config: TrainConfig, shape: ModelConfig, folder: Path, overwrite: bool = False) -> Transformer:
+    """Trains in `folder`, going on from its checkpoint.pt if there is one, and writes model.pt at the end (float16, or as --init is);
+    interrupted or not, to the same weights (on the same CPU and number of threads). Raises ValueError for unusable settings or data, for
+    other settings than the checkpoint's, for a model that is there already, and for a loss that is not finite."""
+    rank, world = processes()
+    check_layers("exits", config.exits, shape.n_layers)
+    if shape.max_len < config.length:
+        raise ValueError(f"length is {config.length}, the model has {shape.max_len} positions; lower --length or raise --max-len")
+    missing = [file for file in (*config.data, *config.dev) if not Path(file).is_file()]
+    if missing:
+        raise ValueError(f"{missing[0]}: no such data file; check --data and --dev")
+    checkpoint, step, scores = folder / "checkpoint.pt", 0, {}
+    if overwrite and rank == 0:
+        for name in ("checkpoint.pt", "model.pt", "log.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+    wait()
+    content = read_checkpoint(checkpoint) if checkpoint.exists() else None
+    settings = {**asdict(config), "accumulate": config.accumulate * world}
+    if content:
+        check_resumable(checkpoint, content, {**settings, **asdict(shape)}, FREE_TO_CHANGE)
+    elif (folder / "model.pt").exists():
+        raise ValueError(f"{folder / 'model.pt'} is there already; give another --out, or --overwrite")
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0:  # the first process prepares what all then read
+        load_arrays(config, shape, folder)
+    wait()
+    tokenizer, array, dev_arrays = load_arrays(config, shape, folder)
+    if content and content["tokenizer"].numpy().tobytes() != tokenizer:
+        raise ValueError(f"{checkpoint} was trained with another tokenizer: the training files have changed; give another --out")
+
+    model = make_model(config, shape)
+    optimizer = make_optimizer(model, config)
+    if content:
+        model.load_state_dict(content["weights"])
+        optimizer.load_state_dict(content["training"]["optimizer"])
+        step, scores = content["training"]["step"], content["training"]["scores"]
+        tell(f"going on from {checkpoint} at step {step} of {config.max_steps}")
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
+    objective = Objective(model, config)
+    if world > 1:
+        unused = bool(config.layer_dropout or shape.exit_norms or shape.classifiers)  # in some steps
+        objective = DistributedDataParallel(objective, find_unused_parameters=unused, gradient_as_bucket_view=True)
+    log = Log(folder / "log.jsonl", step) if rank == 0 else None
+
+    def save() -> None:
+        if rank == 0:
+            training = {"step": step, "scores": scores, "config": settings, "optimizer": optimizer.state_dict()}
+            save_checkpoint(checkpoint, model, tokenizer, training=training)
+
+    first = step * config.accumulate * world
+    stream = islice(batches(array, config.rows, config.length, config.seed, start=first), rank, None, world)
+    bar = tqdm(total=config.max_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=1, disable=rank > 0)
+    with bar, noted_signals() as signals:
+        while step < config.max_steps and not total(len(signals), config.device):
+            started = time.perf_counter()
+            loss = train_step(objective, optimizer, stream, config, step, rank, world)
+            step += 1
+            last = step == config.max_steps
+            if rank == 0:
+                speed = round(config.rows * config.length * config.accumulate * world / (time.perf_counter() - started))
+                log.write({"step": step, "loss": round(loss, 4), "tokens_per_s": speed})
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=speed)
+            if rank == 0 and (step % config.validate_every == 0 or last):
+                for file, dev in dev_arrays.items():
+                    scores[file] = validate(model, dev, config)
+                    log.write({"step": step, "dev": file, "layers": scores[file]})
+                tqdm.write(score_table(step, scores))
+            if step % config.save_every == 0 or last:
+                save()
+    if step < config.max_steps:
+        save()
+        tell(f"stopped by a signal; {checkpoint} is at step {step} of {config.max_steps}, and the same command goes on from there")
+        sys.exit(128 + (signals or [15])[0])
+    if rank == 0:
+        dtype = read_checkpoint(config.init)["weights"]["embedding"].dtype if config.init else torch.float16
+        provenance = {"command": " ".join(sys.argv), "config": asdict(config), "steps": step, "loss and agreement by layer": scores}
+        save_checkpoint(folder / "model.pt", model, tokenizer, dtype, provenance=provenance)
+        tell(f"wrote {folder / 'model.pt'}")
+    return model
+
+
+def load_arrays(config: TrainConfig, shape: ModelConfig, folder: Path) -> tuple[bytes, np.ndarray, dict[str, np.ndarray]]:
+    """Tokenizer, training data, and validation data by file; made if they are not there yet."""
+    tokenizer = prepare_tokenizer(config, folder, shape.vocab_size)
+    dev = {file: prepare_data((file,), tokenizer, folder, config.length) for file in config.dev}
+    return tokenizer, prepare_data(config.data, tokenizer, folder, config.length), dev
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("--out", default="runs/default", metavar="FOLDER", help="where checkpoint, log and model go (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="start anew, even if --out holds a training or a model")
+    parser.add_argument("--plot", type=Path, metavar="LOG", help="draw the curves of a log.jsonl beside it, and end (needs matplotlib)")
     add_flags(parser, TrainConfig(), "training")
     add_flags(parser, ModelConfig(), "model")
     return parser
@@ -268,9 +342,15 @@ def make_parser() -> Parser:
 
 def main() -> None:
     args = make_parser().parse_args()
+    if args.plot:
+        from plots import draw_training
+
+        print(f"wrote {draw_training(args.plot)}")
+        return
     config = replace(TrainConfig(), **given(args, TrainConfig))
-    check_device(config.device)
-    train(config, ModelConfig(**given(args, ModelConfig)), Path(args.out))
+    with process_group(config.device):
+        check_device(config.device)
+        train(config, shape_from(config, given(args, ModelConfig)), Path(args.out), args.overwrite)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ import cli
 import convert
 import decode
 from convert import model_config
-from data import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, build_tokenizer, encode_prompt
 from model import Transformer, load_checkpoint
 from sources import read_safetensors
+from tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, build_tokenizer, encode_prompt
 
 
 @pytest.fixture

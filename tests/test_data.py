@@ -5,6 +5,7 @@ import itertools
 import json
 import lzma
 import re
+import sys
 from collections import Counter
 
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 import sentencepiece as spm
 
 import data
-from data import LEARN, SEP, START, TASKS, Example, batches, cut_text, encode_prompt, read_examples, read_pairs, task_file, train_tokenizer
+from data import LEARN, START, TASKS, Example, batches, cut_text, read_examples, read_pairs, read_prepared, task_file
+from model import load_tokenizer, save_checkpoint
+from tokenizer import SEP, encode_prompt, train_tokenizer
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
 LENGTH = 64  # of the rows in the tests of packing
@@ -136,7 +139,7 @@ def test_json_lines_may_hold_texts(tmp_path):
     ("plain.tsv.gz", "a\tb\n", "not readable after 0 records"),
     ("corrupt.tsv.gz", gzip.compress(bytes(range(32, 127)) * 99)[:40] + b"?" * 40, "not readable"),
     ("quote.csv", 'mr,ref\na,"b\nc,d\n', "not readable after 0 records"),
-    ("data.json", "{}", "unknown kind of data file; its name must end in .csv, .tsv, .jsonl, .txt"),
+    ("data.yaml", "{}", "unknown kind of data file; its name must end in .csv, .tsv, .jsonl, .json, .txt"),
     ("data.xz", "", "unknown kind of data file"),
 ])  # fmt: skip
 def test_a_malformed_file_is_named_in_one_line_with_what_is_wrong(tmp_path, name, content, complaint):
@@ -174,7 +177,7 @@ def test_a_prompt_is_encoded_between_bos_and_one_separator(tokenizer, monkeypatc
     sep = tokenizer.piece_to_id(SEP)
     assert tokenizer.vocab_size() == 400 and tokenizer.encode(SEP, add_bos=False)[-1] == sep != tokenizer.unk_id()
     assert encode_prompt(tokenizer, "Hallo du!") == [tokenizer.bos_id(), *tokenizer.encode("Hallo du!"), sep]
-    monkeypatch.setattr(data, "SEP", "<a piece that it lacks>")
+    monkeypatch.setattr("tokenizer.SEP", "<a piece that it lacks>")
     assert encode_prompt(tokenizer, "Hallo du!") == [tokenizer.bos_id(), *tokenizer.encode("Hallo du!")]
 
 
@@ -277,3 +280,69 @@ def test_documents_longer_than_a_row_are_an_error(prepare, short_pairs):
     array, _ = prepare(short_pairs)
     with pytest.raises(ValueError, match=f"longer context than {LENGTH // 2}; prepare it again"):
         next(batches(array, 3, LENGTH // 2))
+
+
+# ---------------------------------------------------------------- tasks' own formats, prepared files
+
+QA = {"id": "x", "context": "A king had a ring.", "question": "Who had it?", "answers": ["the king", "a king"]}
+SQUAD = {"version": "1.1", "data": [{"title": "t", "paragraphs": [{"context": QA["context"], "qas": [
+    {"id": "1", "question": QA["question"], "answers": [{"text": text, "answer_start": 0} for text in QA["answers"]]},
+]}]}]}  # fmt: skip
+ASKED = ("A king had a ring.\nQuestion: Who had it?\nAnswer:\n", ("the king", "a king"))
+SAID = ("A: hi\nB: ho\nSummary:\n", ("They greet.",))
+
+
+@pytest.mark.parametrize("name, content, expected", [
+    ("fairytaleqa.jsonl", json.dumps(QA), ASKED),
+    ("squad.json", json.dumps(SQUAD), ASKED),
+    ("samsum.jsonl", json.dumps({"dialogue": "A: hi\r\nB: ho", "summary": "They greet."}), SAID),
+    ("samsum.json", json.dumps([{"dialogue": "A: hi\nB: ho", "summary": "They greet."}]), SAID),
+])  # fmt: skip
+def test_a_tasks_own_format_becomes_prompts_and_references(name, content, expected, tmp_path):
+    (tmp_path / name).write_text(content)
+    assert read_examples(tmp_path / name) == [Example(*expected)]
+
+
+@pytest.mark.parametrize("content, said", [
+    ('{"data": [{}]}', "squad.json: neither a list of records nor in SQuAD's layout (KeyError: 'paragraphs')"),
+    ('{"data": 3}', "neither a list of records nor in SQuAD's layout"),
+    ("{", "neither a list of records nor in SQuAD's layout"),
+    ('[{"dialogue": "a", "summary": "b"}, {"dialogue": "a"}]', "squad.json, record 2: needs two non-empty texts"),
+    ('[{"question": "a", "context": "b", "answers": []}]', "record 1: needs two non-empty texts"),
+])  # fmt: skip
+def test_malformed_json_is_named_by_record(content, said, tmp_path):
+    (tmp_path / "squad.json").write_text(content)
+    with pytest.raises(ValueError) as error:
+        read_examples(tmp_path / "squad.json")
+    assert said in str(error.value)
+
+
+def test_the_command_prepares_files_that_batches_read(tmp_path, monkeypatch, capsys):
+    source, out = task_file("e2e", "dev"), tmp_path / "e2e.npy"
+    monkeypatch.setattr(sys, "argv", ["data.py", source, f"--out={out}", "--vocab-size=400", "--length=300"])
+    data.main()
+    said = capsys.readouterr().out
+    tokenizer = load_tokenizer(tmp_path / "e2e.model")
+    records = read_prepared(out, tokenizer, 300)
+    pairs = list(read_pairs(source))
+    assert f"{len(pairs):,} documents, {len(records):,} tokens" in said and isinstance(records, np.memmap)
+    assert sum((batch.targets >= 0).sum() for batch in batches(records, 4, 300, seed=None)) == (records["flags"] & LEARN > 0).sum()
+    with pytest.raises(ValueError, match="it was made for length 300"):
+        read_prepared(out, tokenizer, 200)
+    with pytest.raises(ValueError, match="make it anew with data"):
+        read_prepared(out, tokenizer + b"x", 300)
+    with pytest.raises(ValueError, match="make it anew"):
+        read_prepared(tmp_path / "other.npy", tokenizer, 300)
+
+
+def test_a_tokenizer_comes_from_a_checkpoint_or_a_file_of_its_own(tokenizer, tiny_model, tmp_path):
+    raw = tokenizer.serialized_model_proto()
+    (tmp_path / "own.model").write_bytes(raw)
+    save_checkpoint(tmp_path / "with.pt", tiny_model(), raw)
+    save_checkpoint(tmp_path / "without.pt", tiny_model(), None)
+    assert load_tokenizer(tmp_path / "own.model") == raw == load_tokenizer(tmp_path / "with.pt")
+    with pytest.raises(ValueError, match=r"without.pt: has no tokenizer"):
+        load_tokenizer(tmp_path / "without.pt")
+    (tmp_path / "text.model").write_text("no model")
+    with pytest.raises(ValueError, match="neither a checkpoint nor a sentencepiece model"):
+        load_tokenizer(tmp_path / "text.model")

@@ -9,9 +9,10 @@ import pytest
 import cli
 import eval as evaluation
 import measure as measuring
-from data import read_pairs, task_file, train_tokenizer
+from data import read_pairs, task_file
 from decode import DecodeConfig, Generation
 from model import save_checkpoint
+from tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

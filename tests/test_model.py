@@ -1,14 +1,17 @@
 """The transformer against an independent reference, the staircase cache against a full pass, checkpoints against damage."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from attention import rope_table
+from cache import KVCache
 from confidence import Trace
 from decode import DecodeConfig, generate, run_pass
 from kernels import FORMS, linear, rms_norm
-from model import KVCache, ModelConfig, Transformer, choose_form, choose_head, load_checkpoint, save_checkpoint
+from model import ModelConfig, Transformer, choose_form, choose_head, load_checkpoint, save_checkpoint
 
 SHAPES = [{"n_kv_heads": 4}, {"n_kv_heads": 2}, {"n_kv_heads": 1}, {"tie_embeddings": False}, {"exit_norms": (1, 3)}, {"n_layers": 2}]
 FEATURES = [
@@ -325,3 +328,15 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tiny_model, tmp_path, kind)
     with pytest.raises(ValueError, match=r"model\.pt") as error:
         load_checkpoint(path)
     assert "\n" not in str(error.value)
+
+
+def test_an_adapter_is_a_low_rank_change_before_its_norm_begins_as_nothing_and_counts(tiny_model):
+    model, hidden = tiny_model(exit_norms=(2, 3), adapter_rank=4), torch.randn(6, 32)
+    (down, up), h = (part.numpy() for part in model.adapters["2"]), hidden.numpy()  # (4, 32) each
+    moved = h + h @ down.T @ up
+    expected = moved / np.sqrt((moved**2).mean(-1, keepdims=True) + 1e-6) * model.exit_norms["2"].numpy()
+    torch.testing.assert_close(model.exit_norm(hidden, 2), torch.from_numpy(expected), rtol=1e-4, atol=1e-5)
+    assert model.head_flops(2, 50) - model.head_flops(4, 50) == 2 * (4 * 32 + 32 * 4)
+    assert not torch.equal(model.exit_norm(hidden, 4), model.exit_norm(hidden, 3))
+    fresh = Transformer(replace(model.config, classifiers=()))
+    assert torch.equal(fresh.exit_norm(hidden, 2), fresh.exit_norm(hidden, 5)) and fresh.adapters["2"][0].abs().sum() > 0

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import encode_prompt
 from decode import DEFAULT_CHECKPOINT, DecodeConfig, generate
 from eval import TASKS, read_settings
 from model import load_checkpoint
+from tokenizer import encode_prompt
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

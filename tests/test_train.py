@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import os
 import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,11 @@ from torch.testing import assert_close
 
 import cli
 import data
+import losses
 import train
+from losses import Objective, exit_loss
 from model import Block, ModelConfig, Transformer, load_checkpoint, read_checkpoint, save_checkpoint
-from train import TrainConfig, exit_loss, layers_of_step, learning_rate, make_optimizer, train_step
+from train import TrainConfig, learning_rate, make_model, make_optimizer, shape_from, train_step
 
 SHAPE = ModelConfig(vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2))
 WORDS = {"one": "un", "two": "deux", "three": "trois", "four": "quatre", "five": "cinq", "six": "six", "seven": "sept", "eight": "huit"}
@@ -42,7 +46,7 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(files):
     return TrainConfig(
-        train=(str(files / "train.tsv"),), dev=(str(files / "dev.tsv"),), loss="rotate", exits=(1, 2), per_step=1, max_steps=12, rows=2,
+        data=(str(files / "train.tsv"),), dev=(str(files / "dev.tsv"),), loss="rotate", exits=(1, 2), per_step=1, max_steps=12, rows=2,
         length=48, accumulate=2, lr=0.01, warmup=2, device="cpu", validate_every=6, save_every=5,
     )  # fmt: skip
 
@@ -84,41 +88,6 @@ def mean_loss(model: Transformer, batch: data.Batch) -> torch.Tensor:
     return torch.stack(losses).mean()
 
 
-# ---------------------------------------------------------------- the loss
-
-
-@pytest.mark.parametrize("loss, by_hand", [
-    ("none", [[12]] * 4),
-    ("weighted", [[2, 3, 4, 6, 8, 12]] * 4),
-    ("rotate", [[2, 6, 12], [3, 8, 12], [4, 12], [2, 6, 12]]),
-])  # fmt: skip
-def test_layers_of_a_step_by_hand(loss, by_hand):
-    config = TrainConfig(loss=loss, exits=(2, 3, 4, 6, 8), per_step=2)
-    assert [layers_of_step(config, 12, step) for step in range(4)] == by_hand
-
-
-@pytest.mark.parametrize("exits, per_step, period", [(6, 2, 3), (5, 2, 3), (5, 4, 2), (7, 1, 7), (3, 8, 1), (0, 2, 1)])
-def test_rotation_visits_every_exit_equally_often_and_the_last_layer_always(exits, per_step, period):
-    config = TrainConfig(loss="rotate", exits=tuple(range(1, exits + 1)), per_step=per_step)
-    steps = [layers_of_step(config, 9, step) for step in range(3 * period)]
-    assert sorted(itertools.chain(*(layers[:-1] for layers in steps))) == sorted(config.exits * 3)
-    assert all(layers[-1] == 9 and len(layers) - 1 <= per_step for layers in steps)
-
-
-def test_exit_loss_is_the_mean_of_cross_entropies_weighted_by_depth(tiny_model):
-    model, batch = tiny_model(vocab_size=300, n_layers=3, exit_norms=(1,)), random_batch(learned=5)
-    by_layer = {}
-    for layer in (1, 2, 3):  # an exit is the model that ends there, under its own norm or the final one
-        ends_there = tiny_model(vocab_size=300, n_layers=layer)
-        ends_there.load_state_dict(model.state_dict(), strict=False)
-        ends_there.norm.copy_(model.exit_norms["1"] if layer == 1 else model.norm)
-        by_layer[layer] = mean_loss(ends_there, batch).item()
-    inputs, targets, documents = train.on_device(batch, "cpu")
-    loss, last = exit_loss(model, model.hidden_states(inputs, documents), targets, [1, 2, 3])
-    assert loss.item() == pytest.approx((1 * by_layer[1] + 2 * by_layer[2] + 3 * by_layer[3]) / 6, rel=1e-5)
-    assert last.item() == pytest.approx(by_layer[3], rel=1e-5)
-
-
 def test_packed_documents_do_not_see_each_other(tiny_model):
     model, sizes = tiny_model(), [9, 7, 6]
     array = np.zeros(sum(sizes), [("token", "<u2"), ("flags", "u1")])
@@ -140,7 +109,7 @@ def test_packed_documents_do_not_see_each_other(tiny_model):
 def test_weighted_and_rotate_teach_every_exit_and_none_the_last_layer_alone(loss, taught, config, tmp_path):
     config = dataclasses.replace(config, loss=loss, max_steps=60, validate_every=60)
     model = train.train(config, SHAPE, tmp_path)
-    dev = train.prepare_data(config.dev, train.prepare_tokenizer(config.train, tmp_path, SHAPE.vocab_size), tmp_path, config.length)
+    dev = train.prepare_data(config.dev, train.prepare_tokenizer(config, tmp_path, SHAPE.vocab_size), tmp_path, config.length)
     before, after = (train.validate(each, dev, config) for each in (untrained(), model))
     assert all(after[layer][0] < 0.5 * before[layer][0] for layer in taught)
     assert [layer for layer in (1, 2) if not torch.equal(model.exit_norms[str(layer)], torch.ones(32))] == taught[:-1]
@@ -150,7 +119,7 @@ def test_one_batch_is_learned_by_heart():
     model, batch = untrained(), random_batch(learned=8)
     config = TrainConfig(loss="weighted", exits=(1, 2), lr=0.01, warmup=5, max_steps=100, device="cpu")
     optimizer = make_optimizer(model, config)
-    losses = [train_step(model, optimizer, itertools.repeat(batch), config, step) for step in range(100)]
+    losses = [train_step(Objective(model, config), optimizer, itertools.repeat(batch), config, step) for step in range(100)]
     assert losses[0] == pytest.approx(math.log(300), abs=0.2) and losses[-1] < 0.02  # from a uniform guess to none
 
 
@@ -180,7 +149,7 @@ def test_accumulation_averages_the_means_of_the_micro_batches():
     config = TrainConfig(loss="none", rows=2, accumulate=2, lr=0.1, warmup=0, clip=1e9, device="cpu")
     means, before = [mean_loss(model, part) for part in parts], weights(model)
     slopes = torch.autograd.grad(sum(means) / 2, list(model.parameters()), materialize_grads=True)
-    loss = train_step(model, torch.optim.SGD(model.parameters()), iter(parts), config, step=0)
+    loss = train_step(Objective(model, config), torch.optim.SGD(model.parameters()), iter(parts), config, step=0)
     assert loss == pytest.approx((means[0] + means[1]).item() / 2, rel=1e-5)
     assert loss != pytest.approx((9 * means[0] + 2 * means[1]).item() / 11, rel=1e-5)
     for (name, weight), slope in zip(model.named_parameters(), slopes):
@@ -190,7 +159,7 @@ def test_accumulation_averages_the_means_of_the_micro_batches():
 def test_the_gradient_is_clipped_to_its_largest_norm():
     model, config = untrained(), TrainConfig(loss="none", lr=0.1, warmup=0, clip=0.01, device="cpu")
     before = weights(model)
-    train_step(model, torch.optim.SGD(model.parameters()), iter([random_batch(learned=9)]), config, step=0)
+    train_step(Objective(model, config), torch.optim.SGD(model.parameters()), iter([random_batch(learned=9)]), config, step=0)
     moved = torch.cat([(weight - before[name]).flatten() for name, weight in model.named_parameters()])
     assert moved.norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)
 
@@ -200,7 +169,7 @@ def test_bfloat16_rounds_the_activations_and_keeps_the_weights_in_float32():
     for dtype in ("float32", "bfloat16"):
         model, config = untrained(), TrainConfig(loss="weighted", exits=(1, 2), dtype=dtype, warmup=0, device="cpu")
         before = weights(model)
-        losses[dtype] = train_step(model, make_optimizer(model, config), iter([random_batch(learned=9)]), config, step=0)
+        losses[dtype] = train_step(Objective(model, config), make_optimizer(model, config), iter([random_batch(learned=9)]), config, step=0)
         for name, weight in model.named_parameters():
             assert weight.dtype == torch.float32 and weight.isfinite().all() and not torch.equal(weight, before[name])
     assert losses["bfloat16"] != losses["float32"] and losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
@@ -219,10 +188,11 @@ def test_compiled_blocks_learn_the_same(config, finished, tmp_path, monkeypatch)
 
 def test_the_model_file_holds_all_that_decoding_needs(config, finished):
     content = torch.load(finished[0] / "model.pt", weights_only=True)
-    assert {weight.dtype for weight in content["weights"].values()} == {torch.float16}
+    assert all(weight.dtype == (torch.float16 if weight.dim() > 1 else torch.float32) for weight in content["weights"].values())
     model, tokenizer = load_checkpoint(finished[0] / "model.pt", device="cpu", plain=True)
     assert model.config == SHAPE and tokenizer.decode(tokenizer.encode("seven sept")) == "seven sept"
-    assert_close(weights(model), {name: weight.half().float() for name, weight in finished[1].items()}, **EXACT)
+    rounded = {name: weight.half().float() if weight.dim() > 1 else weight for name, weight in finished[1].items()}
+    assert_close(weights(model), rounded, **EXACT)
 
 
 def test_the_model_file_tells_its_steps_settings_and_scores(config, finished):
@@ -283,14 +253,71 @@ def test_a_loss_that_is_not_a_number_changes_no_weight_and_no_checkpoint(config,
     def poisoned(model, *batch):
         calls.append((model, weights(model)))
         factor = math.nan if len(calls) == 16 else 1  # step 7, second micro-batch
-        return [factor * loss for loss in exit_loss(model, *batch)]
+        loss, losses, agreed = exit_loss(model, *batch)
+        return factor * loss, {layer: factor * loss for layer, loss in losses.items()}, agreed
 
-    monkeypatch.setattr(train, "exit_loss", poisoned)
+    monkeypatch.setattr(losses, "exit_loss", poisoned)
     with pytest.raises(ValueError, match=r"the loss is nan.* at step 7"):
         train.train(config, SHAPE, tmp_path)
     model, before = calls[-1]
     assert_close(weights(model), before, **EXACT)
     assert read_checkpoint(tmp_path / "checkpoint.pt")["training"]["step"] == 5 and not (tmp_path / "model.pt").exists()
+
+
+def test_a_training_killed_at_a_random_step_goes_on_to_the_same_weights(config, finished, tmp_path):
+    """Whatever step that is: the log tells, and goes on as if nothing had been."""
+    words = [sys.executable, "train.py", f"--out={tmp_path}", *flags(dataclasses.replace(config, save_every=1), SHAPE)]
+    running = subprocess.Popen(words, cwd=Path(train.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    step, log = random.randint(2, 9), tmp_path / "log.jsonl"
+    while running.poll() is None and not (log.exists() and log.read_text().count('"tokens_per_s"') >= step):
+        time.sleep(0.001)
+    running.kill()
+    assert running.wait() == -signal.SIGKILL, running.stderr.read()
+    assert_close(weights(train.train(config, SHAPE, tmp_path)), finished[1], **EXACT)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_training_between_two_steps_with_a_checkpoint(number, config, finished, tmp_path):
+    code = f"""
+import os, runs, cli, train
+write = runs.Log.write
+def write_then_signal(log, row):
+    write(log, row)
+    if row.get("loss") and row["step"] == 3:
+        os.kill(os.getpid(), {int(number)})
+runs.Log.write = write_then_signal
+cli.run(train.main)
+"""
+    ended = python("-c", code, f"--out={tmp_path}", *flags(dataclasses.replace(config, save_every=100), SHAPE))
+    assert ended.returncode == 128 + number and "is at step 3 of 12, and the same command goes on" in ended.stdout
+    assert read_checkpoint(tmp_path / "checkpoint.pt")["training"]["step"] == 3 and not (tmp_path / "model.pt").exists()
+    assert_close(weights(train.train(config, SHAPE, tmp_path)), finished[1], **EXACT)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_whole(config, finished, tmp_path):
+    """A limit on the size of files stands for the disk."""
+    train.train(dataclasses.replace(config, max_steps=5, save_every=5), SHAPE, tmp_path)
+    (tmp_path / "model.pt").unlink()
+    size = (tmp_path / "checkpoint.pt").stat().st_size
+    limited = f"import resource, signal, cli, train; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
+              f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2})); cli.run(train.main)"  # fmt: skip
+    ended = python("-c", limited, f"--out={tmp_path}", *flags(config, SHAPE))
+    assert ended.returncode == 2 and "could not be written, the old file is kept; is the disk full?" in ended.stderr.splitlines()[-1]
+    assert read_checkpoint(tmp_path / "checkpoint.pt")["training"]["step"] == 5 and not list(tmp_path.glob("*.part"))
+
+
+def test_a_model_that_is_there_is_overwritten_only_when_asked(config, finished, tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"precious")
+    with pytest.raises(ValueError, match=r"model.pt is there already; give another --out, or --overwrite"):
+        train.train(config, SHAPE, tmp_path)
+    assert (tmp_path / "model.pt").read_bytes() == b"precious"
+    other = dataclasses.replace(config, lr=0.02)
+    train.train(dataclasses.replace(other, max_steps=2), SHAPE, tmp_path, overwrite=True)
+    with pytest.raises(ValueError, match="was trained with lr"):
+        train.train(config, SHAPE, tmp_path)
+    assert_close(weights(train.train(config, SHAPE, tmp_path, overwrite=True)), finished[1], **EXACT)
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -299,6 +326,80 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(Exception, match="pickle"):
         save_checkpoint(tmp_path / "checkpoint.pt", untrained(), None, training=lambda: "fails once the file is open")
     assert contents(tmp_path) == before
+
+
+# ---------------------------------------------------------------- from a checkpoint, heads alone, several processes
+
+
+@pytest.fixture(scope="module")
+def tuned(config, finished, tmp_path_factory):
+    """Heads trained on the finished model: settings and folder."""
+    folder = tmp_path_factory.mktemp("heads")
+    heads = dataclasses.replace(config, init=str(finished[0] / "model.pt"), train="heads", loss="weighted", classifier=True, max_steps=40)
+    train.train(heads, shape_from(heads, {"adapter_rank": 4}), folder)
+    return heads, folder
+
+
+def test_heads_alone_leave_the_models_own_output_bit_identical(tuned, finished):
+    before, tokenizer = load_checkpoint(finished[0] / "model.pt")
+    after, _ = load_checkpoint(tuned[1] / "model.pt")
+    tokens = torch.tensor([tokenizer.encode("one two three four five six seven eight")])
+    assert torch.equal(after(tokens), before(tokens))
+    old, new = (torch.load(folder / "model.pt")["weights"] for folder in (finished[0], tuned[1]))
+    assert all(torch.equal(new[name], weight) for name, weight in old.items() if not name.startswith("exit_norms"))
+    assert set(new) - set(old) == {f"{kind}.{layer}" for kind in ("adapters", "classifiers") for layer in (1, 2)}
+
+
+def test_heads_alone_learn_to_agree(tuned):
+    heads, folder = tuned
+    (array,) = train.load_arrays(heads, SHAPE, folder)[2].values()
+    start = make_model(heads, shape_from(heads, {"adapter_rank": 4}))
+    model = make_model(dataclasses.replace(heads, init=str(folder / "model.pt")), shape_from(heads, {"adapter_rank": 4}))
+    before, after = (train.validate(each, array, heads) for each in (start, model))
+    assert after[3] == before[3] and all(after[layer][0] < before[layer][0] for layer in (1, 2))
+
+
+def test_new_heads_begin_as_the_models_own(finished, config):
+    heads = dataclasses.replace(config, init=str(finished[0] / "model.pt"), train="heads", loss="rotate", classifier=True)
+    plain = dataclasses.replace(heads, train="all", exits=(), classifier=False)
+    new = make_model(heads, shape_from(heads, {"exit_norms": (2,), "adapter_rank": 4}))
+    model, hidden = make_model(plain, SHAPE), torch.randn(5, 32)
+    assert new.config.exit_norms == (1, 2) == new.config.classifiers and new.config.adapter_rank == 4
+    assert_close(new.head(hidden, 2), model.head(hidden, 2))
+    assert_close(new.classify(hidden, 2), torch.full((5,), 0.5))
+
+
+def test_fine_tuning_starts_from_the_weights_and_the_tokenizer_of_the_checkpoint(finished, config, tmp_path):
+    tuning = dataclasses.replace(config, init=str(finished[0] / "model.pt"), max_steps=1, lr=1e-9, warmup=0)
+    model = train.train(tuning, shape_from(tuning, {}), tmp_path)
+    start, _ = load_checkpoint(finished[0] / "model.pt", plain=True)
+    assert_close(weights(model), weights(start), rtol=0, atol=1e-6)
+    made, given = (torch.load(folder / "model.pt") for folder in (tmp_path, finished[0]))
+    assert torch.equal(made["tokenizer"], given["tokenizer"]) and made["weights"]["embedding"].dtype == torch.float16
+    with pytest.raises(ValueError, match=r"d_ff comes from --init .*; leave the flag out"):
+        shape_from(tuning, {"d_ff": 3})
+
+
+def test_prepared_data_trains_the_same(config, finished, files, tmp_path):
+    model = tmp_path / "own.model"
+    model.write_bytes(train.prepare_tokenizer(config, finished[0], SHAPE.vocab_size))
+    data.prepare(config.data, model.read_bytes(), tmp_path / "own.npy", config.length)
+    ready = dataclasses.replace(config, data=(str(tmp_path / "own.npy"),), tokenizer=str(model))
+    assert_close(weights(train.train(ready, SHAPE, tmp_path / "run")), finished[1], **EXACT)
+    with pytest.raises(ValueError, match="is prepared data; name the tokenizer"):
+        train.train(dataclasses.replace(ready, tokenizer=None), SHAPE, tmp_path / "other")
+
+
+def test_two_processes_learn_what_one_learns_from_the_same_global_batch(config, finished, tmp_path):
+    half = flags(dataclasses.replace(config, accumulate=1), SHAPE)
+    words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", f"--out={tmp_path}", *half)
+    ended = python(*words)
+    assert ended.returncode == 0, ended.stderr
+    curves = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (tmp_path, finished[0])]
+    losses, expected = ([row["loss"] for row in curve if "loss" in row] for curve in curves)
+    assert losses == pytest.approx(expected, abs=2e-4) and len(losses) == 12
+    model, _ = load_checkpoint(tmp_path / "checkpoint.pt", plain=True)
+    assert_close(weights(model), finished[1], rtol=0, atol=1e-3)
 
 
 MISTAKES = {  # a flag -> what the line must say
@@ -315,9 +416,17 @@ MISTAKES = {  # a flag -> what the line must say
     "--max-steps=3": "is at step 12, beyond max_steps 3",
     "--lr=nan": "lr and clip must be above 0",
     "--length=49": "length is 49, the model has 48 positions",
-    "--train=": "nothing to train on",
-    "--train={files}/dev.tsv": "was trained with train",
-    "--train={files}/missing.tsv": "missing.tsv: no such data file",
+    "--train=tops": "unknown train 'tops'; choose from all, heads",
+    "--train=heads": "train is heads, which needs --init",
+    "--layer-dropout=2": "min_lr and layer_dropout between 0 and 1",
+    "--exit-weights=1,2": "give 3 above 0, one an exit and the last layer's",
+    "--init={files}/dev.tsv": "dev.tsv: not a readable checkpoint",
+    "--init={files}/missing.pt": "missing.pt: no such checkpoint",
+    "--tokenizer={files}/dev.tsv": "was trained with tokenizer None, not",
+    "--plot={files}/dev.tsv": "dev.tsv: not a log of train.py",
+    "--data=": "nothing to train on",
+    "--data={files}/dev.tsv": "was trained with data",
+    "--data={files}/missing.tsv": "missing.tsv: no such data file",
     "--dev={files}/missing.tsv": "missing.tsv: no such data file",
     "--dev={files}/empty.tsv": "empty.tsv: holds no data",
     "--dev={files}/malformed.tsv": "malformed.tsv, line 2: has 1 columns; 2 are needed",

@@ -1,0 +1,229 @@
+"""The losses over exits against their definitions; what they cost; what they leave alone."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import losses
+from losses import Objective, classifier_loss, exit_loss, hidden_loss, layers_of_step, monotone, shares, skipped_layers
+from model import ModelConfig, Transformer
+from train import TrainConfig
+
+SHAPE = ModelConfig(vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2))
+CONFIG = TrainConfig(exits=(1, 2), device="cpu")
+
+
+def untrained(**shape) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(replace(SHAPE, **shape))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.1)
+    return model
+
+
+def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """inputs (2, 12), targets (24,), of which 14 are learned, documents (2, 12)."""
+    tokens = torch.from_numpy(np.random.default_rng(seed).integers(0, SHAPE.vocab_size, (2, 13)))
+    targets = torch.where(torch.arange(12) >= 5, tokens[:, 1:], -1)
+    return tokens[:, :-1], targets.flatten(), torch.tensor([[1] * 7 + [2] * 5] * 2)
+
+
+def gradients(model: Transformer, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    slopes = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+    return dict(zip(dict(model.named_parameters()), slopes))
+
+
+# ---------------------------------------------------------------- what a step trains
+
+
+@pytest.mark.parametrize("loss, by_hand", [
+    ("none", [[12]] * 4),
+    ("weighted", [[2, 3, 4, 6, 8, 12]] * 4),
+    ("rotate", [[2, 6, 12], [3, 8, 12], [4, 12], [2, 6, 12]]),
+    ("distill", [[2, 6, 12], [3, 8, 12], [4, 12], [2, 6, 12]]),
+    ("hidden", [[2, 6, 12], [3, 8, 12], [4, 12], [2, 6, 12]]),
+])  # fmt: skip
+def test_layers_of_a_step_by_hand(loss, by_hand):
+    config = TrainConfig(loss=loss, exits=(2, 3, 4, 6, 8), per_step=2)
+    assert [layers_of_step(config, 12, step) for step in range(4)] == by_hand
+
+
+@pytest.mark.parametrize("exits, per_step, period", [(6, 2, 3), (5, 2, 3), (5, 4, 2), (7, 1, 7), (3, 8, 1), (0, 2, 1)])
+def test_rotation_visits_every_exit_equally_often_and_the_last_layer_always(exits, per_step, period):
+    config = TrainConfig(loss="rotate", exits=tuple(range(1, exits + 1)), per_step=per_step)
+    steps = [layers_of_step(config, 9, step) for step in range(3 * period)]
+    assert sorted(itertools.chain(*(layers[:-1] for layers in steps))) == sorted(config.exits * 3)
+    assert all(layers[-1] == 9 and len(layers) - 1 <= per_step for layers in steps)
+
+
+def test_weights_rise_with_depth_or_are_as_given():
+    config = TrainConfig(exits=(2, 4), device="cpu")
+    assert shares(config, [2, 6], 6) == pytest.approx({2: 0.25, 6: 0.75})
+    assert shares(replace(config, exit_weights=(1, 5, 3)), [2, 6], 6) == pytest.approx({2: 0.25, 6: 0.75})
+    assert shares(replace(config, exit_weights=(1, 5, 3)), [2, 4], 6) == pytest.approx({2: 1 / 6, 4: 5 / 6})
+
+
+def test_layers_are_left_out_more_often_the_deeper_they_lie():
+    """Of 4,000 batches, within 4 standard deviations: each layer fails by chance about once in 16,000 runs, and the seed is fixed."""
+    config, n, count = replace(CONFIG, layer_dropout=0.4), 5, 4000
+    drawn = [skipped_layers(config, n, number) for number in range(count)]
+    for layer in range(1, n + 1):
+        chance = 0.4 * (2 ** ((layer - 1) / 4) - 1)
+        seen = sum(layer in skipped for skipped in drawn) / count
+        assert abs(seen - chance) <= 4 * math.sqrt(chance * (1 - chance) / count)
+    assert drawn == [skipped_layers(config, n, number) for number in range(count)]  # so that a resumed run draws the same
+    assert skipped_layers(CONFIG, n, 3) == frozenset()
+
+
+def test_a_layer_left_out_hands_its_input_on():
+    model, (inputs, _, documents) = untrained(), batch()
+    without = model.hidden_states(inputs, documents, skipped={2})
+    assert without[2] is without[1] and not torch.equal(without[3], model.hidden_states(inputs, documents)[3])
+
+
+def test_recomputing_changes_no_gradient():
+    model = untrained()
+    found = [gradients(model, Objective(model, replace(CONFIG, recompute=each))(*batch(), [1, 2, 3])[0]) for each in (False, True)]
+    assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------- the losses of the heads
+
+
+def by_definition(model: Transformer, rows, targets, weights: dict[int, float], distill: bool) -> torch.Tensor:
+    log_p = {layer: model.head(rows[layer], layer).log_softmax(-1) for layer in rows}
+    teacher, each = log_p[max(rows)].detach(), {}
+    for layer in weights:
+        if distill and layer != max(rows):
+            each[layer] = (teacher.exp() * (teacher - log_p[layer])).sum(-1).mean()
+        else:
+            each[layer] = -log_p[layer][torch.arange(len(targets)), targets].mean()
+    return sum(weights[layer] * each[layer] for layer in weights)
+
+
+@pytest.mark.parametrize("distill", [False, True])
+@pytest.mark.parametrize("chunk", [1, 300 * 4, 2**24])  # one target at a time, four, all
+@pytest.mark.parametrize("shape", [{}, {"tie_embeddings": False, "adapter_rank": 3}, {"logit_cap": 2.0}])
+@pytest.mark.parametrize("weights", [{1: 0.2, 2: 0.3, 3: 0.5}, {1: 0.4, 2: 0.6}])  # the last layer trained, or only there
+def test_value_and_gradient_are_those_of_the_definition(distill, chunk, shape, weights, monkeypatch):
+    monkeypatch.setitem(losses.CHUNK, "cpu", chunk)
+    model, (inputs, targets, documents) = untrained(**shape), batch()
+    learned = targets >= 0
+    rows = {layer: state[learned] for layer, state in enumerate(model.hidden_states(inputs, documents)) if layer}
+    expected = by_definition(model, rows, targets[learned], weights, distill)
+    found, each, agreed = exit_loss(model, rows, targets[learned], weights, distill, compare=True)
+    assert_close(found, expected)
+    assert_close(sum(weights[layer] * loss for layer, loss in each.items()), expected.detach())
+    wanted = gradients(model, 3 * by_definition(model, {l: model.hidden_states(inputs, documents)[l][learned] for l in rows},  # noqa: E741
+                                                targets[learned], weights, distill))  # fmt: skip
+    assert_close(gradients(model, 3 * found), wanted, rtol=1e-4, atol=1e-6)
+    final = model.head(rows[3]).argmax(-1)
+    assert {layer: same.tolist() for layer, same in agreed.items()} == {
+        layer: (model.head(rows[layer], layer).argmax(-1) == final).tolist() for layer in (1, 2)
+    }
+
+
+def test_logits_of_one_exit_and_one_chunk_at_a_time_are_made(monkeypatch):
+    """Of the last layer and two exits, 14 targets in chunks of 4: twelve products, none larger than a chunk."""
+    model, (inputs, targets, documents), sizes = untrained(), batch(), []
+    monkeypatch.setitem(losses.CHUNK, "cpu", 4 * 300)
+    score = model.score
+    monkeypatch.setattr(model, "score", lambda normed, weight: sizes.append(len(normed)) or score(normed, weight))
+    Objective(model, CONFIG)(inputs, targets, documents, [1, 2, 3])[0].backward()
+    assert sorted(sizes) == [2] * 3 + [4] * 9
+
+
+def test_only_the_exits_of_a_step_pay_for_a_head(monkeypatch):
+    model, asked = untrained(), []
+    exit_norm = model.exit_norm
+    monkeypatch.setattr(model, "exit_norm", lambda hidden, layer: asked.append(layer) or exit_norm(hidden, layer))
+    Objective(model, CONFIG)(*batch(), [2, 3])
+    assert asked == [3, 2]
+
+
+def test_distillation_teaches_the_exits_and_leaves_the_last_distribution_to_its_own_loss():
+    """A last layer that is all that is trained gets the same gradient from `distill` as from `none`, but for its share."""
+    model, (inputs, targets, documents) = untrained(tie_embeddings=False), batch()
+    rows = {layer: state[targets >= 0].detach() for layer, state in enumerate(model.hidden_states(inputs, documents)) if layer}
+    last = gradients(model, exit_loss(model, rows, targets[targets >= 0], {2: 0.5, 3: 0.5}, distill=True)[0])
+    alone = gradients(model, exit_loss(model, rows, targets[targets >= 0], {3: 1.0})[0])
+    assert_close(last["norm"], 0.5 * alone["norm"])
+    assert last["exit_norms.2"].abs().sum() > 0 and last["exit_norms.1"].abs().sum() == 0
+
+
+# ---------------------------------------------------------------- hidden states
+
+
+def test_monotone_matching_is_the_best_of_all():
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        rows, columns = draw.integers(1, 4), draw.integers(1, 5)
+        costs = draw.random((rows, columns)).tolist()
+        every = [pick for pick in itertools.product(range(columns), repeat=int(rows)) if list(pick) == sorted(pick)]
+        best = min(every, key=lambda pick: sum(costs[i][j] for i, j in enumerate(pick)))
+        assert monotone(costs) == list(best)
+
+
+def test_hidden_loss_by_hand():
+    """Of the four layers 0, 5 | 4, 6 the lower is closest to 4, the higher to either; both match 4, at 16 and 1. Only they learn."""
+    states = [torch.full((3, 2), value, requires_grad=True) for value in (0.0, 5.0, 4.0, 6.0)]
+    loss = hidden_loss(states, 2)
+    assert loss.item() == pytest.approx((16 + 1) / 2)
+    slopes = torch.autograd.grad(loss, states, allow_unused=True)
+    assert slopes[2] is None and slopes[3] is None
+    assert_close(slopes[0], torch.full((3, 2), 2 * (0 - 4) / 6 / 2))
+
+
+def test_the_objective_adds_the_hidden_loss_below_the_first_exit_of_the_step():
+    model, inputs = untrained(), batch()
+    plain, last = Objective(model, CONFIG)(*inputs, [1, 2, 3])
+    found, same = Objective(model, replace(CONFIG, loss="hidden", hidden_weight=0.3))(*inputs, [1, 2, 3])
+    states = [state[inputs[1] >= 0] for state in model.hidden_states(inputs[0], inputs[2])[1:]]
+    assert_close(found, plain + 0.3 * min(F.mse_loss(states[0], states[1]), F.mse_loss(states[0], states[2])))
+    assert_close(same, last)
+
+
+# ---------------------------------------------------------------- classifiers, heads alone
+
+
+def test_classifier_loss_weighs_both_labels_alike_and_teaches_the_classifier_alone():
+    model = untrained(classifiers=(1,))
+    hidden, labels = torch.randn(7, 32), torch.tensor([True] * 6 + [False])
+    loss = classifier_loss(model, hidden, 1, labels)
+    belief = model.classify(hidden, 1)
+    assert_close(loss, (-belief[:6].log().mean() - (1 - belief[6]).log()) / 2)
+    changed = [name for name, slope in gradients(model, loss).items() if slope.abs().sum() > 0]
+    assert changed == ["classifiers.1"]
+    one_sided = classifier_loss(model, hidden, 1, torch.ones(7, dtype=torch.bool))
+    assert_close(one_sided, -belief.log().mean() / 2)
+
+
+def test_a_classifier_learns_to_tell_agreement():
+    """Labels that a linear function of the normed state decides are learned."""
+    model = untrained(classifiers=(1,))
+    hidden = torch.randn(400, 32)
+    labels = (model.exit_norm(hidden, 1) @ torch.randn(32) > 0.5).detach()
+    optimizer = torch.optim.Adam([model.classifiers["1"]], lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        classifier_loss(model, hidden, 1, labels).backward()
+        optimizer.step()
+    assert ((model.classify(hidden, 1) > 0.5) == labels).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("loss", ["weighted", "rotate", "distill"])
+def test_heads_alone_learn_and_nothing_else(loss):
+    model = untrained(adapter_rank=2, classifiers=(1, 2))
+    config = replace(CONFIG, train="heads", init="x.pt", loss=loss, classifier=True)
+    trained = {name for name, weight in model.named_parameters() if name.startswith(("exit_norms", "adapters", "classifiers"))}
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name in trained)
+    Objective(model, config)(*batch(), [1, 2, 3])[0].backward()
+    assert {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.abs().sum() > 0} == trained

@@ -1,0 +1,68 @@
+"""Sentencepiece models: trained on a corpus, or rebuilt from a list of pieces; and how a prompt becomes tokens."""
+
+import io
+import itertools
+import os
+import struct
+from collections.abc import Iterable
+
+import sentencepiece as spm
+
+SEP = "<sep>"  # the piece between prompt and completion; a tokenizer that lacks it continues prompts as they are
+
+
+def train_tokenizer(pairs: Iterable[tuple[str, str]], vocab_size: int) -> bytes:
+    """A sentencepiece model, trained line by line: BPE, every byte representable, characters left as they are, runs of spaces made one;
+    with a separator if there are prompts. Raises ValueError if there is too little text."""
+    model, pairs = io.BytesIO(), iter(pairs)
+    first = next(pairs, ("", ""))
+    lines = (line for pair in itertools.chain([first], pairs) for text in pair for line in text.splitlines() if line.strip())
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
+            character_coverage=0.9995, normalization_rule_name="identity", user_defined_symbols=[SEP] if first[0] else [],
+            num_threads=os.cpu_count(), max_sentence_length=65536, minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"no tokenizer of {vocab_size} pieces from this text: {str(error).splitlines()[-1]}") from None
+    return model.getvalue()
+
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces (sentencepiece_model.proto)
+
+
+def build_tokenizer(tokens: list[str], scores: list[float], types: list[int], unk: int, bos: int | None, eos: int | None,
+                    prefix: bool) -> bytes:
+    """A sentencepiece BPE model of these pieces, as the bytes of a ModelProto (sentencepiece_model.proto). Text is taken as it is, spaces
+    become ▁, with `prefix` one is put before the text, and what has no piece goes by bytes."""
+    pieces, types = [token.replace(" ", "▁").encode() for token in tokens], list(types)
+    types[unk] = UNKNOWN
+    model = b"".join(_field(1, _field(1, p) + _field(2, float(s)) + _field(3, int(t))) for p, s, t in zip(pieces, scores, types))
+    trainer = _field(3, 2) + _field(4, len(pieces)) + _field(35, BYTE in types)  # BPE, size, byte fallback
+    for number, at in enumerate((unk, bos, eos, None)):  # unk, bos, eos, pad: by id, and by name; one that does not exist is not found
+        trainer += _field(40 + number, -1 if at is None else at) + _field(45 + number, b"(none)" if at is None else pieces[at])
+    normalizer = _field(1, b"identity") + _field(3, prefix) + _field(4, False) + _field(5, True)  # keeps runs of spaces, as ▁
+    return model + _field(2, trainer) + _field(3, normalizer)
+
+
+def _field(number: int, value: bytes | float | int) -> bytes:
+    """One field of a protobuf message: a string or message, a float, or an integer."""
+    if isinstance(value, bytes):
+        return _varint(number << 3 | 2) + _varint(len(value)) + value
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    return _varint(number << 3) + _varint(value)
+
+
+def _varint(value: int) -> bytes:
+    value, out = value % (1 << 64), bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def encode_prompt(tokenizer: spm.SentencePieceProcessor, prompt: str) -> list[int]:
+    """[bos] prompt [sep], each only where the tokenizer has one."""
+    bos, sep = tokenizer.bos_id(), tokenizer.piece_to_id(SEP)
+    return [*([bos] if bos >= 0 else []), *tokenizer.encode(prompt), *([sep] if sep != tokenizer.unk_id() else [])]

@@ -1,17 +1,24 @@
-"""How good is a generated text? BLEU and ROUGE-L against human references, and agreement with the full model's output.
+"""How good is a generated text? BLEU, ROUGE, and answers against human references; variety; agreement with the full model's output.
 
-Standard library and NumPy only. Every score lies in [0, 1], higher is better; multiply by 100 for the usual BLEU points.
+Standard library and NumPy only. Every score lies in [0, 1], higher is better but for repetition; multiply by 100 for the usual points.
 """
 
 import math
 import re
+import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain, zip_longest
+from statistics import fmean
 
 import numpy as np
 
+from stemmer import stem
+
 MAX_ORDER = 4  # BLEU-4 counts 1-grams to 4-grams
 COCO_BETA = 1.2  # weight of recall against precision in COCO's ROUGE-L
+ROUGE_VARIANTS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def bleu(hypotheses: list[str], references: list[list[str]], lowercase: bool = False) -> float:
@@ -26,8 +33,7 @@ def bleu(hypotheses: list[str], references: list[list[str]], lowercase: bool = F
     Sources: Papineni et al. 2002; smoothing and tokens as in NIST's mteval-v13a. With lowercase=True, the BLEU of the E2E challenge.
     Raises ValueError for no hypotheses, for lists of different length, and for an input without a reference.
     """
-    if not hypotheses or len(hypotheses) != len(references):
-        raise ValueError(f"got {len(hypotheses)} hypotheses and {len(references)} lists of references: need equal numbers, at least 1")
+    _require_pairs(hypotheses, references)
     matches, totals = [0] * MAX_ORDER, [0] * MAX_ORDER
     hypothesis_length = reference_length = 0
     for hypothesis, texts in zip(hypotheses, references):
@@ -78,19 +84,79 @@ def rouge_l_f1(hypothesis: str, reference: str) -> float:
     2 P R / (P + R) with P = LCS / hypothesis length and R = LCS / reference length, on lower-cased runs of a-z and 0-9.
     One exception to rouge_score: identical texts score 1 even where no such run is left. Source: Lin 2004.
     """
-    if hypothesis == reference:
-        return 1.0
-    tokens, reference_tokens = (re.findall("[a-z0-9]+", text.lower()) for text in (hypothesis, reference))
-    if not tokens or not reference_tokens:
-        return 0.0
-    common = _lcs_length(tokens, reference_tokens)
-    return _f_measure(common / len(tokens), common / len(reference_tokens), beta=1.0)
+    return 1.0 if hypothesis == reference else rouge(hypothesis, [reference], variants=["rougeL"])["rougeL"]
+
+
+def rouge(hypothesis: str, references: list[str], stemming: bool = False, variants: Sequence[str] = ROUGE_VARIANTS) -> dict[str, float]:
+    """ROUGE of one text, every variant's F1 in [0, 1] equal to the rouge_score package's; of several references, the best of each.
+
+    2 P R / (P + R), with P the share of the hypothesis' tokens that match and R that of the reference's. rouge1 and rouge2 count
+    n-grams for tokens, each at most as often as in the other text. rougeL matches the longest common subsequence. rougeLsum, where
+    sentences are lines, matches per reference sentence the union of what its LCS with each hypothesis sentence covers. Tokens are
+    lower-cased runs of a-z and 0-9; stemming takes those of more than three letters to their stems. A text without tokens scores 0.
+
+    Source: Lin 2004. Raises ValueError for no references and for a variant that is none of the four.
+    """
+    _require_references(references)
+    if unknown := set(variants) - set(ROUGE_VARIANTS):
+        raise ValueError(f"got variants {sorted(unknown)}: choose among {', '.join(ROUGE_VARIANTS)}")
+    lines = _rouge_lines(hypothesis, stemming)
+    reference_lines = [_rouge_lines(text, stemming) for text in references]
+    return {variant: max(_rouge_f1(variant, lines, r) for r in reference_lines) for variant in variants}
+
+
+def squad_exact_match(hypothesis: str, references: list[str]) -> float:
+    """1 if an answer equals one of the references, else 0, as in the official evaluation of SQuAD v1.1; a corpus scores the mean.
+
+    Case, ASCII punctuation, the words a, an and the, and the amount of white space do not count. Source: Rajpurkar et al. 2016.
+    Raises ValueError for no references.
+    """
+    _require_references(references)
+    return float(any(_squad_tokens(hypothesis) == _squad_tokens(text) for text in references))
+
+
+def squad_f1(hypothesis: str, references: list[str]) -> float:
+    """Best F1 in [0, 1] of an answer's tokens over the references, as in the official evaluation of SQuAD v1.1.
+
+    Tokens are the words that squad_exact_match compares, in any order, each counted at most as often as in the other text. Without
+    a common token it is 0, even for two texts that have no tokens, which match exactly. Raises ValueError for no references.
+    """
+    _require_references(references)
+    counts = Counter(_squad_tokens(hypothesis))
+    return max(_overlap_f1(counts, Counter(_squad_tokens(text))) for text in references)
+
+
+def distinct(texts: list[str], n: int) -> float:
+    """Variety, distinct-n in [0, 1]: different n-grams over all n-grams of all texts, of lower-cased tokens between white space.
+
+    After Li et al. 2016, who divide by the number of tokens. 0 without any n-gram. Raises ValueError for n below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n is {n}: give n-grams at least 1 token")
+    counts = Counter()
+    for text in texts:
+        counts.update(_ngrams(text.lower().split(), n))
+    return len(counts) / counts.total() if counts else 0.0
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """rep-4 in [0, 1), lower is better: the share of a sequence's 4-grams that occurred in it before, 0 for fewer than 4 tokens.
+
+    1 - different 4-grams / 4-grams, the seq-rep-4 of Welleck et al. 2020.
+    """
+    counts = _ngrams(tokens, 4)
+    return 1 - len(counts) / counts.total() if counts else 0.0
 
 
 def token_agreement(tokens: Sequence[int], full_tokens: Sequence[int]) -> float:
     """Share in [0, 1] of positions with the same token in both sequences, over the longer one's length; 1 for two empty ones."""
     longest = max(len(tokens), len(full_tokens))
     return sum(a == b for a, b in zip(tokens, full_tokens)) / longest if longest else 1.0
+
+
+def first_difference(tokens: Sequence[int], full_tokens: Sequence[int]) -> int | None:
+    """Position of the first token that differs, a prefix differing where it ends; None for equal sequences."""
+    return next((i for i, (a, b) in enumerate(zip_longest(tokens, full_tokens)) if a != b), None)
 
 
 def bootstrap(statistic: Callable[..., float], *columns: Sequence[float], level=0.95, resamples=1000, seed=0) -> list[float]:
@@ -109,6 +175,11 @@ def bootstrap(statistic: Callable[..., float], *columns: Sequence[float], level=
     return np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 
+def _require_pairs(hypotheses: list[str], references: list[list[str]]) -> None:
+    if not hypotheses or len(hypotheses) != len(references):
+        raise ValueError(f"got {len(hypotheses)} hypotheses and {len(references)} lists of references: need equal numbers, at least 1")
+
+
 def _require_references(references: list[str]) -> None:
     if isinstance(references, str) or not references:
         raise ValueError(f"got references {references!r}: give every hypothesis a list of at least 1 text")
@@ -120,20 +191,76 @@ def _f_measure(precision: float, recall: float, beta: float) -> float:
     return (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
 
 
-def _ngrams(tokens: list[str], n: int) -> Counter:
+def _overlap_f1(counts: Counter, reference_counts: Counter) -> float:
+    common = (counts & reference_counts).total()
+    return _f_measure(common / counts.total(), common / reference_counts.total(), beta=1.0) if common else 0.0
+
+
+def _ngrams(tokens: Sequence, n: int) -> Counter:
     return Counter(zip(*(tokens[i:] for i in range(n))))
 
 
-def _lcs_length(a: list[str], b: list[str]) -> int:
-    """Longest common subsequence, one integer operation per token of b (Hyyrö 2004): bit i of row is 0 where the LCS grows at a[i]."""
+def _lcs_rows(a: list[str], b: list[str]) -> list[int]:
+    """The table of longest common subsequences, one integer operation per row (Hyyrö 2004).
+
+    Bit i of row j is 0 where the LCS of a and the first j tokens of b grows at a[i].
+    """
     positions: dict[str, int] = {}
     for i, token in enumerate(a):
         positions[token] = positions.get(token, 0) | 1 << i
-    everything = row = (1 << len(a)) - 1
+    everything = (1 << len(a)) - 1
+    rows = [everything]
     for token in b:
-        matched = row & positions.get(token, 0)
-        row = (row + matched | row - matched) & everything
-    return len(a) - row.bit_count()
+        matched = rows[-1] & positions.get(token, 0)
+        rows.append((rows[-1] + matched | rows[-1] - matched) & everything)
+    return rows
+
+
+def _lcs_length(a: list[str], b: list[str]) -> int:
+    return len(a) - _lcs_rows(a, b)[-1].bit_count()
+
+
+def _lcs_positions(a: list[str], b: list[str]) -> set[int]:
+    """Positions in a of one longest common subsequence: of several, the one that rouge_score finds, from the ends of both texts."""
+    rows, found = _lcs_rows(a, b), set()
+    i, j = len(a) - 1, len(b) - 1
+    while i >= 0 and j >= 0:
+        if a[i] == b[j]:
+            found.add(i)
+            i, j = i - 1, j - 1
+        elif rows[j + 1] >> i & 1:  # the LCS does not grow at a[i]
+            i -= 1
+        else:
+            j -= 1
+    return found
+
+
+def _rouge_lines(text: str, stemming: bool) -> list[list[str]]:
+    """The tokens of each line."""
+    lines = [re.findall("[a-z0-9]+", line) for line in text.lower().split("\n")]
+    return [[stem(token) if len(token) > 3 else token for token in line] for line in lines] if stemming else lines
+
+
+def _rouge_f1(variant: str, lines: list[list[str]], reference_lines: list[list[str]]) -> float:
+    tokens, reference_tokens = list(chain(*lines)), list(chain(*reference_lines))
+    if variant in ("rouge1", "rouge2"):
+        n = int(variant[-1])
+        return _overlap_f1(_ngrams(tokens, n), _ngrams(reference_tokens, n))
+    if not tokens or not reference_tokens:
+        return 0.0
+    if variant == "rougeL":
+        common = _lcs_length(tokens, reference_tokens)
+    else:
+        covered = Counter()
+        for r in reference_lines:
+            covered.update(r[i] for i in set().union(*(_lcs_positions(r, line) for line in lines)))
+        common = (covered & Counter(tokens)).total()
+    return _f_measure(common / len(tokens), common / len(reference_tokens), beta=1.0)
+
+
+def _squad_tokens(text: str) -> list[str]:
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(?:an?|the)\b", " ", text).split()
 
 
 def _mteval_tokens(text: str, lowercase: bool) -> list[str]:
@@ -163,3 +290,23 @@ def _ptb_tokens(text: str) -> list[str]:
     """Penn Treebank tokens as COCO evaluation makes them: "It's under £20, isn't it?" gives it 's under # 20 is n't it."""
     text = text.lower().replace("’", "'").replace("£", "#")  # CoreNLP writes pounds as #
     return _PTB_TOKEN.findall(_PTB_SPLIT.sub(r" \g<0>", text))
+
+
+def _mean(score: Callable[[str, list[str]], float], hypotheses: list[str], references: list[list[str]]) -> float:
+    _require_pairs(hypotheses, references)
+    return fmean(map(score, hypotheses, references))
+
+
+def _rouge(variant: str, stemming: bool, hypothesis: str, references: list[str]) -> float:
+    return rouge(hypothesis, references, stemming, [variant])[variant]
+
+
+SCORES: dict[str, Callable[[list[str], list[list[str]]], float]] = {  # all hypotheses, each one's references -> score in [0, 1]
+    "bleu": bleu,
+    "bleu_lower": partial(bleu, lowercase=True),
+    "rougeL_coco": partial(_mean, rouge_l),
+    **{variant: partial(_mean, partial(_rouge, variant, False)) for variant in ROUGE_VARIANTS},
+    **{f"{variant}_stem": partial(_mean, partial(_rouge, variant, True)) for variant in ROUGE_VARIANTS},
+    "exact_match": partial(_mean, squad_exact_match),
+    "f1": partial(_mean, squad_f1),
+}

@@ -6,7 +6,22 @@ import random
 import numpy as np
 import pytest
 
-from metrics import _ptb_tokens, bleu, bootstrap, rouge_l, rouge_l_f1, token_agreement
+from metrics import (
+    ROUGE_VARIANTS,
+    SCORES,
+    _ptb_tokens,
+    bleu,
+    bootstrap,
+    distinct,
+    first_difference,
+    repetition,
+    rouge,
+    rouge_l,
+    rouge_l_f1,
+    squad_exact_match,
+    squad_f1,
+    token_agreement,
+)
 
 HYPOTHESES = [
     "The Punter is a kid-friendly pub near Café Rouge, under £20.",
@@ -23,10 +38,24 @@ REFERENCES = [  # a different number for every input
     ["It is a coffee shop in the city.", "It's a coffee shop."],
 ]
 FIRST_REFERENCES = [texts[:1] for texts in REFERENCES]
+SUMMARIES = [  # hypothesis, references: a line is a sentence
+    ("The miller's daughters were running to the river.\nThe river had risen.",
+     ["A miller and his daughter run to the rivers.\nThe rivers rise quickly."]),
+    ("Anna asks Ben for 2 tickets.\nBen has only one ticket left.\nThey will meet at 7:30.",
+     ["Ben has one ticket left.\nAnna asked for two tickets.", "Anna and Ben are meeting at 7:30 because of the tickets."]),
+    ("d a c b e\nc b a d", ["a b c d\nb a d c e", "e d c b a\na c b d"]),
+    ("the cafés, the CAFÉS, the cafés", ["The café closes; the cafes close."]),
+    ("The king gave the fox gold, the fox gave the king a general's relational hopefulness.",
+     ["The fox was given gold by hopeful kings.\nA general relation of foxes and kings."]),
+]
 TEXT_SCORES = {  # text against text, so that the properties below hold for all of them
     "bleu": lambda hypothesis, reference: bleu([hypothesis], [[reference]]),
     "rouge_l": lambda hypothesis, reference: rouge_l(hypothesis, [reference]),
     "rouge_l_f1": rouge_l_f1,
+    "rougeLsum": lambda hypothesis, reference: rouge(hypothesis, [reference])["rougeLsum"],
+    "rouge1_stem": lambda hypothesis, reference: rouge(hypothesis, [reference], stemming=True)["rouge1"],
+    "squad_exact_match": lambda hypothesis, reference: squad_exact_match(hypothesis, [reference]),
+    "squad_f1": lambda hypothesis, reference: squad_f1(hypothesis, [reference]),
     "token_agreement": lambda hypothesis, reference: token_agreement(hypothesis.split(), reference.split()),
 }
 every_text_score = pytest.mark.parametrize("score", TEXT_SCORES.values(), ids=TEXT_SCORES.keys())
@@ -176,6 +205,147 @@ def test_identical_texts_without_words_agree_fully(text):
     assert rouge_l_f1(text, text) == 1.0
 
 
+def test_rouge_of_a_hand_worked_pair():
+    scores = rouge("The cat, a mat", ["the cat on the mat"])
+    assert set(scores) == set(ROUGE_VARIANTS)
+    assert scores["rouge1"] == pytest.approx(2 * 3 / (4 + 5), rel=1e-12)  # the, cat, mat
+    assert scores["rouge2"] == pytest.approx(2 * 1 / (3 + 4), rel=1e-12)  # the cat
+    assert scores["rougeL"] == scores["rougeLsum"] == pytest.approx(2 * 3 / (4 + 5), rel=1e-12)
+
+
+def test_rouge_clips_the_counts_of_ngrams():
+    # "a" counts twice of three times, "a a" once of twice
+    scores = rouge("a a a", ["a a b"])
+    assert scores["rouge1"] == pytest.approx(2 / 3, rel=1e-12) and scores["rouge2"] == pytest.approx(1 / 2, rel=1e-12)
+
+
+def test_rouge_lsum_unites_what_the_sentences_cover():
+    # the lines cover "a c e" and "a b" of the reference, together 4 of its 5 tokens with 4 of their 10; rougeL finds "a c e" alone
+    scores = rouge("a c y z e\na b v w x", ["a b c d e"])
+    assert scores["rougeLsum"] == pytest.approx(2 * 4 / (10 + 5), rel=1e-12)
+    assert scores["rougeL"] == pytest.approx(2 * 3 / (10 + 5), rel=1e-12)
+
+
+def test_rouge_lsum_counts_a_token_once_per_time_that_the_hypothesis_has_it():
+    # both reference lines are covered by the one line: 2 of 4 reference tokens, 2 of 2 tokens
+    assert rouge("a b", ["a b\na b"], variants=["rougeLsum"]) == {"rougeLsum": pytest.approx(2 * 2 / (2 + 4), rel=1e-12)}
+
+
+def test_rouge_lsum_takes_the_subsequence_that_rouge_score_takes():
+    # of "a" and "b" as LCS of "a b" and "b a" it is "a": with "b" from the second line both tokens are covered
+    assert rouge("b a\nb", ["a b"])["rougeLsum"] == pytest.approx(2 * 2 / (3 + 2), rel=1e-12)
+
+
+def test_sentences_matter_to_rouge_lsum_alone():
+    one, several = rouge("c d\ra b", ["a b c d"]), rouge("c d\na b", ["a b\n\nc d\n"])  # \r ends no line
+    assert several["rougeLsum"] == 1.0 and one["rougeLsum"] == one["rougeL"] == 0.5
+    assert all(one[variant] == several[variant] for variant in ("rouge1", "rouge2", "rougeL"))
+
+
+def test_rouge_takes_the_best_reference_of_each_variant():
+    # "b a" has both tokens, "a b x y" the bigram
+    scores = rouge("a b", ["b a", "a b x y"])
+    assert scores["rouge1"] == 1.0
+    assert scores["rouge2"] == pytest.approx(2 * 1 / (1 + 3), rel=1e-12)
+
+
+def test_stemming_joins_the_forms_of_words_longer_than_three_letters():
+    assert rouge("connected", ["connections"])["rouge1"] == 0.0
+    assert rouge("connected", ["connections"], stemming=True)["rouge1"] == 1.0
+    assert rouge("ties", ["tie"], stemming=True)["rouge1"] == 1.0
+    assert rouge("gas", ["ga"], stemming=True)["rouge1"] == 0.0  # of three letters, though its stem is "ga"
+
+
+@pytest.mark.parametrize("text", ["", "\n", "?!", "É", "日本"])
+def test_rouge_of_texts_without_tokens_is_zero(text):
+    zeros = dict.fromkeys(ROUGE_VARIANTS, 0.0)
+    assert rouge(text, [text]) == rouge(text, ["a word"]) == rouge("a word", [text], stemming=True) == zeros
+
+
+def test_rouge_splits_words_at_letters_beyond_a_to_z():
+    assert rouge("café", ["caf"])["rouge1"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "stemming, expected",
+    [
+        (False, [
+            [0.3076923076923077, 0.08333333333333333, 0.3076923076923077, 0.3076923076923077],
+            [0.5714285714285714, 0.23076923076923078, 0.35714285714285715, 0.5714285714285714],
+            [1.0, 0.5, 0.6666666666666666, 0.8888888888888888],
+            [0.4, 0.15384615384615385, 0.4, 0.4],
+            [0.3225806451612903, 0.1379310344827586, 0.3225806451612903, 0.3225806451612903],
+        ]),
+        (True, [
+            [0.6153846153846154, 0.4166666666666667, 0.6153846153846154, 0.6153846153846154],
+            [0.6428571428571429, 0.30769230769230765, 0.4, 0.6428571428571429],
+            [1.0, 0.5, 0.6666666666666666, 0.8888888888888888],
+            [0.4, 0.15384615384615385, 0.4, 0.4],
+            [0.6451612903225806, 0.20689655172413796, 0.45161290322580644, 0.45161290322580644],
+        ]),
+    ],
+)
+def test_rouge_equals_the_rouge_score_package(stemming, expected):
+    # rouge_score 0.1.2: RougeScorer([...], use_stemmer=stemming).score_multi, fmeasure of rouge1, rouge2, rougeL and rougeLsum
+    for (hypothesis, references), values in zip(SUMMARIES, expected):
+        assert rouge(hypothesis, references, stemming) == pytest.approx(dict(zip(ROUGE_VARIANTS, values)), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "hypothesis, references, exact, f1",
+    [
+        ("the Golden  Fox!", ["a golden fox"], 1, 1),
+        ("a red fox, red", ["The red fox ran"], 0, 2 / 3),  # red fox red, red fox ran
+        ("fox red", ["red fox"], 0, 1),  # order counts for exact matches alone
+        ("in 1890", ["1890", "the year 1890", "in the year 1890"], 0, 4 / 5),  # 2/3, 1/2 and 4/5
+        ("well-known", ["wellknown"], 1, 1),  # a hyphen goes without leaving a space
+        ("theatre", ["atre"], 0, 0),  # articles are whole words
+        ("«fox»", ["fox"], 0, 0),  # only ASCII punctuation goes
+        ("CAFÉ", ["café"], 1, 1),
+        ("fox", [""], 0, 0),
+        ("", [""], 1, 0),  # no answer at all: equal texts, but no common token
+        ("The ...", ["an!"], 1, 0),
+    ],
+)
+def test_squad_scores_of_hand_worked_answers(hypothesis, references, exact, f1):
+    # torchmetrics 1.9.0 (squad) agrees, but for the f1 of two texts without words, 1 in SQuAD v2.0
+    assert squad_exact_match(hypothesis, references) == exact
+    assert squad_f1(hypothesis, references) == pytest.approx(f1, rel=1e-12)
+
+
+def test_distinct_counts_the_ngrams_of_all_texts_together():
+    texts = ["a b a", "A b c"]  # bigrams: ab ba, ab bc
+    assert distinct(texts, 1) == 3 / 6 and distinct(texts, 2) == 3 / 4 and distinct(texts, 3) == 1.0
+
+
+@pytest.mark.parametrize("texts", [[], [""], [" \n"], ["a b", "c"]])
+def test_texts_without_an_ngram_are_not_distinct(texts):
+    assert distinct(texts, 3) == 0.0
+
+
+def test_repetition_of_hand_worked_sequences():
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5, rel=1e-12)  # the last of five 4-grams
+    assert repetition([9] * 7) == 3 / 4
+    assert repetition(range(10)) == 0.0
+    assert repetition([]) == repetition([9, 9, 9]) == repetition([9, 9, 9, 9]) == 0.0
+
+
+def test_repetition_is_the_share_of_ngrams_seen_before():
+    draw = random.Random(4)
+    for _ in range(100):
+        tokens = draw.choices(range(3), k=draw.randint(4, 60))
+        ngrams = [tokens[i : i + 4] for i in range(len(tokens) - 3)]
+        assert repetition(tokens) == pytest.approx(sum(ngram in ngrams[:i] for i, ngram in enumerate(ngrams)) / len(ngrams), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "tokens, full_tokens, position",
+    [([], [], None), ([5, 6], [5, 6], None), ([5, 6], [5, 7], 1), ([5], [5, 6], 1), ([5, 6, 7], [5, 6], 2), ([], [5], 0), ([0], [], 0)],
+)
+def test_first_difference_is_where_the_sequences_part(tokens, full_tokens, position):
+    assert first_difference(tokens, full_tokens) == first_difference(full_tokens, tokens) == position
+
+
 def test_token_agreement_counts_positions_over_the_longer_sequence():
     assert token_agreement([5, 6, 7, 8], [5, 9, 7]) == 2 / 4
     assert token_agreement([5, 9, 7], [5, 6, 7, 8]) == 2 / 4
@@ -213,6 +383,47 @@ def test_bootstrap_interval_depends_on_the_seed_alone():
     assert bootstrap(np.median, values, resamples=20, seed=1) != bootstrap(np.median, values, resamples=20, seed=2)
 
 
+def test_the_registry_names_every_score():
+    rouges = [variant + suffix for suffix in ("", "_stem") for variant in ROUGE_VARIANTS]
+    assert set(SCORES) == {"bleu", "bleu_lower", "rougeL_coco", *rouges, "exact_match", "f1"}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_every_registered_score_is_one_for_equal_texts_and_zero_for_strange_ones(name):
+    texts = ["one two three four", "five six seven eight"]
+    assert SCORES[name](texts, [["nothing", texts[0]], [texts[1], ""]]) == pytest.approx(1.0, rel=1e-12)
+    assert SCORES[name](texts, [["", "none of these"], ["?!"]]) == 0.0
+
+
+@pytest.mark.parametrize(
+    "name, score",
+    [
+        ("bleu_lower", lambda: bleu(HYPOTHESES, REFERENCES, lowercase=True)),
+        ("rougeL_coco", lambda: np.mean([rouge_l(h, texts) for h, texts in zip(HYPOTHESES, REFERENCES)])),
+        ("rouge2", lambda: np.mean([rouge(h, texts)["rouge2"] for h, texts in zip(HYPOTHESES, REFERENCES)])),
+        ("f1", lambda: np.mean([squad_f1(h, texts) for h, texts in zip(HYPOTHESES, REFERENCES)])),
+        ("exact_match", lambda: 1 / 3),  # the last one
+    ],
+)
+def test_registered_scores_are_those_of_the_corpus_or_means_over_texts(name, score):
+    assert SCORES[name](HYPOTHESES, REFERENCES) == pytest.approx(score(), rel=1e-12)
+
+
+@pytest.mark.parametrize("variant", ROUGE_VARIANTS)
+def test_registered_rouge_stems_where_its_name_says_so(variant):
+    hypotheses, references = zip(*SUMMARIES)
+    for stemming, name in ((False, variant), (True, f"{variant}_stem")):
+        expected = np.mean([rouge(h, texts, stemming)[variant] for h, texts in SUMMARIES])
+        assert SCORES[name](hypotheses, references) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("hypotheses, references", [([], []), (["a"], []), (["a"], [["a"], ["b"]]), (["a"], [[]]), (["a"], ["a"])])
+def test_every_registered_score_refuses_what_is_not_one_list_of_references_per_text(name, hypotheses, references):
+    with pytest.raises(ValueError, match=r"need|give"):
+        SCORES[name](hypotheses, references)
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -222,6 +433,12 @@ def test_bootstrap_interval_depends_on_the_seed_alone():
         lambda: bleu(["a"], ["a"]),  # a text in place of a list of texts
         lambda: rouge_l("a", []),
         lambda: rouge_l("a", "a"),
+        lambda: rouge("a", []),
+        lambda: rouge("a", "a"),
+        lambda: rouge("a", ["a"], variants=["rouge3"]),
+        lambda: squad_exact_match("a", []),
+        lambda: squad_f1("a", "a"),
+        lambda: distinct(["a"], 0),
         lambda: bootstrap(np.mean, []),
         lambda: bootstrap(np.mean, [1.0], level=95),
     ],

@@ -26,7 +26,7 @@ from attention import rope_table
 from cache import KVCache
 from cli import Parser, add_model_flags, device_and_dtype, read_dtype, run
 from confidence import FUNCTIONS, Trace
-from data import TASKS, Batch, read_examples, task_file
+from data import Batch, read_examples, task_file
 from decode import DEFAULT_CHECKPOINT, Counters, DecodeConfig, copy_up, demo_exits, generate, run_pass
 from losses import LOSSES, Objective
 from model import ModelConfig, Transformer, choose_form, choose_head, load_checkpoint
@@ -282,7 +282,8 @@ def main() -> None:
     model.config = ends
     if tokenizer:
         settings = DecodeConfig(confidence="softmax", threshold=0.6, exit_layers=demo_exits(L), prune="fixed", fill="copy")
-        prompts = [encode_prompt(tokenizer, each.prompt) for task in TASKS for each in read_examples(task_file(task, "test"))[::100]]
+        files = [task_file(task, "test") for task in ("translation", "e2e")]
+        prompts = [encode_prompt(tokenizer, each.prompt) for file in files for each in read_examples(file)[::100]]
         print(f"copy fill on {len(prompts)} test inputs, relative distance of its keys (values) from the exact ones, by layer: "
               + "  ".join(f"{layer}: {k:.2f} ({v:.2f})" for layer, (k, v) in copy_error(model, prompts, settings).items()))  # fmt: skip
 

@@ -27,7 +27,8 @@ from model import load_tokenizer
 from tokenizer import encode_prompt, train_tokenizer
 
 HERE = Path(__file__).parent
-TASKS = {"translation": "data/translation/{}.tsv.xz", "e2e": "data/e2e/{}.csv.xz"}
+FILES = {"translation": "data/translation/{}.tsv.xz", "e2e": "data/e2e/{}.csv.xz", "fairytaleqa": "data/fairytaleqa/{}.jsonl.xz",
+         "stories": "data/stories/{}.jsonl.xz"}  # fmt: skip
 SUMMARY = "{dialogue}\nSummary:\n"                              # the prompts of SAMSum,
 QUESTION = "{context}\nQuestion: {question}\nAnswer:\n"        # SQuAD and FairytaleQA
 LEARN, START = 1, 2  # flags of a token: it is a training target; a document starts here
@@ -42,9 +43,15 @@ class Example:
 
 
 def task_file(task: str, split: str) -> str:
-    """Path of an embedded task's `train`, `dev` or `test` file, from here if it lies below."""
-    path = HERE / TASKS[task].format(split)
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    """Path of an embedded task's `train`, `dev` or `test` file."""
+    return locate(FILES[task].format(split))
+
+
+def locate(path: str) -> str:
+    """The path of a file of the project, from here if it lies below; any other path as it is."""
+    if not (HERE / path).is_file() or Path(path).is_file():
+        return path
+    return str((HERE / path).relative_to(Path.cwd()) if (HERE / path).is_relative_to(Path.cwd()) else HERE / path)
 
 
 # ---------------------------------------------------------------- readers
@@ -56,11 +63,11 @@ def open_text(path: str | Path) -> io.TextIOBase:
     return opener(path, "rt", encoding="utf-8-sig", newline="")
 
 
-def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
+def read_pairs(path: str | Path, skipped: list[str] | None = None) -> Iterator[tuple[str, str]]:
     """Yields (prompt, completion) from a file, its format told by its ending: .csv with the columns mr,ref (E2E NLG), .tsv with
     source and target (translation), .jsonl with a record a line, .json with a list of records or SQuAD's layout, and .txt as one text.
     Records: see `from_record`. Raises ValueError naming the file, and the line where there is one, for what is malformed, not UTF-8,
-    or empty."""
+    or empty; given a list, malformed lines are noted there instead, and skipped."""
     kind = Path(path).with_suffix("").suffix if Path(path).suffix in (".xz", ".gz") else Path(path).suffix
     readers = {".csv": _read_csv, ".tsv": _read_tsv, ".jsonl": _read_jsonl, ".json": _read_json, ".txt": _read_txt}
     if kind not in readers:
@@ -68,19 +75,25 @@ def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
     count = 0
     try:
         with open_text(path) as file:
-            for pair in readers[kind](file, path):
-                count += 1
-                yield pair
+            for found in readers[kind](file, path):
+                if isinstance(found, ValueError):
+                    if skipped is None:
+                        raise found
+                    skipped.append(str(found))
+                else:
+                    count += 1
+                    yield found
     except (UnicodeDecodeError, csv.Error, lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path}: not readable after {count} records: {error}") from None
     if not count:
         raise ValueError(f"{path}: holds no data")
 
 
-def _fields(where: str, *fields) -> tuple[str, ...]:
-    if not all(isinstance(field, str) and field.strip() for field in fields):
-        raise ValueError(f"{where}: needs {'two non-empty texts, prompt and completion' if len(fields) > 1 else 'a non-empty text'}")
-    return fields
+def _pair(where: str, prompt, completion) -> tuple[str, str] | ValueError:
+    """What a reader yields: the pair, or what is wrong with it. Only a text has an empty prompt."""
+    if all(isinstance(field, str) and field.strip() for field in (prompt, completion)):
+        return prompt, completion
+    return ValueError(f"{where}: needs two non-empty texts, prompt and completion")
 
 
 def _read_csv(file, path):
@@ -88,17 +101,16 @@ def _read_csv(file, path):
     if next(rows, None) != ["mr", "ref"]:
         raise ValueError(f"{path}, line 1: the header must be mr,ref")
     for row in rows:
-        if len(row) != 2:
-            raise ValueError(f"{path}, line {rows.line_num}: has {len(row)} columns; 2 are needed")
-        yield _fields(f"{path}, line {rows.line_num}", *row)
+        yield _columns(row, f"{path}, line {rows.line_num}")
 
 
 def _read_tsv(file, path):
     for number, line in enumerate(file, 1):
-        row = line.rstrip("\r\n").split("\t")
-        if len(row) != 2:
-            raise ValueError(f"{path}, line {number}: has {len(row)} columns; 2 are needed")
-        yield _fields(f"{path}, line {number}", *row)
+        yield _columns(line.rstrip("\r\n").split("\t"), f"{path}, line {number}")
+
+
+def _columns(row: list[str], where: str) -> tuple[str, str] | ValueError:
+    return _pair(where, *row) if len(row) == 2 else ValueError(f"{where}: has {len(row)} columns; 2 are needed")
 
 
 def _read_jsonl(file, path):
@@ -106,7 +118,8 @@ def _read_jsonl(file, path):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
+            yield ValueError(f"{path}, line {number}: not JSON ({error.msg})")
+            continue
         yield from from_record(row, f"{path}, line {number}")
 
 
@@ -123,22 +136,23 @@ def _read_json(file, path):
         yield from from_record(row, f"{path}, record {number}")
 
 
-def from_record(row, where: str) -> Iterator[tuple[str, str]]:
+def from_record(row, where: str) -> Iterator[tuple[str, str] | ValueError]:
     """(prompt, completion) for every completion of a JSON record: `text`, whose prompt is ""; `prompt` with `completion` or a list of
     `references`; `dialogue` and `summary` (SAMSum); `context`, `question` and `answers`, texts or {"text": …} (FairytaleQA, SQuAD)."""
     row = row if isinstance(row, dict) else {}
     row = {key: value.replace("\r\n", "\n") if isinstance(value, str) else value for key, value in row.items()}
     if "text" in row:
-        prompt, targets = "", [row["text"]]
-    elif "dialogue" in row:
+        full = isinstance(row["text"], str) and row["text"].strip()
+        yield ("", row["text"]) if full else ValueError(f"{where}: needs a non-empty text")
+        return
+    if "dialogue" in row:
         prompt, targets = SUMMARY.format(dialogue=row["dialogue"]), [row.get("summary")]
     elif "question" in row:
         prompt, targets = QUESTION.format(context=row.get("context"), question=row["question"]), row.get("answers")
     else:
         prompt, targets = row.get("prompt"), row.get("references") or [row.get("completion")]
-    targets = [target.get("text") if isinstance(target, dict) else target for target in targets] if isinstance(targets, list) else [None]
-    for target in targets or [None]:
-        yield (prompt, *_fields(where, target)) if prompt == "" else _fields(where, prompt, target)
+    for target in targets if targets and isinstance(targets, list) else [None]:
+        yield _pair(where, prompt, target.get("text") if isinstance(target, dict) else target)
 
 
 def _read_txt(file, path):
@@ -147,10 +161,10 @@ def _read_txt(file, path):
         yield "", text
 
 
-def read_examples(path: str | Path) -> list[Example]:
-    """The distinct prompts of a file in their order, each with all of its references."""
+def read_examples(path: str | Path, skipped: list[str] | None = None) -> list[Example]:
+    """The distinct prompts of a file in their order, each with all of its references. Raises and skips as `read_pairs` does."""
     groups: dict[str, list[str]] = {}
-    for prompt, completion in read_pairs(path):
+    for prompt, completion in read_pairs(path, skipped):
         groups.setdefault(prompt, []).append(completion)
     return [Example(prompt, tuple(references)) for prompt, references in groups.items()]
 

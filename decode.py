@@ -5,7 +5,7 @@ Dimensions: R rows of a pass, d model width, n candidates, L layers, V vocabular
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -93,6 +93,12 @@ class Generation:
     confidences: list[dict[int, float]] = field(default_factory=list)
     counters: Counters = field(default_factory=Counters)
 
+    @classmethod
+    def of(cls, tokens: Iterable[Token], counters: Counters) -> "Generation":
+        """What `stream` yields, with the counters that it was given."""
+        tokens = list(tokens)
+        return cls([t.id for t in tokens], [t.exit_layer for t in tokens], [t.confidences for t in tokens], counters)
+
 
 def run_pass(model: Transformer, cache: KVCache, tokens: list[int], trace: Trace, exits: dict[int, float]) -> int:
     """Advances the staircase by `tokens` until one of `exits` (layer -> threshold) finds the next token decided, and returns the layer
@@ -154,6 +160,7 @@ def stream(
     generator = torch.Generator(cache.hidden.device).manual_seed(config.seed)
     confidence = config.confidence and resolve(config.confidence)
     new_trace = partial(trace_type, model, confidence, config.prune, config.prune_k, config.prune_min, config.premature_layers)
+    ends = {model.config.eos_id, *config.stop_tokens}
     text, tokens = list(prompt), list(prompt)  # all so far, drafts included; those that the next pass begins with
     if config.fill == "copy" and config.confidence and len(prompt) > 1:  # a prompt has its exact keys and values, as in CALM
         run_pass(model, cache, tokens[:-1], new_trace(), {})
@@ -162,7 +169,7 @@ def stream(
 
     generated, drafts, guesses = 0, [], []  # since the last deep pass: tokens to be verified; what exits said, for thresholds that learn
     while generated < steps:
-        step, ended = generated + len(drafts), bool(drafts) and drafts[-1].id == model.config.eos_id
+        step, ended = generated + len(drafts), bool(drafts) and drafts[-1].id in ends
         tokens = [] if ended or step == steps else tokens  # nothing more to draft: pay what is owed and judge
         full = not tokens or (config.max_owed is not None and cache.filled[0] - cache.filled[L] >= config.max_owed)
         trace, before = new_trace(), list(cache.filled)
@@ -200,7 +207,7 @@ def stream(
         for token in settled:
             generated, counters.tokens = generated + 1, counters.tokens + 1
             yield token
-            if token.id == model.config.eos_id:
+            if token.id in ends:
                 return
         tokens = [token.id]  # the newest, settled or a draft
 
@@ -243,8 +250,7 @@ def generate(
 ) -> Generation:  # fmt: skip
     """Decodes one prompt; see `stream` for what it raises."""
     counters = Counters()
-    tokens = list(stream(model, prompt, config, counters, trace_type, amateur))
-    return Generation([t.id for t in tokens], [t.exit_layer for t in tokens], [t.confidences for t in tokens], counters)
+    return Generation.of(stream(model, prompt, config, counters, trace_type, amateur), counters)
 
 
 # ---------------------------------------------------------------- the command line

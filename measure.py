@@ -4,24 +4,26 @@ All rows share code, cache, dtype and prompts; they take turns prompt by prompt,
 """
 
 import platform
+import resource
 import subprocess
+import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import mean, median
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from confidence import Trace
 from data import Example
-from decode import Counters, DecodeConfig, Generation, generate
-from metrics import bleu, bootstrap, rouge_l, rouge_l_f1, token_agreement
+from decode import Counters, DecodeConfig, Generation, generate, stream
+from metrics import bootstrap, distinct, first_difference, repetition, rouge_l_f1, token_agreement
 from model import Transformer
-from tokenizer import encode_prompt
-
-LOWERCASE_BLEU = ("e2e",)  # as its published results; translation keeps its capitals
+from runs import gathered, processes
+from tasks import TITLES, Task
 
 
 @dataclass
@@ -29,29 +31,51 @@ class Measured:
     """One row's outputs and times over all prompts."""
 
     config: DecodeConfig
+    prompts: list[list[int]] = field(default_factory=list)
     outputs: list[Generation] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)  # of each prompt, the median of its repeats
+    first: list[float] = field(default_factory=list)    # likewise, until its first token
 
 
 def measure(model: Transformer, prompts: list[list[int]], configs: dict[str, DecodeConfig], repeat: int, title: str) -> dict[str, Measured]:
-    """Decodes every prompt under every config, in turn, `repeat` times, after a warm-up."""
+    """Decodes every prompt under every config, in turn, `repeat` times, after a warm-up. Several processes (torchrun) share the prompts."""
+    rank, world = processes()
     for config in configs.values():
         generate(model, prompts[0], config)
     rows = {name: Measured(config) for name, config in configs.items()}
-    for prompt in tqdm(prompts, desc=title, unit="prompt", dynamic_ncols=True):
+    for prompt in tqdm(prompts[rank::world], desc=title, unit="prompt", dynamic_ncols=True, disable=rank > 0):
         times = defaultdict(list)
         for turn in range(repeat):
             for name, row in rows.items():
-                synchronize(model)
-                started = time.perf_counter()
-                out = generate(model, prompt, row.config)
-                synchronize(model)
-                times[name].append(time.perf_counter() - started)
+                out, *spent = timed(model, prompt, row.config)
+                times[name].append(spent)
                 if turn == 0:
                     row.outputs.append(out)
         for name, row in rows.items():
-            row.seconds.append(median(times[name]))
-    return rows
+            row.prompts.append(prompt)
+            first, whole = map(median, zip(*times[name]))
+            row.first.append(first)
+            row.seconds.append(whole)
+    return {name: merged([part[name] for part in gathered(rows)]) for name in rows}
+
+
+def timed(model: Transformer, prompt: list[int], config: DecodeConfig) -> tuple[Generation, float, float]:
+    """The output, the seconds until its first token, and those until its last."""
+    counters, tokens, first = Counters(), [], 0.0
+    synchronize(model)
+    started = time.perf_counter()
+    for token in stream(model, prompt, config, counters):
+        first = first or time.perf_counter() - started
+        tokens.append(token)
+    synchronize(model)
+    return Generation.of(tokens, counters), first, time.perf_counter() - started
+
+
+def merged(parts: list[Measured]) -> Measured:
+    """What the processes measured, in the order of the prompts, which they took by turns."""
+    order = [(part, i) for i in range(len(parts[0].outputs)) for part in parts if i < len(part.outputs)]
+    columns = {name: [getattr(part, name)[i] for part, i in order] for name in ("prompts", "outputs", "seconds", "first")}
+    return Measured(parts[0].config, **columns)
 
 
 def synchronize(model: Transformer) -> None:
@@ -84,8 +108,10 @@ def confidence_share(model: Transformer, prompts: list[list[int]], config: Decod
     return (asking - again) / (time.perf_counter() - started - again)
 
 
-def summarize(model, tokenizer, task: str, examples: list[Example], name: str, row: Measured, full: Measured, share: float | None) -> dict:
-    """One row of the table and of --json; the README says what each figure means. `share`: of the time, for asking; None: not asked."""
+def summarize(
+    model: Transformer, tokenizer, task: Task, examples: list[Example], name: str, row: Measured, full: Measured, asking: float | None
+) -> dict:
+    """One row of the table and of --json; the README says what each figure means. `asking`: share of the time for it; None: not asked."""
     total = Counters(*(sum(getattr(out.counters, f.name) for out in row.outputs) for f in fields(Counters)))
     lengths, full_lengths = ([len(out.tokens) for out in measured.outputs] for measured in (row, full))
 
@@ -94,15 +120,18 @@ def summarize(model, tokenizer, task: str, examples: list[Example], name: str, r
 
     columns = (lengths, row.seconds, full_lengths, full.seconds)
     ideal = model.config.n_layers * total.tokens / total.block_runs
-    texts, full_texts = ([tokenizer.decode(out.tokens) for out in measured.outputs] for measured in (row, full))
-    references = [list(example.references) for example in examples]
+    texts, full_texts = ([tokenizer.decode(out.tokens).strip() for out in measured.outputs] for measured in (row, full))
+    differences = [first_difference(out.tokens, base.tokens) for out, base in zip(row.outputs, full.outputs)]
+    later = [(seconds - first) / (length - 1) for seconds, first, length in zip(row.seconds, row.first, lengths) if length > 1]
     return {
-        "task": task,
+        "task": task.name,
         "name": name,
         "config": asdict(row.config),
         "tokens_per_s": total.tokens / sum(row.seconds),
         "speedup": speedup(*columns),
         "speedup_ci": bootstrap(speedup, *columns),
+        "first_token_s": median(row.first),
+        "later_token_s": median(later) if later else None,
         "ideal_speedup": ideal,
         "exit_efficiency": speedup(*columns) / ideal,
         "avg_exit_layer": mean(layer for out in row.outputs for layer in out.exit_layers),
@@ -110,32 +139,59 @@ def summarize(model, tokenizer, task: str, examples: list[Example], name: str, r
         "rows_per_deep_pass": total.deep_rows / total.deep_passes if total.deep_passes else None,
         "flops_per_token": (total.block_flops + total.head_flops) / total.tokens,
         "confidence_flops_per_token": total.confidence_flops / total.tokens,
-        "confidence_time_share": share,
+        "confidence_time_share": asking,
         "agreement": mean(token_agreement(out.tokens, base.tokens) for out, base in zip(row.outputs, full.outputs)),
+        "same_texts": mean(difference is None for difference in differences),
+        "first_difference": median([at for at in differences if at is not None] or [0]) if any(differences) else None,
         "rougeL_full": mean(map(rouge_l_f1, texts, full_texts)),
-        "scores": {"bleu": bleu(texts, references, lowercase=task in LOWERCASE_BLEU), "rougeL": mean(map(rouge_l, texts, references))},
+        "scores": task.score(texts, [list(example.references) for example in examples]),
+        "perplexity": perplexity(model, row) if not task.scores else None,
+        "distinct_2": distinct(texts, 2),
+        "repetition_4": mean(repetition(out.tokens) for out in row.outputs),
         "miss_rate": total.missed / total.pruned_deep if total.pruned_deep else None,
         "accepted": total.accepted / total.drafted if total.drafted else None,
         "rolled_back": (total.drafted - total.accepted) / total.drafted if total.drafted else None,
         "prompts": [
-            {"prompt": example.prompt, "references": example.references, "text": text, "tokens": out.tokens, "exit_layers": out.exit_layers,
-             "confidences": out.confidences, "seconds": seconds}
-            for example, text, out, seconds in zip(examples, texts, row.outputs, row.seconds)
+            {"prompt": example.prompt, "references": example.references, "prompt_tokens": prompt, "text": text, "tokens": out.tokens,
+             "exit_layers": out.exit_layers, "confidences": out.confidences, "seconds": seconds, "first_token_s": first,
+             "first_difference": at}
+            for example, prompt, text, out, seconds, first, at in zip(
+                examples, row.prompts, texts, row.outputs, row.seconds, row.first, differences)
         ],
     }  # fmt: skip
 
 
-def evaluate(model, tokenizer, task: str, examples: list[Example], configs: dict[str, DecodeConfig], repeat: int) -> list[dict]:
+@torch.inference_mode()
+def perplexity(model: Transformer, row: Measured) -> float:
+    """exp of the mean loss in nats, under the full model, of the tokens of the row's outputs, each after its prompt."""
+    losses = []
+    for prompt, out in zip(row.prompts, row.outputs):
+        text = torch.tensor([*prompt, *out.tokens], device=model.embedding.device)
+        states = model.hidden_states(text[None, :-1])[-1][len(prompt) - 1 :]
+        losses.append(F.cross_entropy(model.head(states), text[len(prompt) :], reduction="none"))
+    return torch.cat(losses).mean().exp().item()
+
+
+def evaluate(model, tokenizer, task: Task, examples: list[Example], configs: dict[str, DecodeConfig], repeat: int) -> list[dict]:
     """Rows of one task, first that of the full model under the same length and sampling."""
-    prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
+    prompts, configs = prepare(model, tokenizer, task, examples, configs)
     full = next(iter(configs.values())).full()
-    rows = measure(model, prompts, {"full": full, **configs}, repeat, task)
+    rows = measure(model, prompts, {"full": full, **configs}, repeat, task.name)
     summaries = []
     for name, row in rows.items():
         asks = any(asked for out in row.outputs for asked in out.confidences)
         share = confidence_share(model, prompts[::3], row.config) if asks else None
         summaries.append(summarize(model, tokenizer, task, examples, name, row, rows["full"], share))
     return summaries
+
+
+def prepare(model, tokenizer, task: Task, examples: list[Example], configs: dict[str, DecodeConfig]) -> tuple[list[list[int]], dict]:
+    """Token ids of the prompts, cut on the left where they leave no room for an answer, and the configs with what ends an answer."""
+    longest, stops = max(config.max_new_tokens for config in configs.values()), task.stop_tokens(tokenizer)
+    prompts, cut = zip(*(task.encode(example.prompt, tokenizer, max(2, model.config.max_len - longest)) for example in examples))
+    if any(cut):
+        tqdm.write(f"{task.name}: {sum(cut)} of {len(cut)} prompts lost their left to leave {longest} positions to answer", file=sys.stderr)
+    return list(prompts), {name: replace(config, stop_tokens=config.stop_tokens or stops) for name, config in configs.items()}
 
 
 def environment(model: Transformer) -> dict:
@@ -151,24 +207,62 @@ def environment(model: Transformer) -> dict:
     return {
         "device": torch.cuda.get_device_name() if model.embedding.is_cuda else cpu, "threads": torch.get_num_threads(),
         "dtype": str(model.embedding.dtype).removeprefix("torch."), "weights": model.form, "torch": torch.__version__,
-        "python": platform.python_version(), "commit": commit,
+        "python": platform.python_version(), "commit": commit, "processes": processes()[1],
     }  # fmt: skip
 
 
-def table(rows: list[dict]) -> str:
+COLUMNS = {  # of the table, each with the text of its cell; a column that is empty in every row is left out
+    "tokens/s": lambda row: f"{row['tokens_per_s']:.0f}",
+    "speed-up (95 %)": lambda row: f"{row['speedup']:.2f} ({row['speedup_ci'][0]:.2f}-{row['speedup_ci'][1]:.2f})",
+    "ideal": lambda row: f"{row['ideal_speedup']:.2f}",
+    "efficiency": lambda row: f"{row['exit_efficiency']:.2f}",
+    "first token, ms": lambda row: f"{1000 * row['first_token_s']:.0f}",
+    "exit layer": lambda row: f"{row['avg_exit_layer']:.1f}",
+    "MFLOPs/token (conf.)":
+        lambda row: f"{row['flops_per_token'] / 1e6:.1f} ({row['confidence_flops_per_token'] / row['flops_per_token']:.0%})",
+    "conf. time": lambda row: percent(row["confidence_time_share"], 0),
+    "perplexity": lambda row: "" if row["perplexity"] is None else f"{row['perplexity']:.1f}",
+    "distinct-2": lambda row: "" if row["perplexity"] is None else f"{row['distinct_2']:.2f}",
+    "repetition": lambda row: "" if row["perplexity"] is None else f"{row['repetition_4']:.2f}",
+    "agreement": lambda row: f"{row['agreement']:.3f}",
+    "ROUGE-L to full": lambda row: f"{row['rougeL_full']:.3f}",
+    "missed": lambda row: percent(row["miss_rate"], 1),
+    "drafts kept": lambda row: percent(row["accepted"], 1),
+}  # fmt: skip
+
+
+def percent(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}%}"
+
+
+def table(rows: list[dict], task: Task) -> str:
     """Rows of one task as aligned text, which is Markdown too."""
-    head = ["", "tokens/s", "speed-up (95 %)", "ideal", "efficiency", "exit layer", "MFLOPs/token (conf.)", "conf. time", "BLEU", "ROUGE-L",
-            "agreement", "ROUGE-L to full", "missed", "drafts kept"]  # fmt: skip
-    lines = [head, ["---"] * len(head)]
-    for row in rows:
-        share = row["confidence_flops_per_token"] / row["flops_per_token"]
-        low, high = row["speedup_ci"]
-        lines.append([
-            row["name"], f"{row['tokens_per_s']:.0f}", f"{row['speedup']:.2f} ({low:.2f}-{high:.2f})", f"{row['ideal_speedup']:.2f}",
-            f"{row['exit_efficiency']:.2f}", f"{row['avg_exit_layer']:.1f}", f"{row['flops_per_token'] / 1e6:.1f} ({share:.0%})",
-            "" if row["confidence_time_share"] is None else f"{row['confidence_time_share']:.0%}",
-            *(f"{100 * row['scores'][score]:.1f}" for score in ("bleu", "rougeL")), f"{row['agreement']:.3f}", f"{row['rougeL_full']:.3f}",
-            *("" if row[key] is None else f"{row[key]:.1%}" for key in ("miss_rate", "accepted")),
-        ])  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    scores = {TITLES[function]: lambda row, name=name: f"{100 * row['scores'][name]:.1f}" for name, function in task.scores.items()}
+    columns = list(COLUMNS.items())
+    at = list(COLUMNS).index("agreement")
+    columns[at:at] = scores.items()
+    filled = {title: [cell(row) for row in rows] for title, cell in columns}
+    filled = {"": [row["name"] for row in rows]} | {title: cells for title, cells in filled.items() if any(cells)}
+    widths = [max(map(len, [title, *cells])) for title, cells in filled.items()]
+    lines = [list(filled), ["---"] * len(filled), *zip(*filled.values())]
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
+
+
+def peak_memory(model: Transformer) -> int:
+    """The largest memory so far, in MiB: of the GPU that the model is on, or of this process."""
+    if model.embedding.is_cuda:
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+
+def quality(row: dict, full: dict) -> float:
+    """How much of the full model's scores a row keeps: the least of their shares; of a task without scores, ROUGE-L to its texts."""
+    shares = [row["scores"][name] / score if score else 1.0 for name, score in full["scores"].items()]
+    return min(shares) if shares else row["rougeL_full"]
+
+
+def pareto(rows: list[dict]) -> set[str]:
+    """Names of the rows that no other beats: there is none that is at least as fast and as good, and better in one of the two."""
+    points = {row["name"]: (row["speedup"], quality(row, rows[0])) for row in rows}
+    return {name for name, (speed, good) in points.items()
+            if not any(s >= speed and g >= good and (s, g) != (speed, good) for s, g in points.values())}  # fmt: skip

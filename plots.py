@@ -4,6 +4,11 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
+
+from analysis import Views, auroc, calibration_error, divergences, look, reliability
+from measure import pareto
+
 
 def pyplot():
     """matplotlib.pyplot, drawing into files. Raises ValueError if it is not there."""
@@ -68,3 +73,158 @@ def zoom(training: list[tuple[int, float]], layers: dict) -> tuple[float, float]
     """Limits of the loss that leave out the first steps' fall."""
     seen = [loss for _, loss in training[len(training) // 10 :]] + [loss for points in layers.values() for _, loss, _ in points]
     return min(seen) - 0.1, max(seen) + 0.1
+
+
+# ---------------------------------------------------------------- evaluation
+
+ASKED = ("softmax", "weighted", "jsd")  # confidence functions whose judgement is drawn
+COLORS = {"softmax": "C0", "weighted": "C1", "jsd": "C2", "static": "C3", "full": "k"}
+MARKERS = {"none": "o", "fixed": "s", "decaying": "v", "adaptive": "D"}
+
+
+def draw_evaluation(folder: Path, rows: list[dict], model, tokenizer) -> list[Path]:
+    """Pictures of the rows of eval.py, and of what the layers of the model see in the texts that it wrote; returns the files. Rows of a
+    sweep, which keep no texts, give fewer."""
+    plt = pyplot()
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == task]
+        made[f"{task}-speed"] = draw_speed(plt, own)
+        made[f"{task}-confidence-flops"] = draw_flops(plt, own)
+        if "prompts" in own[0]:
+            texts = [(each["prompt_tokens"], each["tokens"]) for each in own[0]["prompts"]]
+            views, L = look(model, texts, ASKED), model.config.n_layers
+            made[f"{task}-ranks"] = draw_ranks(plt, views)
+            made[f"{task}-confidence"] = draw_confidence(plt, views)
+            made[f"{task}-reliability"] = draw_reliability(plt, views)
+            prompt, output = max(texts[:20], key=lambda text: min(len(text[1]), 25))
+            words = [piece(tokenizer, token) for token in output[:30]]
+            made[f"{task}-jsd"] = draw_divergences(plt, divergences(model, prompt, output)[:, :30], words)
+            made[f"{task}-exits"] = draw_exits(plt, own[1:], texts.index((prompt, output)), tokenizer, L)
+    paths = []
+    for name, figure in made.items():
+        if figure is not None:
+            paths.append(folder / f"{name}.png")
+            figure.savefig(paths[-1])
+            plt.close(figure)
+    return paths
+
+
+def piece(tokenizer, token: int) -> str:
+    return tokenizer.id_to_piece(token).replace("▁", " ").strip() or "·"
+
+
+def kind(row: dict) -> str:
+    """The colour's name of a row: its confidence function, or static, or full."""
+    config = row["config"]
+    return "full" if config["confidence"] is None else "static" if config["threshold"] == 0 else config["confidence"]
+
+
+def draw_speed(plt, rows: list[dict]):
+    """Quality against speed; colours are confidence functions, shapes pruning schedules, filled is verified; the Pareto front as a line."""
+    name, function = next(iter(rows[0]["scores"]), None), lambda row: row["rougeL_full"]
+    if name:
+        function = lambda row: 100 * row["scores"][name]  # noqa: E731
+    figure, axis = plt.subplots(figsize=(7, 5))
+    for row in rows:
+        color, verified = COLORS.get(kind(row), "C5"), row["config"]["verify"]
+        label = kind(row) + (f", {row['config']['prune']}" if kind(row) not in ("full", "static") else "") + ", verified" * verified
+        label += ", copy" * (row["config"]["fill"] == "copy")
+        axis.errorbar(row["speedup"], function(row), xerr=abs(np.array([row["speedup_ci"]]).T - row["speedup"]), color=color, alpha=0.8,
+                      marker="x" if row["config"]["fill"] == "copy" else MARKERS[row["config"]["prune"]], linestyle="", linewidth=1,
+                      markerfacecolor=color if verified or kind(row) == "full" else "none", label=label)  # fmt: skip
+    best = sorted((row["speedup"], function(row)) for row in rows if row["name"] in pareto(rows))
+    axis.plot(*zip(*best), color="0.7", linewidth=1, zorder=0, label="Pareto front")
+    axis.set(xlabel="speed-up over the full model", ylabel=name or "ROUGE-L to the full model's text", title=rows[0]["task"])
+    handles = dict(zip(*reversed(axis.get_legend_handles_labels())))
+    axis.legend(handles.values(), handles.keys(), fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def draw_flops(plt, rows: list[dict]):
+    """Confidence FLOPs a token of each function by pruning schedule."""
+    table = {(kind(row), row["config"]["prune"]): row["confidence_flops_per_token"] for row in reversed(rows)
+             if row["confidence_flops_per_token"] and not row["config"]["verify"] and row["config"]["fill"] == "parallel"}  # fmt: skip
+    functions = [name for name in ASKED if any(function == name for function, _ in table)]
+    if not functions:
+        return None
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for at, schedule in enumerate(MARKERS):
+        bars = [(i, table[name, schedule]) for i, name in enumerate(functions) if (name, schedule) in table]
+        if bars:
+            axis.bar([i + 0.2 * (at - 1.5) for i, _ in bars], [value for _, value in bars], 0.18, label=f"pruning: {schedule}")
+    axis.set(yscale="log", ylabel="confidence FLOPs a token", title=rows[0]["task"])
+    axis.set_xticks(range(len(functions)), functions)
+    axis.legend(fontsize="small")
+    return figure
+
+
+def draw_ranks(plt, views: Views):
+    """Rank of the last layer's token at every layer."""
+    figure, axis = plt.subplots(figsize=(7, 4))
+    axis.boxplot(list(views.ranks.T), whis=(1, 99), showfliers=False, medianprops={"color": "C3"})
+    axis.set(yscale="log", xlabel="layer", ylabel="rank of the last layer's token (whiskers: 1 % and 99 %)")
+    return figure
+
+
+def draw_confidence(plt, views: Views):
+    """Mean confidence of each function beside how often the layer is right."""
+    figure, axis = plt.subplots(figsize=(7, 4))
+    layers = range(1, views.agrees.shape[1] + 1)
+    axis.plot(layers, views.agrees.mean(0), color="k", marker="o", label="agrees with the last layer")
+    for name, values in views.confidence.items():
+        axis.plot(layers, values.mean(0), color=COLORS[name], marker=".", linestyle="--", label=f"confidence: {name}")
+    axis.set(xlabel="layer", ylim=(0, 1), title="an early layer above the black line is over-confident")
+    axis.legend(fontsize="small")
+    return figure
+
+
+def draw_reliability(plt, views: Views):
+    """Of each function, over all layers, how often it is right at every confidence."""
+    figure, axes = plt.subplots(1, len(views.confidence), figsize=(4 * len(views.confidence), 4.2), sharey=True)
+    for axis, (name, values) in zip(axes, views.confidence.items()):
+        confidence, right = values.ravel(), views.agrees.ravel()
+        centers, shares, counts = map(np.array, zip(*reliability(confidence, right)))
+        axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+        axis.plot(centers, shares, color=COLORS[name], zorder=2)
+        axis.scatter(centers, shares, s=400 * counts / counts.sum() + 8, color=COLORS[name], alpha=0.7, zorder=3)
+        area = auroc(confidence, right)
+        title = f"{name}\nECE {calibration_error(confidence, right):.3f}" + ("" if area is None else f", AUROC {area:.3f}")
+        axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", aspect="equal", title=title)
+    axes[0].set(ylabel="agrees with the last layer")
+    return figure
+
+
+def draw_divergences(plt, values: np.ndarray, words: list[str]):
+    """JSD to the last layer, layers upward, over the tokens of a text."""
+    figure, axis = plt.subplots(figsize=(max(6, 0.38 * len(words)), 4))
+    image = axis.imshow(values, origin="lower", aspect="auto", cmap="magma", vmin=0, vmax=np.log(2),
+                        extent=(-0.5, len(words) - 0.5, 0.5, len(values) + 0.5))  # fmt: skip
+    axis.set(ylabel="layer")
+    axis.grid(False)
+    axis.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize="small")
+    figure.colorbar(image, label="JSD to the last layer (nats)")
+    return figure
+
+
+def draw_exits(plt, rows: list[dict], number: int, tokenizer, n_layers: int):
+    """Exit layer of every token of one text, a line for each setting."""
+    rows = [row for row in rows if kind(row) != "static"][:10]
+    if not rows:
+        return None
+    length = min(30, max(len(row["prompts"][number]["tokens"]) for row in rows))
+    figure, axis = plt.subplots(figsize=(max(7, 0.55 * length), 0.42 * len(rows) + 1.2))
+    grid = np.full((len(rows), length), np.nan)
+    for i, row in enumerate(rows):
+        each = row["prompts"][number]
+        for at, (token, layer) in enumerate(zip(each["tokens"][:length], each["exit_layers"])):
+            grid[i, at] = layer
+            dark = layer < 0.6 * n_layers
+            axis.text(at, i, piece(tokenizer, token), ha="center", va="center", fontsize="x-small", color="w" if dark else "k")
+    image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=1, vmax=n_layers)
+    axis.grid(False)
+    axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axis.set(xlabel="token")
+    figure.colorbar(image, label="exit layer", ticks=sorted({1, *np.unique(grid[~np.isnan(grid)]).astype(int).tolist(), n_layers}))
+    return figure

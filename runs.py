@@ -52,6 +52,15 @@ def wait() -> None:
         dist.barrier()
 
 
+def gathered(value) -> list:
+    """The value of every process, in each of them."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def tell(text: str) -> None:
     """Prints from the first process, above its progress bar."""
     if processes()[0] == 0:

@@ -16,6 +16,7 @@ class DecodeConfig:
     """How to decode. Layers count from 1; exit layer l is after l blocks."""
 
     max_new_tokens: int = option(64, "tokens at most; fewer where the model's positions end")
+    stop_tokens: tuple[int, ...] = option((), "token ids that end a text, besides the model's own end of text")
     confidence: str | None = option(None, f"{', '.join(FUNCTIONS)}, package.module:function, or none: the full model")
     threshold: float = option(0.8, "exit when confidence >= threshold, 0 to 1; at 0 the question is not asked")
     layer_thresholds: tuple[float, ...] | None = option(None, "one threshold for each of exit_layers, in place of threshold")
@@ -44,7 +45,7 @@ class DecodeConfig:
     seed: int = option(0, "seed of the sampling")
 
     def __post_init__(self):
-        for name in ("exit_layers", "premature_layers", "layer_thresholds"):
+        for name in ("exit_layers", "premature_layers", "layer_thresholds", "stop_tokens"):
             object.__setattr__(self, name, None if getattr(self, name) is None else tuple(getattr(self, name)))
         choices = {"threshold_schedule": THRESHOLDS, "fill": ("parallel", "copy"), "prune": SCHEDULES, "predict": ("own", "contrast"),
                    "form": FORMS}  # fmt: skip

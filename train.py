@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from cli import Parser, add_flags, check_device, given, option, run, whole_file
-from data import TASKS, Batch, batches, describe, digest, prepare, read_pairs, read_prepared, task_file
+from data import Batch, batches, describe, digest, prepare, read_pairs, read_prepared, task_file
 from losses import LOSSES, Objective, exit_loss, layers_of_step, skipped_layers
 from model import ModelConfig, Transformer, check_layers, load_tokenizer, read_checkpoint, save_checkpoint
 from runs import Log, check_resumable, noted_signals, process_group, processes, tell, total, wait
@@ -42,7 +42,7 @@ class TrainConfig:
 
     data: tuple[str, ...] = option(tuple(task_file(task, "train") for task in ("translation", "translation", "e2e")),
                                    "training files; one named twice is seen twice as often")  # fmt: skip
-    dev: tuple[str, ...] = option(tuple(task_file(task, "dev") for task in TASKS), "validation files, scored one by one")
+    dev: tuple[str, ...] = option(tuple(task_file(task, "dev") for task in ("translation", "e2e")), "validation files, scored one by one")
     tokenizer: str | None = option(None, "sentencepiece model, or checkpoint that holds one; none: that of --init, or a new one")
     init: str | None = option(None, "checkpoint to start from, shape and tokenizer included; none: random weights")
     train: str = option("all", "all: every weight; heads: norm, adapter and classifier of each exit, the model's own output unchanged")

@@ -13,10 +13,11 @@ import pytest
 import sentencepiece as spm
 
 import data
-from data import LEARN, START, TASKS, Example, batches, cut_text, read_examples, read_pairs, read_prepared, task_file
+from data import LEARN, START, Example, batches, cut_text, read_examples, read_pairs, read_prepared, task_file
 from model import load_tokenizer, save_checkpoint
 from tokenizer import SEP, encode_prompt, train_tokenizer
 
+TASKS = ("translation", "e2e")
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
 LENGTH = 64  # of the rows in the tests of packing
 

@@ -1,33 +1,42 @@
 """The table: figures that follow from the runs, settings that are chosen and read back, mistakes in one line."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import cli
 import eval as evaluation
 import measure as measuring
+import tasks
+import tune
+from confidence import FUNCTIONS
 from data import read_pairs, task_file
 from decode import DecodeConfig, Generation
 from model import save_checkpoint
 from tokenizer import train_tokenizer
 
+EMBEDDED = ("translation", "e2e")
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    pairs = [pair for task in evaluation.TASKS for pair in list(read_pairs(task_file(task, "dev")))[:100]]
+    pairs = [pair for task in EMBEDDED for pair in list(read_pairs(task_file(task, "dev")))[:100]]
     return train_tokenizer(pairs, 350)
 
 
 @pytest.fixture
 def checkpoint(tiny_model, tokenizer, tmp_path, monkeypatch):
     """A tiny random model with a tokenizer, and settings of one row."""
-    monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 8)
+    monkeypatch.setattr(tasks, "TASKS", {name: replace(task, max_new_tokens=8) for name, task in tasks.TASKS.items()})
     save_checkpoint(tmp_path / "tiny.pt", tiny_model(0, vocab_size=350, max_len=256), tokenizer)
     row = {"confidence": "softmax", "threshold": 0.2, "exit_layers": [2, 3], "prune": "fixed", "prune_k": 4}
-    (tmp_path / "tiny.json").write_text(json.dumps({task: {"softmax": row} for task in evaluation.TASKS}))
+    (tmp_path / "tiny.json").write_text(json.dumps({task: {"softmax": row} for task in EMBEDDED}))
     return tmp_path / "tiny.pt"
 
 
@@ -67,7 +76,7 @@ def test_one_setting_of_your_own_replaces_the_settings(checkpoint, monkeypatch, 
 
 def test_rows_are_chosen_by_name(checkpoint, monkeypatch, capsys, tmp_path):
     row = {"confidence": "softmax", "exit_layers": [2]}
-    (tmp_path / "tiny.json").write_text(json.dumps({task: dict.fromkeys(("a", "b", "c"), row) for task in evaluation.TASKS}))
+    (tmp_path / "tiny.json").write_text(json.dumps({task: dict.fromkeys(("a", "b", "c"), row) for task in EMBEDDED}))
     run_command(monkeypatch, "--checkpoint", checkpoint, "--limit", 1, "--repeat", 1, "--tasks", "e2e", "--rows", "c,a")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in lines if line.startswith("| ")][2:] == ["full", "c", "a"]
@@ -86,19 +95,20 @@ def test_tune_writes_settings_that_the_table_reads(checkpoint, monkeypatch, tmp_
     """Of a setting that equals the full model and one that does not, the one that keeps its scores is chosen, however slow."""
     safe = DecodeConfig(confidence="softmax", threshold=1.0, exit_layers=(2,), max_new_tokens=8)
     wild = DecodeConfig(confidence="softmax", threshold=0.0, exit_layers=(1,), max_new_tokens=8)
-    monkeypatch.setattr(evaluation, "candidates", lambda n_layers, name, layers, verify: [wild, safe])
-    monkeypatch.setattr(measuring, "bleu", lambda texts, references, lowercase: 0.1 + 0.9 * (texts == full_texts))
+    monkeypatch.setattr(tune, "candidates", lambda *_: [wild, safe])
+    for name in ("bleu", "bleu_lower"):
+        monkeypatch.setitem(tasks.SCORES, name, lambda texts, references: 0.1 + 0.9 * (texts == full_texts))
     full_texts = None
 
-    def summarize(model, tokenizer, task, examples, name, row, full, spent, original=evaluation.summarize):
+    def summarize(model, tokenizer, task, examples, name, row, full, spent, original=tune.summarize):
         nonlocal full_texts
-        full_texts = [tokenizer.decode(out.tokens) for out in full.outputs]
+        full_texts = [tokenizer.decode(out.tokens).strip() for out in full.outputs]
         return original(model, tokenizer, task, examples, name, row, full, spent)
 
-    monkeypatch.setattr(evaluation, "summarize", summarize)
+    monkeypatch.setattr(tune, "summarize", summarize)
     run_command(monkeypatch, "--checkpoint", checkpoint, "--limit", 3, "--tune", "--settings", tmp_path / "new.json")
-    assert set(json.loads((tmp_path / "new.json").read_text())) == set(evaluation.TASKS)
-    rows = evaluation.read_settings(tmp_path / "new.json", "e2e", 5, {})
+    assert set(json.loads((tmp_path / "new.json").read_text())) == set(EMBEDDED)
+    rows = tune.read_settings(tmp_path / "new.json", tasks.find_task("e2e"), 5, {})
     schedules = ("none", "fixed", "decaying", "adaptive")
     assert list(rows) == ["static", *(f"softmax {name}" for name in schedules), "weighted fixed", *(f"jsd {name}" for name in schedules),
                           "softmax copy", "softmax verified", "jsd verified"]  # fmt: skip
@@ -110,7 +120,7 @@ def test_tune_writes_settings_that_the_table_reads(checkpoint, monkeypatch, tmp_
 def test_every_candidate_fits_its_model():
     for n_layers in (3, 5, 12, 30):
         for name, layers, verify in (("static", None, False), ("softmax", None, False), ("jsd", (1, 2), False), ("softmax", None, True)):
-            configs = evaluation.candidates(n_layers, name, layers, verify)
+            configs = tune.candidates(n_layers, 9, name, layers, verify)
             assert len(set(configs)) == len(configs) > 1 and all(config.exits(n_layers) for config in configs)
             assert all(config.verify == verify for config in configs)
 
@@ -118,7 +128,9 @@ def test_every_candidate_fits_its_model():
 def test_rows_take_turns_on_the_same_prompts(tiny_model, monkeypatch):
     """After a warm-up, prompt by prompt, every repeat asks every row once."""
     calls = []
-    monkeypatch.setattr(measuring, "generate", lambda model, prompt, config: calls.append((prompt[0], config.threshold)) or Generation())
+    note = lambda model, prompt, config, *_: calls.append((prompt[0], config.threshold)) or Generation()  # noqa: E731
+    monkeypatch.setattr(measuring, "generate", note)
+    monkeypatch.setattr(measuring, "stream", lambda *asked: note(*asked).tokens)
     rows = {name: DecodeConfig(threshold=threshold) for name, threshold in (("a", 0.1), ("b", 0.2))}
     measured = measuring.measure(tiny_model(), [[1], [2]], rows, 2, "")
     assert calls == [(1, 0.1), (1, 0.2)] + [(prompt, threshold) for prompt in (1, 2) for _ in range(2) for threshold in (0.1, 0.2)]
@@ -153,17 +165,122 @@ def test_the_full_model_is_measured_under_the_same_prediction():
 
 
 def test_tuning_one_task_keeps_the_other(checkpoint, monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluation, "candidates", lambda *_: [DecodeConfig(confidence="softmax", max_new_tokens=8)])
+    monkeypatch.setattr(tune, "candidates", lambda *_: [DecodeConfig(confidence="softmax", max_new_tokens=8)])
     before = json.loads((tmp_path / "tiny.json").read_text())
     run_command(monkeypatch, "--checkpoint", checkpoint, "--limit", 1, "--tune", "--tasks", "e2e")
     after = json.loads((tmp_path / "tiny.json").read_text())
     assert after["translation"] == before["translation"] and after["e2e"] != before["e2e"]
 
 
+# ---------------------------------------------------------------- sweeps, calibration, pictures, processes
+
+
+def test_a_sweep_makes_every_combination_marks_its_front_and_goes_on_where_it_stopped(checkpoint, monkeypatch, tmp_path, capsys):
+    words = ("--checkpoint", checkpoint, "--limit", 3, "--repeat", 1, "--tasks", "e2e", "--results", tmp_path / "sweep.jsonl",
+             "--sweep", "threshold", 0.1, 0.9, "--sweep", "exit-layers", "2,3", 4)  # fmt: skip
+    run_command(monkeypatch, *words)
+    lines = (tmp_path / "sweep.jsonl").read_text().splitlines()
+    names = [json.loads(line)["rows"][1]["name"] for line in lines]
+    assert names == [f"threshold={bar} exit_layers={layers}" for bar in (0.1, 0.9) for layers in ("2,3", "4")]
+    printed = capsys.readouterr().out
+    assert "* on the Pareto front" in printed and any(line.split(" | ")[0].rstrip().endswith(" *") for line in printed.splitlines())
+    (tmp_path / "sweep.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    asked = []
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args, original=evaluation.evaluate: asked.append(list(args[4])) or original(*args))
+    run_command(monkeypatch, *words)
+    again = (tmp_path / "sweep.jsonl").read_text().splitlines()
+    assert asked == [["threshold=0.9 exit_layers=4"]] and again[:3] == lines[:3] and len(again) == 4
+    assert capsys.readouterr().out.count("| threshold=") == 4
+
+
+def test_the_pareto_front_by_hand():
+    rows = [{"name": name, "speedup": speed, "scores": {"f1": good}} for name, speed, good in
+            (("full", 1, 0.8), ("slow", 0.9, 0.8), ("fast", 2, 0.7), ("bad", 1.5, 0.6), ("twin", 2, 0.7))]  # fmt: skip
+    assert measuring.pareto(rows) == {"full", "fast", "twin"}
+
+
+@pytest.mark.parametrize("risk, threshold", [("consistency", 0.55), ("task", 0.0)])
+def test_calibration_writes_a_threshold_that_decoding_reads(risk, threshold, checkpoint, monkeypatch, tmp_path, capsys):
+    """Where every layer is always half sure, a threshold above that is the full model, one below exits at once, into another text; but of
+    a random model no text scores worse than any other."""
+    monkeypatch.setitem(FUNCTIONS, "half", lambda trace, layer: trace.logits(layer).max() * 0 + 0.5)
+    monkeypatch.setattr(measuring, "tqdm", lambda items, **_: items)
+    file, base = tmp_path / "t.json", ("--checkpoint", checkpoint, "--tasks", "e2e", "--limit", 30, "--calibrated", tmp_path / "t.json")
+    run_command(monkeypatch, *base, "--calibrate", "--risk", risk, "--confidence", "half", "--tolerance", 0.2, "--error", 0.2)
+    written = json.loads(file.read_text())
+    assert written["confidence"] == "half" and written["threshold"] == threshold
+    check, tested = written["provenance"]["held out"], written["provenance"]["tested"]
+    assert (check["split"], check["inputs"]) == ("test", 30) and check["risk"] < 0.2 and written["provenance"]["risk"] == risk
+    assert all(each["p_value"] <= 0.2 for each in tested if each["threshold"] >= threshold) and tested[-1]["threshold"] <= threshold
+    assert f"threshold {threshold:g}; on 30 inputs of test" in capsys.readouterr().out
+    run_command(monkeypatch, "--checkpoint", checkpoint, "--tasks", "e2e", "--limit", 1, "--repeat", 1, "--thresholds", file)
+    assert "| yours" in capsys.readouterr().out
+
+
+def test_calibration_says_when_nothing_passes(checkpoint, monkeypatch, tmp_path, capsys):
+    """Four inputs prove nothing."""
+    with pytest.raises(SystemExit) as end:
+        base = ("--checkpoint", checkpoint, "--tasks", "e2e", "--limit", 4)
+        run_command(monkeypatch, *base, "--calibrate", "--calibrated", tmp_path / "t.json")
+    assert end.value.code == 1 and "no threshold keeps the consistency risk below 0.05" in capsys.readouterr().out
+    assert not (tmp_path / "t.json").exists()
+
+
+def test_pictures_are_drawn_from_a_table_and_from_a_sweep(checkpoint, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    base = ("--checkpoint", checkpoint, "--limit", 2, "--repeat", 1, "--tasks", "e2e", "--plot", tmp_path / "pictures")
+    run_command(monkeypatch, *base)
+    kinds = ("speed", "confidence-flops", "ranks", "confidence", "reliability", "jsd", "exits")
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {f"e2e-{kind}.png" for kind in kinds}
+    run_command(monkeypatch, *base, "--results", tmp_path / "s.jsonl", "--sweep", "confidence", "softmax", "jsd", "--exit-layers", "2,3")
+
+
+def test_two_processes_share_the_prompts_and_merge_their_results(checkpoint, tmp_path):
+    environment, folder = {**os.environ, "OMP_NUM_THREADS": "1"}, Path(evaluation.__file__).parent
+    words = ["eval.py", "--checkpoint", checkpoint, "--limit=5", "--repeat=1", "--tasks=e2e", "--max-new-tokens=8"]
+    outputs = {}
+    for count, command in ((1, []), (2, ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])):
+        out = tmp_path / f"{count}.json"
+        line = [sys.executable, *command, *words, f"--json={out}"]
+        ended = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        result = json.loads(out.read_text())
+        assert result["environment"]["processes"] == count
+        outputs[count] = [[(each["prompt"], each["text"], each["exit_layers"]) for each in row["prompts"]] for row in result["rows"]]
+    assert outputs[1] == outputs[2] and len(outputs[1][0]) == 5
+
+
+def test_show_prompt_prints_what_the_model_gets(checkpoint, monkeypatch, tmp_path, capsys):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "one", "references": ["two", "three"]}\n')
+    run_command(monkeypatch, "--checkpoint", checkpoint, "--show-prompt", "--tasks", f"file={tmp_path}/mine.jsonl")
+    assert capsys.readouterr().out == "--- mine, test\none\n--- references\ntwo\nthree\n"
+
+
+def test_malformed_lines_are_named_or_counted_and_skipped(checkpoint, monkeypatch, tmp_path, capsys):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "one", "completion": "two"}\n{"prompt": 3}\nnothing\n')
+    words = ("--checkpoint", checkpoint, "--show-prompt", "--tasks", f"file={tmp_path}/mine.jsonl")
+    with pytest.raises(SystemExit):
+        run_command(monkeypatch, *words)
+    assert "mine.jsonl, line 2: needs two non-empty texts" in capsys.readouterr().err
+    run_command(monkeypatch, *words, "--skip-bad")
+    assert "mine: 2 malformed lines skipped" in capsys.readouterr().out
+
+
 MISTAKES = {
     "--limit=-1": "limit is -1",
-    "--repeat=0": "repeat 0; limit must be at least 0, repeat at least 1",
+    "--repeat=0": "repeat 0, shots 0; at least 0, 1 and 0",
     "--tasks=chess": "unknown task 'chess'; choose from translation, e2e",
+    "--tasks=squad": "task squad needs its file: squad=FILE",
+    "--tasks=squad=missing.json": "missing.json: no such data file",
+    "--shots=-1": "shots -1; at least 0, 1 and 0",
+    "--tolerance=1": "both must lie between 0 and 1",
+    "--calibrate": "--calibrate finds a threshold for one task; choose it with --tasks (here: translation,e2e)",
+    "--sweep=threshold": "--sweep threshold: give its values, too",
+    "--sweep threshold 2": "threshold is 2.0; it must lie between 0 and 1",
+    "--sweep colour 2": "unknown setting 'colour'",
+    "--sweep exit-layers 2 9": "layer 9 is not an exit",
+    "--sweep threshold 0.5 --tune": "--tune and --sweep are two commands",
+    "--sweep threshold 0.5 --results=tiny.json": "tiny.json, line 1: not a result of a sweep",
     "--threshold=2": "threshold is 2.0; it must lie between 0 and 1",
     "--rows=softmax,magic": "has no row 'magic' for translation; choose from softmax",
     "--confidence=magic": "unknown confidence 'magic'; choose from softmax",
@@ -182,7 +299,8 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_ends_in_one_line_and_status_2(mistake, checkpoint, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
-        run_command(monkeypatch, "--checkpoint", checkpoint, "--limit", 1, mistake)
+        monkeypatch.chdir(checkpoint.parent)
+        run_command(monkeypatch, "--checkpoint", checkpoint, "--limit", 1, *mistake.split())
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 2 and line.startswith("error: ") and MISTAKES[mistake] in line
 
@@ -194,4 +312,4 @@ UNUSABLE = ["{", "[]", '{"e2e": {}}', '{"translation": {"a": {"threshold": 3}}}'
 def test_unusable_settings_are_refused(tmp_path, content):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(ValueError, match=r"a\.json: not usable as settings of translation"):
-        evaluation.read_settings(tmp_path / "a.json", "translation", 5, {})
+        tune.read_settings(tmp_path / "a.json", tasks.find_task("translation"), 5, {})

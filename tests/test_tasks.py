@@ -1,0 +1,99 @@
+"""Tasks: what the model gets, where its answer ends, what is drawn."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import sentencepiece as spm
+
+from data import Example, read_pairs, task_file
+from decode import DecodeConfig, generate
+from tasks import OPENING, TASKS, find_task, openings, read_task, sample
+from tokenizer import train_tokenizer
+
+
+def tokenizer_of(pairs) -> spm.SentencePieceProcessor:
+    return spm.SentencePieceProcessor(model_proto=train_tokenizer(pairs, 350))
+
+
+@pytest.fixture(scope="module")
+def with_separator():
+    return tokenizer_of(list(read_pairs(task_file("translation", "dev")))[:300])
+
+
+@pytest.fixture(scope="module")
+def without():
+    return tokenizer_of([("", f"{prompt}\n{text}") for prompt, text in list(read_pairs(task_file("translation", "dev")))[:300]])
+
+
+def test_a_template_is_for_models_without_a_separator(with_separator, without):
+    task = find_task("translation")
+    assert task.text("Guten Tag.", with_separator) == "Guten Tag."
+    assert task.text("Guten Tag.", without) == "German: Guten Tag.\nEnglish:\n"
+    assert find_task("fairytaleqa").text("story\nQuestion: q?\nAnswer:\n", without) == "story\nQuestion: q?\nAnswer:\n"
+
+
+def test_solved_examples_come_before_every_prompt(without):
+    task = find_task("e2e").with_shots([Example("a", ("A.", "other")), Example("b", ("B.",))], without)
+    assert task.text("c", without) == "Facts: a\nSentence:\nA.\n\nFacts: b\nSentence:\nB.\n\nFacts: c\nSentence:\n"
+
+
+def test_a_long_prompt_loses_its_left_but_not_its_start(with_separator):
+    task = find_task("translation")
+    whole, cut = task.encode("eins zwei drei vier", with_separator, 99)
+    assert not cut and whole[0] == with_separator.bos_id()
+    short, cut = task.encode("eins zwei drei vier", with_separator, 5)
+    assert cut and short == [whole[0], *whole[-4:]]
+
+
+def test_an_answer_of_one_line_ends_there(with_separator, without, tiny_model):
+    assert find_task("translation").stop_tokens(with_separator) == find_task("stories").stop_tokens(without) == ()
+    stops = find_task("translation").stop_tokens(without)
+    assert without.encode("a\nb")[1] in stops and all("\n" in without.decode([token]) for token in stops)
+    model = tiny_model()
+    for verify in (False, True):
+        config = DecodeConfig(confidence="softmax", threshold=0.3, max_owed=4, verify=verify, max_new_tokens=20)
+        free = generate(model, [1, 2, 3], config).tokens
+        stop = free[7]
+        assert generate(model, [1, 2, 3], replace(config, stop_tokens=(49, stop))).tokens == free[: free.index(stop) + 1]
+
+
+@pytest.mark.parametrize("name", ["translation", "e2e", "fairytaleqa", "stories"])
+def test_embedded_tasks_are_there_and_score_their_references_fully(name):
+    task = find_task(name)
+    for split in ("dev", "test"):
+        examples = read_task(task, split)
+        assert len(examples) >= 15 and all(example.prompt and example.references for example in examples)
+    references = [list(example.references) for example in examples[:20]]
+    scores = task.score([texts[0] for texts in references], references)
+    assert list(scores) == list(task.scores) and all(score > 0.99 for score in scores.values())
+
+
+def test_a_file_of_your_own(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "p", "references": ["a", "b"]}\n')
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"dialogue": "A: hi", "summary": "s"}))
+    mine, chat = find_task(f"file={tmp_path}/mine.jsonl"), find_task(f"samsum={tmp_path}/chat.jsonl")
+    assert (mine.name, read_task(mine, "test")) == ("mine", [Example("p", ("a", "b"))])
+    assert read_task(chat, "dev") == [Example("A: hi\nSummary:\n", ("s",))]
+    assert list(chat.scores) == ["rougeL", "rouge1", "rouge2", "rougeLsum"]
+
+
+def test_openings_are_the_first_words_of_long_paragraphs_far_apart(tmp_path):
+    lines = [" ".join(f"w{number}.{i}" for i in range(90 if number % 2 else 20)) for number in range(180)]
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "\n".join(lines)}))
+    found = openings(tmp_path / "b.jsonl")
+    assert len(found) == 30 and [example.prompt.split()[0] for example in found] == [f"w{number}.0" for number in range(1, 180, 6)]
+    assert all(len(each.prompt.split()) == OPENING and len(each.references[0].split()) == 50 for each in found)
+
+
+def test_a_sample_keeps_the_order_and_is_the_same_for_the_same_seed():
+    examples = [Example(str(i), ("x",)) for i in range(50)]
+    some = sample(examples, 10, 3)
+    assert len(some) == 10 and some == sorted(some, key=examples.index) == sample(examples, 10, 3) != sample(examples, 10, 4)
+    assert sample(examples, 0, 3) == sample(examples, 60, 3) == examples
+
+
+def test_every_score_of_every_task_exists_and_has_a_title():
+    from tasks import SCORES, TITLES
+
+    assert {name for task in TASKS.values() for name in task.scores.values()} <= set(SCORES) & set(TITLES)

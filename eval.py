@@ -25,7 +25,7 @@ from calibrate import calibrate
 from cli import Parser, add_flags, add_model_flags, device_and_dtype, given, read_field, run, write_json
 from data import Example, digest
 from decode import DEFAULT_CHECKPOINT, DecodeConfig
-from measure import Measured, environment, evaluate, measure, pareto, peak_memory, prepare, table
+from measure import Measured, environment, evaluate, means, measure, pareto, peak_memory, prepare, table
 from metrics import rouge_l_f1
 from model import load_checkpoint
 from runs import process_group, processes, tell
@@ -268,8 +268,11 @@ def evaluate_all(args: argparse.Namespace, custom: dict, tasks: list[Task]) -> N
             result["rows"] += rows
             best = pareto(rows) if args.sweep else set()
             marked = [{**row, "name": row["name"] + " *" * (row["name"] in best)} for row in rows]
+            swept = [field.replace("-", "_") for field, *values in args.sweep or [] if len(values) > 1]
             front = ", * on the Pareto front" if args.sweep else ""
             tell(f"\n{task.name}, {len(examples)} {args.split} inputs{front}\n\n{table(marked, task)}")
+            if len(swept) > 1:
+                tell("\nmean ± deviation over what else was swept\n" + "\n".join(means(rows[1:], field) for field in swept))
     if processes()[0]:
         return
     result["environment"]["peak_memory_mib"] = peak_memory(model)

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, pstdev
 
 import torch
 import torch.nn.functional as F
@@ -246,6 +246,22 @@ def table(rows: list[dict], task: Task) -> str:
     widths = [max(map(len, [title, *cells])) for title, cells in filled.items()]
     lines = [list(filled), ["---"] * len(filled), *zip(*filled.values())]
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
+
+
+def means(rows: list[dict], field: str) -> str:
+    """Of a sweep's rows, for every value of one field, mean ± standard deviation over all others."""
+    groups = defaultdict(list)
+    for row in rows:
+        value = row["config"][field]  # a list, where the row has been in a file
+        groups[",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)].append(row)
+    figures = {"speed-up": lambda row: row["speedup"], "exit layer": lambda row: row["avg_exit_layer"],
+               "confidence MFLOPs": lambda row: row["confidence_flops_per_token"] / 1e6, "agreement": lambda row: row["agreement"],
+               **{name: lambda row, name=name: 100 * row["scores"][name] for name in rows[0]["scores"]}}  # fmt: skip
+    lines = []
+    for value, members in groups.items():
+        cells = [f"{title} {mean(map(get, members)):.3g} ± {pstdev(map(get, members)):.2g}" for title, get in figures.items()]
+        lines.append(f"{field} {value} ({len(members)} rows): {', '.join(cells)}")
+    return "\n".join(lines)
 
 
 def peak_memory(model: Transformer) -> int:

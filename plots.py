@@ -92,6 +92,7 @@ def draw_evaluation(folder: Path, rows: list[dict], model, tokenizer) -> list[Pa
         own = [row for row in rows if row["task"] == task]
         made[f"{task}-speed"] = draw_speed(plt, own)
         made[f"{task}-confidence-flops"] = draw_flops(plt, own)
+        made[f"{task}-sweep"] = draw_sweep(plt, own)
         if "prompts" in own[0]:
             texts = [(each["prompt_tokens"], each["tokens"]) for each in own[0]["prompts"]]
             views, L = look(model, texts, ASKED), model.config.n_layers
@@ -115,6 +116,15 @@ def piece(tokenizer, token: int) -> str:
     return tokenizer.id_to_piece(token).replace("▁", " ").strip() or "·"
 
 
+def leading_score(row: dict) -> float:
+    """The first score, in points; of a task without, ROUGE-L to the full model's text."""
+    return 100 * next(iter(row["scores"].values()), row["rougeL_full"])
+
+
+def score_title(row: dict) -> str:
+    return next(iter(row["scores"]), "ROUGE-L to the full model's text")
+
+
 def kind(row: dict) -> str:
     """The colour's name of a row: its confidence function, or static, or full."""
     config = row["config"]
@@ -123,22 +133,43 @@ def kind(row: dict) -> str:
 
 def draw_speed(plt, rows: list[dict]):
     """Quality against speed; colours are confidence functions, shapes pruning schedules, filled is verified; the Pareto front as a line."""
-    name, function = next(iter(rows[0]["scores"]), None), lambda row: row["rougeL_full"]
-    if name:
-        function = lambda row: 100 * row["scores"][name]  # noqa: E731
     figure, axis = plt.subplots(figsize=(7, 5))
     for row in rows:
         color, verified = COLORS.get(kind(row), "C5"), row["config"]["verify"]
         label = kind(row) + (f", {row['config']['prune']}" if kind(row) not in ("full", "static") else "") + ", verified" * verified
         label += ", copy" * (row["config"]["fill"] == "copy")
-        axis.errorbar(row["speedup"], function(row), xerr=abs(np.array([row["speedup_ci"]]).T - row["speedup"]), color=color, alpha=0.8,
-                      marker="x" if row["config"]["fill"] == "copy" else MARKERS[row["config"]["prune"]], linestyle="", linewidth=1,
-                      markerfacecolor=color if verified or kind(row) == "full" else "none", label=label)  # fmt: skip
-    best = sorted((row["speedup"], function(row)) for row in rows if row["name"] in pareto(rows))
+        spread = abs(np.array([row["speedup_ci"]]).T - row["speedup"])
+        axis.errorbar(row["speedup"], leading_score(row), xerr=spread, color=color, alpha=0.8, label=label, linestyle="", linewidth=1,
+                      marker="x" if row["config"]["fill"] == "copy" else MARKERS[row["config"]["prune"]],
+                      markerfacecolor=color if verified or kind(row) == "full" else "none")  # fmt: skip
+    best = sorted((row["speedup"], leading_score(row)) for row in rows if row["name"] in pareto(rows))
     axis.plot(*zip(*best), color="0.7", linewidth=1, zorder=0, label="Pareto front")
-    axis.set(xlabel="speed-up over the full model", ylabel=name or "ROUGE-L to the full model's text", title=rows[0]["task"])
+    axis.set(xlabel="speed-up over the full model", ylabel=score_title(rows[0]), title=rows[0]["task"])
     handles = dict(zip(*reversed(axis.get_legend_handles_labels())))
     axis.legend(handles.values(), handles.keys(), fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def draw_sweep(plt, rows: list[dict]):
+    """Score and exit layer against the swept field with the most numbers, a line for each combination of the others; None if that is no
+    sweep, or of nothing that can be an axis."""
+    swept = [dict(part.split("=") for part in row["name"].split()) if "=" in row["name"] else {} for row in rows[1:]]
+    fields = {name: {each.get(name) for each in swept} for name in swept[0]} if all(swept) else {}
+    numbers = {name: len(values) for name, values in fields.items() if all(value.replace(".", "", 1).isdigit() for value in values)}
+    if not numbers or max(numbers.values()) < 3:
+        return None
+    field, lines = max(numbers, key=numbers.get), defaultdict(list)
+    for row, each in zip(rows[1:], swept):
+        lines[" ".join(value for name, value in each.items() if name != field)].append((float(each[field]), row))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    panels = {score_title(rows[0]): leading_score, "average exit layer": lambda row: row["avg_exit_layer"]}
+    for axis, (title, function) in zip(axes, panels.items()):
+        axis.axhline(function(rows[0]), color="k", linewidth=1, linestyle=":", label="full model")
+        for name, points in lines.items():
+            points = sorted((x, function(row)) for x, row in points)
+            axis.plot(*zip(*points), marker="o", label=name, color=COLORS.get(name))
+        axis.set(xlabel=field, ylabel=title, title=rows[0]["task"])
+    axes[0].legend(fontsize="small")
     return figure
 
 
@@ -164,7 +195,7 @@ def draw_ranks(plt, views: Views):
     """Rank of the last layer's token at every layer."""
     figure, axis = plt.subplots(figsize=(7, 4))
     axis.boxplot(list(views.ranks.T), whis=(1, 99), showfliers=False, medianprops={"color": "C3"})
-    axis.set(yscale="log", xlabel="layer", ylabel="rank of the last layer's token (whiskers: 1 % and 99 %)")
+    axis.set(yscale="log", xlabel="layer", ylabel="rank", title="rank of the last layer's token (whiskers: 1 % and 99 % of positions)")
     return figure
 
 
@@ -175,7 +206,7 @@ def draw_confidence(plt, views: Views):
     axis.plot(layers, views.agrees.mean(0), color="k", marker="o", label="agrees with the last layer")
     for name, values in views.confidence.items():
         axis.plot(layers, values.mean(0), color=COLORS[name], marker=".", linestyle="--", label=f"confidence: {name}")
-    axis.set(xlabel="layer", ylim=(0, 1), title="an early layer above the black line is over-confident")
+    axis.set(xlabel="layer", ylim=(0, 1), title="confidence above the black line is over-confidence")
     axis.legend(fontsize="small")
     return figure
 
@@ -210,7 +241,7 @@ def draw_divergences(plt, values: np.ndarray, words: list[str]):
 
 def draw_exits(plt, rows: list[dict], number: int, tokenizer, n_layers: int):
     """Exit layer of every token of one text, a line for each setting."""
-    rows = [row for row in rows if kind(row) != "static"][:10]
+    rows = [row for row in rows if kind(row) != "static"][:12]
     if not rows:
         return None
     length = min(30, max(len(row["prompts"][number]["tokens"]) for row in rows))
@@ -225,6 +256,6 @@ def draw_exits(plt, rows: list[dict], number: int, tokenizer, n_layers: int):
     image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=1, vmax=n_layers)
     axis.grid(False)
     axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axis.set(xlabel="token")
+    axis.set_xticks([])
     figure.colorbar(image, label="exit layer", ticks=sorted({1, *np.unique(grid[~np.isnan(grid)]).astype(int).tolist(), n_layers}))
     return figure

@@ -190,7 +190,8 @@ def test_a_sweep_makes_every_combination_marks_its_front_and_goes_on_where_it_st
     run_command(monkeypatch, *words)
     again = (tmp_path / "sweep.jsonl").read_text().splitlines()
     assert asked == [["threshold=0.9 exit_layers=4"]] and again[:3] == lines[:3] and len(again) == 4
-    assert capsys.readouterr().out.count("| threshold=") == 4
+    printed = capsys.readouterr().out
+    assert printed.count("| threshold=") == 4 and "exit_layers 2,3 (2 rows): speed-up" in printed and "threshold 0.9 (2 rows)" in printed
 
 
 def test_the_pareto_front_by_hand():
@@ -232,7 +233,9 @@ def test_pictures_are_drawn_from_a_table_and_from_a_sweep(checkpoint, monkeypatc
     run_command(monkeypatch, *base)
     kinds = ("speed", "confidence-flops", "ranks", "confidence", "reliability", "jsd", "exits")
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {f"e2e-{kind}.png" for kind in kinds}
-    run_command(monkeypatch, *base, "--results", tmp_path / "s.jsonl", "--sweep", "confidence", "softmax", "jsd", "--exit-layers", "2,3")
+    sweep = ("--sweep", "confidence", "softmax", "jsd", "--sweep", "min-layer", 1, 2, 3)
+    run_command(monkeypatch, *base, "--results", tmp_path / "s.jsonl", *sweep)
+    assert (tmp_path / "pictures" / "e2e-sweep.png").exists()
 
 
 def test_two_processes_share_the_prompts_and_merge_their_results(checkpoint, tmp_path):

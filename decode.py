@@ -4,6 +4,7 @@ Dimensions: R rows of a pass, d model width, n candidates, L layers, V vocabular
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -276,10 +277,22 @@ def demo_exits(n_layers: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(n_layers * share)) for share in (1 / 3, 1 / 2, 2 / 3)} - {n_layers}))
 
 
-def chosen(args: argparse.Namespace, defaults: DecodeConfig) -> DecodeConfig:
-    """The defaults, changed by --thresholds, then by the flags."""
+def chosen(args: argparse.Namespace, n_layers: int) -> DecodeConfig:
+    """What the command does by itself, changed by `decode` in the settings beside the checkpoint, by --thresholds, and by the flags."""
     contrast = {"predict": "contrast"} if args.amateur else {}
-    return replace(defaults, **{**contrast, **with_thresholds(args.thresholds, given(args, DecodeConfig))})
+    base = replace(DEMO, exit_layers=demo_exits(n_layers))
+    return replace(base, **{**beside(args.checkpoint), **contrast, **with_thresholds(args.thresholds, given(args, DecodeConfig))})
+
+
+def beside(checkpoint: str) -> dict:
+    """Fields of DecodeConfig that the settings beside a checkpoint name for `decode`. Raises ValueError for unusable ones."""
+    path = Path(checkpoint).with_suffix(".json")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8")).get("decode", {}) if path.is_file() else {}
+        DecodeConfig(**settings)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not usable as settings of decode ({error})") from None
+    return settings
 
 
 def variant(config: DecodeConfig, name: str) -> DecodeConfig:
@@ -320,7 +333,7 @@ def main() -> None:
     place = device_and_dtype(args)
     model, tokenizer = load_checkpoint(args.checkpoint, *place)
     L = model.config.n_layers
-    config = chosen(args, replace(DEMO, exit_layers=demo_exits(L)))
+    config = chosen(args, L)
     amateur, prompt = read_amateur(args.amateur, tokenizer, *place), read_prompt(args.prompt, tokenizer)
     configs = {name: variant(config, name) for name in args.compare.split(",")} if args.compare else {"": config}
     check_prompt(prompt, model)

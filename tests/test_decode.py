@@ -409,10 +409,24 @@ def test_settings_side_by_side(tiny_model, tmp_path, monkeypatch, capsys):
 
 def test_thresholds_from_a_file_give_way_to_flags(tiny_model, tmp_path):
     (tmp_path / "t.json").write_text('{"confidence": "jsd", "exit_layers": [1, 2], "layer_thresholds": [0.5, 0.6]}')
-    read = lambda *words: decode.chosen(decode.make_parser().parse_args(["--prompt=1", f"--thresholds={tmp_path / 't.json'}", *words]),  # noqa: E731
-                                          DecodeConfig(threshold=0.9))  # fmt: skip
+
+    def read(*words) -> DecodeConfig:
+        return decode.chosen(decode.make_parser().parse_args(["--prompt=1", f"--thresholds={tmp_path / 't.json'}", *words]), 5)
+
     assert read().exits(5) == {1: 0.5, 2: 0.6} and read().confidence == "jsd"
     assert read("--threshold=0.7").exits(5) == {1: 0.7, 2: 0.7} and read("--layer-thresholds=0.1,0.2").exits(5) == {1: 0.1, 2: 0.2}
+
+
+def test_settings_beside_a_checkpoint_are_its_defaults(tmp_path):
+    def read(*words) -> DecodeConfig:
+        return decode.chosen(decode.make_parser().parse_args(["--prompt=1", f"--checkpoint={tmp_path / 'x.pt'}", *words]), 12)
+
+    assert read() == replace(decode.DEMO, exit_layers=(4, 6, 8))
+    (tmp_path / "x.json").write_text('{"decode": {"temperature": 0.8, "top_p": 0.9}, "stories": {}}')
+    assert read() == replace(decode.DEMO, exit_layers=(4, 6, 8), temperature=0.8, top_p=0.9) and read("--temperature=0").temperature == 0
+    (tmp_path / "x.json").write_text('{"decode": {"temperature": -1}}')
+    with pytest.raises(ValueError, match=r"x.json: not usable as settings of decode"):
+        read()
 
 
 @pytest.mark.parametrize("n_layers", [2, 3, 6, 12, 30])

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 LOSSES = ("none", "weighted", "rotate", "distill", "hidden")
 CHUNK = {"cpu": 2**20, "cuda": 2**25}  # logits that are alive at a time: few enough for a CPU's cache, enough to keep a GPU busy
+FEWEST = 64  # rows at a time, whatever the vocabulary: the unembedding is read once for all of them
 
 
 # ---------------------------------------------------------------- what a step trains
@@ -96,17 +97,17 @@ def exit_loss(model: Transformer, rows: dict[int, Tensor], targets: Tensor, weig
     exit's argmax is the last layer's, (N,) bool. A loss is the mean over the N targets, in nats, of the cross-entropy or, with `distill`,
     at all layers but the last, of KL(p_L‖p_l) from the last layer's distribution, which gets no gradient from it.
 
-    Only logits of one layer and of at most CHUNK numbers are alive, and the last layer's: the gradients of a chunk are made at once, so
-    that nothing of it is kept for, or made again in, the backward pass. That is 4 bytes times CHUNK for each of logits, log-probabilities,
-    their gradient and the last layer's logits, 16 MiB on a CPU and 512 MiB on a GPU, whatever N and V (but one row at least); and one
-    gradient of the unembedding, (V, d).
+    Only logits of one layer and of at most n = max(CHUNK, FEWEST V) numbers are alive, and the last layer's: the gradients of a chunk are
+    made at once, so that nothing of it is kept for, or made again in, the backward pass. That is 4 n bytes for each of logits,
+    log-probabilities, their gradient and the last layer's logits, whatever N: 16 MiB on a CPU and 512 MiB on a GPU, for V = 262,144 on a
+    CPU 256 MiB; and one gradient of the unembedding, (V, d).
     rows: states of the layers in `weights` and of the last, (N, d)."""
     last, taught = max(rows), torch.is_grad_enabled()
     unembed = model.unembed.detach().requires_grad_(taught and model.unembed.requires_grad)
     normed = {layer: model.exit_norm(rows[layer], layer) for layer in sorted(weights, reverse=True)}  # (N, d), the last layer first
     losses = {layer: targets.new_zeros((), dtype=torch.float32) for layer in weights}
     slopes, agreed = {layer: torch.empty_like(x) for layer, x in normed.items()}, {layer: [] for layer in weights if layer != last}
-    for part in torch.arange(len(targets), device=targets.device).split(max(1, CHUNK[targets.device.type] // model.config.vocab_size)):
+    for part in torch.arange(len(targets), device=targets.device).split(max(FEWEST, CHUNK[targets.device.type] // model.config.vocab_size)):
         final = None
         if last not in weights and (distill or compare):
             final = model.head(rows[last][part]).detach()

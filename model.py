@@ -212,10 +212,12 @@ class Transformer(nn.Module):
         (N, d)."""
         if layer not in self.config.exit_norms:
             return rms_norm(hidden, self.norm, self.config.norm_eps)
+        norm = self.exit_norms[str(layer)]
+        hidden = hidden.to(norm.dtype)  # in training heads may be finer than the blocks
         if self.config.adapter_rank:
             down, up = self.adapters[str(layer)]
             hidden = hidden + hidden @ down.T @ up
-        return rms_norm(hidden, self.exit_norms[str(layer)], self.config.norm_eps)
+        return rms_norm(hidden, norm, self.config.norm_eps)
 
     def head(self, hidden: Tensor, layer: int | None = None) -> Tensor:
         """z_l = W norm_l(h_l): hidden (N, d) after `layer` (None: the last) -> logits (N, V) float32."""

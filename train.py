@@ -120,6 +120,11 @@ def on_device(batch: Batch, device: str) -> tuple[Tensor, Tensor, Tensor]:
     return inputs, targets.flatten(), documents
 
 
+def autocast(config: TrainConfig) -> torch.autocast:
+    """Matrix products in the dtype of training, what is summed in float32."""
+    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
 def train_step(objective: nn.Module, optimizer: torch.optim.Optimizer, stream: Iterator[Batch], config: TrainConfig, step: int,
                rank: int = 0, world: int = 1) -> float:  # fmt: skip
     """One update by `accumulate` micro-batches of each of `world` processes; returns the mean loss of the deepest layer trained. Raises
@@ -131,8 +136,7 @@ def train_step(objective: nn.Module, optimizer: torch.optim.Optimizer, stream: I
     for turn in range(config.accumulate):
         number = (step * config.accumulate + turn) * world + rank
         skipped, synced = skipped_layers(config, model.config.n_layers, number), world == 1 or turn == config.accumulate - 1
-        with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16"), \
-             nullcontext() if synced else objective.no_sync():  # fmt: skip
+        with autocast(config), nullcontext() if synced else objective.no_sync():
             loss, deepest = objective(*on_device(next(stream), config.device), layers, skipped)
             (loss / config.accumulate).backward()
         mean += deepest.item() / config.accumulate
@@ -155,9 +159,10 @@ def validate(model: Transformer, array: np.ndarray, config: TrainConfig) -> dict
     for batch, _ in zip(batches(array, config.rows, config.length, seed=None), range(VALIDATION_BATCHES)):
         inputs, targets, documents = on_device(batch, config.device)
         learned = (targets >= 0).nonzero()[:, 0]
-        states = model.hidden_states(inputs, documents)
-        rows = {layer: states[layer][learned] for layer in layers}
-        _, losses, agreed = exit_loss(model, rows, targets[learned], dict.fromkeys(layers, 1.0), compare=True)
+        with autocast(config):
+            states = model.hidden_states(inputs, documents)
+            rows = {layer: states[layer][learned] for layer in layers}
+            _, losses, agreed = exit_loss(model, rows, targets[learned], dict.fromkeys(layers, 1.0), compare=True)
         for layer in layers:
             sums[layer][0] += losses[layer].item() * len(learned)
             sums[layer][1] += agreed[layer].sum().item() if layer in agreed else len(learned)
@@ -316,7 +321,13 @@ def train(config: TrainConfig, shape: ModelConfig, folder: Path, overwrite: bool
         tell(f"stopped by a signal; {checkpoint} is at step {step} of {config.max_steps}, and the same command goes on from there")
         sys.exit(128 + (signals or [15])[0])
     if rank == 0:
-        dtype = read_checkpoint(config.init)["weights"]["embedding"].dtype if config.init else torch.float16
+        dtype = torch.float16
+        if config.init:
+            weights = read_checkpoint(config.init)["weights"]
+            dtype = weights["embedding"].dtype
+            for name, weight in weights.items():
+                if not model.get_parameter(name).requires_grad:
+                    model.get_parameter(name).data = weight  # as it was, whatever the dtype of training
         provenance = {"command": " ".join(sys.argv), "config": asdict(config), "steps": step, "loss and agreement by layer": scores}
         save_checkpoint(folder / "model.pt", model, tokenizer, dtype, provenance=provenance)
         tell(f"wrote {folder / 'model.pt'}")

@@ -114,6 +114,7 @@ def by_definition(model: Transformer, rows, targets, weights: dict[int, float], 
 @pytest.mark.parametrize("weights", [{1: 0.2, 2: 0.3, 3: 0.5}, {1: 0.4, 2: 0.6}])  # the last layer trained, or only there
 def test_value_and_gradient_are_those_of_the_definition(distill, chunk, shape, weights, monkeypatch):
     monkeypatch.setitem(losses.CHUNK, "cpu", chunk)
+    monkeypatch.setattr(losses, "FEWEST", 1)
     model, (inputs, targets, documents) = untrained(**shape), batch()
     learned = targets >= 0
     rows = {layer: state[learned] for layer, state in enumerate(model.hidden_states(inputs, documents)) if layer}
@@ -134,6 +135,7 @@ def test_logits_of_one_exit_and_one_chunk_at_a_time_are_made(monkeypatch):
     """Of the last layer and two exits, 14 targets in chunks of 4: twelve products, none larger than a chunk."""
     model, (inputs, targets, documents), sizes = untrained(), batch(), []
     monkeypatch.setitem(losses.CHUNK, "cpu", 4 * 300)
+    monkeypatch.setattr(losses, "FEWEST", 1)
     score = model.score
     monkeypatch.setattr(model, "score", lambda normed, weight: sizes.append(len(normed)) or score(normed, weight))
     Objective(model, CONFIG)(inputs, targets, documents, [1, 2, 3])[0].backward()

@@ -331,11 +331,12 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
 # ---------------------------------------------------------------- from a checkpoint, heads alone, several processes
 
 
-@pytest.fixture(scope="module")
-def tuned(config, finished, tmp_path_factory):
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def tuned(config, finished, tmp_path_factory, request):
     """Heads trained on the finished model: settings and folder."""
     folder = tmp_path_factory.mktemp("heads")
-    heads = dataclasses.replace(config, init=str(finished[0] / "model.pt"), train="heads", loss="weighted", classifier=True, max_steps=40)
+    heads = dataclasses.replace(config, init=str(finished[0] / "model.pt"), train="heads", loss="weighted", classifier=True, max_steps=40,
+                                dtype=request.param)  # fmt: skip
     train.train(heads, shape_from(heads, {"adapter_rank": 4}), folder)
     return heads, folder
 

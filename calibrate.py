@@ -6,7 +6,14 @@ tolerance, on prompts from the same source.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+
+from data import Example
+from measure import measure, prepare
+from metrics import rouge_l_f1
+from runs import tell
+from settings import DecodeConfig
+from tasks import Task
 
 CANDIDATES = tuple(step / 20 for step in range(20, -1, -1))  # thresholds, from cautious to bold
 
@@ -60,3 +67,50 @@ def binomial_cdf(k: int, n: int, p: float) -> float:
     terms = (math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
              for i in range(min(k, n) + 1))  # fmt: skip
     return min(1.0, sum(map(math.exp, terms)))
+
+
+# ---------------------------------------------------------------- on a model
+
+
+def find_threshold(model, tokenizer, task: Task, sets: dict[str, list[Example]], config: DecodeConfig, risk: str, tolerance: float,
+                   error: float) -> tuple[float | None, dict]:  # fmt: skip
+    """The threshold that Learn then Test finds on the calibration examples, None if none passes; and how, held-out risk included. sets:
+    examples by what they are, the first to calibrate on, the second to check on. risk: consistency, 1 - ROUGE-L to the full model's text;
+    or task, how much lower the task's first score is."""
+    full: dict[str, list[str]] = {}
+    name = next(iter(task.scores)) if risk == "task" else "consistency"
+
+    def losses(threshold: float, which: str) -> list[float]:
+        examples = sets[which]
+        configs = {} if which in full else {"full": config.full()}
+        prompts, configs = prepare(model, tokenizer, task, examples, configs | {"early": replace(config, threshold=threshold)})
+        rows = measure(model, prompts, configs, 1, f"{task.name}, {which}, threshold {threshold:g}")
+        texts = {label: [tokenizer.decode(out.tokens).strip() for out in row.outputs] for label, row in rows.items()}
+        early, exact = texts["early"], full.setdefault(which, texts.get("full"))
+        if risk == "consistency":
+            return [1 - rouge_l_f1(*pair) for pair in zip(early, exact)]
+        scores = [[task.score([text], [list(each.references)])[name] for text, each in zip(some, examples)] for some in (early, exact)]
+        return [max(0.0, whole - part) for part, whole in zip(*scores)]
+
+    fit, check = sets
+    threshold, tested = calibrate(lambda threshold: losses(threshold, fit), tolerance, error)
+    for each in tested:
+        tell(f"threshold {each.threshold:g}: risk {each.risk:.4f}, p {each.p_value:.4f}")
+    provenance = {"tolerance": tolerance, "error": error, "risk": risk, "loss": name, "calibrated on": f"{len(sets[fit])} inputs of {fit}",
+                  "tested": [asdict(each) for each in tested]}  # fmt: skip
+    if threshold is not None:
+        held_out = losses(threshold, check)
+        provenance["held out"] = {"on": f"{len(held_out)} inputs of {check}", "risk": sum(held_out) / len(held_out)}
+    return threshold, provenance
+
+
+def report(task: Task, threshold: float | None, provenance: dict) -> str:
+    """What calibration found, in words."""
+    risk, tolerance = f"{provenance['risk']} risk", provenance["tolerance"]
+    if threshold is None:
+        return (f"{task.name}: no threshold keeps the {risk} below {tolerance} at error level {provenance['error']}; raise --tolerance, "
+                "take more inputs (--limit), other exits, or --verify, which changes nothing")  # fmt: skip
+    held_out = provenance["held out"]
+    above = " Above it: the guarantee is for the mean over many inputs, of the same source as those calibrated on."
+    return (f"{task.name}: threshold {threshold:g}; on {held_out['on']}, not used to find it, its {risk} is {held_out['risk']:.4f} "
+            f"(tolerance {tolerance})." + above * (held_out["risk"] > tolerance))  # fmt: skip

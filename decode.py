@@ -21,7 +21,7 @@ from cli import Parser, add_flags, add_model_flags, device_and_dtype, given, rea
 from confidence import Trace, resolve
 from model import Transformer, load_checkpoint
 from predict import judge, penalize, pick, scores
-from settings import DecodeConfig, with_thresholds
+from settings import DecodeConfig, from_json, with_thresholds
 from show import difference, show
 from thresholds import Constant
 from tokenizer import encode_prompt
@@ -288,11 +288,9 @@ def beside(checkpoint: str) -> dict:
     """Fields of DecodeConfig that the settings beside a checkpoint name for `decode`. Raises ValueError for unusable ones."""
     path = Path(checkpoint).with_suffix(".json")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8")).get("decode", {}) if path.is_file() else {}
-        DecodeConfig(**settings)
-    except (ValueError, TypeError, AttributeError) as error:
+        return from_json(json.loads(path.read_text(encoding="utf-8")).get("decode", {})) if path.is_file() else {}
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not usable as settings of decode ({error})") from None
-    return settings
 
 
 def variant(config: DecodeConfig, name: str) -> DecodeConfig:

@@ -2,9 +2,9 @@
 
     python eval.py                                                  the table
     python eval.py --confidence softmax --threshold 0.6             the full model against one setting
-    python eval.py --tasks samsum=val.jsonl,squad=dev-v1.1.json     other tasks; --show-prompt shows what the model gets
+    python eval.py --tasks samsum=val.jsonl --confidence jsd        another task; --show-prompt shows what the model gets
     python eval.py --sweep threshold 0.3 0.5 0.7 --sweep exit-layers 4 4,8    every combination; goes on where it stopped
-    python eval.py --calibrate --tolerance 0.05 --error 0.05        a threshold with a guarantee, written to a file
+    python eval.py --calibrate --tasks e2e --tolerance 0.05         a threshold with a guarantee, written to a file
     python eval.py --thresholds FILE                                the full model against settings from such a file
     python eval.py --tune                                           chooses the settings anew, on dev, and writes them
     torchrun --nproc-per-node 2 eval.py                             several GPUs, or processes, share the prompts
@@ -16,133 +16,29 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, replace
-from itertools import product
 from pathlib import Path
 
-from tqdm import tqdm
-
-from calibrate import calibrate
-from cli import Parser, add_flags, add_model_flags, device_and_dtype, given, read_field, run, write_json
+from calibrate import find_threshold, report
+from cli import Parser, add_flags, add_model_flags, device_and_dtype, given, run, write_json
 from data import Example, digest
 from decode import DEFAULT_CHECKPOINT, DecodeConfig
-from measure import Measured, environment, evaluate, means, measure, pareto, peak_memory, prepare, table
-from metrics import rouge_l_f1
+from measure import alike, environment, evaluate, means, pareto, peak_memory, table
 from model import load_checkpoint
 from runs import process_group, processes, tell
 from settings import with_thresholds
+from sweep import combinations, sweep
 from tasks import TASKS, Task, find_task, read_task, sample
 from tune import read_settings, tune
 
-AT_A_TIME = 4  # settings of a sweep that are measured in turn with the full model, then kept
-
-
-# ---------------------------------------------------------------- the table
-
-
-def rows_of(args: argparse.Namespace, task: Task, n_layers: int, custom: dict) -> dict[str, DecodeConfig]:
-    """The rows to measure beside the full model: with --confidence one of your own, else those of the settings, all or some."""
-    if "confidence" in custom:
-        config = DecodeConfig(**{"max_new_tokens": task.max_new_tokens, **custom})
-        config.exits(n_layers)
-        return {"yours": config}
-    configs = read_settings(args.settings, task, n_layers, custom)
-    names = args.rows.split(",") if args.rows else list(configs)
-    unknown = [name for name in names if name not in configs]
-    if unknown:
-        raise ValueError(f"{args.settings}: has no row {unknown[0]!r} for {task.name}; choose from {', '.join(configs)}")
-    return {name: configs[name] for name in names}
-
-
-# ---------------------------------------------------------------- sweeps
-
-
-def combinations(sweeps: list[list[str]], task: Task, n_layers: int, custom: dict) -> dict[str, DecodeConfig]:
-    """Every combination of the values swept, named by them. Raises ValueError for one that cannot be."""
-    choices = [[(field.replace("-", "_"), text) for text in texts] for field, *texts in sweeps]
-    configs = {}
-    for picks in product(*choices):
-        values = {field: read_field(DecodeConfig, field, text) for field, text in picks}
-        config = DecodeConfig(**{"max_new_tokens": task.max_new_tokens, "confidence": "softmax", **custom, **values})
-        config.exits(n_layers)
-        configs[" ".join(f"{field}={text}" for field, text in picks)] = config
-    return configs
-
-
-def sweep(model, tokenizer, task: Task, examples: list[Example], configs: dict[str, DecodeConfig], args, about: dict) -> list[dict]:
-    """Rows of all configs, those that the results file has already taken from there; what is measured is added to it, a few settings at a
-    time, each time beside the full model. A figure that depends on the machine is kept with where it was measured."""
-    known, keys = {}, {name: digest(about, task.name, task.shots, asdict(config)) for name, config in configs.items()}
-    if args.results.is_file():
-        for number, line in enumerate(args.results.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                known |= {(entry := json.loads(line))["key"]: entry["rows"]}
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{args.results}, line {number}: not a result of a sweep; name another file with --results") from None
-    missing = [name for name in configs if keys[name] not in known]
-    for start in range(0, len(missing), AT_A_TIME):
-        part = {name: configs[name] for name in missing[start : start + AT_A_TIME]}
-        full, *rows = evaluate(model, tokenizer, task, examples, part, args.repeat)
-        for row in rows:
-            pair = [{name: value for name, value in each.items() if name != "prompts"} for each in (full, row)]
-            entry = {"key": keys[row["name"]], "environment": environment(model) | about, "rows": pair}
-            known[entry["key"]] = pair
-            if processes()[0] == 0:
-                with open(args.results, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(entry) + "\n")
-    rows = [known[keys[name]][1] | {"name": name} for name in configs]
-    return [known[keys[next(iter(configs))]][0], *rows]
-
-
-# ---------------------------------------------------------------- calibration
-
-
-def find_threshold(model, tokenizer, task: Task, sets: dict[str, list[Example]], config: DecodeConfig, args) -> tuple[float | None, dict]:
-    """The threshold that Learn then Test finds on the calibration examples, None if none passes; and how, held-out risk included. sets:
-    examples by split, the first to calibrate on, the second to check."""
-    full: dict[str, Measured] = {}
-
-    def losses(threshold: float, split: str) -> list[float]:
-        examples = sets[split]
-        configs = {} if split in full else {"full": config.full()}
-        prompts, configs = prepare(model, tokenizer, task, examples, configs | {"early": replace(config, threshold=threshold)})
-        rows = measure(model, prompts, configs, 1, f"{task.name}, {split}, threshold {threshold:g}")
-        full.setdefault(split, rows.get("full"))
-        early, exact = ([tokenizer.decode(out.tokens).strip() for out in row.outputs] for row in (rows["early"], full[split]))
-        if args.risk == "consistency":
-            return [1 - rouge_l_f1(*pair) for pair in zip(early, exact)]
-        name = "rougeL" if "rougeL" in task.scores else next(iter(task.scores))
-        scores = [[task.score([text], [list(each.references)])[name] for text, each in zip(texts, examples)] for texts in (early, exact)]
-        return [max(0.0, whole - part) for part, whole in zip(*scores)]
-
-    fit, check = sets
-    threshold, tested = calibrate(lambda threshold: losses(threshold, fit), args.tolerance, args.error)
-    for each in tested:
-        tell(f"threshold {each.threshold:g}: risk {each.risk:.4f}, p {each.p_value:.4f}")
-    provenance = {"tolerance": args.tolerance, "error": args.error, "risk": args.risk, "calibrated on": f"{len(sets[fit])} inputs of {fit}",
-                  "tested": [asdict(each) for each in tested]}  # fmt: skip
-    if threshold is None:
-        return None, provenance
-    held_out = losses(threshold, check)
-    provenance["held out"] = {"split": check, "inputs": len(held_out), "risk": sum(held_out) / len(held_out)}
-    return threshold, provenance
-
-
-def calibrate_task(model, tokenizer, task: Task, sets: dict[str, list[Example]], custom: dict, args, about: dict) -> None:
-    """Calibrates, says what was found, and writes it. Ends with status 1 if no threshold passes."""
-    config = DecodeConfig(**{"max_new_tokens": task.max_new_tokens, "confidence": "softmax", **custom})
-    config.exits(model.config.n_layers)
-    threshold, provenance = find_threshold(model, tokenizer, task, sets, config, args)
-    if threshold is None:
-        tell(f"{task.name}: no threshold keeps the {args.risk} risk below {args.tolerance} at error level {args.error}; raise --tolerance, "
-             "take more inputs (--limit), other exits, or --verify, which changes nothing")  # fmt: skip
-        sys.exit(1)
-    check = provenance["held out"]
-    tell(f"{task.name}: threshold {threshold:g}; on {check['inputs']} inputs of {check['split']} its {args.risk} risk is "
-         f"{check['risk']:.4f} (tolerance {args.tolerance})")  # fmt: skip
-    settings = {name: value for name, value in asdict(config).items() if value != getattr(DecodeConfig(), name)}
-    write_json(args.calibrated, {**settings, "threshold": threshold, "provenance": provenance | about | {"task": task.name}})
-    tell(f"wrote {args.calibrated}")
-
+DEFAULTS = {"limit": 60, "repeat": 2, "seed": 0, "shots": 0, "results": Path("sweep.jsonl"), "calibrated": Path("thresholds.json"),
+            "risk": "consistency", "tolerance": 0.05, "error": 0.05}  # fmt: skip
+USELESS = {  # flags that say nothing to a command
+    "the table": ("results", "calibrated", "risk", "tolerance", "error"),
+    "show_prompt": ("results", "calibrated", "risk", "tolerance", "error", "json", "plot", "rows", "repeat"),
+    "tune": ("results", "calibrated", "risk", "tolerance", "error", "json", "plot", "rows", "repeat", "thresholds"),
+    "sweep": ("calibrated", "risk", "tolerance", "error", "rows", "settings"),
+    "calibrate": ("results", "json", "plot", "rows", "repeat", "settings"),
+}
 
 # ---------------------------------------------------------------- the command line
 
@@ -152,10 +48,10 @@ def make_parser() -> Parser:
     add_model_flags(parser, str(DEFAULT_CHECKPOINT))
     parser.add_argument("--tasks", help=f"comma-separated, of {', '.join(TASKS)}, or NAME=FILE (default: those of the settings)")
     parser.add_argument("--split", choices=("dev", "test"), help="data to use (default: test; dev with --tune and --calibrate)")
-    parser.add_argument("--limit", type=int, default=60, help="inputs of each task, drawn by --seed; 0 is all (default: %(default)s)")
-    parser.add_argument("--repeat", type=int, default=2, help="times an input is decoded; the median counts (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draw of inputs, and of sampling (default: 0)")
-    parser.add_argument("--shots", type=int, default=0, help="solved examples before every prompt, from the training file (default: 0)")
+    parser.add_argument("--limit", type=int, help="inputs of each task, drawn by --seed; 0 is all (default: 60)")
+    parser.add_argument("--repeat", type=int, help="times an input is decoded; the median counts (default: 2)")
+    parser.add_argument("--seed", type=int, default=argparse.SUPPRESS, help="seed of the draw of inputs, and of sampling (default: 0)")
+    parser.add_argument("--shots", type=int, help="solved examples before every prompt, from the training file (default: 0)")
     parser.add_argument("--shot-file", metavar="FILE", help="take them from this file")
     parser.add_argument("--show-prompt", action="store_true", help="print the first prompt of each task, as the model gets it, and end")
     parser.add_argument("--skip-bad", action="store_true", help="count and skip malformed lines of a data file")
@@ -167,13 +63,13 @@ def make_parser() -> Parser:
     modes = parser.add_argument_group("other than the table of the settings")
     modes.add_argument("--tune", action="store_true", help="choose the settings on dev and write them to --settings")
     modes.add_argument("--sweep", nargs="+", action="append", metavar=("FIELD", "VALUE"), help="a row for each value, or combination")
-    modes.add_argument("--results", type=Path, default=Path("sweep.jsonl"), metavar="FILE", help="of a sweep (default: %(default)s)")
+    modes.add_argument("--results", type=Path, metavar="FILE", help="of a sweep, which goes on from it (default: sweep.jsonl)")
     modes.add_argument("--calibrate", action="store_true", help="find a threshold whose risk is below the tolerance, by Learn then Test")
-    modes.add_argument("--tolerance", type=float, default=0.05, help="largest expected loss, between 0 and 1 (default: %(default)s)")
-    modes.add_argument("--error", type=float, default=0.05, help="chance allowed to be wrong about it (default: %(default)s)")
-    modes.add_argument("--risk", choices=("consistency", "task"), default="consistency",
-                       help="loss: 1 - ROUGE-L to the full model's text, or how much lower its score (default: %(default)s)")  # fmt: skip
-    modes.add_argument("--calibrated", type=Path, default=Path("thresholds.json"), metavar="FILE", help="its file (default: %(default)s)")
+    modes.add_argument("--tolerance", type=float, help="largest expected loss, between 0 and 1 (default: 0.05)")
+    modes.add_argument("--error", type=float, help="chance allowed to be wrong about it (default: 0.05)")
+    modes.add_argument("--risk", choices=("consistency", "task"),
+                       help="loss: 1 - ROUGE-L to the full model's text, or how much lower its score (default: consistency)")  # fmt: skip
+    modes.add_argument("--calibrated", type=Path, metavar="FILE", help="the file written (default: thresholds.json)")
     title = "decoding: with --confidence one row of your own, else changes to every row; what a sweep or calibration starts from"
     add_flags(parser, DecodeConfig(), title, skip=("seed",))
     return parser
@@ -182,26 +78,25 @@ def make_parser() -> Parser:
 def parse() -> tuple[argparse.Namespace, dict, list[Task]]:
     """The arguments, checked, the fields of DecodeConfig among them, and the tasks."""
     args = make_parser().parse_args()
-    modes = [name for name in ("tune", "sweep", "calibrate", "show_prompt") if getattr(args, name)]
+    modes = [name for name in USELESS if getattr(args, name, False)]
     if len(modes) > 1:
-        raise ValueError(f"--{modes[0]} and --{modes[1].replace('_', '-')} are two commands; give one of them")
+        raise ValueError(f"--{modes[0]} and --{modes[1]} are two commands; give one of them".replace("_", "-"))
+    mode = modes[0] if modes else "the table"
+    for name in USELESS[mode]:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} says nothing to {'--' * bool(modes)}{mode.replace('_', '-')}; leave it out")
+    custom = with_thresholds(args.thresholds, given(args, DecodeConfig))
+    for name, value in DEFAULTS.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
     args.split = args.split or ("dev" if args.tune or args.calibrate else "test")
     args.settings = args.settings or Path(args.checkpoint).with_suffix(".json")
-    names = args.tasks.split(",") if args.tasks else default_tasks(args.settings)
-    tasks = [find_task(name) for name in names]
-    custom = with_thresholds(args.thresholds, given(args, DecodeConfig))
-    DecodeConfig(**custom)
-    if args.tune and (set(custom) - {"seed"} or args.json):
-        raise ValueError("--tune tries its own settings and writes only these; leave out --json and the decoding flags")
-    if args.calibrate and len(tasks) != 1:
-        raise ValueError(f"--calibrate finds a threshold for one task; choose it with --tasks (here: {','.join(names)})")
-    for field, *values in args.sweep or []:
-        if not values:
-            raise ValueError(f"--sweep {field}: give its values, too")
-    writes = {args.json: True, args.settings: args.tune, args.results: args.sweep, args.calibrated: args.calibrate}
-    for path, written in writes.items():
-        if path and written and not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent} to write to")
+    tasks = [find_task(name) for name in (args.tasks.split(",") if args.tasks else default_tasks(args.settings))]
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two tasks would be called {max(names, key=names.count)}; evaluate them one by one")
+    check_combination(args, custom, names)
+    check_outputs(args)
     if args.limit < 0 or args.repeat < 1 or args.shots < 0:
         raise ValueError(f"limit is {args.limit}, repeat {args.repeat}, shots {args.shots}; at least 0, 1 and 0")
     if not (0 < args.tolerance < 1 and 0 < args.error < 1):
@@ -209,28 +104,126 @@ def parse() -> tuple[argparse.Namespace, dict, list[Task]]:
     return args, custom, tasks
 
 
+def check_combination(args: argparse.Namespace, custom: dict, tasks: list[str]) -> None:
+    """Raises ValueError for flags of which one would be ignored."""
+    DecodeConfig(**custom)
+    if args.tune and set(custom) - {"seed"}:
+        raise ValueError("--tune tries its own settings; leave out the decoding flags")
+    if args.rows and "confidence" in custom:
+        raise ValueError("--rows chooses among the settings, --confidence makes a row of its own; give one of them")
+    if args.shot_file and not args.shots:
+        raise ValueError("--shot-file gives solved examples; say how many with --shots")
+    swept = [field.replace("-", "_") for field, *_ in args.sweep or []]
+    for field, *values in args.sweep or []:
+        if not values or swept.count(field.replace("-", "_")) > 1:
+            raise ValueError(f"--sweep {field}: give it once, with all of its values")
+    if (args.calibrate or "threshold" in swept) and custom.get("layer_thresholds"):
+        raise ValueError("layer_thresholds outranks the threshold that is to be found; leave it out")
+    if args.calibrate and custom.get("confidence", "softmax") is None:
+        raise ValueError("--calibrate needs a confidence function; confidence is none")
+    if args.calibrate and len(tasks) != 1:
+        raise ValueError(f"--calibrate finds a threshold for one task; choose it with --tasks (here: {','.join(tasks)})")
+    if args.calibrate and args.risk == "task" and not find_task(args.tasks).scores:
+        raise ValueError(f"task {tasks[0]} has no score; calibrate with --risk consistency")
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raises ValueError for what could not be written in the end."""
+    written = [args.json, args.tune and args.settings, args.sweep and args.results, args.calibrate and args.calibrated]
+    for path in filter(None, [*written, args.plot]):
+        if not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent} to write to")
+        if path.is_dir() if path in written else path.is_file():
+            raise ValueError(f"{path}: is a {'folder' if path in written else 'file'}; give another name")
+    if args.plot:
+        from plots import pyplot
+
+        pyplot()
+    if args.tune:
+        args.before = read_object(args.settings)
+
+
+def read_object(path: Path) -> dict:
+    """The object in a JSON file, {} if there is no file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not settings by task")
+    return content
+
+
 def default_tasks(settings: Path) -> list[str]:
     """The tasks that a checkpoint has settings for; else those of the embedded model."""
-    try:
-        return [name for name in json.loads(settings.read_text(encoding="utf-8")) if name in TASKS] or ["translation", "e2e"]
-    except (OSError, ValueError):
-        return ["translation", "e2e"]
+    return [name for name in read_object(settings) if name in TASKS] or ["translation", "e2e"]
 
 
-def load_examples(args: argparse.Namespace, task: Task, split: str, tokenizer) -> tuple[Task, list[Example]]:
-    """The task with its shots, and its inputs."""
+# ---------------------------------------------------------------- what each command does
+
+
+def rows_of(args: argparse.Namespace, task: Task, n_layers: int, custom: dict) -> dict[str, DecodeConfig]:
+    """What to measure beside the full model: a sweep's combinations; with --confidence a row of your own; else those of the settings, all
+    or some."""
+    if args.sweep:
+        return combinations(args.sweep, n_layers, start(task, custom))
+    if "confidence" in custom:
+        config = DecodeConfig(**start(task, custom))
+        config.exits(n_layers)
+        return {"yours": config}
+    configs = read_settings(args.settings, task, n_layers, custom)
+    names = args.rows.split(",") if args.rows else list(configs)
+    unknown = [name for name in names if name not in configs]
+    if unknown:
+        raise ValueError(f"{args.settings}: has no row {unknown[0]!r} for {task.name}; choose from {', '.join(configs)}")
+    return {name: configs[name] for name in names}
+
+
+def start(task: Task, custom: dict) -> dict:
+    """Fields of DecodeConfig that a setting begins with."""
+    return {"max_new_tokens": task.max_new_tokens, "confidence": "softmax", **custom}
+
+
+def load_examples(args: argparse.Namespace, task: Task, split: str, limit: int) -> tuple[Task, list[Example]]:
+    """The task with its shots, and its inputs, no shot among them."""
     skipped: list[str] | None = [] if args.skip_bad else None
-    examples = sample(read_task(task, split, skipped), args.limit, args.seed)
+    examples, shots = read_task(task, split, skipped), []
+    if args.shots:
+        if task.openings:
+            raise ValueError(f"{task.name}: goes on from a text, so it takes no --shots")
+        if not args.shot_file and "{}" not in task.file:
+            raise ValueError(f"{task.name}: name the file that the shots come from with --shot-file")
+        shots = sample(read_task(replace(task, file=args.shot_file or task.file), "train", skipped), args.shots, args.seed)
     for message in skipped or []:
         tell(f"skipped: {message}")
     if skipped:
         tell(f"{task.name}: {len(skipped)} malformed lines skipped")
-    if args.shots:
-        if not args.shot_file and "{}" not in task.file:
-            raise ValueError(f"{task.name}: name the file that the shots come from with --shot-file")
-        solved = read_task(replace(task, file=args.shot_file or task.file), "train", skipped)
-        task = task.with_shots(sample(solved, args.shots, args.seed), tokenizer)
-    return task, examples
+    return task.with_shots(shots), sample([each for each in examples if each not in shots], limit, args.seed)
+
+
+def two_sets(args: argparse.Namespace, task: Task) -> dict[str, list[Example]]:
+    """Examples to calibrate on, and others to check on: of the two splits, or of a single file two parts."""
+    if "{}" in task.file:
+        return {split: load_examples(args, task, split, args.limit)[1] for split in (args.split, "test" if args.split == "dev" else "dev")}
+    examples = load_examples(args, task, args.split, 2 * args.limit)[1]
+    if len(examples) < 2:
+        raise ValueError(f"{task.file}: holds too little to calibrate on one half and check on the other")
+    return {f"{task.file} (one part)": examples[::2], f"{task.file} (another part)": examples[1::2]}
+
+
+def calibrate(args: argparse.Namespace, task: Task, model, tokenizer, custom: dict, about: dict) -> None:
+    """Finds a threshold, says what was found, and writes it. Ends with status 1 if no threshold passes."""
+    config = DecodeConfig(**start(task, custom))
+    config.exits(model.config.n_layers)
+    threshold, provenance = find_threshold(
+        model, tokenizer, task, two_sets(args, task), config, args.risk, args.tolerance, args.error)  # fmt: skip
+    tell(report(task, threshold, provenance))
+    if threshold is None:
+        sys.exit(1)
+    if processes()[0] == 0:
+        settings = {name: value for name, value in asdict(config).items() if value != getattr(DecodeConfig(), name)}
+        write_json(args.calibrated, {**settings, "threshold": threshold, "provenance": provenance | about | {"task": task.name}})
+    tell(f"wrote {args.calibrated}")
 
 
 def main() -> None:
@@ -243,49 +236,54 @@ def evaluate_all(args: argparse.Namespace, custom: dict, tasks: list[Task]) -> N
     model, tokenizer = load_checkpoint(args.checkpoint, *device_and_dtype(args))
     if tokenizer is None:
         raise ValueError(f"{args.checkpoint}: has no tokenizer, which these tasks need, being text; decode.py takes token ids")
-    L, settings = model.config.n_layers, {}
-    how = {"checkpoint": str(args.checkpoint), "split_of_data": args.split, "limit": args.limit, "repeat": args.repeat, "seed": args.seed,
-           "shots": args.shots}  # fmt: skip
-    result = {"environment": environment(model) | how, "rows": []}
+    how = {"checkpoint": str(args.checkpoint), "checkpoint_id": digest(Path(args.checkpoint)), "split_of_data": args.split,
+           "limit": args.limit, "repeat": args.repeat, "seed": args.seed, "shots": args.shots}  # fmt: skip
+    result, settings = {"environment": environment(model) | how, "rows": []}, {}
     if processes()[0] == 0:
         print(", ".join(f"{name} {value}" for name, value in result["environment"].items()), file=sys.stderr)
     for task in tasks:
-        task, examples = load_examples(args, task, args.split, tokenizer)
+        task, examples = load_examples(args, task, args.split, args.limit)
         if args.show_prompt:
             first = examples[0]
-            print(f"--- {task.name}, {args.split}\n{task.text(first.prompt, tokenizer)}\n--- references", *first.references, sep="\n")
+            tell(f"--- {task.name}, {args.split}\n{task.text(first.prompt, tokenizer)}\n--- references\n" + "\n".join(first.references))
         elif args.tune:
             settings[task.name] = tune(model, tokenizer, task, examples)
         elif args.calibrate:
-            check = "test" if args.split == "dev" else "dev"
-            sets = {args.split: examples, check: load_examples(args, task, check, tokenizer)[1]}
-            calibrate_task(model, tokenizer, task, sets, custom, args, result["environment"])
+            calibrate(args, task, model, tokenizer, custom, result["environment"])
         else:
-            if args.sweep:
-                rows = sweep(model, tokenizer, task, examples, combinations(args.sweep, task, L, custom), args, how)
-            else:
-                rows = evaluate(model, tokenizer, task, examples, rows_of(args, task, L, custom), args.repeat)
-            result["rows"] += rows
-            best = pareto(rows) if args.sweep else set()
-            marked = [{**row, "name": row["name"] + " *" * (row["name"] in best)} for row in rows]
-            swept = [field.replace("-", "_") for field, *values in args.sweep or [] if len(values) > 1]
-            front = ", * on the Pareto front" if args.sweep else ""
-            tell(f"\n{task.name}, {len(examples)} {args.split} inputs{front}\n\n{table(marked, task)}")
-            if len(swept) > 1:
-                tell("\nmean ± deviation over what else was swept\n" + "\n".join(means(rows[1:], field) for field in swept))
-    if processes()[0]:
+            for configs in alike(rows_of(args, task, model.config.n_layers, custom)):
+                if args.sweep:
+                    rows = sweep(model, tokenizer, task, examples, configs, args.repeat, args.results, how)
+                else:
+                    rows = evaluate(model, tokenizer, task, examples, configs, args.repeat)
+                tell(shown(args, task, rows, len(examples)))
+                result["rows"] += rows
+    if processes()[0] or args.show_prompt:
         return
     result["environment"]["peak_memory_mib"] = peak_memory(model)
+    print(f"peak memory {peak_memory(model)} MiB", file=sys.stderr)
     if args.tune:
-        old = json.loads(args.settings.read_text(encoding="utf-8")) if args.settings.is_file() else {}
-        write_json(args.settings, {**old, **settings})
+        write_json(args.settings, {**args.before, **settings})
     if args.json:
         write_json(args.json, result)
     if args.plot:
         from plots import draw_evaluation
 
         for path in draw_evaluation(args.plot, result["rows"], model, tokenizer):
-            tqdm.write(f"wrote {path}")
+            tell(f"wrote {path}")
+
+
+def shown(args: argparse.Namespace, task: Task, rows: list[dict], count: int) -> str:
+    """The table of some rows; after a sweep with its Pareto front, and with means over each of the fields that have several values."""
+    if not args.sweep:
+        return f"\n{task.name}, {count} {args.split} inputs\n\n{table(rows, task)}"
+    best = pareto(rows)
+    marked = [{**row, "name": row["name"] + " *" * (row["name"] in best)} for row in rows]
+    text = f"\n{task.name}, {count} {args.split} inputs, * on the Pareto front\n\n{table(marked, task)}"
+    swept = [field.replace("-", "_") for field, *values in args.sweep if len(values) > 1]
+    if len(swept) > 1:
+        text += "\n\nmean ± deviation over what else was swept\n" + "\n".join(means(rows[1:], field) for field in swept)
+    return text
 
 
 if __name__ == "__main__":

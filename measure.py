@@ -105,7 +105,7 @@ def confidence_share(model: Transformer, prompts: list[list[int]], config: Decod
     started = time.perf_counter()
     for prompt in prompts:
         generate(model, prompt, config, Timed)
-    return (asking - again) / (time.perf_counter() - started - again)
+    return max(0.0, asking - again) / (time.perf_counter() - started - again)
 
 
 def summarize(
@@ -122,6 +122,7 @@ def summarize(
     ideal = model.config.n_layers * total.tokens / total.block_runs
     texts, full_texts = ([tokenizer.decode(out.tokens).strip() for out in measured.outputs] for measured in (row, full))
     differences = [first_difference(out.tokens, base.tokens) for out, base in zip(row.outputs, full.outputs)]
+    changed = [at for at in differences if at is not None]
     later = [(seconds - first) / (length - 1) for seconds, first, length in zip(row.seconds, row.first, lengths) if length > 1]
     return {
         "task": task.name,
@@ -142,7 +143,7 @@ def summarize(
         "confidence_time_share": asking,
         "agreement": mean(token_agreement(out.tokens, base.tokens) for out, base in zip(row.outputs, full.outputs)),
         "same_texts": mean(difference is None for difference in differences),
-        "first_difference": median([at for at in differences if at is not None] or [0]) if any(differences) else None,
+        "first_difference": median(changed) if changed else None,
         "rougeL_full": mean(map(rouge_l_f1, texts, full_texts)),
         "scores": task.score(texts, [list(example.references) for example in examples]),
         "perplexity": perplexity(model, row) if not task.scores else None,
@@ -172,8 +173,16 @@ def perplexity(model: Transformer, row: Measured) -> float:
     return torch.cat(losses).mean().exp().item()
 
 
+def alike(configs: dict[str, DecodeConfig]) -> list[dict[str, DecodeConfig]]:
+    """The configs in groups that one full model serves: those of the same length, prediction and sampling."""
+    groups = defaultdict(dict)
+    for name, config in configs.items():
+        groups[config.full()][name] = config
+    return list(groups.values())
+
+
 def evaluate(model, tokenizer, task: Task, examples: list[Example], configs: dict[str, DecodeConfig], repeat: int) -> list[dict]:
-    """Rows of one task, first that of the full model under the same length and sampling."""
+    """Rows of one task, first that of the full model, which is one for all of these configs (see `alike`)."""
     prompts, configs = prepare(model, tokenizer, task, examples, configs)
     full = next(iter(configs.values())).full()
     rows = measure(model, prompts, {"full": full, **configs}, repeat, task.name)
@@ -188,7 +197,9 @@ def evaluate(model, tokenizer, task: Task, examples: list[Example], configs: dic
 def prepare(model, tokenizer, task: Task, examples: list[Example], configs: dict[str, DecodeConfig]) -> tuple[list[list[int]], dict]:
     """Token ids of the prompts, cut on the left where they leave no room for an answer, and the configs with what ends an answer."""
     longest, stops = max(config.max_new_tokens for config in configs.values()), task.stop_tokens(tokenizer)
-    prompts, cut = zip(*(task.encode(example.prompt, tokenizer, max(2, model.config.max_len - longest)) for example in examples))
+    if longest > model.config.max_len - 2:
+        raise ValueError(f"max_new_tokens is {longest}, of {model.config.max_len} positions; leave some to the prompt")
+    prompts, cut = zip(*(task.encode(example.prompt, tokenizer, model.config.max_len - longest) for example in examples))
     if any(cut):
         tqdm.write(f"{task.name}: {sum(cut)} of {len(cut)} prompts lost their left to leave {longest} positions to answer", file=sys.stderr)
     return list(prompts), {name: replace(config, stop_tokens=config.stop_tokens or stops) for name, config in configs.items()}

@@ -88,21 +88,25 @@ def draw_evaluation(folder: Path, rows: list[dict], model, tokenizer) -> list[Pa
     plt = pyplot()
     folder.mkdir(parents=True, exist_ok=True)
     made = {}
-    for task in dict.fromkeys(row["task"] for row in rows):
-        own = [row for row in rows if row["task"] == task]
-        made[f"{task}-speed"] = draw_speed(plt, own)
-        made[f"{task}-confidence-flops"] = draw_flops(plt, own)
-        made[f"{task}-sweep"] = draw_sweep(plt, own)
+    starts = [at for at, row in enumerate(rows) if row["name"] == "full"]  # of a table
+    for first, end in zip(starts, [*starts[1:], len(rows)]):
+        own = rows[first:end]
+        name = own[0]["task"]
+        if f"{name}-speed" in made:
+            name += f"-{first}"  # another table of this task
+        made[f"{name}-speed"] = draw_speed(plt, own)
+        made[f"{name}-confidence-flops"] = draw_flops(plt, own)
+        made[f"{name}-sweep"] = draw_sweep(plt, own)
         if "prompts" in own[0]:
             texts = [(each["prompt_tokens"], each["tokens"]) for each in own[0]["prompts"]]
             views, L = look(model, texts, ASKED), model.config.n_layers
-            made[f"{task}-ranks"] = draw_ranks(plt, views)
-            made[f"{task}-confidence"] = draw_confidence(plt, views)
-            made[f"{task}-reliability"] = draw_reliability(plt, views)
+            made[f"{name}-ranks"] = draw_ranks(plt, views)
+            made[f"{name}-confidence"] = draw_confidence(plt, views)
+            made[f"{name}-reliability"] = draw_reliability(plt, views)
             prompt, output = max(texts[:20], key=lambda text: min(len(text[1]), 25))
             words = [piece(tokenizer, token) for token in output[:30]]
-            made[f"{task}-jsd"] = draw_divergences(plt, divergences(model, prompt, output)[:, :30], words)
-            made[f"{task}-exits"] = draw_exits(plt, own[1:], texts.index((prompt, output)), tokenizer, L)
+            made[f"{name}-jsd"] = draw_divergences(plt, divergences(model, prompt, output)[:, :30], words)
+            made[f"{name}-exits"] = draw_exits(plt, own[1:], texts.index((prompt, output)), tokenizer, L)
     paths = []
     for name, figure in made.items():
         if figure is not None:
@@ -151,16 +155,17 @@ def draw_speed(plt, rows: list[dict]):
 
 
 def draw_sweep(plt, rows: list[dict]):
-    """Score and exit layer against the swept field with the most numbers, a line for each combination of the others; None if that is no
+    """Score and exit layer against the swept number with the most values, a line for each combination of the others; None if that is no
     sweep, or of nothing that can be an axis."""
-    swept = [dict(part.split("=") for part in row["name"].split()) if "=" in row["name"] else {} for row in rows[1:]]
-    fields = {name: {each.get(name) for each in swept} for name in swept[0]} if all(swept) else {}
-    numbers = {name: len(values) for name, values in fields.items() if all(value.replace(".", "", 1).isdigit() for value in values)}
-    if not numbers or max(numbers.values()) < 3:
+    configs = [row["config"] for row in rows[1:]]
+    swept = [name for name in configs[0] if len({str(config[name]) for config in configs}) > 1]
+    sizes = {name: len({config[name] for config in configs}) for name in swept
+             if all(type(config[name]) in (int, float) for config in configs)}  # fmt: skip
+    if not sizes or max(sizes.values()) < 3:
         return None
-    field, lines = max(numbers, key=numbers.get), defaultdict(list)
-    for row, each in zip(rows[1:], swept):
-        lines[" ".join(value for name, value in each.items() if name != field)].append((float(each[field]), row))
+    field, lines = max(sizes, key=sizes.get), defaultdict(list)
+    for row, config in zip(rows[1:], configs):
+        lines[" ".join(str(config[name]) for name in swept if name != field)].append((config[field], row))
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     panels = {score_title(rows[0]): leading_score, "average exit layer": lambda row: row["avg_exit_layer"]}
     for axis, (title, function) in zip(axes, panels.items()):

@@ -11,14 +11,15 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import whole_file
+from cli import check_device, whole_file
 
 # ---------------------------------------------------------------- processes
 
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """Under torchrun, this process as one of its group; by itself otherwise."""
+    """Under torchrun, this process as one of its group; by itself otherwise. Raises ValueError for a device that is not there."""
+    check_device(device)
     if "LOCAL_RANK" not in os.environ:
         yield
         return

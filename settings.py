@@ -1,10 +1,10 @@
 """How to decode: every setting, checked, each also a flag of decode.py and eval.py; and thresholds from a file."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from cli import option
+from cli import option, read_field
 from confidence import FUNCTIONS, SCHEDULES, resolve
 from model import check_layers
 from predict import AMATEURS, FORMS
@@ -97,8 +97,12 @@ class DecodeConfig:
         return allowed if self.confidence else {}
 
     def full(self) -> "DecodeConfig":
-        """The same without exits: every token from the last layer."""
-        return replace(self, confidence=None, verify=False)
+        """Every token from the last layer, under the same length, prediction and sampling; of settings that differ only in their exits the
+        same."""
+        kept = ["max_new_tokens", "stop_tokens", "repetition_penalty", "temperature", "top_k", "top_p", "seed"]
+        if self.predict == "contrast":
+            kept += ["predict", "contrast", "form", "alpha", "beta", "amateur_temperature", "premature_layers"]
+        return DecodeConfig(**{name: getattr(self, name) for name in kept})
 
     def thresholds(self, n_layers: int) -> Constant:
         """A fresh threshold schedule over the exits of a model."""
@@ -119,8 +123,16 @@ def read_thresholds(path: Path) -> dict:
     ValueError for what is not that."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        settings = {name: value for name, value in content.items() if name != "provenance"}
-        DecodeConfig(**settings)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return from_json({name: value for name, value in content.items() if name != "provenance"})
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not usable as thresholds ({error})") from None
+
+
+def from_json(content: dict) -> dict:
+    """Fields of DecodeConfig, each as its flag would read it. Raises ValueError for what no flag would take."""
+    if not isinstance(content, dict):
+        raise ValueError(f"settings must be fields and values, not {content!r:.40}")
+    texts = {name: ",".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in content.items()}
+    settings = {name.replace("-", "_"): read_field(DecodeConfig, name, text) for name, text in texts.items()}
+    DecodeConfig(**settings)
     return settings

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from cli import Parser, add_flags, check_device, given, option, run, whole_file
+from cli import Parser, add_flags, given, option, run, whole_file
 from data import Batch, batches, describe, digest, prepare, read_pairs, read_prepared, task_file
 from losses import LOSSES, Objective, exit_loss, layers_of_step, skipped_layers
 from model import ModelConfig, Transformer, check_layers, load_tokenizer, read_checkpoint, save_checkpoint
@@ -360,7 +360,6 @@ def main() -> None:
         return
     config = replace(TrainConfig(), **given(args, TrainConfig))
     with process_group(config.device):
-        check_device(config.device)
         train(config, shape_from(config, given(args, ModelConfig)), Path(args.out), args.overwrite)
 
 

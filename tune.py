@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from data import Example
 from measure import measure, prepare, quality, summarize
-from settings import DecodeConfig
+from settings import DecodeConfig, from_json
 from tasks import Task
 
 LOSS_ALLOWED = 0.01  # --tune: how much of the full model's scores a setting may lose
@@ -26,18 +26,21 @@ PRUNING = {"none": {}, "fixed": {"prune": "fixed"}, "decaying": {"prune": "decay
 def read_settings(path: Path, task: Task, n_layers: int, changes: dict) -> dict[str, DecodeConfig]:
     """The named settings of a task in the JSON file that --tune writes, with the `changes` of the command line (a static exit stays
     static). Raises ValueError if there are none or they are unusable."""
+    remedy = "choose some with --tune, or give one with --confidence and --threshold"
     if not path.is_file():
-        raise ValueError(f"{path}: no settings for this checkpoint; choose some with --tune, or give one with --confidence and --threshold")
+        raise ValueError(f"{path}: no settings for this checkpoint; {remedy}")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))[task.name]
+        settings = json.loads(path.read_text(encoding="utf-8")).get(task.name)
+        if not settings:
+            raise ValueError(f"it has no rows for this task; {remedy}")
         configs = {}
         for name, setting in settings.items():
-            config = DecodeConfig(**{"max_new_tokens": task.max_new_tokens, **setting})
+            config = DecodeConfig(**{"max_new_tokens": task.max_new_tokens, **from_json(setting)})
             threshold = changes.get("threshold", config.threshold) if config.threshold else 0.0
             configs[name] = replace(config, **{**changes, "threshold": threshold})
             configs[name].exits(n_layers)
         return configs
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not usable as settings of {task.name} ({error})") from None
 
 

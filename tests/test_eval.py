@@ -9,15 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sentencepiece as spm
 
 import cli
 import eval as evaluation
 import measure as measuring
+import sweep as sweeping
 import tasks
 import tune
 from confidence import FUNCTIONS
 from data import read_pairs, task_file
-from decode import DecodeConfig, Generation
+from decode import Counters, DecodeConfig, Generation
 from model import save_checkpoint
 from tokenizer import train_tokenizer
 
@@ -184,14 +186,51 @@ def test_a_sweep_makes_every_combination_marks_its_front_and_goes_on_where_it_st
     assert names == [f"threshold={bar} exit_layers={layers}" for bar in (0.1, 0.9) for layers in ("2,3", "4")]
     printed = capsys.readouterr().out
     assert "* on the Pareto front" in printed and any(line.split(" | ")[0].rstrip().endswith(" *") for line in printed.splitlines())
-    (tmp_path / "sweep.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    (tmp_path / "sweep.jsonl").write_text("\n".join(lines)[:-9])  # killed while it wrote
     asked = []
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args, original=evaluation.evaluate: asked.append(list(args[4])) or original(*args))
+    monkeypatch.setattr(sweeping, "evaluate", lambda *args, original=sweeping.evaluate: asked.append(list(args[4])) or original(*args))
     run_command(monkeypatch, *words)
     again = (tmp_path / "sweep.jsonl").read_text().splitlines()
     assert asked == [["threshold=0.9 exit_layers=4"]] and again[:3] == lines[:3] and len(again) == 4
     printed = capsys.readouterr().out
     assert printed.count("| threshold=") == 4 and "exit_layers 2,3 (2 rows): speed-up" in printed and "threshold 0.9 (2 rows)" in printed
+
+
+@pytest.mark.parametrize("change", ["model", "data", "repeat", "nothing"])
+def test_a_result_is_used_again_only_for_the_same_model_data_and_measure(change, checkpoint, tiny_model, tokenizer, monkeypatch, tmp_path):
+    data = tmp_path / "mine.jsonl"
+    data.write_text('{"prompt": "one", "completion": "two"}\n')
+    words = ["--checkpoint", checkpoint, "--repeat", 1, "--tasks", f"file={data}", "--results", tmp_path / "s.jsonl"]
+    words += ["--sweep", "threshold", 0.1]
+    run_command(monkeypatch, *words)
+    if change == "model":
+        save_checkpoint(checkpoint, tiny_model(1, vocab_size=350, max_len=256), tokenizer)
+    elif change == "data":
+        data.write_text('{"prompt": "one", "completion": "three"}\n')
+    elif change == "repeat":
+        words[3] = 2
+    run_command(monkeypatch, *words)
+    assert len((tmp_path / "s.jsonl").read_text().splitlines()) == (1 if change == "nothing" else 2)
+
+
+def test_every_row_is_compared_with_its_own_full_model(checkpoint, monkeypatch, tmp_path, capsys):
+    words = ("--checkpoint", checkpoint, "--limit", 2, "--repeat", 1, "--tasks", "e2e", "--results", tmp_path / "s.jsonl",
+             "--sweep", "max-new-tokens", 2, 5, "--json", tmp_path / "out.json", "--threshold", 1)  # fmt: skip
+    run_command(monkeypatch, *words)
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(row["name"], row["config"]["max_new_tokens"]) for row in rows] == [
+        ("full", 2), ("max_new_tokens=2", 2), ("full", 5), ("max_new_tokens=5", 5)]  # fmt: skip
+    assert all(row["agreement"] == 1 for row in rows) and capsys.readouterr().out.count("on the Pareto front") == 2
+
+
+def test_first_difference_may_be_the_first_token(tiny_model, tokenizer):
+    texts = ([[1, 2], [5, 6], [7]], [[1, 2], [4, 6], [7, 8]])
+    outputs = [[Generation(tokens, [5], [{}], Counters(len(tokens), 5)) for tokens in each] for each in texts]
+    row, full = (measuring.Measured(DecodeConfig(), [[1]] * 3, each, [1.0] * 3, [0.1] * 3) for each in outputs)
+    tokenizer = spm.SentencePieceProcessor(model_proto=tokenizer)
+    examples = [tasks.Example("p", ("r",))] * 3
+    summary = measuring.summarize(tiny_model(), tokenizer, tasks.find_task("e2e"), examples, "row", row, full, None)
+    assert summary["first_difference"] == 0.5 and summary["same_texts"] == pytest.approx(1 / 3)  # of 0 and 1, the median
 
 
 def test_the_pareto_front_by_hand():
@@ -211,11 +250,34 @@ def test_calibration_writes_a_threshold_that_decoding_reads(risk, threshold, che
     written = json.loads(file.read_text())
     assert written["confidence"] == "half" and written["threshold"] == threshold
     check, tested = written["provenance"]["held out"], written["provenance"]["tested"]
-    assert (check["split"], check["inputs"]) == ("test", 30) and check["risk"] < 0.2 and written["provenance"]["risk"] == risk
+    assert check["on"] == "30 inputs of test" and check["risk"] < 0.2 and written["provenance"]["risk"] == risk
     assert all(each["p_value"] <= 0.2 for each in tested if each["threshold"] >= threshold) and tested[-1]["threshold"] <= threshold
-    assert f"threshold {threshold:g}; on 30 inputs of test" in capsys.readouterr().out
+    assert f"threshold {threshold:g}; on 30 inputs of test, not used to find it" in capsys.readouterr().out
     run_command(monkeypatch, "--checkpoint", checkpoint, "--tasks", "e2e", "--limit", 1, "--repeat", 1, "--thresholds", file)
     assert "| yours" in capsys.readouterr().out
+
+
+def test_calibration_on_one_file_checks_on_inputs_that_it_did_not_use(checkpoint, monkeypatch, tmp_path):
+    lines = [json.dumps({"prompt": f"prompt {number}", "completion": "x"}) for number in range(9)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    seen = {}
+    found = lambda *args: seen.update(args[3]) or (None, {"risk": "consistency", "tolerance": 0.1, "error": 0.1})  # noqa: E731
+    monkeypatch.setattr(evaluation, "find_threshold", found)
+    for limit, sizes in ((3, [3, 3]), (0, [5, 4])):
+        seen.clear()
+        with pytest.raises(SystemExit):
+            file = ("--tasks", f"file={tmp_path}/mine.jsonl", "--limit", limit)
+            run_command(monkeypatch, "--checkpoint", checkpoint, "--calibrate", "--calibrated", tmp_path / "t.json", *file)
+        assert [len(examples) for examples in seen.values()] == sizes and len({e for each in seen.values() for e in each}) == sum(sizes)
+
+
+def test_a_held_out_risk_above_the_tolerance_is_said():
+    from calibrate import report
+
+    provenance = {"risk": "task", "tolerance": 0.1, "error": 0.05, "held out": {"on": "5 inputs of test", "risk": 0.2}}
+    assert "is 0.2000 (tolerance 0.1). Above it: " in report(tasks.find_task("e2e"), 0.5, provenance)
+    provenance["held out"]["risk"] = 0.05
+    assert report(tasks.find_task("e2e"), 0.5, provenance).endswith("is 0.0500 (tolerance 0.1).")
 
 
 def test_calibration_says_when_nothing_passes(checkpoint, monkeypatch, tmp_path, capsys):
@@ -259,6 +321,18 @@ def test_show_prompt_prints_what_the_model_gets(checkpoint, monkeypatch, tmp_pat
     assert capsys.readouterr().out == "--- mine, test\none\n--- references\ntwo\nthree\n"
 
 
+def test_shots_come_from_their_file_in_the_template_and_are_not_asked_again(checkpoint, monkeypatch, tmp_path, capsys):
+    lines = [json.dumps({"prompt": f"p{number}", "completion": f"c{number}"}) for number in range(3)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    (tmp_path / "shots.jsonl").write_text(lines[0] + "\nnothing\n" + lines[1])
+    words = ("--checkpoint", checkpoint, "--show-prompt", "--tasks", "file=mine.jsonl", "--shots", 2, "--shot-file", "shots.jsonl")
+    monkeypatch.chdir(tmp_path)
+    run_command(monkeypatch, *words, "--skip-bad")
+    printed = capsys.readouterr().out
+    assert "skipped: shots.jsonl, line 2: not JSON" in printed
+    assert printed.endswith("--- mine, test\np0\nc0\n\np1\nc1\n\np2\n\n--- references\nc2\n")
+
+
 def test_malformed_lines_are_named_or_counted_and_skipped(checkpoint, monkeypatch, tmp_path, capsys):
     (tmp_path / "mine.jsonl").write_text('{"prompt": "one", "completion": "two"}\n{"prompt": 3}\nnothing\n')
     words = ("--checkpoint", checkpoint, "--show-prompt", "--tasks", f"file={tmp_path}/mine.jsonl")
@@ -276,9 +350,34 @@ MISTAKES = {
     "--tasks=squad": "task squad needs its file: squad=FILE",
     "--tasks=squad=missing.json": "missing.json: no such data file",
     "--shots=-1": "shots -1; at least 0, 1 and 0",
-    "--tolerance=1": "both must lie between 0 and 1",
+    "--calibrate --tasks e2e --tolerance 1": "both must lie between 0 and 1",
+    "--tolerance=0.1": "--tolerance says nothing to the table; leave it out",
+    "--calibrate --tasks e2e --json x.json": "--json says nothing to --calibrate",
+    "--sweep threshold 0.5 --rows softmax": "--rows says nothing to --sweep",
+    "--tune --repeat 3": "--repeat says nothing to --tune",
+    "--confidence jsd --rows softmax": "--rows chooses among the settings, --confidence makes a row",
+    "--shot-file x.jsonl": "say how many with --shots",
+    "--tasks stories --shots 1 --confidence jsd": "stories: goes on from a text, so it takes no --shots",
+    "--tasks e2e,e2e": "two tasks would be called e2e",
+    "--tasks fairytaleqa": "tiny.json: not usable as settings of fairytaleqa (it has no rows for this task; choose some with --tune, or",
+    "--tasks file=plain.txt --confidence jsd": "plain.txt: holds texts without a prompt; the task stories=plain.txt goes on",
+    "--tasks stories=plain.txt --confidence jsd": "plain.txt: has no paragraph of 80 words",
+    "--tasks file=/{x}.jsonl": "/{x}.jsonl: no such data file",
+    "--max-new-tokens 255 --tasks e2e": "max_new_tokens is 255, of 256 positions",
+    "--settings list.json": "list.json: not settings by task",
+    "--settings plain.txt": "plain.txt: not JSON",
+    "--tune --settings plain.txt": "plain.txt: not JSON",
+    "--plot plain.txt": "plain.txt: is a file; give another name",
+    "--json .": ".: is a folder; give another name",
+    "--results tiny.pt --sweep threshold 0.5": "tiny.pt, line 0: not a result of a sweep",
+    "--thresholds list.json --calibrate --tasks e2e": "list.json: not usable as thresholds",
+    "--calibrate --tasks e2e --confidence none": "needs a confidence function",
+    "--calibrate --tasks stories --risk task": "task stories has no score; calibrate with --risk consistency",
+    "--calibrate --tasks e2e --exit-layers 2 --layer-thresholds 0.5": "layer_thresholds outranks the threshold",
+    "--sweep threshold 0.5 --exit-layers 2 --layer-thresholds 0.5": "layer_thresholds outranks the threshold",
+    "--sweep threshold 0.5 --sweep threshold 0.6": "--sweep threshold: give it once, with all of its values",
     "--calibrate": "--calibrate finds a threshold for one task; choose it with --tasks (here: translation,e2e)",
-    "--sweep=threshold": "--sweep threshold: give its values, too",
+    "--sweep=threshold": "--sweep threshold: give it once, with all of its values",
     "--sweep threshold 2": "threshold is 2.0; it must lie between 0 and 1",
     "--sweep colour 2": "unknown setting 'colour'",
     "--sweep exit-layers 2 9": "layer 9 is not an exit",
@@ -303,12 +402,15 @@ MISTAKES = {
 def test_a_mistake_ends_in_one_line_and_status_2(mistake, checkpoint, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         monkeypatch.chdir(checkpoint.parent)
+        Path("plain.txt").write_text("Some words.")
+        Path("list.json").write_text("[1]")
         run_command(monkeypatch, "--checkpoint", checkpoint, "--limit", 1, *mistake.split())
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 2 and line.startswith("error: ") and MISTAKES[mistake] in line
 
 
-UNUSABLE = ["{", "[]", '{"e2e": {}}', '{"translation": {"a": {"threshold": 3}}}', '{"translation": {"a": {"colour": 3}}}']
+UNUSABLE = ["{", "[]", '{"e2e": {}}', '{"translation": {"a": {"threshold": 3}}}', '{"translation": {"a": {"colour": 3}}}',
+            '{"translation": {"a": {"exit_layers": ["b"]}}}', '{"translation": [1]}', '{"translation": {"a": 5}}']  # fmt: skip
 
 
 @pytest.mark.parametrize("content", UNUSABLE)

@@ -115,13 +115,15 @@ def test_thresholds_of_single_layers(tiny_model):
 def test_a_file_of_thresholds_gives_settings(tmp_path, settings):
     (tmp_path / "t.json").write_text(json.dumps(settings))
     read = read_thresholds(tmp_path / "t.json")
-    assert read == {name: value for name, value in settings.items() if name != "provenance"}
+    assert read == {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items() if name != "provenance"}
     assert DecodeConfig(**read).confidence == settings["confidence"] and with_thresholds(None, {}) == {}
 
 
 @pytest.mark.parametrize("content, complaint", [
     ("{", "not usable"), ("[1]", "not usable"), ('{"threshold": 2}', "threshold is 2"), ('{"treshold": 0.5}', "treshold"),
     (None, "No such file"), ('{"layer_thresholds": [0.5], "exit_layers": [2, 3]}', "has 1 values"), ('{"threshold": "high"}', "not usable"),
+    ('{"exit_layers": ["a"]}', "exit_layers cannot be 'a'"), ('{"verify": 3}', "verify cannot be '3'"),
+    ('{"max_new_tokens": 2.5}', "cannot be '2.5'"),
 ])  # fmt: skip
 def test_a_file_that_holds_none_is_one_clear_error(tmp_path, content, complaint):
     if content is not None:

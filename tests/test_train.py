@@ -24,6 +24,7 @@ import losses
 import train
 from losses import Objective, exit_loss
 from model import Block, ModelConfig, Transformer, load_checkpoint, read_checkpoint, save_checkpoint
+from runs import process_group
 from train import TrainConfig, learning_rate, make_model, make_optimizer, shape_from, train_step
 
 SHAPE = ModelConfig(vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2))
@@ -86,6 +87,12 @@ def mean_loss(model: Transformer, batch: data.Batch) -> torch.Tensor:
         log_p = model(torch.from_numpy(batch.inputs[row, own])[None])[0].log_softmax(-1)
         losses += [-log_p[at, target] for at, target in enumerate(batch.targets[row, own]) if target >= 0]
     return torch.stack(losses).mean()
+
+
+def test_a_device_that_is_not_there_is_said_before_processes_meet(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="device 'nowhere' is not there"), process_group("nowhere"):
+        pass
 
 
 def test_packed_documents_do_not_see_each_other(tiny_model):

@@ -31,7 +31,7 @@ from decode import DEFAULT_CHECKPOINT, Counters, DecodeConfig, copy_up, demo_exi
 from losses import LOSSES, Objective
 from model import ModelConfig, Transformer, choose_form, choose_head, load_checkpoint
 from tokenizer import encode_prompt
-from train import TrainConfig, make_model, make_optimizer, on_device, train_step
+from train import TrainConfig, autocast, make_model, make_optimizer, on_device, train_step
 
 PROMPT = 32  # tokens
 
@@ -206,7 +206,7 @@ def training(config: TrainConfig, repeat: int) -> None:
 
     def plain_step() -> None:
         inputs, targets, _ = on_device(batch, config.device)
-        with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        with autocast(config):
             plain(inputs, targets).backward()
         nn.utils.clip_grad_norm_(plain.parameters(), 1.0).item()
         optimizer.step()
@@ -245,7 +245,7 @@ def main() -> None:
     if args.repeat < 1:
         raise ValueError(f"repeat is {args.repeat}; it must be at least 1")
     if args.training:
-        dtype = "bfloat16" if read_dtype(args.dtype) == torch.bfloat16 else "float32"
+        dtype = str(read_dtype(args.dtype or "float32")).removeprefix("torch.")
         training(TrainConfig(device=device_and_dtype(args)[0], dtype=dtype, warmup=0, lr=1e-4), args.repeat)
         return
     if args.large_vocabulary:

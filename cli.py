@@ -133,8 +133,9 @@ def run(main: Callable[[], None]) -> None:
         main()
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        full = "the GPU's memory is full; take fewer rows or positions, --recompute (train.py), or a smaller dtype"
+        print(f"error: {full if isinstance(error, torch.OutOfMemoryError) else error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

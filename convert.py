@@ -213,7 +213,7 @@ def convert(path: Path, out: Path, dtype: torch.dtype | None = None, max_len: in
         raise ValueError(f"{path}: {error}") from None
     blob = None if source.tokenizer is None else torch.frombuffer(bytearray(source.tokenizer), dtype=torch.uint8)
     if blob is not None:
-        processor = read_tokenizer(path, blob, config.vocab_size)
+        processor = read_tokenizer(path, source.tokenizer, config.vocab_size)
         if config.eos_id is None and processor.eos_id() >= 0:
             config = ModelConfig(**{**asdict(config), "eos_id": processor.eos_id()})
     dtype = dtype or source.tensors[found["embedding"]].dtype

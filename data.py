@@ -91,9 +91,14 @@ def read_pairs(path: str | Path, skipped: list[str] | None = None) -> Iterator[t
 
 def _pair(where: str, prompt, completion) -> tuple[str, str] | ValueError:
     """What a reader yields: the pair, or what is wrong with it. Only a text has an empty prompt."""
-    if all(isinstance(field, str) and field.strip() for field in (prompt, completion)):
+    if is_text(prompt) and is_text(completion):
         return prompt, completion
     return ValueError(f"{where}: needs two non-empty texts, prompt and completion")
+
+
+def is_text(value) -> bool:
+    """Whether it is a text that is not empty and can be written as UTF-8."""
+    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _read_csv(file, path):
@@ -115,6 +120,8 @@ def _columns(row: list[str], where: str) -> tuple[str, str] | ValueError:
 
 def _read_jsonl(file, path):
     for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -138,19 +145,22 @@ def _read_json(file, path):
 
 def from_record(row, where: str) -> Iterator[tuple[str, str] | ValueError]:
     """(prompt, completion) for every completion of a JSON record: `text`, whose prompt is ""; `prompt` with `completion` or a list of
-    `references`; `dialogue` and `summary` (SAMSum); `context`, `question` and `answers`, texts or {"text": …} (FairytaleQA, SQuAD)."""
+    `references`; `dialogue` and `summary` (SAMSum); `context`, `question` and `answers`, texts, [{"text": …}] or {"text": […]}
+    (FairytaleQA, SQuAD)."""
     row = row if isinstance(row, dict) else {}
     row = {key: value.replace("\r\n", "\n") if isinstance(value, str) else value for key, value in row.items()}
     if "text" in row:
-        full = isinstance(row["text"], str) and row["text"].strip()
-        yield ("", row["text"]) if full else ValueError(f"{where}: needs a non-empty text")
+        yield ("", row["text"]) if is_text(row["text"]) else ValueError(f"{where}: needs a non-empty text")
         return
     if "dialogue" in row:
-        prompt, targets = SUMMARY.format(dialogue=row["dialogue"]), [row.get("summary")]
+        form, parts, targets = SUMMARY, ["dialogue"], [row.get("summary")]
     elif "question" in row:
-        prompt, targets = QUESTION.format(context=row.get("context"), question=row["question"]), row.get("answers")
+        form, parts, targets = QUESTION, ["context", "question"], row.get("answers")
     else:
-        prompt, targets = row.get("prompt"), row.get("references") or [row.get("completion")]
+        form, parts, targets = "{prompt}", ["prompt"], row.get("references") or [row.get("completion")]
+    values = {part: row.get(part) for part in parts}
+    prompt = form.format(**values) if all(map(is_text, values.values())) else None
+    targets = targets.get("text") if isinstance(targets, dict) else targets
     for target in targets if targets and isinstance(targets, list) else [None]:
         yield _pair(where, prompt, target.get("text") if isinstance(target, dict) else target)
 
@@ -159,6 +169,16 @@ def _read_txt(file, path):
     text = file.read()
     if text.strip():
         yield "", text
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The pairs of some files, as often as they are asked for."""
+
+    files: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return (pair for file in self.files for pair in read_pairs(file))
 
 
 def read_examples(path: str | Path, skipped: list[str] | None = None) -> list[Example]:
@@ -174,21 +194,27 @@ def read_examples(path: str | Path, skipped: list[str] | None = None) -> list[Ex
 
 def tokenize(pairs: Iterable[tuple[str, str]], tokenizer, path: str | Path, length: int) -> dict[str, int]:
     """Writes a memory-mappable array of (token, flags) records to `path` (.npy) and returns its statistics. A document of more than
-    `length` + 1 tokens loses the left of its prompt, then the end of its completion; a text is cut into documents, see `cut_text`."""
-    tokens, flags = array("I"), array("B")
+    `length` + 1 tokens loses the left of its prompt (not the start token, nor the separator), then the end of its completion; a text is
+    cut into documents, see `cut_text`. Raises ValueError for a tokenizer that has no end of text."""
+    if tokenizer.eos_id() < 0:
+        raise ValueError("the tokenizer has no piece for the end of a text, which documents need")
+    tokens, flags, bos = array("I"), array("B"), [tokenizer.bos_id()] * (tokenizer.bos_id() >= 0)
+    begin, stop = len(bos), len(encode_prompt(tokenizer, "")) - len(bos)  # tokens of a prompt that always stay
     stats = {"documents": 0, "tokens": 0, "learned": 0, "shortened": 0}
     for prompt, completion in pairs:
         if prompt:
             head, body = encode_prompt(tokenizer, prompt), [*tokenizer.encode(completion), tokenizer.eos_id()]
             excess = max(0, len(head) + len(body) - length - 1)
             stats["shortened"] += excess > 0
-            head = head[:1] + head[1 + excess :]
+            end = len(head) - stop
+            head = head[:begin] + head[min(begin + excess, end) : end] + head[end:]
             documents = [(head, body[: length + 1 - len(head)])]
         else:
-            documents = (([tokenizer.bos_id()], part) for part in cut_text(completion, tokenizer, length))
+            documents = ((bos, part) for part in cut_text(completion, tokenizer, length))
         for head, body in documents:
             tokens.extend(head + body)
-            flags.extend([START] + [0] * (len(head) - 1) + [LEARN] * len(body))
+            flags.extend([0] * len(head) + [LEARN] * len(body))
+            flags[-len(head) - len(body)] |= START
             stats["documents"] += 1
             stats["learned"] += len(body)
     stats["tokens"] = len(tokens)
@@ -225,10 +251,11 @@ class Batch:
     documents: np.ndarray  # number of the document within its row; 0 is padding
 
 
-def batches(records: np.ndarray, rows: int, length: int, seed: int | None = 0, start: int = 0) -> Iterator[Batch]:
+def batches(records: np.ndarray, rows: int, length: int, seed: int | None = 0, start: int = 0, every: int = 1) -> Iterator[Batch]:
     """Packs the documents of `records` (from `tokenize`) into batches, endlessly, in an order that depends on `seed` and the epoch alone;
-    so skipping `start` batches resumes exactly. `seed=None`: one epoch, in the file's order. First fit over the rows of a batch; a
-    document that fits nowhere waits for the next batch, and 16 of them waiting close the batch."""
+    so skipping `start` batches resumes exactly. `every`: gives only each so many-th, a process's share. `seed=None`: one epoch, in the
+    file's order. First fit over the rows of a batch; a document that fits nowhere waits for the next batch, and 16 of them waiting close
+    the batch. Raises ValueError if a document is longer than a row."""
     begins = np.flatnonzero(records["flags"] & START)
     ends = np.append(begins[1:], len(records))
     if (ends - begins).max() > length + 1:
@@ -237,7 +264,7 @@ def batches(records: np.ndarray, rows: int, length: int, seed: int | None = 0, s
     for epoch in itertools.count():
         order = range(len(begins)) if seed is None else np.random.default_rng((seed, epoch)).permutation(len(begins))
         for plan in _pack(order, ends - begins - 1, rows, length):
-            if number >= start:
+            if number >= start and (number - start) % every == 0:
                 yield _fill(records, plan, begins, ends, rows, length)
             number += 1
         if seed is None:
@@ -289,10 +316,10 @@ def digest(*parts) -> str:
     return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
 
 
-def prepare(files: Iterable[str], tokenizer: bytes, path: Path, length: int) -> dict:
+def prepare(files: tuple[str, ...], tokenizer: bytes, path: Path, length: int) -> dict:
     """Writes the files' documents to `path` (.npy), and beside it (.json) for which tokenizer and length, and its statistics, which it
     returns."""
-    stats = tokenize((pair for file in files for pair in read_pairs(file)), spm.SentencePieceProcessor(model_proto=tokenizer), path, length)
+    stats = tokenize(Corpus(files), spm.SentencePieceProcessor(model_proto=tokenizer), path, length)
     content = {"files": [str(file) for file in files], "tokenizer": digest(tokenizer), "length": length, **stats}
     write_json(path.with_suffix(".json"), content)
     return stats
@@ -306,7 +333,7 @@ def read_prepared(path: Path, tokenizer: bytes, length: int) -> np.ndarray:
         if made["tokenizer"] != digest(tokenizer) or made["length"] > length:
             raise ValueError(f"it was made for length {made['length']}, tokenizer {made['tokenizer']}, not {length}, {digest(tokenizer)}")
         return np.load(path, mmap_mode="r")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise ValueError(f"{path}: not usable as prepared data ({error}); make it anew with data.py") from None
 
 
@@ -320,6 +347,7 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("files", nargs="+", help="data files: .csv, .tsv, .jsonl, .json or .txt, plain or .xz or .gz")
     parser.add_argument("--out", type=Path, metavar="FILE", help="prepare the files for train.py: their documents in one .npy file")
+    parser.add_argument("--overwrite", action="store_true", help="even if --out, or one of the files beside it, is there already")
     parser.add_argument("--tokenizer", metavar="FILE", help="sentencepiece model, or a checkpoint (default: trained here, kept beside)")
     parser.add_argument("--vocab-size", type=int, default=4096, help="pieces of a tokenizer trained here (default: %(default)s)")
     parser.add_argument("--length", type=int, default=128, help="positions of a training row (default: %(default)s)")
@@ -330,6 +358,12 @@ def main() -> None:
     args = make_parser().parse_args()
     if args.out and (args.out.suffix != ".npy" or not args.out.parent.is_dir()):
         raise ValueError(f"{args.out}: --out must be a .npy file in a folder that exists")
+    made = [args.out.with_suffix(end) for end in (".npy", ".json", ".model")[: 2 if args.tokenizer else 3]] if args.out else []
+    for path in made:
+        if path.resolve() in {Path(file).resolve() for file in (*args.files, args.tokenizer or "")}:
+            raise ValueError(f"{path}: is read, and would be overwritten; give another --out")
+        if path.exists() and not args.overwrite:
+            raise ValueError(f"{path}: is there already; give another --out, or --overwrite")
     if args.length < 2:
         raise ValueError(f"length is {args.length}; it must be at least 2")
     for path in args.files:
@@ -342,7 +376,7 @@ def main() -> None:
         if args.tokenizer:
             tokenizer = load_tokenizer(args.tokenizer)
         else:
-            tokenizer = train_tokenizer((pair for path in args.files for pair in read_pairs(path)), args.vocab_size)
+            tokenizer = train_tokenizer(Corpus(args.files), args.vocab_size)
             with whole_file(args.out.with_suffix(".model")) as part:
                 Path(part).write_bytes(tokenizer)
         print(f"{args.out}: {describe(prepare(args.files, tokenizer, args.out, args.length))}")

@@ -4,11 +4,12 @@ Dimensions: B batch, T time, N rows, d model width, H query heads, K key/value h
 Layers count from 1 to L; index 0 stands for the embedding. Positions count from 0.
 """
 
+import contextlib
 import functools
 import math
 import os
 import zipfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -63,8 +64,8 @@ class ModelConfig:
         for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "max_len", "head_dim", "window"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        if self.adapter_rank < 0:
-            raise ValueError(f"adapter_rank is {self.adapter_rank}; it must be at least 0")
+        if self.adapter_rank < 0 or (self.adapter_rank and not self.exit_norms):
+            raise ValueError(f"adapter_rank is {self.adapter_rank}; it must be at least 0, and above 0 only with exit_norms")
         if self.head_dim is None:
             if self.d_model % self.n_heads:
                 raise ValueError(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}, or head_dim given")
@@ -300,19 +301,26 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     return content
 
 
+@contextlib.contextmanager
+def fitting(path: str | os.PathLike) -> Iterator[None]:
+    """What goes wrong inside is a ValueError: the content of this checkpoint does not fit."""
+    try:
+        yield
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{path}: the weights do not fit the model ({str(error).splitlines()[-1].strip()[:120]})") from None
+
+
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, plain: bool = False):
     """Returns (model, tokenizer) ready to decode: tokenizer is a SentencePieceProcessor, or None if the file holds none. `dtype` None:
     float32 on the CPU for float16 files (CPUs are slow at several rows in half precision), else the file's own. On a CPU the weights
     take the form that is fastest there (`choose_form`) unless `plain`. Raises ValueError."""
     content, device = read_checkpoint(path), torch.device(device)
-    try:
+    with fitting(path):
         with torch.device("meta"):
             model = Transformer(ModelConfig(**content["config"])).eval()
         model.load_state_dict(content["weights"], assign=True)
         blob = content["tokenizer"]
-    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path}: the weights do not fit the model ({str(error).splitlines()[-1].strip()[:120]})") from None
-    tokenizer = None if blob is None else read_tokenizer(path, blob, model.config.vocab_size)
+    tokenizer = None if blob is None else read_tokenizer(path, blob.numpy().tobytes(), model.config.vocab_size)
     if dtype is None:
         dtype = torch.float32 if model.embedding.dtype == torch.float16 and device.type == "cpu" else model.embedding.dtype
     model.rope = rope_table(model.config).to(device)
@@ -335,12 +343,13 @@ def adopt(model: Transformer, weights: dict[str, Tensor], device: torch.device, 
                 module._parameters[name] = nn.Parameter(new, requires_grad=False)
 
 
-def read_tokenizer(path: str | os.PathLike, blob: Tensor, vocab_size: int):
-    """The SentencePieceProcessor of a checkpoint's bytes. Raises ValueError for one that is damaged or too large for the model."""
+def read_tokenizer(path: str | os.PathLike, blob: bytes, vocab_size: int):
+    """The SentencePieceProcessor of these bytes, which come from `path`. Raises ValueError for damaged ones, and for more pieces than the
+    model has."""
     import sentencepiece
 
     try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=blob.numpy().tobytes())
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=blob)
     except RuntimeError:
         raise ValueError(f"{path}: its tokenizer is damaged") from None
     if tokenizer.vocab_size() > vocab_size:
@@ -360,6 +369,8 @@ def load_tokenizer(path: str | os.PathLike) -> bytes:
             return blob.numpy().tobytes()
         with open(path, "rb") as file:
             model = file.read()
+        if not model:  # which sentencepiece takes without a word
+            raise RuntimeError("an empty file")
         sentencepiece.SentencePieceProcessor(model_proto=model)
         return model
     except RuntimeError:

@@ -1,6 +1,5 @@
 """Pictures of what was measured. matplotlib is needed for this alone."""
 
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from analysis import Views, auroc, calibration_error, divergences, look, reliability
 from measure import pareto
+from runs import read_log
 
 
 def pyplot():
@@ -33,7 +33,7 @@ def draw_training(log: Path) -> Path:
     """Training loss, and for each validation file loss and agreement of every exit, against steps, from a log.jsonl of train.py; into a PNG
     beside it, which is returned. Raises ValueError for a file that is not such a log."""
     try:
-        rows = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
+        rows = read_log(Path(log))
         training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
         curves = defaultdict(lambda: defaultdict(list))  # file -> layer -> (step, loss, agreement)
         for row in rows:
@@ -42,12 +42,12 @@ def draw_training(log: Path) -> Path:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{log}: not a log of train.py ({error})") from None
     if not training:
-        raise ValueError(f"{log}: holds no step yet")
+        raise ValueError(f"{log}: not a log of train.py, or one without a step yet")
     plt = pyplot()
     figure, axes = plt.subplots(2, max(1, len(curves)), figsize=(5 * max(1, len(curves)), 7), squeeze=False, sharex=True)
     for column, (file, layers) in enumerate(curves.items() or [("", {})]):
         loss, agreement = axes[:, column]
-        loss.plot(*zip(*smoothed(training)), color="0.75", linewidth=1, label="last layer, training")
+        loss.plot(*zip(*smoothed(training)), color="0.75", linewidth=1, label="training, deepest layer of the step")
         for layer, points in sorted(layers.items()):
             steps, losses, same = zip(*points)
             style = {"color": depth_color(plt, layer, max(layers)), "marker": ".", "label": f"layer {layer}"}

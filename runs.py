@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def process_group(device: str) -> Iterator[None]:
     cuda = torch.device(device).type == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))  # the first may prepare much data meanwhile
     try:
         yield
     finally:
@@ -45,12 +46,6 @@ def total(value: float, device: str) -> float:
     box = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(box)
     return box.item()
-
-
-def wait() -> None:
-    """Until all processes are here."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def gathered(value) -> list:
@@ -83,14 +78,23 @@ def noted_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def read_log(path: Path) -> list[dict]:
+    """The rows of a log; what is none, as where the machine stopped while it wrote, is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+
+
 class Log:
     """JSON lines: step, loss and tokens_per_s of each step; step, dev file and [loss, agreement] by layer of each validation."""
 
     def __init__(self, path: Path, step: int):
         """Goes on after `step`; what an interrupted run has written beyond it goes."""
-        rows = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        rows = read_log(path) if path.exists() else []
         with whole_file(path) as part:
-            Path(part).write_text("".join(row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= step), encoding="utf-8")
+            Path(part).write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step), encoding="utf-8")
         self.path = path
 
     def write(self, row: dict) -> None:

@@ -1,7 +1,6 @@
 """Sentencepiece models: trained on a corpus, or rebuilt from a list of pieces; and how a prompt becomes tokens."""
 
 import io
-import itertools
 import os
 import struct
 from collections.abc import Iterable
@@ -9,18 +8,20 @@ from collections.abc import Iterable
 import sentencepiece as spm
 
 SEP = "<sep>"  # the piece between prompt and completion; a tokenizer that lacks it continues prompts as they are
+LINE = 10_000  # characters of a line that are trained on together; sentencepiece leaves out lines that are too long
 
 
 def train_tokenizer(pairs: Iterable[tuple[str, str]], vocab_size: int) -> bytes:
     """A sentencepiece model, trained line by line: BPE, every byte representable, characters left as they are, runs of spaces made one;
-    with a separator if there are prompts. Raises ValueError if there is too little text."""
-    model, pairs = io.BytesIO(), iter(pairs)
-    first = next(pairs, ("", ""))
-    lines = (line for pair in itertools.chain([first], pairs) for text in pair for line in text.splitlines() if line.strip())
+    with a separator if there are prompts. The pairs are gone through twice. Raises ValueError if there is too little text, and what
+    reading the pairs raises."""
+    model, asked = io.BytesIO(), any([bool(prompt) for prompt, _ in pairs])  # all are read here: sentencepiece would hide an error
+    lines = (line[at : at + LINE] for pair in pairs for text in pair for line in text.splitlines() if line.strip()
+             for at in range(0, len(line), LINE))  # fmt: skip
     try:
         spm.SentencePieceTrainer.train(
             sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
-            character_coverage=0.9995, normalization_rule_name="identity", user_defined_symbols=[SEP] if first[0] else [],
+            character_coverage=0.9995, normalization_rule_name="identity", user_defined_symbols=[SEP] if asked else [],
             num_threads=os.cpu_count(), max_sentence_length=65536, minloglevel=2,
         )
     except RuntimeError as error:

@@ -12,10 +12,10 @@ Memory of --train all: 16 bytes a weight (float32 weight, gradient and AdamW's t
 import math
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from cli import Parser, add_flags, given, option, run, whole_file
-from data import Batch, batches, describe, digest, prepare, read_pairs, read_prepared, task_file
+from data import Batch, Corpus, batches, describe, digest, prepare, read_prepared, task_file
 from losses import LOSSES, Objective, exit_loss, layers_of_step, skipped_layers
-from model import ModelConfig, Transformer, check_layers, load_tokenizer, read_checkpoint, save_checkpoint
-from runs import Log, check_resumable, noted_signals, process_group, processes, tell, total, wait
+from model import ModelConfig, Transformer, check_layers, fitting, load_tokenizer, read_checkpoint, read_tokenizer, save_checkpoint
+from runs import Log, check_resumable, gathered, noted_signals, process_group, processes, tell, total
 from tokenizer import train_tokenizer
 
 VALIDATION_BATCHES = 16
@@ -73,7 +73,7 @@ class TrainConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "exits", tuple(sorted(set(self.exits))))
-        if len(self.exit_weights) not in (0, len(self.exits) + 1) or not min(self.exit_weights, default=1) > 0:
+        if len(self.exit_weights) not in (0, len(self.exits) + 1) or not all(weight > 0 for weight in self.exit_weights):
             raise ValueError(f"exit_weights are {self.exit_weights}; give {len(self.exits) + 1} above 0, one an exit and the last layer's")
         for name in ("data", "dev"):
             object.__setattr__(self, name, tuple(map(str, getattr(self, name))))
@@ -82,8 +82,8 @@ class TrainConfig:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}")
         least = dict.fromkeys(("per_step", "max_steps", "rows", "length", "accumulate", "validate_every", "save_every"), 1)
         for name, low in {**least, "warmup": 0, "weight_decay": 0, "seed": 0, "hidden_weight": 0}.items():
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+            if not low <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}, and finite")
         if not (self.lr > 0 and self.clip > 0 and 0 <= self.min_lr <= 1 and 0 <= self.layer_dropout <= 1):
             raise ValueError(f"lr {self.lr}, clip {self.clip}, min_lr {self.min_lr}, layer_dropout {self.layer_dropout}: lr and clip must "
                              "be above 0, min_lr and layer_dropout between 0 and 1")  # fmt: skip
@@ -91,6 +91,8 @@ class TrainConfig:
             raise ValueError("there is nothing to train on; name a file with --data")
         if self.train == "heads" and (self.init is None or self.loss in ("none", "hidden") or self.layer_dropout):
             raise ValueError("train is heads, which needs --init, a loss of the exits (weighted, rotate or distill) and no layer_dropout")
+        if self.classifier and self.loss == "none":
+            raise ValueError("classifier is True, but loss is none, which asks no exit; choose another loss")
         if not self.exits and (self.train == "heads" or self.loss in ("distill", "hidden") or self.classifier):
             raise ValueError(f"train {self.train}, loss {self.loss}, classifier {self.classifier}: there must be exits to train")
 
@@ -143,7 +145,7 @@ def train_step(objective: nn.Module, optimizer: torch.optim.Optimizer, stream: I
     norm = nn.utils.clip_grad_norm_([weight for weight in model.parameters() if weight.requires_grad], config.clip).item()
     mean = total(mean, config.device) / world
     if not math.isfinite(mean + norm):
-        raise ValueError(f"the loss is {mean}, its gradient {norm} at step {step}; the last checkpoint is kept: "
+        raise ValueError(f"the loss is {mean}, its gradient {norm} at step {step}; the last checkpoint, if any, is kept: "
                          "train anew with a lower --lr in another --out")  # fmt: skip
     optimizer.step()
     optimizer.zero_grad()
@@ -193,7 +195,7 @@ def prepare_tokenizer(config: TrainConfig, folder: Path, vocab_size: int) -> byt
         raise ValueError(f"{prepared[0]} is prepared data; name the tokenizer that it was made with: --tokenizer FILE")
     path = folder / f"{digest(*map(Path, files), vocab_size)}.model"
     if not path.exists():
-        model = train_tokenizer((pair for file in files for pair in read_pairs(file)), vocab_size)
+        model = train_tokenizer(Corpus(files), vocab_size)
         with whole_file(path) as part:
             Path(part).write_bytes(model)
     return path.read_bytes()
@@ -201,7 +203,9 @@ def prepare_tokenizer(config: TrainConfig, folder: Path, vocab_size: int) -> byt
 
 def prepare_data(files: tuple[str, ...], tokenizer: bytes, folder: Path, length: int) -> np.ndarray:
     """The files' documents as one memory-mapped array, tokenized once for these files, tokenizer and length; a prepared file as it is."""
-    if len(files) == 1 and files[0].endswith(".npy"):
+    if any(file.endswith(".npy") for file in files):
+        if len(files) > 1:
+            raise ValueError(f"{', '.join(files)}: a prepared file comes alone; prepare all of the data in one")
         return read_prepared(Path(files[0]), tokenizer, length)
     path = folder / f"{digest(*map(Path, files), tokenizer, length)}.npy"
     if not path.with_suffix(".json").exists():  # written last
@@ -211,29 +215,32 @@ def prepare_data(files: tuple[str, ...], tokenizer: bytes, folder: Path, length:
 
 def shape_from(config: TrainConfig, given: dict) -> ModelConfig:
     """The shape of the model to train: that of --init, or of the flags; with the heads that the settings ask for. Raises ValueError."""
+    shape = {}
     if config.init:
-        shape = read_checkpoint(config.init)["config"]
-        if other := set(given) - {"exit_norms", "classifiers", "adapter_rank", "max_len"}:
+        with fitting(config.init):
+            shape = asdict(ModelConfig(**read_checkpoint(config.init)["config"]))
+        if other := set(given) - {"exit_norms", "classifiers", "adapter_rank", "max_len", "eos_id"}:
             raise ValueError(f"{sorted(other)[0]} comes from --init {config.init}; leave the flag out")
-    else:
-        shape = {}
-    shape = ModelConfig(**{**shape, **given})
-    extra = {}
+    shape |= given
     if config.train == "heads":
-        extra["exit_norms"] = tuple(sorted({*shape.exit_norms, *config.exits}))
+        shape["exit_norms"] = tuple(sorted({*shape.get("exit_norms", ()), *config.exits}))
     if config.classifier:
-        extra["classifiers"] = tuple(sorted({*shape.classifiers, *config.exits}))
-    return replace(shape, **extra)
+        shape["classifiers"] = tuple(sorted({*shape.get("classifiers", ()), *config.exits}))
+    return ModelConfig(**shape)
 
 
 def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
     """The model at the start, its weights float32 (with heads: the frozen ones in the dtype of training); heads that --init lacks begin
-    as the final norm, the identity, and a classifier that is undecided."""
+    as the final norm, the identity, and a classifier that is undecided. Raises ValueError if --init has other weights."""
     torch.manual_seed(config.seed)
     model = Transformer(shape)
     if config.init:
-        weights = read_checkpoint(config.init)["weights"]
-        missing = model.load_state_dict(weights, strict=False).missing_keys
+        with fitting(config.init):
+            missing, more = model.load_state_dict(read_checkpoint(config.init)["weights"], strict=False)
+            if lost := [name for name in missing if not name.startswith(HEADS)]:
+                raise KeyError(f"{lost[0]} is missing")
+            if more:
+                raise KeyError(f"{more[0]} has no place in it; exit_norms, classifiers and adapter_rank may only add to it")
         for name in missing:
             if name.startswith("exit_norms"):
                 model.get_parameter(name).data.copy_(model.norm.data)
@@ -256,23 +263,29 @@ def train(config: TrainConfig, shape: ModelConfig, folder: Path, overwrite: bool
     if missing:
         raise ValueError(f"{missing[0]}: no such data file; check --data and --dev")
     checkpoint, step, scores = folder / "checkpoint.pt", 0, {}
-    if overwrite and rank == 0:
-        for name in ("checkpoint.pt", "model.pt", "log.jsonl"):
-            (folder / name).unlink(missing_ok=True)
-    wait()
-    content = read_checkpoint(checkpoint) if checkpoint.exists() else None
+    outputs = [checkpoint, folder / "model.pt", folder / "log.jsonl"]
+    for source in filter(None, (config.init, config.tokenizer)):
+        if Path(source).resolve() in [path.resolve() for path in outputs]:
+            raise ValueError(f"{source}: is in --out, where it would be overwritten; give another --out")
+    content = read_checkpoint(checkpoint) if checkpoint.exists() and not overwrite else None
     settings = {**asdict(config), "accumulate": config.accumulate * world}
     if content:
         check_resumable(checkpoint, content, {**settings, **asdict(shape)}, FREE_TO_CHANGE)
-    elif (folder / "model.pt").exists():
+    elif (folder / "model.pt").exists() and not overwrite:
         raise ValueError(f"{folder / 'model.pt'} is there already; give another --out, or --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
+    mistake = None
     if rank == 0:  # the first process prepares what all then read
-        load_arrays(config, shape, folder)
-    wait()
+        try:
+            load_arrays(config, shape, folder)
+        except (ValueError, OSError) as error:
+            mistake = str(error)
+    if mistake := gathered(mistake)[0]:
+        raise ValueError(mistake)
     tokenizer, array, dev_arrays = load_arrays(config, shape, folder)
-    if content and content["tokenizer"].numpy().tobytes() != tokenizer:
-        raise ValueError(f"{checkpoint} was trained with another tokenizer: the training files have changed; give another --out")
+    fingerprint = zlib.crc32(array.view(np.uint8))
+    if content and (content["tokenizer"].numpy().tobytes() != tokenizer or content["training"]["data"] != fingerprint):
+        raise ValueError(f"{checkpoint}: the training files have changed since; give another --out, or --overwrite")
 
     model = make_model(config, shape)
     optimizer = make_optimizer(model, config)
@@ -288,15 +301,17 @@ def train(config: TrainConfig, shape: ModelConfig, folder: Path, overwrite: bool
     if world > 1:
         unused = bool(config.layer_dropout or shape.exit_norms or shape.classifiers)  # in some steps
         objective = DistributedDataParallel(objective, find_unused_parameters=unused, gradient_as_bucket_view=True)
+    if overwrite and rank == 0:
+        for path in outputs:
+            path.unlink(missing_ok=True)
     log = Log(folder / "log.jsonl", step) if rank == 0 else None
 
     def save() -> None:
         if rank == 0:
-            training = {"step": step, "scores": scores, "config": settings, "optimizer": optimizer.state_dict()}
+            training = {"step": step, "scores": scores, "config": settings, "data": fingerprint, "optimizer": optimizer.state_dict()}
             save_checkpoint(checkpoint, model, tokenizer, training=training)
 
-    first = step * config.accumulate * world
-    stream = islice(batches(array, config.rows, config.length, config.seed, start=first), rank, None, world)
+    stream = batches(array, config.rows, config.length, config.seed, start=step * config.accumulate * world + rank, every=world)
     bar = tqdm(total=config.max_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=1, disable=rank > 0)
     with bar, noted_signals() as signals:
         while step < config.max_steps and not total(len(signals), config.device):
@@ -316,8 +331,9 @@ def train(config: TrainConfig, shape: ModelConfig, folder: Path, overwrite: bool
                 tqdm.write(score_table(step, scores))
             if step % config.save_every == 0 or last:
                 save()
+        if step < config.max_steps:
+            save()  # while signals are still only noted
     if step < config.max_steps:
-        save()
         tell(f"stopped by a signal; {checkpoint} is at step {step} of {config.max_steps}, and the same command goes on from there")
         sys.exit(128 + (signals or [15])[0])
     if rank == 0:
@@ -327,7 +343,7 @@ def train(config: TrainConfig, shape: ModelConfig, folder: Path, overwrite: bool
             dtype = weights["embedding"].dtype
             for name, weight in weights.items():
                 if not model.get_parameter(name).requires_grad:
-                    model.get_parameter(name).data = weight  # as it was, whatever the dtype of training
+                    model.get_parameter(name).data = weight.to(config.device)  # as it was, whatever the dtype of training
         provenance = {"command": " ".join(sys.argv), "config": asdict(config), "steps": step, "loss and agreement by layer": scores}
         save_checkpoint(folder / "model.pt", model, tokenizer, dtype, provenance=provenance)
         tell(f"wrote {folder / 'model.pt'}")
@@ -335,8 +351,12 @@ def train(config: TrainConfig, shape: ModelConfig, folder: Path, overwrite: bool
 
 
 def load_arrays(config: TrainConfig, shape: ModelConfig, folder: Path) -> tuple[bytes, np.ndarray, dict[str, np.ndarray]]:
-    """Tokenizer, training data, and validation data by file; made if they are not there yet."""
+    """Tokenizer, training data, and validation data by file; made if they are not there yet. Raises ValueError for a tokenizer that does
+    not fit the model."""
     tokenizer = prepare_tokenizer(config, folder, shape.vocab_size)
+    end = read_tokenizer(config.tokenizer or config.init or folder, tokenizer, shape.vocab_size).eos_id()
+    if config.train == "all" and end != shape.eos_id:
+        raise ValueError(f"eos_id is {shape.eos_id}, but the tokenizer ends texts with {end}; give --eos-id {end}")
     dev = {file: prepare_data((file,), tokenizer, folder, config.length) for file in config.dev}
     return tokenizer, prepare_data(config.data, tokenizer, folder, config.length), dev
 

@@ -5,7 +5,9 @@ import pytest
 import bench
 import cli
 from decode import DecodeConfig, generate
-from model import save_checkpoint
+from losses import LOSSES
+from model import ModelConfig, save_checkpoint
+from train import TrainConfig
 
 
 @pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 4}, {"tie_embeddings": False}])
@@ -22,6 +24,18 @@ def test_the_command_prints_its_figures(tiny_model, tmp_path, monkeypatch, capsy
     printed = capsys.readouterr().out
     assert "the same tokens" in printed and "a pass of 16 rows" in printed and "checks after layers 2,3, all in vain" in printed
     assert "jsd: " in printed and "weighted: " in printed
+
+
+def test_the_training_benchmark_prints_every_loss_beside_a_plain_model(monkeypatch, capsys):
+    small = ModelConfig(vocab_size=50, n_layers=3, d_model=16, n_heads=2, n_kv_heads=2, d_ff=16)
+    monkeypatch.setattr(bench, "ModelConfig", lambda: small)
+    bench.training(TrainConfig(rows=2, length=8, exits=(1, 2), device="cpu"), 1)
+    printed = capsys.readouterr().out
+    assert all(f"  {name}: " in printed for name in ("plain PyTorch", *LOSSES, "rotate, layer dropout 0.2")) and "GFLOP/s" in printed
+    monkeypatch.setattr("sys.argv", ["bench.py", "--training", "--dtype=float16"])
+    with pytest.raises(SystemExit):
+        cli.run(bench.main)
+    assert "unknown dtype 'float16'" in capsys.readouterr().err
 
 
 def test_copied_keys_and_values_are_off_only_above_the_layer_after_the_exit(tiny_model):

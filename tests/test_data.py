@@ -15,7 +15,7 @@ import sentencepiece as spm
 import data
 from data import LEARN, START, Example, batches, cut_text, read_examples, read_pairs, read_prepared, task_file
 from model import load_tokenizer, save_checkpoint
-from tokenizer import SEP, encode_prompt, train_tokenizer
+from tokenizer import SEP, build_tokenizer, encode_prompt, train_tokenizer
 
 TASKS = ("translation", "e2e")
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
@@ -247,8 +247,8 @@ def test_a_document_that_is_too_long_loses_the_left_of_its_prompt_and_is_counted
     short, long, answer = itertools.chain(*(unpack(batch) for batch in batches(array, 1, LENGTH, seed=None)))
     inputs, targets = learned_document(tokenizer, *pairs[1])
     assert len(inputs) > LENGTH and long == ((inputs[0], *inputs[1 - LENGTH :]), targets[-LENGTH:])  # [bos] stays
-    body = tuple(tokenizer.encode(pairs[2][1]))
-    assert len(body) > LENGTH and answer == ((tokenizer.bos_id(), *body[: LENGTH - 1]), body[:LENGTH])  # then its own end
+    body, ends = tuple(tokenizer.encode(pairs[2][1])), (tokenizer.bos_id(), tokenizer.piece_to_id(SEP))
+    assert len(body) > LENGTH and answer == ((*ends, *body[: LENGTH - 2]), (-1, *body[: LENGTH - 1]))  # as does [sep]; then its own end
     assert short == learned_document(tokenizer, *pairs[0]) and stats["shortened"] == 2
 
 
@@ -326,6 +326,8 @@ def test_the_command_prepares_files_that_batches_read(tmp_path, monkeypatch, cap
     tokenizer = load_tokenizer(tmp_path / "e2e.model")
     records = read_prepared(out, tokenizer, 300)
     pairs = list(read_pairs(source))
+    with pytest.raises(ValueError, match=r"e2e.npy: is there already; give another --out, or --overwrite"):
+        data.main()
     assert f"{len(pairs):,} documents, {len(records):,} tokens" in said and isinstance(records, np.memmap)
     assert sum((batch.targets >= 0).sum() for batch in batches(records, 4, 300, seed=None)) == (records["flags"] & LEARN > 0).sum()
     with pytest.raises(ValueError, match="it was made for length 300"):
@@ -336,6 +338,70 @@ def test_the_command_prepares_files_that_batches_read(tmp_path, monkeypatch, cap
         read_prepared(tmp_path / "other.npy", tokenizer, 300)
 
 
+def test_what_is_read_is_not_overwritten(tmp_path, monkeypatch):
+    (tmp_path / "mine.json").write_text('[{"prompt": "a", "completion": "b"}]')
+    words = ["data.py", str(tmp_path / "mine.json"), f"--out={tmp_path}/mine.npy", "--overwrite"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(ValueError, match=r"mine.json: is read, and would be overwritten"):
+        data.main()
+
+
+def test_a_separator_is_there_if_any_pair_has_a_prompt():
+    mixed = [("", "some text of its own")] * 9 + embedded_pairs(150)
+    tokenizer = spm.SentencePieceProcessor(model_proto=train_tokenizer(mixed, 400))
+    assert tokenizer.piece_to_id(SEP) != tokenizer.unk_id()
+
+
+def test_a_very_long_line_is_trained_on():
+    text = " ".join(completion for _, completion in embedded_pairs(2000))
+    assert len(text) > 65536 and train_tokenizer([("", text)], 400)
+
+
+def test_what_is_wrong_with_a_file_is_said_by_training_a_tokenizer_too(tmp_path):
+    (tmp_path / "bad.tsv").write_text("one\tun\ntwo\n")
+    with pytest.raises(ValueError, match=r"bad.tsv, line 2: has 1 columns"):
+        train_tokenizer(data.Corpus((str(tmp_path / "bad.tsv"),)), 300)
+
+
+def test_documents_of_a_tokenizer_without_a_start_have_none_and_one_without_an_end_is_refused(tmp_path):
+    pieces, kinds = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁a", "b"], [2, 3, *[6] * 256, 1, 1]
+    build = lambda eos: spm.SentencePieceProcessor(model_proto=build_tokenizer(pieces, [0.0] * 260, kinds, 0, None, eos, True))  # noqa: E731
+    stats = data.tokenize([("", "ab"), ("a", "b")], build(1), tmp_path / "x.npy", 20)
+    records = np.load(tmp_path / "x.npy")
+    assert stats["documents"] == 2 and list(np.flatnonzero(records["flags"] & START)) == [0, 3]
+    with pytest.raises(ValueError, match="no piece for the end of a text"):
+        data.tokenize([("a", "b")], build(None), tmp_path / "y.npy", 20)
+
+
+@pytest.mark.parametrize("content", ["", "[]"])
+def test_damaged_prepared_files_are_said_to_be(content, tmp_path):
+    (tmp_path / "x.npy").write_bytes(b"")
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match="not usable as prepared data"):
+        read_prepared(tmp_path / "x.npy", b"", 20)
+
+
+@pytest.mark.parametrize("record", [
+    {"question": "q", "answers": ["a"]}, {"dialogue": None, "summary": "s"}, {"prompt": "\ud800", "completion": "c"},
+])  # fmt: skip
+def test_a_record_that_lacks_a_part_is_malformed(record):
+    (found,) = data.from_record(record, "here")
+    assert str(found) == "here: needs two non-empty texts, prompt and completion"
+
+
+def test_answers_come_in_every_layout():
+    for answers in (["a", "b"], [{"text": "a"}, {"text": "b"}], {"text": ["a", "b"], "answer_start": [0, 1]}):
+        found = list(data.from_record({"context": "c", "question": "q", "answers": answers}, "here"))
+        assert [completion for _, completion in found] == ["a", "b"]
+
+
+def test_each_process_gets_every_other_batch(prepare, short_pairs):
+    array, _ = prepare(short_pairs)
+    whole = [unpack(batch) for batch in itertools.islice(batches(array, 3, LENGTH, 5), 8)]
+    shares = [[unpack(batch) for batch in itertools.islice(batches(array, 3, LENGTH, 5, start=2 + rank, every=2), 3)] for rank in (0, 1)]
+    assert shares == [whole[2::2], whole[3::2]]
+
+
 def test_a_tokenizer_comes_from_a_checkpoint_or_a_file_of_its_own(tokenizer, tiny_model, tmp_path):
     raw = tokenizer.serialized_model_proto()
     (tmp_path / "own.model").write_bytes(raw)
@@ -344,6 +410,7 @@ def test_a_tokenizer_comes_from_a_checkpoint_or_a_file_of_its_own(tokenizer, tin
     assert load_tokenizer(tmp_path / "own.model") == raw == load_tokenizer(tmp_path / "with.pt")
     with pytest.raises(ValueError, match=r"without.pt: has no tokenizer"):
         load_tokenizer(tmp_path / "without.pt")
-    (tmp_path / "text.model").write_text("no model")
-    with pytest.raises(ValueError, match="neither a checkpoint nor a sentencepiece model"):
-        load_tokenizer(tmp_path / "text.model")
+    for content in ("no model", ""):
+        (tmp_path / "text.model").write_text(content)
+        with pytest.raises(ValueError, match="neither a checkpoint nor a sentencepiece model"):
+            load_tokenizer(tmp_path / "text.model")

@@ -90,8 +90,20 @@ def test_a_layer_left_out_hands_its_input_on():
 
 def test_recomputing_changes_no_gradient():
     model = untrained()
-    found = [gradients(model, Objective(model, replace(CONFIG, recompute=each))(*batch(), [1, 2, 3])[0]) for each in (False, True)]
+    runs, found, counts = [], [], []
+    model.blocks[1].register_forward_pre_hook(lambda *_: runs.append(1))
+    for each in (False, True):
+        found.append(gradients(model, Objective(model, replace(CONFIG, recompute=each))(*batch(), [1, 2, 3])[0]))
+        counts.append(len(runs))
     assert_close(found[1], found[0], rtol=0, atol=0)
+    assert counts == [1, 3]  # once, and twice
+
+
+def test_a_layer_left_out_of_a_step_learns_nothing():
+    model = untrained()
+    slopes = gradients(model, Objective(model, CONFIG)(*batch(), [1, 2, 3], frozenset({2}))[0])
+    moved = {name.split(".")[1] for name, slope in slopes.items() if name.startswith("blocks") and slope.abs().sum() > 0}
+    assert moved == {"0", "2"}
 
 
 # ---------------------------------------------------------------- the losses of the heads

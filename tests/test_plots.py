@@ -32,5 +32,5 @@ def test_without_matplotlib_one_line_says_what_to_do(log, monkeypatch):
 @pytest.mark.parametrize("content", ["", "text", '{"step": 1}\n', "[1]"])
 def test_what_is_no_log_is_said_so(content, tmp_path):
     (tmp_path / "x.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=r"not a log of train|holds no step yet"):
+    with pytest.raises(ValueError, match=r"not a log of train"):
         draw_training(tmp_path / "x.jsonl")

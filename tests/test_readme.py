@@ -16,12 +16,14 @@ from tune import read_settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"(?:^    |&& |`)python ((?:decode|train|eval|data|bench|convert)\.py[^`\n]*)", README, re.MULTILINE)
+DOCUMENTS = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")))
+RUN = r"(?:^    |&& |`)(?:python|torchrun --\S+ \d+) ((?:decode|train|eval|data|bench|convert)\.py[^`\n]*)"
+COMMANDS = re.findall(RUN, DOCUMENTS, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_parses(command):
-    script, *words = shlex.split(command)
+    script, *words = shlex.split(command, comments=True)
     importlib.import_module(script.removesuffix(".py")).make_parser().parse_args(words)
 
 
@@ -41,7 +43,13 @@ def test_the_file_list_is_complete():
 
 
 def test_no_placeholder_is_left():
-    assert not re.search(r"@[A-Z]+@|TODO|TBD", README)
+    assert not re.search(r"@[A-Z]+@|TODO|TBD", DOCUMENTS)
+
+
+def test_every_picture_is_there():
+    for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / name).is_file(), name
 
 
 def test_the_embedded_model_is_small_and_plain():

@@ -295,6 +295,8 @@ def write_then_signal(log, row):
     if row.get("loss") and row["step"] == 3:
         os.kill(os.getpid(), {int(number)})
 runs.Log.write = write_then_signal
+save = train.save_checkpoint
+train.save_checkpoint = lambda *args, **more: (os.kill(os.getpid(), {int(number)}), save(*args, **more))  # an impatient user
 cli.run(train.main)
 """
     ended = python("-c", code, f"--out={tmp_path}", *flags(dataclasses.replace(config, save_every=100), SHAPE))
@@ -388,12 +390,70 @@ def test_fine_tuning_starts_from_the_weights_and_the_tokenizer_of_the_checkpoint
         shape_from(tuning, {"d_ff": 3})
 
 
+@pytest.mark.parametrize("change, complaint", [
+    ({"adapter_rank": 8}, "the weights do not fit"), ({"exit_norms": (1,)}, "exit_norms.2 has no place in it"),
+    ({"adapter_rank": 0}, "has no place in it"),
+])  # fmt: skip
+def test_a_shape_that_drops_or_resizes_heads_of_init_is_refused_before_training(change, complaint, tuned, config, tmp_path):
+    tuning = dataclasses.replace(config, init=str(tuned[1] / "model.pt"))
+    with pytest.raises(ValueError, match=complaint):
+        train.train(tuning, shape_from(tuning, change), tmp_path / "run")
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_not_trained_from(finished, config, tmp_path):
+    content = torch.load(finished[0] / "model.pt")
+    del content["weights"]["blocks.1.qkv"]
+    torch.save(content, tmp_path / "less.pt")
+    tuning = dataclasses.replace(config, init=str(tmp_path / "less.pt"))
+    with pytest.raises(ValueError, match=r"less.pt: the weights do not fit the model .*blocks.1.qkv is missing"):
+        train.train(tuning, shape_from(tuning, {}), tmp_path / "run")
+    (content["config"])["colour"] = 1
+    torch.save(content, tmp_path / "less.pt")
+    with pytest.raises(ValueError, match=r"less.pt: the weights do not fit"):
+        shape_from(tuning, {})
+
+
+def test_a_checkpoint_is_not_overwritten_by_what_starts_from_it(tuned):
+    before = contents(tuned[1])
+    with pytest.raises(ValueError, match=r"model.pt: is in --out, where it would be overwritten"):
+        again = dataclasses.replace(tuned[0], init=str(tuned[1] / "model.pt"))
+        train.train(again, shape_from(again, {}), tuned[1], overwrite=True)
+    assert contents(tuned[1]) == before
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(finished, config, tmp_path):
+    big = dataclasses.replace(config, tokenizer=str(finished[0] / "model.pt"))
+    with pytest.raises(ValueError, match=r"model.pt: its tokenizer has 300 pieces, the model only 200"):
+        train.train(big, dataclasses.replace(SHAPE, vocab_size=200), tmp_path)
+
+
+def test_changed_data_ends_a_resume_though_the_tokenizer_is_given(finished, config, tmp_path):
+    mine = tmp_path / "mine.tsv"
+    mine.write_text(Path(config.data[0]).read_text())
+    given = dataclasses.replace(config, data=(str(mine),), tokenizer=str(finished[0] / "model.pt"), max_steps=2)
+    train.train(given, SHAPE, tmp_path / "run")
+    mine.write_text(Path(config.data[0]).read_text() + "one\tun\n")
+    with pytest.raises(ValueError, match="the training files have changed since"):
+        train.train(dataclasses.replace(given, max_steps=4), SHAPE, tmp_path / "run")
+
+
+def test_a_step_leaves_out_the_layers_that_are_drawn(config, monkeypatch):
+    monkeypatch.setattr(train, "skipped_layers", lambda config, n_layers, number: frozenset({2}))
+    model, still = untrained(), dataclasses.replace(config, weight_decay=0, warmup=0)
+    before = weights(model)
+    train_step(Objective(model, still), make_optimizer(model, still), itertools.repeat(random_batch(5)), still, 0)
+    same = {name: torch.equal(weight, before[name]) for name, weight in weights(model).items()}
+    assert {name.split(".")[1] for name in same if name.startswith("blocks") and not same[name]} == {"0", "2"}
+
+
 def test_prepared_data_trains_the_same(config, finished, files, tmp_path):
     model = tmp_path / "own.model"
     model.write_bytes(train.prepare_tokenizer(config, finished[0], SHAPE.vocab_size))
     data.prepare(config.data, model.read_bytes(), tmp_path / "own.npy", config.length)
     ready = dataclasses.replace(config, data=(str(tmp_path / "own.npy"),), tokenizer=str(model))
     assert_close(weights(train.train(ready, SHAPE, tmp_path / "run")), finished[1], **EXACT)
+    with pytest.raises(ValueError, match="a prepared file comes alone"):
+        train.train(dataclasses.replace(ready, data=ready.data * 2), SHAPE, tmp_path / "other")
     with pytest.raises(ValueError, match="is prepared data; name the tokenizer"):
         train.train(dataclasses.replace(ready, tokenizer=None), SHAPE, tmp_path / "other")
 
@@ -432,6 +492,13 @@ MISTAKES = {  # a flag -> what the line must say
     "--init={files}/missing.pt": "missing.pt: no such checkpoint",
     "--tokenizer={files}/dev.tsv": "was trained with tokenizer None, not",
     "--plot={files}/dev.tsv": "dev.tsv: not a log of train.py",
+    "--exit-weights=1,nan,1": "give 3 above 0",
+    "--seed=99999999999999999999999": "it must be at least 0, and finite",
+    "--loss=none --classifier": "classifier is True, but loss is none",
+    "--exit-norms= --adapter-rank=3": "above 0 only with exit_norms",
+    "--data={files}/malformed.tsv --overwrite": "malformed.tsv, line 2: has 1 columns; 2 are needed",
+    "--tokenizer={files}/empty.tsv --overwrite": "empty.tsv: neither a checkpoint nor a sentencepiece model",
+    "--eos-id=1 --overwrite": "eos_id is 1, but the tokenizer ends texts with 2; give --eos-id 2",
     "--data=": "nothing to train on",
     "--data={files}/dev.tsv": "was trained with data",
     "--data={files}/missing.tsv": "missing.tsv: no such data file",
@@ -447,7 +514,8 @@ MISTAKES = {  # a flag -> what the line must say
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_ends_in_one_line_and_status_2_and_changes_no_file(mistake, files, config, finished, monkeypatch, capfd):
     before = contents(finished[0])
-    monkeypatch.setattr(sys, "argv", ["train.py", f"--out={finished[0]}", *flags(config, SHAPE), mistake.format(files=files)])
+    words = mistake.format(files=files, out=finished[0]).split()
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--out={finished[0]}", *flags(config, SHAPE), *words])
     with pytest.raises(SystemExit) as end:
         cli.run(train.main)
     (line,) = capfd.readouterr().err.splitlines()
@@ -457,5 +525,5 @@ def test_a_mistake_ends_in_one_line_and_status_2_and_changes_no_file(mistake, fi
 
 def test_the_script_ends_so_too(tmp_path):
     ended = python("train.py", f"--out={tmp_path / 'new'}", "--rows=0")
-    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "error: rows is 0; it must be at least 1\n")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "error: rows is 0; it must be at least 1, and finite\n")
     assert not (tmp_path / "new").exists()

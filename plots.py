@@ -8,6 +8,7 @@ import numpy as np
 from analysis import Views, auroc, calibration_error, divergences, look, reliability
 from measure import pareto
 from runs import read_log
+from tasks import TITLES
 
 
 def pyplot():
@@ -96,8 +97,9 @@ def draw_evaluation(folder: Path, rows: list[dict], model, tokenizer) -> list[Pa
             name += f"-{first}"  # another table of this task
         made[f"{name}-speed"] = draw_speed(plt, own)
         made[f"{name}-confidence-flops"] = draw_flops(plt, own)
-        made[f"{name}-sweep"] = draw_sweep(plt, own)
-        if "prompts" in own[0]:
+        if "prompts" not in own[0]:
+            made[f"{name}-sweep"] = draw_sweep(plt, own)
+        else:
             texts = [(each["prompt_tokens"], each["tokens"]) for each in own[0]["prompts"]]
             views, L = look(model, texts, ASKED), model.config.n_layers
             made[f"{name}-ranks"] = draw_ranks(plt, views)
@@ -126,7 +128,8 @@ def leading_score(row: dict) -> float:
 
 
 def score_title(row: dict) -> str:
-    return next(iter(row["scores"]), "ROUGE-L to the full model's text")
+    name = next(iter(row["scores"]), "ROUGE-L to the full model's text")
+    return TITLES.get(name, name)
 
 
 def kind(row: dict) -> str:
@@ -155,8 +158,8 @@ def draw_speed(plt, rows: list[dict]):
 
 
 def draw_sweep(plt, rows: list[dict]):
-    """Score and exit layer against the swept number with the most values, a line for each combination of the others; None if that is no
-    sweep, or of nothing that can be an axis."""
+    """Score and exit layer against the swept number with the most values, a line for each combination of the others; None if nothing
+    swept can be an axis."""
     configs = [row["config"] for row in rows[1:]]
     swept = [name for name in configs[0] if len({str(config[name]) for config in configs}) > 1]
     sizes = {name: len({config[name] for config in configs}) for name in swept
@@ -192,7 +195,7 @@ def draw_flops(plt, rows: list[dict]):
             axis.bar([i + 0.2 * (at - 1.5) for i, _ in bars], [value for _, value in bars], 0.18, label=f"pruning: {schedule}")
     axis.set(yscale="log", ylabel="confidence FLOPs a token", title=rows[0]["task"])
     axis.set_xticks(range(len(functions)), functions)
-    axis.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside upper center", ncols=len(MARKERS))
     return figure
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -58,9 +59,10 @@ def gathered(value) -> list:
 
 
 def tell(text: str) -> None:
-    """Prints from the first process, above its progress bar."""
+    """Prints from the first process, above its progress bar, at once, into a file, too."""
     if processes()[0] == 0:
         tqdm.write(text)
+        sys.stdout.flush()
 
 
 # ---------------------------------------------------------------- one run

@@ -22,7 +22,7 @@ from calibrate import find_threshold, report
 from cli import Parser, add_flags, add_model_flags, device_and_dtype, given, run, write_json
 from data import Example, digest
 from decode import DEFAULT_CHECKPOINT, DecodeConfig
-from measure import alike, environment, evaluate, means, pareto, peak_memory, table
+from measure import alike, environment, evaluate, means, pareto, peak_memory, quality, table
 from model import load_checkpoint
 from runs import process_group, processes, tell
 from settings import with_thresholds
@@ -277,7 +277,7 @@ def shown(args: argparse.Namespace, task: Task, rows: list[dict], count: int) ->
     """The table of some rows; after a sweep with its Pareto front, and with means over each of the fields that have several values."""
     if not args.sweep:
         return f"\n{task.name}, {count} {args.split} inputs\n\n{table(rows, task)}"
-    best = pareto(rows)
+    best = pareto({row["name"]: (row["speedup"], quality(row, rows[0])) for row in rows})
     marked = [{**row, "name": row["name"] + " *" * (row["name"] in best)} for row in rows]
     text = f"\n{task.name}, {count} {args.split} inputs, * on the Pareto front\n\n{table(marked, task)}"
     swept = [field.replace("-", "_") for field, *values in args.sweep if len(values) > 1]

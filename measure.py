@@ -288,8 +288,7 @@ def quality(row: dict, full: dict) -> float:
     return min(shares) if shares else row["rougeL_full"]
 
 
-def pareto(rows: list[dict]) -> set[str]:
-    """Names of the rows that no other beats: there is none that is at least as fast and as good, and better in one of the two."""
-    points = {row["name"]: (row["speedup"], quality(row, rows[0])) for row in rows}
+def pareto(points: dict[str, tuple[float, float]]) -> set[str]:
+    """Names of the points (speed, quality) that no other beats: none is at least as fast and as good, and better in one of the two."""
     return {name for name, (speed, good) in points.items()
             if not any(s >= speed and g >= good and (s, g) != (speed, good) for s, g in points.values())}  # fmt: skip

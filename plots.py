@@ -149,8 +149,8 @@ def draw_speed(plt, rows: list[dict]):
         axis.errorbar(row["speedup"], leading_score(row), xerr=spread, color=color, alpha=0.8, label=label, linestyle="", linewidth=1,
                       marker="x" if row["config"]["fill"] == "copy" else MARKERS[row["config"]["prune"]],
                       markerfacecolor=color if verified or kind(row) == "full" else "none")  # fmt: skip
-    best = sorted((row["speedup"], leading_score(row)) for row in rows if row["name"] in pareto(rows))
-    axis.plot(*zip(*best), color="0.7", linewidth=1, zorder=0, label="Pareto front")
+    points = {row["name"]: (row["speedup"], leading_score(row)) for row in rows}
+    axis.plot(*zip(*sorted(points[name] for name in pareto(points))), color="0.7", linewidth=1, zorder=0, label="Pareto front")
     axis.set(xlabel="speed-up over the full model", ylabel=score_title(rows[0]), title=rows[0]["task"])
     handles = dict(zip(*reversed(axis.get_legend_handles_labels())))
     axis.legend(handles.values(), handles.keys(), fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
@@ -253,7 +253,7 @@ def draw_exits(plt, rows: list[dict], number: int, tokenizer, n_layers: int):
     if not rows:
         return None
     length = min(30, max(len(row["prompts"][number]["tokens"]) for row in rows))
-    figure, axis = plt.subplots(figsize=(max(7, 0.55 * length), 0.42 * len(rows) + 1.2))
+    figure, axis = plt.subplots(figsize=(max(7, 0.68 * length), 0.42 * len(rows) + 1.2))
     grid = np.full((len(rows), length), np.nan)
     for i, row in enumerate(rows):
         each = row["prompts"][number]

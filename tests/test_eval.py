@@ -234,9 +234,14 @@ def test_first_difference_may_be_the_first_token(tiny_model, tokenizer):
 
 
 def test_the_pareto_front_by_hand():
-    rows = [{"name": name, "speedup": speed, "scores": {"f1": good}} for name, speed, good in
-            (("full", 1, 0.8), ("slow", 0.9, 0.8), ("fast", 2, 0.7), ("bad", 1.5, 0.6), ("twin", 2, 0.7))]  # fmt: skip
-    assert measuring.pareto(rows) == {"full", "fast", "twin"}
+    points = {"full": (1, 0.8), "slow": (0.9, 0.8), "fast": (2, 0.7), "bad": (1.5, 0.6), "twin": (2, 0.7)}
+    assert measuring.pareto(points) == {"full", "fast", "twin"}
+
+
+def test_quality_is_the_least_share_of_the_full_models_scores():
+    full, row = ({"scores": {"f1": f1, "rougeL": rouge}, "rougeL_full": 0.9} for f1, rouge in ((0.5, 0.8), (0.45, 0.8)))
+    assert measuring.quality(row, full) == pytest.approx(0.9)
+    assert measuring.quality({"scores": {}, "rougeL_full": 0.7}, {"scores": {}}) == 0.7
 
 
 @pytest.mark.parametrize("risk, threshold", [("consistency", 0.55), ("task", 0.0)])

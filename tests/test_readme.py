@@ -38,7 +38,7 @@ def test_the_test_command_is_the_one_that_ci_runs():
 
 def test_the_file_list_is_complete():
     listed = set(re.findall(r"^    (\w+\.py|\w+/)  ", README, re.MULTILINE))
-    there = {path.name for path in ROOT.glob("*.py")} | {f"{name}/" for name in ("tests", "checkpoints", "data")}
+    there = {path.name for path in ROOT.glob("*.py")} | {f"{name}/" for name in ("tests", "checkpoints", "data", "docs")}
     assert listed == there
 
 

@@ -31,6 +31,7 @@ def process_group(device: str) -> Iterator[None]:
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))  # the first may prepare much data meanwhile
     try:
         yield
+        dist.barrier()  # no process leaves while another still saves or writes
     finally:
         dist.destroy_process_group()
 

@@ -79,17 +79,20 @@ def find_threshold(model, tokenizer, task: Task, sets: dict[str, list[Example]],
     or task, how much lower the task's first score is."""
     full: dict[str, list[str]] = {}
     name = next(iter(task.scores)) if risk == "task" else "consistency"
+    ready = {which: prepare(model, tokenizer, task, examples, {"full": config.full(), "early": config}) for which, examples in sets.items()}
 
     def losses(threshold: float, which: str) -> list[float]:
-        examples = sets[which]
-        configs = {} if which in full else {"full": config.full()}
-        prompts, configs = prepare(model, tokenizer, task, examples, configs | {"early": replace(config, threshold=threshold)})
+        """The loss of every example; the full model decodes a set once."""
+        prompts, configs = ready[which]
+        configs = configs | {"early": replace(configs["early"], threshold=threshold)}
+        if which in full:
+            del configs["full"]
         rows = measure(model, prompts, configs, 1, f"{task.name}, {which}, threshold {threshold:g}")
         texts = {label: [tokenizer.decode(out.tokens).strip() for out in row.outputs] for label, row in rows.items()}
         early, exact = texts["early"], full.setdefault(which, texts.get("full"))
         if risk == "consistency":
             return [1 - rouge_l_f1(*pair) for pair in zip(early, exact)]
-        scores = [[task.score([text], [list(each.references)])[name] for text, each in zip(some, examples)] for some in (early, exact)]
+        scores = [[task.score([text], [list(each.references)])[name] for text, each in zip(some, sets[which])] for some in (early, exact)]
         return [max(0.0, whole - part) for part, whole in zip(*scores)]
 
     fit, check = sets

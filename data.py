@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import lzma
+import re
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,7 @@ FILES = {"translation": "data/translation/{}.tsv.xz", "e2e": "data/e2e/{}.csv.xz
          "stories": "data/stories/{}.jsonl.xz"}  # fmt: skip
 SUMMARY = "{dialogue}\nSummary:\n"                              # the prompts of SAMSum,
 QUESTION = "{context}\nQuestion: {question}\nAnswer:\n"        # SQuAD and FairytaleQA
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a letter, which UTF-8 cannot write
 LEARN, START = 1, 2  # flags of a token: it is a training target; a document starts here
 
 
@@ -98,7 +100,7 @@ def _pair(where: str, prompt, completion) -> tuple[str, str] | ValueError:
 
 def is_text(value) -> bool:
     """Whether it is a text that is not empty and can be written as UTF-8."""
-    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return isinstance(value, str) and bool(value.strip()) and not SURROGATE.search(value)
 
 
 def _read_csv(file, path):

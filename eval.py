@@ -201,22 +201,22 @@ def load_examples(args: argparse.Namespace, task: Task, split: str, limit: int) 
     return task.with_shots(shots), sample([each for each in examples if each not in shots], limit, args.seed)
 
 
-def two_sets(args: argparse.Namespace, task: Task) -> dict[str, list[Example]]:
-    """Examples to calibrate on, and others to check on: of the two splits, or of a single file two parts."""
+def two_sets(args: argparse.Namespace, task: Task, examples: list[Example]) -> dict[str, list[Example]]:
+    """The examples to calibrate on, and others to check on, from the other split; of a single file two parts of the examples."""
     if "{}" in task.file:
-        return {split: load_examples(args, task, split, args.limit)[1] for split in (args.split, "test" if args.split == "dev" else "dev")}
-    examples = load_examples(args, task, args.split, 2 * args.limit)[1]
+        other = "test" if args.split == "dev" else "dev"
+        return {args.split: examples, other: load_examples(args, task, other, args.limit)[1]}
     if len(examples) < 2:
         raise ValueError(f"{task.file}: holds too little to calibrate on one half and check on the other")
     return {f"{task.file} (one part)": examples[::2], f"{task.file} (another part)": examples[1::2]}
 
 
-def calibrate(args: argparse.Namespace, task: Task, model, tokenizer, custom: dict, about: dict) -> None:
+def calibrate(args: argparse.Namespace, task: Task, examples: list[Example], model, tokenizer, custom: dict, about: dict) -> None:
     """Finds a threshold, says what was found, and writes it. Ends with status 1 if no threshold passes."""
     config = DecodeConfig(**start(task, custom))
     config.exits(model.config.n_layers)
-    threshold, provenance = find_threshold(
-        model, tokenizer, task, two_sets(args, task), config, args.risk, args.tolerance, args.error)  # fmt: skip
+    sets = two_sets(args, task, examples)
+    threshold, provenance = find_threshold(model, tokenizer, task, sets, config, args.risk, args.tolerance, args.error)
     tell(report(task, threshold, provenance))
     if threshold is None:
         sys.exit(1)
@@ -233,6 +233,7 @@ def main() -> None:
 
 
 def evaluate_all(args: argparse.Namespace, custom: dict, tasks: list[Task]) -> None:
+    """Does with every task what the arguments ask for, prints it, and writes the files that they name."""
     model, tokenizer = load_checkpoint(args.checkpoint, *device_and_dtype(args))
     if tokenizer is None:
         raise ValueError(f"{args.checkpoint}: has no tokenizer, which these tasks need, being text; decode.py takes token ids")
@@ -242,14 +243,15 @@ def evaluate_all(args: argparse.Namespace, custom: dict, tasks: list[Task]) -> N
     if processes()[0] == 0:
         print(", ".join(f"{name} {value}" for name, value in result["environment"].items()), file=sys.stderr)
     for task in tasks:
-        task, examples = load_examples(args, task, args.split, args.limit)
+        one_file = args.calibrate and "{}" not in task.file  # both sets come from it
+        task, examples = load_examples(args, task, args.split, args.limit * (2 if one_file else 1))
         if args.show_prompt:
             first = examples[0]
             tell(f"--- {task.name}, {args.split}\n{task.text(first.prompt, tokenizer)}\n--- references\n" + "\n".join(first.references))
         elif args.tune:
             settings[task.name] = tune(model, tokenizer, task, examples)
         elif args.calibrate:
-            calibrate(args, task, model, tokenizer, custom, result["environment"])
+            calibrate(args, task, examples, model, tokenizer, custom, result["environment"])
         else:
             for configs in alike(rows_of(args, task, model.config.n_layers, custom)):
                 if args.sweep:

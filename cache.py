@@ -6,8 +6,7 @@ Dimensions: R rows of a pass, S positions seen, d model width, H query heads, K 
 import torch
 from torch import Tensor
 
-from attention import attention, split_heads, visible
-from model import Transformer
+from model import Transformer, attention, split_heads, visible
 
 
 class KVCache:

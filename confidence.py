@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from model import Transformer
 
 ALPHA = 0.1  # plausibility: tokens of at least this share of the largest probability (Li 2022, section 3.2)
@@ -156,13 +157,13 @@ def resolve(name: str | Confidence) -> Confidence:
         return FUNCTIONS[name]
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise ValueError(f"unknown confidence {name!r}; choose from {', '.join(FUNCTIONS)}, or package.module:function")
+        raise UserError(f"unknown confidence {name!r}; choose from {', '.join(FUNCTIONS)}, or package.module:function")
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"confidence {name!r} cannot be loaded: {error}") from None
+        raise UserError(f"confidence {name!r} cannot be loaded: {error}") from None
     if not callable(function):
-        raise ValueError(f"confidence {name!r} is not a function")
+        raise UserError(f"confidence {name!r} is not a function")
     return function
 
 

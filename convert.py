@@ -20,9 +20,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cli import DTYPES, Parser, read_dtype, run, whole_file
-from model import FORMAT, ModelConfig, Transformer, read_tokenizer
-from sources import Source, Stored, open_source
+from common.errors import UserError, run
+from common.files import whole_file
+from common.flags import DTYPES, Parser, read_dtype
+from formats.checkpoint import FORMAT, read_tokenizer
+from formats.sources import Source, Stored, open_source
+from model import ModelConfig, Transformer
 
 MAX_LEN = 8192  # positions kept unless asked for more: the rotary table takes memory for each
 
@@ -43,13 +46,13 @@ def model_config(words: dict, max_len: int | None) -> ModelConfig:
     words = {**words, **words.get("text_config", {})} if words.get("model_type") == "gemma3" else words
     family = {"gemma3": "gemma3_text"}.get(words.get("model_type"), words.get("model_type"))
     if family not in FAMILIES:
-        raise ValueError(f"unknown model_type {family!r}; known are {', '.join(FAMILIES)}")
+        raise UserError(f"unknown model_type {family!r}; known are {', '.join(FAMILIES)}")
     stated, words = words.get("max_position_embeddings"), {**FAMILIES[family], **words}
     gemma, sandwich = family.startswith("gemma"), family in ("gemma2", "gemma3_text")
     try:
         d, L, H = (words[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
         if stated and max_len is not None and max_len > stated:
-            raise ValueError(f"--max-len is {max_len}, but the model was made for {stated} positions")
+            raise UserError(f"--max-len is {max_len}, but the model was made for {stated} positions")
         C, eos, scalar = words.get("head_dim") or d // H, words["eos_token_id"], words.get("query_pre_attn_scalar")
         return ModelConfig(
             vocab_size=words["vocab_size"], n_layers=L, d_model=d, n_heads=H, n_kv_heads=words.get("num_key_value_heads") or H,
@@ -62,9 +65,9 @@ def model_config(words: dict, max_len: int | None) -> ModelConfig:
             **windows(words, L), **rotation(words, local=family == "gemma3_text"),
         )  # fmt: skip
     except KeyError as error:
-        raise ValueError(f"the configuration lacks {error}") from None
+        raise UserError(f"the configuration lacks {error}") from None
     except TypeError as error:
-        raise ValueError(f"the configuration has a value of the wrong type ({error})") from None
+        raise UserError(f"the configuration has a value of the wrong type ({error})") from None
 
 
 def activation(words: dict, gemma: bool) -> str:
@@ -72,7 +75,7 @@ def activation(words: dict, gemma: bool) -> str:
     name = (words.get("hidden_activation") or "gelu_pytorch_tanh") if gemma else words.get("hidden_act", "silu")
     known = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
     if name not in known:
-        raise ValueError(f"unknown activation {name!r}; known are {', '.join(known)}")
+        raise UserError(f"unknown activation {name!r}; known are {', '.join(known)}")
     return known[name]
 
 
@@ -81,7 +84,7 @@ def windows(words: dict, n_layers: int) -> dict:
     if words.get("sliding_window") is None:
         return {}
     if words.get("use_bidirectional_attention"):
-        raise ValueError("use_bidirectional_attention is set: an embedding model, which cannot decode")
+        raise UserError("use_bidirectional_attention is set: an embedding model, which cannot decode")
     layers, kinds, every = range(1, n_layers + 1), words.get("layer_types"), words.get("sliding_window_pattern")
     if kinds:
         whole = [layer for layer in layers if kinds[layer - 1] == "full_attention"]
@@ -97,7 +100,7 @@ def rotation(words: dict, local: bool) -> dict:
     scaling = words.get("rope_scaling") or whole
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
-        raise ValueError(f"rope_scaling {kind!r} is not supported; known are default, linear and llama3")
+        raise UserError(f"rope_scaling {kind!r} is not supported; known are default, linear and llama3")
     bands = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings") if kind == "llama3" else ()
     return {
         "rope_base": whole.get("rope_theta", words["rope_theta"]),
@@ -166,17 +169,17 @@ def match(source: Source, config: ModelConfig, shapes: dict[str, Tensor]) -> tup
         if SKIPPED.search(theirs) or (ours == "unembedding" and config.tie_embeddings):
             skipped.append(theirs)
         elif ours not in needed or ours in found:
-            raise ValueError(f"unknown tensor {theirs} {list(stored.shape)}: the model of this configuration has no place for it")
+            raise UserError(f"unknown tensor {theirs} {list(stored.shape)}: the model of this configuration has no place for it")
         else:
             found[ours] = theirs
             if stored.shape != tuple(place(ours, shapes, config).shape):
                 there, here = list(stored.shape), list(place(ours, shapes, config).shape)
-                raise ValueError(f"{theirs} has the shape {there}, but by the configuration {here}")
+                raise UserError(f"{theirs} has the shape {there}, but by the configuration {here}")
     back = {ours: theirs for theirs, ours in table.items()}
     for ours in needed:
         if ours not in found:
             theirs = back[re.sub(r"\.\d+\.", ".#.", ours)].replace("#", re.sub(r"\D", "", ours))
-            raise ValueError(f"tensor {theirs}.weight is missing")
+            raise UserError(f"tensor {theirs}.weight is missing")
     return found, skipped
 
 
@@ -202,7 +205,7 @@ def convert(path: Path, out: Path, dtype: torch.dtype | None = None, max_len: in
     """Writes the checkpoint at `path` to `out`, whole or not at all, and returns a report. dtype None: the source's own, for GGUF float32;
     vectors are always float32, so that Gemma's norms, stored here as w + 1, lose nothing. Raises ValueError, OSError."""
     if not out.absolute().parent.is_dir():
-        raise ValueError(f"{out}: there is no folder {out.parent} to write to")
+        raise UserError(f"{out}: there is no folder {out.parent} to write to")
     source = open_source(path, tokenizer)
     try:
         config = model_config(source.config, max_len)
@@ -210,7 +213,7 @@ def convert(path: Path, out: Path, dtype: torch.dtype | None = None, max_len: in
             shapes = Transformer(config).state_dict()
         found, skipped = match(source, config, shapes)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     blob = None if source.tokenizer is None else torch.frombuffer(bytearray(source.tokenizer), dtype=torch.uint8)
     if blob is not None:
         processor = read_tokenizer(path, source.tokenizer, config.vocab_size)

@@ -6,99 +6,29 @@ Dimensions: R rows of a pass, d model width, n candidates, L layers, V vocabular
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cache import KVCache
-from cli import Parser, add_flags, add_model_flags, device_and_dtype, given, read_field, run
+from common.config import read_field
+from common.errors import UserError, run
+from common.flags import Parser, add_flags, add_model_flags, device_and_dtype, given
 from confidence import Trace, resolve
+from decoding.display import difference, show
+from decoding.prediction import judge, penalize, pick, scores
+from decoding.record import Counters, Generation, Token
+from decoding.settings import DecodeConfig, from_json, with_thresholds
+from decoding.thresholds import Constant
+from formats.tokenizer import encode_prompt
 from model import Transformer, load_checkpoint
-from predict import judge, penalize, pick, scores
-from settings import DecodeConfig, from_json, with_thresholds
-from show import difference, show
-from thresholds import Constant
-from tokenizer import encode_prompt
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "default.pt"
-
-
-@dataclass
-class Token:
-    """One generated token and why it came from where it came."""
-
-    id: int
-    exit_layer: int                    # L: from the full model
-    confidences: dict[int, float]      # of each layer asked
-    thresholds: dict[int, float]       # that they had to reach
-    amateurs: dict[int, int]           # exit layer -> the layer that it was contrasted with
-    probs: Tensor | None = None        # (V,) what a draft was drawn from, if it was sampled
-    rolled_back: tuple[int, ...] = ()  # verified mode: the drafts that this token replaced
-
-
-@dataclass
-class Counters:
-    """Work done. FLOPs count multiply-adds twice: block weights, attention, and heads; of the heads, confidence is what was computed to ask
-    but not to emit (every head but that of the layer emitted from)."""
-
-    tokens: int = 0
-    block_runs: int = 0
-    block_rows: int = 0
-    deep_passes: int = 0        # passes that reached the top
-    deep_rows: int = 0          # rows at the top layer in these, owed ones included
-    block_flops: int = 0
-    head_flops: int = 0
-    confidence_flops: int = 0   # part of head_flops
-    pruned_deep: int = 0        # deep passes whose candidates had been pruned
-    missed: int = 0             # of these, how often the full model's token had been pruned away
-    drafted: int = 0            # verified mode: early tokens judged by the full model
-    accepted: int = 0           # of these, kept
-
-    def add_blocks(self, model: Transformer, before: list[int], stop: int, layer: int) -> None:
-        """One pass up to `layer` that took the positions filled[1..layer] from `before` to `stop`."""
-        for first, layers in groupby(before[1 : layer + 1]):
-            runs = len(list(layers)) if first < stop else 0
-            self.block_runs += runs
-            self.block_rows += runs * (stop - first)
-            self.block_flops += runs * model.block_flops(first, stop)
-        if layer == model.config.n_layers:
-            self.deep_passes += 1
-            self.deep_rows += stop - before[layer]
-
-    def add_heads(self, asked: dict[int, int], layer: int, total: int) -> None:
-        """The heads of one pass up to `layer`: the FLOPs of those asked, by layer, and of all."""
-        self.head_flops += total
-        self.confidence_flops += sum(flops for head, flops in asked.items() if head != layer)
-
-    def add_judgement(self, trace: Trace, drafted: int, kept: int, token: int | None) -> None:
-        """What the full model made of the drafts and of the candidates of the newest position."""
-        self.drafted += drafted
-        self.accepted += kept
-        if trace.candidates is not None and kept == drafted:
-            self.pruned_deep += 1
-            self.missed += token not in trace.candidates
-
-
-@dataclass
-class Generation:
-    """Tokens (the end-of-text token included), the exit layer and the confidences asked of each, and the work done."""
-
-    tokens: list[int] = field(default_factory=list)
-    exit_layers: list[int] = field(default_factory=list)
-    confidences: list[dict[int, float]] = field(default_factory=list)
-    counters: Counters = field(default_factory=Counters)
-
-    @classmethod
-    def of(cls, tokens: Iterable[Token], counters: Counters) -> "Generation":
-        """What `stream` yields, with the counters that it was given."""
-        tokens = list(tokens)
-        return cls([t.id for t in tokens], [t.exit_layer for t in tokens], [t.confidences for t in tokens], counters)
 
 
 def run_pass(model: Transformer, cache: KVCache, tokens: list[int], trace: Trace, exits: dict[int, float]) -> int:
@@ -227,22 +157,22 @@ def teach(thresholds: Constant, guesses: list[tuple[float | None, int]], trace: 
 def check_amateur(amateur: Transformer, model: Transformer, config: DecodeConfig, length: int) -> Transformer:
     """The amateur. Raises ValueError unless it can read and contrast what the model writes."""
     if config.predict != "contrast":
-        raise ValueError(f"there is an amateur, but predict is {config.predict}; set it to contrast")
+        raise UserError(f"there is an amateur, but predict is {config.predict}; set it to contrast")
     if amateur.config.vocab_size != model.config.vocab_size:
-        raise ValueError(f"the amateur knows {amateur.config.vocab_size} tokens, the model {model.config.vocab_size}; that must be equal")
+        raise UserError(f"the amateur knows {amateur.config.vocab_size} tokens, the model {model.config.vocab_size}; that must be equal")
     if amateur.config.max_len < length:
-        raise ValueError(f"the amateur has {amateur.config.max_len} positions, {length} are needed; shorten the prompt or the answer")
+        raise UserError(f"the amateur has {amateur.config.max_len} positions, {length} are needed; shorten the prompt or the answer")
     return amateur
 
 
 def check_prompt(prompt: list[int], model: Transformer) -> None:
     """Raises ValueError unless `prompt` is one non-empty list of token ids with room for an answer."""
     if len(prompt) == 0 or not all(isinstance(token, int) for token in prompt):
-        raise ValueError("the prompt must be one non-empty list of token ids (batch size 1)")
+        raise UserError("the prompt must be one non-empty list of token ids (batch size 1)")
     if len(prompt) >= model.config.max_len:
-        raise ValueError(f"the prompt has {len(prompt)} tokens, this model {model.config.max_len} positions; shorten the prompt")
+        raise UserError(f"the prompt has {len(prompt)} tokens, this model {model.config.max_len} positions; shorten the prompt")
     if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
-        raise ValueError(f"a token id of the prompt lies outside 0 to {model.config.vocab_size - 1}")
+        raise UserError(f"a token id of the prompt lies outside 0 to {model.config.vocab_size - 1}")
 
 
 def generate(
@@ -261,12 +191,12 @@ def read_prompt(text: str, tokenizer) -> list[int]:
     """Token ids of a prompt. A checkpoint without a tokenizer takes ids, separated by commas."""
     if tokenizer is not None:
         if not text.strip():
-            raise ValueError("the prompt is empty; give some text")
+            raise UserError("the prompt is empty; give some text")
         return encode_prompt(tokenizer, text)
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError("this checkpoint has no tokenizer: give the prompt as token ids, separated by commas") from None
+        raise UserError("this checkpoint has no tokenizer: give the prompt as token ids, separated by commas") from None
 
 
 DEMO = DecodeConfig(confidence="softmax", threshold=0.6, prune="fixed", max_new_tokens=100)  # what the command does
@@ -290,7 +220,7 @@ def beside(checkpoint: str) -> dict:
     try:
         return from_json(json.loads(path.read_text(encoding="utf-8")).get("decode", {})) if path.is_file() else {}
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not usable as settings of decode ({error})") from None
+        raise UserError(f"{path}: not usable as settings of decode ({error})") from None
 
 
 def variant(config: DecodeConfig, name: str) -> DecodeConfig:
@@ -309,7 +239,7 @@ def read_amateur(path: str | None, tokenizer, device: str, dtype: torch.dtype | 
         return None
     amateur, other = load_checkpoint(path, device, dtype)
     if tokenizer and (not other or other.serialized_model_proto() != tokenizer.serialized_model_proto()):
-        raise ValueError(f"{path}: has another tokenizer than the model; an amateur must read the same tokens")
+        raise UserError(f"{path}: has another tokenizer than the model; an amateur must read the same tokens")
     return amateur
 
 

@@ -18,17 +18,19 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from calibrate import find_threshold, report
-from cli import Parser, add_flags, add_model_flags, device_and_dtype, given, run, write_json
-from data import Example, digest
-from decode import DEFAULT_CHECKPOINT, DecodeConfig
-from measure import alike, environment, evaluate, means, pareto, peak_memory, quality, table
+from common.errors import UserError, run
+from common.files import digest, write_json
+from common.flags import Parser, add_flags, add_model_flags, device_and_dtype, given
+from common.processes import process_group, processes, tell
+from decode import DEFAULT_CHECKPOINT
+from decoding.settings import DecodeConfig, with_thresholds
+from evaluation.calibrate import find_threshold, report
+from evaluation.measure import alike, environment, evaluate, means, pareto, peak_memory, quality, table
+from evaluation.sweep import combinations, sweep
+from evaluation.tasks import TASKS, Task, find_task, read_task, sample
+from evaluation.tune import read_settings, tune
+from formats.data import Example
 from model import load_checkpoint
-from runs import process_group, processes, tell
-from settings import with_thresholds
-from sweep import combinations, sweep
-from tasks import TASKS, Task, find_task, read_task, sample
-from tune import read_settings, tune
 
 DEFAULTS = {"limit": 60, "repeat": 2, "seed": 0, "shots": 0, "results": Path("sweep.jsonl"), "calibrated": Path("thresholds.json"),
             "risk": "consistency", "tolerance": 0.05, "error": 0.05}  # fmt: skip
@@ -80,11 +82,11 @@ def parse() -> tuple[argparse.Namespace, dict, list[Task]]:
     args = make_parser().parse_args()
     modes = [name for name in USELESS if getattr(args, name, False)]
     if len(modes) > 1:
-        raise ValueError(f"--{modes[0]} and --{modes[1]} are two commands; give one of them".replace("_", "-"))
+        raise UserError(f"--{modes[0]} and --{modes[1]} are two commands; give one of them".replace("_", "-"))
     mode = modes[0] if modes else "the table"
     for name in USELESS[mode]:
         if getattr(args, name) is not None:
-            raise ValueError(f"--{name} says nothing to {'--' * bool(modes)}{mode.replace('_', '-')}; leave it out")
+            raise UserError(f"--{name} says nothing to {'--' * bool(modes)}{mode.replace('_', '-')}; leave it out")
     custom = with_thresholds(args.thresholds, given(args, DecodeConfig))
     for name, value in DEFAULTS.items():
         if getattr(args, name, None) is None:
@@ -94,13 +96,13 @@ def parse() -> tuple[argparse.Namespace, dict, list[Task]]:
     tasks = [find_task(name) for name in (args.tasks.split(",") if args.tasks else default_tasks(args.settings))]
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
-        raise ValueError(f"two tasks would be called {max(names, key=names.count)}; evaluate them one by one")
+        raise UserError(f"two tasks would be called {max(names, key=names.count)}; evaluate them one by one")
     check_combination(args, custom, names)
     check_outputs(args)
     if args.limit < 0 or args.repeat < 1 or args.shots < 0:
-        raise ValueError(f"limit is {args.limit}, repeat {args.repeat}, shots {args.shots}; at least 0, 1 and 0")
+        raise UserError(f"limit is {args.limit}, repeat {args.repeat}, shots {args.shots}; at least 0, 1 and 0")
     if not (0 < args.tolerance < 1 and 0 < args.error < 1):
-        raise ValueError(f"tolerance is {args.tolerance}, error {args.error}; both must lie between 0 and 1")
+        raise UserError(f"tolerance is {args.tolerance}, error {args.error}; both must lie between 0 and 1")
     return args, custom, tasks
 
 
@@ -108,23 +110,23 @@ def check_combination(args: argparse.Namespace, custom: dict, tasks: list[str]) 
     """Raises ValueError for flags of which one would be ignored."""
     DecodeConfig(**custom)
     if args.tune and set(custom) - {"seed"}:
-        raise ValueError("--tune tries its own settings; leave out the decoding flags")
+        raise UserError("--tune tries its own settings; leave out the decoding flags")
     if args.rows and "confidence" in custom:
-        raise ValueError("--rows chooses among the settings, --confidence makes a row of its own; give one of them")
+        raise UserError("--rows chooses among the settings, --confidence makes a row of its own; give one of them")
     if args.shot_file and not args.shots:
-        raise ValueError("--shot-file gives solved examples; say how many with --shots")
+        raise UserError("--shot-file gives solved examples; say how many with --shots")
     swept = [field.replace("-", "_") for field, *_ in args.sweep or []]
     for field, *values in args.sweep or []:
         if not values or swept.count(field.replace("-", "_")) > 1:
-            raise ValueError(f"--sweep {field}: give it once, with all of its values")
+            raise UserError(f"--sweep {field}: give it once, with all of its values")
     if (args.calibrate or "threshold" in swept) and custom.get("layer_thresholds"):
-        raise ValueError("layer_thresholds outranks the threshold that is to be found; leave it out")
+        raise UserError("layer_thresholds outranks the threshold that is to be found; leave it out")
     if args.calibrate and custom.get("confidence", "softmax") is None:
-        raise ValueError("--calibrate needs a confidence function; confidence is none")
+        raise UserError("--calibrate needs a confidence function; confidence is none")
     if args.calibrate and len(tasks) != 1:
-        raise ValueError(f"--calibrate finds a threshold for one task; choose it with --tasks (here: {','.join(tasks)})")
+        raise UserError(f"--calibrate finds a threshold for one task; choose it with --tasks (here: {','.join(tasks)})")
     if args.calibrate and args.risk == "task" and not find_task(args.tasks).scores:
-        raise ValueError(f"task {tasks[0]} has no score; calibrate with --risk consistency")
+        raise UserError(f"task {tasks[0]} has no score; calibrate with --risk consistency")
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -132,11 +134,11 @@ def check_outputs(args: argparse.Namespace) -> None:
     written = [args.json, args.tune and args.settings, args.sweep and args.results, args.calibrate and args.calibrated]
     for path in filter(None, [*written, args.plot]):
         if not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent} to write to")
+            raise UserError(f"{path}: there is no folder {path.parent} to write to")
         if path.is_dir() if path in written else path.is_file():
-            raise ValueError(f"{path}: is a {'folder' if path in written else 'file'}; give another name")
+            raise UserError(f"{path}: is a {'folder' if path in written else 'file'}; give another name")
     if args.plot:
-        from plots import pyplot
+        from evaluation.plots import pyplot
 
         pyplot()
     if args.tune:
@@ -148,9 +150,9 @@ def read_object(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: not settings by task")
+        raise UserError(f"{path}: not settings by task")
     return content
 
 
@@ -175,7 +177,7 @@ def rows_of(args: argparse.Namespace, task: Task, n_layers: int, custom: dict) -
     names = args.rows.split(",") if args.rows else list(configs)
     unknown = [name for name in names if name not in configs]
     if unknown:
-        raise ValueError(f"{args.settings}: has no row {unknown[0]!r} for {task.name}; choose from {', '.join(configs)}")
+        raise UserError(f"{args.settings}: has no row {unknown[0]!r} for {task.name}; choose from {', '.join(configs)}")
     return {name: configs[name] for name in names}
 
 
@@ -190,9 +192,9 @@ def load_examples(args: argparse.Namespace, task: Task, split: str, limit: int) 
     examples, shots = read_task(task, split, skipped), []
     if args.shots:
         if task.openings:
-            raise ValueError(f"{task.name}: goes on from a text, so it takes no --shots")
+            raise UserError(f"{task.name}: goes on from a text, so it takes no --shots")
         if not args.shot_file and "{}" not in task.file:
-            raise ValueError(f"{task.name}: name the file that the shots come from with --shot-file")
+            raise UserError(f"{task.name}: name the file that the shots come from with --shot-file")
         shots = sample(read_task(replace(task, file=args.shot_file or task.file), "train", skipped), args.shots, args.seed)
     for message in skipped or []:
         tell(f"skipped: {message}")
@@ -207,7 +209,7 @@ def two_sets(args: argparse.Namespace, task: Task, examples: list[Example]) -> d
         other = "test" if args.split == "dev" else "dev"
         return {args.split: examples, other: load_examples(args, task, other, args.limit)[1]}
     if len(examples) < 2:
-        raise ValueError(f"{task.file}: holds too little to calibrate on one half and check on the other")
+        raise UserError(f"{task.file}: holds too little to calibrate on one half and check on the other")
     return {f"{task.file} (one part)": examples[::2], f"{task.file} (another part)": examples[1::2]}
 
 
@@ -236,7 +238,7 @@ def evaluate_all(args: argparse.Namespace, custom: dict, tasks: list[Task]) -> N
     """Does with every task what the arguments ask for, prints it, and writes the files that they name."""
     model, tokenizer = load_checkpoint(args.checkpoint, *device_and_dtype(args))
     if tokenizer is None:
-        raise ValueError(f"{args.checkpoint}: has no tokenizer, which these tasks need, being text; decode.py takes token ids")
+        raise UserError(f"{args.checkpoint}: has no tokenizer, which these tasks need, being text; decode.py takes token ids")
     how = {"checkpoint": str(args.checkpoint), "checkpoint_id": digest(Path(args.checkpoint)), "split_of_data": args.split,
            "limit": args.limit, "repeat": args.repeat, "seed": args.seed, "shots": args.shots}  # fmt: skip
     result, settings = {"environment": environment(model) | how, "rows": []}, {}
@@ -269,7 +271,7 @@ def evaluate_all(args: argparse.Namespace, custom: dict, tasks: list[Task]) -> N
     if args.json:
         write_json(args.json, result)
     if args.plot:
-        from plots import draw_evaluation
+        from evaluation.plots import draw_evaluation
 
         for path in draw_evaluation(args.plot, result["rows"], model, tokenizer):
             tell(f"wrote {path}")

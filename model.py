@@ -4,24 +4,22 @@ Dimensions: B batch, T time, N rows, d model width, H query heads, K key/value h
 Layers count from 1 to L; index 0 stands for the embedding. Positions count from 0.
 """
 
-import contextlib
 import functools
 import math
 import os
-import zipfile
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from attention import attention, rope_table, soft_cap, split_heads, visible
-from cli import option, whole_file
-from kernels import FORMS, fastest_form, linear, rms_norm
+from common.config import option
+from common.errors import UserError
+from formats.checkpoint import fitting, read_checkpoint, read_tokenizer
+from formats.weights import choose_form, choose_head, linear, rms_norm
 
-FORMAT = "early-exit checkpoint 1"
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
@@ -63,24 +61,24 @@ class ModelConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "max_len", "head_dim", "window"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+                raise UserError(f"{name} is {value}; it must be at least 1")
         if self.adapter_rank < 0 or (self.adapter_rank and not self.exit_norms):
-            raise ValueError(f"adapter_rank is {self.adapter_rank}; it must be at least 0, and above 0 only with exit_norms")
+            raise UserError(f"adapter_rank is {self.adapter_rank}; it must be at least 0, and above 0 only with exit_norms")
         if self.head_dim is None:
             if self.d_model % self.n_heads:
-                raise ValueError(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}, or head_dim given")
+                raise UserError(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}, or head_dim given")
             object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
         if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim} (d_model / n_heads if not given); it must be even")
+            raise UserError(f"head_dim is {self.head_dim} (d_model / n_heads if not given); it must be even")
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
+            raise UserError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {self.activation!r}; choose from {', '.join(ACTIVATIONS)}")
+            raise UserError(f"unknown activation {self.activation!r}; choose from {', '.join(ACTIVATIONS)}")
         for name in ("query_scale", "attention_cap", "logit_cap", "local_rope_base", "rope_base", "rope_factor"):
             if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; it must be above 0")
+                raise UserError(f"{name} is {value}; it must be above 0")
         if self.rope_bands and (len(self.rope_bands) != 3 or not 0 < self.rope_bands[0] < self.rope_bands[1]):
-            raise ValueError(f"rope_bands is {self.rope_bands}; it must be low, high and length, low below high, or nothing")
+            raise UserError(f"rope_bands is {self.rope_bands}; it must be low, high and length, low below high, or nothing")
         for name in ("exit_norms", "classifiers"):
             check_layers(name, getattr(self, name), self.n_layers)
 
@@ -93,7 +91,61 @@ def check_layers(name: str, layers, n_layers: int) -> None:
     """Raises ValueError unless every exit layer lies in 1..L-1 (layer L is not an exit: it is the full model)."""
     bad = [layer for layer in layers if not 1 <= layer < n_layers]
     if bad:
-        raise ValueError(f"{name}: layer {bad[0]} is not an exit of a model of {n_layers} layers; choose from 1 to {n_layers - 1}")
+        raise UserError(f"{name}: layer {bad[0]} is not an exit of a model of {n_layers} layers; choose from 1 to {n_layers - 1}")
+
+
+def rope_table(config: ModelConfig) -> Tensor:
+    """cos and signed sin of every position: (1, 2, max_len, C), or (2, 2, max_len, C) where the layers with a window, last, have their own
+    base. Frequencies are slowed as in Llama 3 (llama-models, `apply_scaling`), or all alike where there are no bands."""
+    exponent = -torch.arange(config.head_dim // 2, dtype=torch.float64) / (config.head_dim // 2)
+    frequency = config.rope_base**exponent
+    if config.rope_factor != 1:
+        kept = torch.zeros_like(frequency)  # share of the frequency that is not slowed
+        if config.rope_bands:
+            low, high, length = config.rope_bands
+            kept = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / config.rope_factor)
+    own = config.window is not None and config.local_rope_base is not None
+    frequencies = torch.stack([frequency, config.local_rope_base**exponent] if own else [frequency])
+    angle = torch.arange(config.max_len, dtype=torch.float64)[:, None] * frequencies[:, None]  # (1 or 2, max_len, C/2)
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1)
+
+
+def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(B T, (H + 2K) C) -> q (B, H, T, C), k and v (B, K, T, C), with rotary position embedding (Su 2021) of q and k, the pairs being
+    (i, i + C/2). rope: cos and signed sin of the T positions, (T, C) each."""
+    H, K, C = config.n_heads, config.n_kv_heads, config.head_dim
+    heads = qkv.view(batch, -1, H + 2 * K, C).transpose(1, 2)  # (B, H + 2K, T, C)
+    qk, v = heads[:, : H + K], heads[:, H + K :]
+    qk = torch.addcmul(qk * rope[0], qk.roll(C // 2, -1), rope[1]).type_as(v)
+    return qk[:, :H], qk[:, H:], v
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: ModelConfig, causal: bool = False) -> Tensor:
+    """softmax(q k * query_scale) v where `mask` (.., T, S) allows, or everywhere: q (B, H, T, C), k and v (B, K, S, C) -> (B T, H C)."""
+    if config.attention_cap is None:
+        gqa = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=config.query_scale, enable_gqa=gqa)
+    else:  # the library's attention knows no cap
+        B, H, T, C = q.shape
+        grouped = q.view(B, k.shape[1], -1, T, C)  # (B, K, H/K, T, C)
+        scores = soft_cap((grouped @ k[:, :, None].mT).float() * (config.query_scale or C**-0.5), config.attention_cap).view(B, H, T, -1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        out = (scores.softmax(-1).type_as(v).view(*grouped.shape[:-1], -1) @ v[:, :, None]).view(B, H, T, C)
+    return out.transpose(1, 2).reshape(-1, q.shape[1] * q.shape[3])
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """cap tanh(x / cap): x, kept within -cap .. cap (Gemma 2, section 2)."""
+    return cap * torch.tanh(x / cap)
+
+
+def visible(rows: Tensor, columns: Tensor, window: int | None) -> Tensor:
+    """Which of the positions `columns` (S,) the positions `rows` (T,) see: those up to their own, the newest `window` of them. (T, S)."""
+    distance = rows[:, None] - columns
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
 class Block(nn.Module):
@@ -170,7 +222,7 @@ class Transformer(nn.Module):
         instead of kept. Raises ValueError for more tokens than the model has positions."""
         B, T = tokens.shape
         if T > self.config.max_len:
-            raise ValueError(f"{T} tokens do not fit into the model's {self.config.max_len} positions; shorten the text")
+            raise UserError(f"{T} tokens do not fit into the model's {self.config.max_len} positions; shorten the text")
         config, positions = self.config, torch.arange(T, device=tokens.device)
 
         def attend_as(slides: bool) -> Callable[[Tensor], Tensor]:
@@ -229,7 +281,7 @@ class Transformer(nn.Module):
         Raises ValueError if this layer has none."""
         if layer not in self.config.classifiers:
             have = ", ".join(map(str, self.config.classifiers)) or "none"
-            raise ValueError(f"layer {layer} has no confidence classifier (layers with one: {have}); train it, or ask another confidence")
+            raise UserError(f"layer {layer} has no confidence classifier (layers with one: {have}); train it, or ask another confidence")
         w = self.classifiers[str(layer)]
         return (self.exit_norm(hidden, layer) @ w[:-1] + w[-1]).float().sigmoid()
 
@@ -251,63 +303,7 @@ class Transformer(nn.Module):
         return 2 * weights * (stop - first) + 4 * c.n_heads * c.head_dim * ((first + 1 + stop) * (stop - first) // 2)
 
 
-COPY_LIMIT = 2**28  # bytes: a larger unembedding is not kept a second time, packed
-
-
-@torch.no_grad()
-def choose_form(model: Transformer) -> None:
-    """Keeps the blocks of a CPU model in the form that is fastest on this machine; `choose_head` then follows for the unembedding."""
-    model.form = fastest_form([weight for block in model.blocks for weight in block.parameters() if weight.dim() > 1])
-    for block in model.blocks:
-        for name, weight in block._parameters.items():
-            if weight.dim() > 1:
-                block._parameters[name] = FORMS[model.form](weight)
-
-
-def choose_head(model: Transformer) -> None:
-    """Keeps the unembedding of a model in its form, but a large one not a second time."""
-    unembed = model.unembed.detach()
-    model._head_weight = FORMS["split" if model.form == "packed" and unembed.nbytes > COPY_LIMIT else model.form](unembed)
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def save_checkpoint(path: str | os.PathLike, model: Transformer, tokenizer: bytes | None, dtype: torch.dtype | None = None, **extra):
-    """Writes config, weights (matrices as `dtype`, vectors as they are), the sentencepiece model and `extra` (plain values, tensors) to one
-    file, whole or not at all."""
-    cast = {name: dtype or weight.dtype if weight.dim() > 1 else weight.dtype for name, weight in model.state_dict().items()}
-    weights = {name: weight.detach().to(cast[name]).contiguous() for name, weight in model.state_dict().items()}
-    blob = None if tokenizer is None else torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
-    content = {"format": FORMAT, "config": asdict(model.config), "weights": weights, "tokenizer": blob, **extra}
-    try:
-        with whole_file(path) as part:
-            torch.save(content, part)
-    except RuntimeError as error:  # what torch makes of a full disk
-        reason = str(error).splitlines()[0][:80]
-        raise OSError(f"{path}: could not be written, the old file is kept; is the disk full? ({reason})") from None
-
-
-def read_checkpoint(path: str | os.PathLike) -> dict:
-    """The content of a checkpoint file, memory-mapped. Raises ValueError for a file that is not one."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such checkpoint; train one with train.py or name another")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ValueError(f"{path}: not a readable checkpoint, or cut short ({str(error).splitlines()[0][:100]})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of this project")
-    return content
-
-
-@contextlib.contextmanager
-def fitting(path: str | os.PathLike) -> Iterator[None]:
-    """What goes wrong inside is a ValueError: the content of this checkpoint does not fit."""
-    try:
-        yield
-    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path}: the weights do not fit the model ({str(error).splitlines()[-1].strip()[:120]})") from None
+# ---------------------------------------------------------------- from a file
 
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, plain: bool = False):
@@ -341,37 +337,3 @@ def adopt(model: Transformer, weights: dict[str, Tensor], device: torch.device, 
             if not weight.is_mkldnn:
                 new = weights[f"{prefix}.{name}" if prefix else name].to(device, dtype)
                 module._parameters[name] = nn.Parameter(new, requires_grad=False)
-
-
-def read_tokenizer(path: str | os.PathLike, blob: bytes, vocab_size: int):
-    """The SentencePieceProcessor of these bytes, which come from `path`. Raises ValueError for damaged ones, and for more pieces than the
-    model has."""
-    import sentencepiece
-
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=blob)
-    except RuntimeError:
-        raise ValueError(f"{path}: its tokenizer is damaged") from None
-    if tokenizer.vocab_size() > vocab_size:
-        raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size()} pieces, the model only {vocab_size}")
-    return tokenizer
-
-
-def load_tokenizer(path: str | os.PathLike) -> bytes:
-    """The sentencepiece model in a checkpoint, or in a file of its own. Raises ValueError if there is none."""
-    import sentencepiece
-
-    try:
-        if zipfile.is_zipfile(path):  # what torch.save writes
-            blob = read_checkpoint(path)["tokenizer"]
-            if blob is None:
-                raise ValueError(f"{path}: has no tokenizer")
-            return blob.numpy().tobytes()
-        with open(path, "rb") as file:
-            model = file.read()
-        if not model:  # which sentencepiece takes without a word
-            raise RuntimeError("an empty file")
-        sentencepiece.SentencePieceProcessor(model_proto=model)
-        return model
-    except RuntimeError:
-        raise ValueError(f"{path}: neither a checkpoint nor a sentencepiece model") from None

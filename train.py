@@ -24,12 +24,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from cli import Parser, add_flags, given, option, run, whole_file
-from data import Batch, Corpus, batches, describe, digest, prepare, read_prepared, task_file
-from losses import LOSSES, Objective, exit_loss, layers_of_step, skipped_layers
-from model import ModelConfig, Transformer, check_layers, fitting, load_tokenizer, read_checkpoint, read_tokenizer, save_checkpoint
-from runs import Log, check_resumable, gathered, noted_signals, process_group, processes, tell, total
-from tokenizer import train_tokenizer
+from common.config import option
+from common.errors import UserError, run
+from common.files import digest, whole_file
+from common.flags import Parser, add_flags, given
+from common.processes import gathered, process_group, processes, tell, total
+from formats.checkpoint import fitting, load_tokenizer, read_checkpoint, read_tokenizer, save_checkpoint
+from formats.data import Corpus, task_file
+from formats.tokenizer import train_tokenizer
+from model import ModelConfig, Transformer, check_layers
+from training.batches import Batch, batches, describe, prepare_file, read_prepared
+from training.losses import LOSSES, Objective, exit_loss, layers_of_step, skipped_layers
+from training.runs import Log, check_resumable, noted_signals
 
 VALIDATION_BATCHES = 16
 FREE_TO_CHANGE = {"dev", "max_steps", "device", "compile", "recompute", "validate_every", "save_every"}  # what a resumed run may change
@@ -74,27 +80,27 @@ class TrainConfig:
     def __post_init__(self):
         object.__setattr__(self, "exits", tuple(sorted(set(self.exits))))
         if len(self.exit_weights) not in (0, len(self.exits) + 1) or not all(weight > 0 for weight in self.exit_weights):
-            raise ValueError(f"exit_weights are {self.exit_weights}; give {len(self.exits) + 1} above 0, one an exit and the last layer's")
+            raise UserError(f"exit_weights are {self.exit_weights}; give {len(self.exits) + 1} above 0, one an exit and the last layer's")
         for name in ("data", "dev"):
             object.__setattr__(self, name, tuple(map(str, getattr(self, name))))
         for name, known in {"loss": LOSSES, "dtype": ("float32", "bfloat16"), "train": ("all", "heads")}.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}")
+                raise UserError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}")
         least = dict.fromkeys(("per_step", "max_steps", "rows", "length", "accumulate", "validate_every", "save_every"), 1)
         for name, low in {**least, "warmup": 0, "weight_decay": 0, "seed": 0, "hidden_weight": 0}.items():
             if not low <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}, and finite")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {low}, and finite")
         if not (self.lr > 0 and self.clip > 0 and 0 <= self.min_lr <= 1 and 0 <= self.layer_dropout <= 1):
-            raise ValueError(f"lr {self.lr}, clip {self.clip}, min_lr {self.min_lr}, layer_dropout {self.layer_dropout}: lr and clip must "
+            raise UserError(f"lr {self.lr}, clip {self.clip}, min_lr {self.min_lr}, layer_dropout {self.layer_dropout}: lr and clip must "
                              "be above 0, min_lr and layer_dropout between 0 and 1")  # fmt: skip
         if not self.data:
-            raise ValueError("there is nothing to train on; name a file with --data")
+            raise UserError("there is nothing to train on; name a file with --data")
         if self.train == "heads" and (self.init is None or self.loss in ("none", "hidden") or self.layer_dropout):
-            raise ValueError("train is heads, which needs --init, a loss of the exits (weighted, rotate or distill) and no layer_dropout")
+            raise UserError("train is heads, which needs --init, a loss of the exits (weighted, rotate or distill) and no layer_dropout")
         if self.classifier and self.loss == "none":
-            raise ValueError("classifier is True, but loss is none, which asks no exit; choose another loss")
+            raise UserError("classifier is True, but loss is none, which asks no exit; choose another loss")
         if not self.exits and (self.train == "heads" or self.loss in ("distill", "hidden") or self.classifier):
-            raise ValueError(f"train {self.train}, loss {self.loss}, classifier {self.classifier}: there must be exits to train")
+            raise UserError(f"train {self.train}, loss {self.loss}, classifier {self.classifier}: there must be exits to train")
 
 
 # ---------------------------------------------------------------- one step, and its validation
@@ -145,7 +151,7 @@ def train_step(objective: nn.Module, optimizer: torch.optim.Optimizer, stream: I
     norm = nn.utils.clip_grad_norm_([weight for weight in model.parameters() if weight.requires_grad], config.clip).item()
     mean = total(mean, config.device) / world
     if not math.isfinite(mean + norm):
-        raise ValueError(f"the loss is {mean}, its gradient {norm} at step {step}; the last checkpoint, if any, is kept: "
+        raise UserError(f"the loss is {mean}, its gradient {norm} at step {step}; the last checkpoint, if any, is kept: "
                          "train anew with a lower --lr in another --out")  # fmt: skip
     optimizer.step()
     optimizer.zero_grad()
@@ -192,7 +198,7 @@ def prepare_tokenizer(config: TrainConfig, folder: Path, vocab_size: int) -> byt
         return load_tokenizer(config.tokenizer or config.init)
     files = tuple(dict.fromkeys(config.data))
     if prepared := [file for file in files if file.endswith(".npy")]:
-        raise ValueError(f"{prepared[0]} is prepared data; name the tokenizer that it was made with: --tokenizer FILE")
+        raise UserError(f"{prepared[0]} is prepared data; name the tokenizer that it was made with: --tokenizer FILE")
     path = folder / f"{digest(*map(Path, files), vocab_size)}.model"
     if not path.exists():
         model = train_tokenizer(Corpus(files), vocab_size)
@@ -205,11 +211,11 @@ def prepare_data(files: tuple[str, ...], tokenizer: bytes, folder: Path, length:
     """The files' documents as one memory-mapped array, tokenized once for these files, tokenizer and length; a prepared file as it is."""
     if any(file.endswith(".npy") for file in files):
         if len(files) > 1:
-            raise ValueError(f"{', '.join(files)}: a prepared file comes alone; prepare all of the data in one")
+            raise UserError(f"{', '.join(files)}: a prepared file comes alone; prepare all of the data in one")
         return read_prepared(Path(files[0]), tokenizer, length)
     path = folder / f"{digest(*map(Path, files), tokenizer, length)}.npy"
     if not path.with_suffix(".json").exists():  # written last
-        tqdm.write(f"{', '.join(files)}: {describe(prepare(files, tokenizer, path, length))}")
+        tqdm.write(f"{', '.join(files)}: {describe(prepare_file(files, tokenizer, path, length))}")
     return read_prepared(path, tokenizer, length)
 
 
@@ -220,7 +226,7 @@ def shape_from(config: TrainConfig, given: dict) -> ModelConfig:
         with fitting(config.init):
             shape = asdict(ModelConfig(**read_checkpoint(config.init)["config"]))
         if other := set(given) - {"exit_norms", "classifiers", "adapter_rank", "max_len", "eos_id"}:
-            raise ValueError(f"{sorted(other)[0]} comes from --init {config.init}; leave the flag out")
+            raise UserError(f"{sorted(other)[0]} comes from --init {config.init}; leave the flag out")
     shape |= given
     if config.train == "heads":
         shape["exit_norms"] = tuple(sorted({*shape.get("exit_norms", ()), *config.exits}))
@@ -258,21 +264,21 @@ def train(config: TrainConfig, shape: ModelConfig, folder: Path, overwrite: bool
     rank, world = processes()
     check_layers("exits", config.exits, shape.n_layers)
     if shape.max_len < config.length:
-        raise ValueError(f"length is {config.length}, the model has {shape.max_len} positions; lower --length or raise --max-len")
+        raise UserError(f"length is {config.length}, the model has {shape.max_len} positions; lower --length or raise --max-len")
     missing = [file for file in (*config.data, *config.dev) if not Path(file).is_file()]
     if missing:
-        raise ValueError(f"{missing[0]}: no such data file; check --data and --dev")
+        raise UserError(f"{missing[0]}: no such data file; check --data and --dev")
     checkpoint, step, scores = folder / "checkpoint.pt", 0, {}
     outputs = [checkpoint, folder / "model.pt", folder / "log.jsonl"]
     for source in filter(None, (config.init, config.tokenizer)):
         if Path(source).resolve() in [path.resolve() for path in outputs]:
-            raise ValueError(f"{source}: is in --out, where it would be overwritten; give another --out")
+            raise UserError(f"{source}: is in --out, where it would be overwritten; give another --out")
     content = read_checkpoint(checkpoint) if checkpoint.exists() and not overwrite else None
     settings = {**asdict(config), "accumulate": config.accumulate * world}
     if content:
         check_resumable(checkpoint, content, {**settings, **asdict(shape)}, FREE_TO_CHANGE)
     elif (folder / "model.pt").exists() and not overwrite:
-        raise ValueError(f"{folder / 'model.pt'} is there already; give another --out, or --overwrite")
+        raise UserError(f"{folder / 'model.pt'} is there already; give another --out, or --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
     mistake = None
     if rank == 0:  # the first process prepares what all then read
@@ -281,11 +287,11 @@ def train(config: TrainConfig, shape: ModelConfig, folder: Path, overwrite: bool
         except (ValueError, OSError) as error:
             mistake = str(error)
     if mistake := gathered(mistake)[0]:
-        raise ValueError(mistake)
+        raise UserError(mistake)
     tokenizer, array, dev_arrays = load_arrays(config, shape, folder)
     fingerprint = zlib.crc32(array.view(np.uint8))
     if content and (content["tokenizer"].numpy().tobytes() != tokenizer or content["training"]["data"] != fingerprint):
-        raise ValueError(f"{checkpoint}: the training files have changed since; give another --out, or --overwrite")
+        raise UserError(f"{checkpoint}: the training files have changed since; give another --out, or --overwrite")
 
     model = make_model(config, shape)
     optimizer = make_optimizer(model, config)
@@ -356,7 +362,7 @@ def load_arrays(config: TrainConfig, shape: ModelConfig, folder: Path) -> tuple[
     tokenizer = prepare_tokenizer(config, folder, shape.vocab_size)
     end = read_tokenizer(config.tokenizer or config.init or folder, tokenizer, shape.vocab_size).eos_id()
     if config.train == "all" and end != shape.eos_id:
-        raise ValueError(f"eos_id is {shape.eos_id}, but the tokenizer ends texts with {end}; give --eos-id {end}")
+        raise UserError(f"eos_id is {shape.eos_id}, but the tokenizer ends texts with {end}; give --eos-id {end}")
     dev = {file: prepare_data((file,), tokenizer, folder, config.length) for file in config.dev}
     return tokenizer, prepare_data(config.data, tokenizer, folder, config.length), dev
 
@@ -374,7 +380,7 @@ def make_parser() -> Parser:
 def main() -> None:
     args = make_parser().parse_args()
     if args.plot:
-        from plots import draw_training
+        from evaluation.plots import draw_training
 
         print(f"wrote {draw_training(args.plot)}")
         return

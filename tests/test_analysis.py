@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from analysis import auroc, calibration_error, divergences, look, reliability
 from confidence import FUNCTIONS, Trace
+from evaluation.analysis import auroc, calibration_error, divergences, look, reliability
 
 
 def test_views_by_hand(tiny_model):

@@ -2,12 +2,14 @@
 
 import pytest
 
-import bench
-import cli
-from decode import DecodeConfig, generate
-from losses import LOSSES
-from model import ModelConfig, save_checkpoint
+from common.errors import run
+from decode import generate
+from decoding.settings import DecodeConfig
+from formats.checkpoint import save_checkpoint
+from model import ModelConfig
+from tools import bench
 from train import TrainConfig
+from training.losses import LOSSES
 
 
 @pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 4}, {"tie_embeddings": False}])
@@ -20,7 +22,7 @@ def test_the_plain_loop_gives_the_same_tokens(tiny_model, shape):
 def test_the_command_prints_its_figures(tiny_model, tmp_path, monkeypatch, capsys):
     save_checkpoint(tmp_path / "tiny.pt", tiny_model(0, max_len=128), None)
     monkeypatch.setattr("sys.argv", ["bench.py", f"--checkpoint={tmp_path / 'tiny.pt'}", "--repeat=1"])
-    cli.run(bench.main)
+    run(bench.main)
     printed = capsys.readouterr().out
     assert "the same tokens" in printed and "a pass of 16 rows" in printed and "checks after layers 2,3, all in vain" in printed
     assert "jsd: " in printed and "weighted: " in printed
@@ -34,7 +36,7 @@ def test_the_training_benchmark_prints_every_loss_beside_a_plain_model(monkeypat
     assert all(f"  {name}: " in printed for name in ("plain PyTorch", *LOSSES, "rotate, layer dropout 0.2")) and "GFLOP/s" in printed
     monkeypatch.setattr("sys.argv", ["bench.py", "--training", "--dtype=float16"])
     with pytest.raises(SystemExit):
-        cli.run(bench.main)
+        run(bench.main)
     assert "unknown dtype 'float16'" in capsys.readouterr().err
 
 

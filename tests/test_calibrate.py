@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from calibrate import CANDIDATES, binomial_cdf, calibrate, p_value
+from evaluation.calibrate import CANDIDATES, binomial_cdf, calibrate, p_value
 
 
 def test_the_binomial_is_exact():

@@ -11,13 +11,13 @@ import pytest
 import sentencepiece as spm
 import torch
 
-import cli
 import convert
 import decode
+from common.errors import run
 from convert import model_config
+from formats.sources import read_safetensors
+from formats.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, build_tokenizer, encode_prompt
 from model import Transformer, load_checkpoint
-from sources import read_safetensors
-from tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, build_tokenizer, encode_prompt
 
 
 @pytest.fixture
@@ -513,7 +513,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tiny_model, tmp_path, original
 
 def command(monkeypatch, main, *words) -> None:
     monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
-    cli.run(main)
+    run(main)
 
 
 def test_the_command_converts_and_decode_takes_and_prints_token_ids(tiny_model, tmp_path, monkeypatch, capsys):

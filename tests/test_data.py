@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 
-import data
-from data import LEARN, START, Example, batches, cut_text, read_examples, read_pairs, read_prepared, task_file
-from model import load_tokenizer, save_checkpoint
-from tokenizer import SEP, build_tokenizer, encode_prompt, train_tokenizer
+from formats import data
+from formats.checkpoint import load_tokenizer, save_checkpoint
+from formats.data import Example, read_examples, read_pairs, task_file
+from formats.tokenizer import SEP, build_tokenizer, encode_prompt, train_tokenizer
+from tools import prepare as preparing
+from training import batches as batching
+from training.batches import LEARN, START, batches, cut_text, read_prepared
 
 TASKS = ("translation", "e2e")
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
@@ -37,7 +40,7 @@ def prepare(tokenizer, tmp_path):
     """pairs -> (array, statistics), by way of the file."""
 
     def prepare(pairs, length: int = LENGTH):
-        stats = data.tokenize(pairs, tokenizer, tmp_path / "tokens.npy", length)
+        stats = batching.tokenize(pairs, tokenizer, tmp_path / "tokens.npy", length)
         assert [path.name for path in tmp_path.iterdir()] == ["tokens.npy"]  # nothing half-written stays behind
         return np.load(tmp_path / "tokens.npy", mmap_mode="r"), stats
 
@@ -70,7 +73,7 @@ def unpack(batch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
 def epochs(array, count: int, seed: int = 0, rows: int = 3) -> list[list]:
     """The documents of the first `count` epochs; a batch belongs to one epoch."""
-    stream, size, found = batches(array, rows, LENGTH, seed), int((array["flags"] & data.START > 0).sum()), []
+    stream, size, found = batches(array, rows, LENGTH, seed), int((array["flags"] & batching.START > 0).sum()), []
     for _ in range(count):
         epoch = []
         while len(epoch) < size:
@@ -160,8 +163,8 @@ def test_embedded_files_are_found_from_anywhere_and_share_no_prompt(task, tmp_pa
 
 def test_the_command_counts_prompts_and_completions(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.tsv").write_text("p\tone\nq\tone two three\np\tone two\n")
-    monkeypatch.setattr("sys.argv", ["data.py", str(tmp_path / "a.tsv")])
-    data.main()
+    monkeypatch.setattr("sys.argv", ["prepare.py", str(tmp_path / "a.tsv")])
+    preparing.main()
     assert "2 prompts, 3 completions, 2 words each (at most 3)" in capsys.readouterr().out
 
 
@@ -178,7 +181,7 @@ def test_a_prompt_is_encoded_between_bos_and_one_separator(tokenizer, monkeypatc
     sep = tokenizer.piece_to_id(SEP)
     assert tokenizer.vocab_size() == 400 and tokenizer.encode(SEP, add_bos=False)[-1] == sep != tokenizer.unk_id()
     assert encode_prompt(tokenizer, "Hallo du!") == [tokenizer.bos_id(), *tokenizer.encode("Hallo du!"), sep]
-    monkeypatch.setattr("tokenizer.SEP", "<a piece that it lacks>")
+    monkeypatch.setattr("formats.tokenizer.SEP", "<a piece that it lacks>")
     assert encode_prompt(tokenizer, "Hallo du!") == [tokenizer.bos_id(), *tokenizer.encode("Hallo du!")]
 
 
@@ -320,19 +323,19 @@ def test_malformed_json_is_named_by_record(content, said, tmp_path):
 
 def test_the_command_prepares_files_that_batches_read(tmp_path, monkeypatch, capsys):
     source, out = task_file("e2e", "dev"), tmp_path / "e2e.npy"
-    monkeypatch.setattr(sys, "argv", ["data.py", source, f"--out={out}", "--vocab-size=400", "--length=300"])
-    data.main()
+    monkeypatch.setattr(sys, "argv", ["prepare.py", source, f"--out={out}", "--vocab-size=400", "--length=300"])
+    preparing.main()
     said = capsys.readouterr().out
     tokenizer = load_tokenizer(tmp_path / "e2e.model")
     records = read_prepared(out, tokenizer, 300)
     pairs = list(read_pairs(source))
     with pytest.raises(ValueError, match=r"e2e.npy: is there already; give another --out, or --overwrite"):
-        data.main()
+        preparing.main()
     assert f"{len(pairs):,} documents, {len(records):,} tokens" in said and isinstance(records, np.memmap)
     assert sum((batch.targets >= 0).sum() for batch in batches(records, 4, 300, seed=None)) == (records["flags"] & LEARN > 0).sum()
     with pytest.raises(ValueError, match="it was made for length 300"):
         read_prepared(out, tokenizer, 200)
-    with pytest.raises(ValueError, match="make it anew with data"):
+    with pytest.raises(ValueError, match=r"make it anew with python -m tools\.prepare"):
         read_prepared(out, tokenizer + b"x", 300)
     with pytest.raises(ValueError, match="make it anew"):
         read_prepared(tmp_path / "other.npy", tokenizer, 300)
@@ -340,10 +343,10 @@ def test_the_command_prepares_files_that_batches_read(tmp_path, monkeypatch, cap
 
 def test_what_is_read_is_not_overwritten(tmp_path, monkeypatch):
     (tmp_path / "mine.json").write_text('[{"prompt": "a", "completion": "b"}]')
-    words = ["data.py", str(tmp_path / "mine.json"), f"--out={tmp_path}/mine.npy", "--overwrite"]
+    words = ["prepare.py", str(tmp_path / "mine.json"), f"--out={tmp_path}/mine.npy", "--overwrite"]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(ValueError, match=r"mine.json: is read, and would be overwritten"):
-        data.main()
+        preparing.main()
 
 
 def test_a_separator_is_there_if_any_pair_has_a_prompt():
@@ -366,11 +369,11 @@ def test_what_is_wrong_with_a_file_is_said_by_training_a_tokenizer_too(tmp_path)
 def test_documents_of_a_tokenizer_without_a_start_have_none_and_one_without_an_end_is_refused(tmp_path):
     pieces, kinds = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁a", "b"], [2, 3, *[6] * 256, 1, 1]
     build = lambda eos: spm.SentencePieceProcessor(model_proto=build_tokenizer(pieces, [0.0] * 260, kinds, 0, None, eos, True))  # noqa: E731
-    stats = data.tokenize([("", "ab"), ("a", "b")], build(1), tmp_path / "x.npy", 20)
+    stats = batching.tokenize([("", "ab"), ("a", "b")], build(1), tmp_path / "x.npy", 20)
     records = np.load(tmp_path / "x.npy")
     assert stats["documents"] == 2 and list(np.flatnonzero(records["flags"] & START)) == [0, 3]
     with pytest.raises(ValueError, match="no piece for the end of a text"):
-        data.tokenize([("a", "b")], build(None), tmp_path / "y.npy", 20)
+        batching.tokenize([("a", "b")], build(None), tmp_path / "y.npy", 20)
 
 
 @pytest.mark.parametrize("content", ["", "[]"])

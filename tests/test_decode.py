@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-import cli
 import decode
+from common.errors import run
 from confidence import FUNCTIONS, SCHEDULES, register
-from decode import DecodeConfig, Generation, generate, stream
-from model import Transformer, save_checkpoint
-from predict import distribution
-from thresholds import THRESHOLDS
+from decode import generate, stream
+from decoding.prediction import distribution
+from decoding.record import Generation
+from decoding.settings import DecodeConfig
+from decoding.thresholds import THRESHOLDS
+from formats.checkpoint import save_checkpoint
+from model import Transformer
 
 PROMPT = [1, 7, 3, 9]
 
@@ -374,7 +377,7 @@ def test_the_command_streams_ids_where_there_is_no_tokenizer_and_refuses_mistake
 
     def command(*words):
         monkeypatch.setattr("sys.argv", ["decode.py", f"--checkpoint={tmp_path / 'tiny.pt'}", *words])
-        cli.run(decode.main)
+        run(decode.main)
 
     command("--prompt=1,7,3,9", "--confidence=none", "--max-new-tokens=6")
     assert " ".join(map(str, greedy_reference(tiny_model(0), PROMPT, 6))) in capsys.readouterr().out
@@ -395,7 +398,7 @@ def test_settings_side_by_side(tiny_model, tmp_path, monkeypatch, capsys):
     save_checkpoint(tmp_path / "tiny.pt", tiny_model(0), None)
     names = "full,softmax+threshold=0+exit-layers=1,softmax+threshold=0+exit-layers=2+max-owed=2+verify"
     monkeypatch.setattr("sys.argv", ["decode.py", f"--checkpoint={tmp_path / 'tiny.pt'}", "--prompt=1,7,3,9", f"--compare={names}"])
-    cli.run(decode.main)
+    run(decode.main)
     _, *parts = capsys.readouterr().out.split("--- ")
     assert [part.splitlines()[0] for part in parts] == names.split(",")
     full = greedy_reference(tiny_model(0), PROMPT, 60)

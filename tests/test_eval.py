@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import sentencepiece as spm
 
-import cli
 import eval as evaluation
-import measure as measuring
-import sweep as sweeping
-import tasks
-import tune
+from common.errors import run
 from confidence import FUNCTIONS
-from data import read_pairs, task_file
-from decode import Counters, DecodeConfig, Generation
-from model import save_checkpoint
-from tokenizer import train_tokenizer
+from decoding.record import Counters, Generation
+from decoding.settings import DecodeConfig
+from evaluation import measure as measuring
+from evaluation import sweep as sweeping
+from evaluation import tasks, tune
+from formats.checkpoint import save_checkpoint
+from formats.data import read_pairs, task_file
+from formats.tokenizer import train_tokenizer
 
 EMBEDDED = ("translation", "e2e")
 
@@ -44,7 +44,7 @@ def checkpoint(tiny_model, tokenizer, tmp_path, monkeypatch):
 
 def run_command(monkeypatch, *words) -> None:
     monkeypatch.setattr("sys.argv", ["eval.py", *map(str, words)])
-    cli.run(evaluation.main)
+    run(evaluation.main)
 
 
 def test_the_json_holds_the_table_and_follows_from_the_runs(checkpoint, monkeypatch, tmp_path, capsys):
@@ -277,7 +277,7 @@ def test_calibration_on_one_file_checks_on_inputs_that_it_did_not_use(checkpoint
 
 
 def test_a_held_out_risk_above_the_tolerance_is_said():
-    from calibrate import report
+    from evaluation.calibrate import report
 
     provenance = {"risk": "task", "tolerance": 0.1, "error": 0.05, "held out": {"on": "5 inputs of test", "risk": 0.2}}
     assert "is 0.2000 (tolerance 0.1). Above it: " in report(tasks.find_task("e2e"), 0.5, provenance)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-import losses
-from losses import Objective, classifier_loss, exit_loss, hidden_loss, layers_of_step, monotone, shares, skipped_layers
 from model import ModelConfig, Transformer
 from train import TrainConfig
+from training import losses
+from training.losses import Objective, classifier_loss, exit_loss, hidden_loss, layers_of_step, monotone, shares, skipped_layers
 
 SHAPE = ModelConfig(vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2))
 CONFIG = TrainConfig(exits=(1, 2), device="cpu")

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from metrics import (
+from evaluation.metrics import (
     ROUGE_VARIANTS,
     SCORES,
     _ptb_tokens,

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from attention import rope_table
 from cache import KVCache
 from confidence import Trace
-from decode import DecodeConfig, generate, run_pass
-from kernels import FORMS, linear, rms_norm
-from model import ModelConfig, Transformer, choose_form, choose_head, load_checkpoint, save_checkpoint
+from decode import generate, run_pass
+from decoding.settings import DecodeConfig
+from formats.checkpoint import save_checkpoint
+from formats.weights import FORMS, choose_form, choose_head, linear, rms_norm
+from model import ModelConfig, Transformer, load_checkpoint, rope_table
 
 SHAPES = [{"n_kv_heads": 4}, {"n_kv_heads": 2}, {"n_kv_heads": 1}, {"tie_embeddings": False}, {"exit_norms": (1, 3)}, {"n_layers": 2}]
 FEATURES = [
@@ -228,8 +229,8 @@ def test_the_fastest_form_is_chosen_by_trial_and_decodes_the_same(tiny_model, mo
     model = tiny_model(0)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 2)
-        patch.setattr("kernels.linear", cost)
-        patch.setattr("kernels.time.perf_counter", lambda: clock[0])
+        patch.setattr("formats.weights.linear", cost)
+        patch.setattr("formats.weights.time.perf_counter", lambda: clock[0])
         choose_form(model)
         choose_head(model)
     assert model.form == fast and model.blocks[0].qkv.is_mkldnn == model.head_weight.is_mkldnn == (fast == "packed")
@@ -239,8 +240,8 @@ def test_the_fastest_form_is_chosen_by_trial_and_decodes_the_same(tiny_model, mo
 
 
 def test_a_large_unembedding_is_not_kept_twice(tiny_model, monkeypatch):
-    monkeypatch.setattr("model.COPY_LIMIT", 100)
-    monkeypatch.setattr("model.fastest_form", lambda weights: "packed")
+    monkeypatch.setattr("formats.weights.COPY_LIMIT", 100)
+    monkeypatch.setattr("formats.weights.fastest_form", lambda weights: "packed")
     model = tiny_model(0)
     choose_form(model)
     choose_head(model)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from plots import draw_training
+from evaluation.plots import draw_training
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from confidence import Trace
-from decode import DecodeConfig, generate
-from predict import FORMS, penalize, scores
+from decode import generate
+from decoding.prediction import FORMS, penalize, scores
+from decoding.settings import DecodeConfig
 
 PROMPT = [1, 7, 3, 9]
 

@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from decode import DEFAULT_CHECKPOINT, DecodeConfig, generate
+from decode import DEFAULT_CHECKPOINT, generate
+from decoding.settings import DecodeConfig
+from evaluation.tasks import find_task
+from evaluation.tune import read_settings
+from formats.tokenizer import encode_prompt
 from model import load_checkpoint
-from tasks import find_task
-from tokenizer import encode_prompt
-from tune import read_settings
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = ("common", "decoding", "evaluation", "formats", "tools", "training", "tests", "checkpoints", "data", "docs")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")))
-RUN = r"(?:^    |&& |`)(?:python|torchrun --\S+ \d+) ((?:decode|train|eval|data|bench|convert)\.py[^`\n]*)"
+RUN = r"(?:^    |&& |`)(?:python|torchrun --\S+ \d+) ((?:decode|train|eval|convert)\.py[^`\n]*)"
 COMMANDS = re.findall(RUN, DOCUMENTS, re.MULTILINE)
 
 
@@ -38,7 +40,7 @@ def test_the_test_command_is_the_one_that_ci_runs():
 
 def test_the_file_list_is_complete():
     listed = set(re.findall(r"^    (\w+\.py|\w+/)  ", README, re.MULTILINE))
-    there = {path.name for path in ROOT.glob("*.py")} | {f"{name}/" for name in ("tests", "checkpoints", "data", "docs")}
+    there = {path.name for path in ROOT.glob("*.py")} | {f"{name}/" for name in FOLDERS}
     assert listed == there
 
 

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from convert import convert
-from data import read_pairs
-from decode import DecodeConfig, generate
+from decode import generate
+from decoding.settings import DecodeConfig
+from formats.data import read_pairs
 from model import load_checkpoint
 
 FOLDER = os.environ.get("EARLY_EXIT_REAL")

@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
-from decode import Counters, DecodeConfig, Token, generate, stream
-from show import colour, difference, pieces, show
+from decode import generate, stream
+from decoding.display import colour, difference, pieces, show
+from decoding.record import Counters, Token
+from decoding.settings import DecodeConfig
 
 PROMPT = [1, 7, 3, 9]
 

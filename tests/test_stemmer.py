@@ -2,7 +2,7 @@
 
 import pytest
 
-from stemmer import _measure, _pattern, stem
+from evaluation.stemmer import _measure, _pattern, stem
 
 NLTK_STEMS = """
 caresses:caress ponies:poni ties:tie cats:cat gas:ga boss:boss flies:fli flied:fli dies:die died:die feed:feed agreed:agre

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import sentencepiece as spm
 
-from data import Example, read_pairs, task_file
-from decode import DecodeConfig, generate
-from tasks import OPENING, TASKS, find_task, openings, read_task, sample
-from tokenizer import train_tokenizer
+from decode import generate
+from decoding.settings import DecodeConfig
+from evaluation.tasks import OPENING, TASKS, find_task, openings, read_task, sample
+from formats.data import Example, read_pairs, task_file
+from formats.tokenizer import train_tokenizer
 
 
 def tokenizer_of(pairs) -> spm.SentencePieceProcessor:
@@ -95,6 +96,7 @@ def test_a_sample_keeps_the_order_and_is_the_same_for_the_same_seed():
 
 
 def test_every_score_of_every_task_exists_and_has_a_title():
-    from tasks import SCORES, TITLES
+    from evaluation.metrics import SCORES
+    from evaluation.tasks import TITLES
 
     assert {name for task in TASKS.values() for name in task.scores.values()} <= set(SCORES) & set(TITLES)

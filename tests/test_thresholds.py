@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from decode import DecodeConfig, generate, stream
-from settings import read_thresholds, with_thresholds
-from thresholds import THRESHOLDS, Adaptive, Constant, Decaying, fit_beta
+from decode import generate, stream
+from decoding.settings import DecodeConfig, read_thresholds, with_thresholds
+from decoding.thresholds import THRESHOLDS, Adaptive, Constant, Decaying, fit_beta
 
 PROMPT = [1, 7, 3, 9]
 

@@ -18,14 +18,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import cli
-import data
-import losses
 import train
-from losses import Objective, exit_loss
-from model import Block, ModelConfig, Transformer, load_checkpoint, read_checkpoint, save_checkpoint
-from runs import process_group
+from common.errors import run
+from common.processes import process_group
+from formats import data
+from formats.checkpoint import read_checkpoint, save_checkpoint
+from formats.tokenizer import encode_prompt
+from model import Block, ModelConfig, Transformer, load_checkpoint
 from train import TrainConfig, learning_rate, make_model, make_optimizer, shape_from, train_step
+from training import batches as batching
+from training import losses
+from training.losses import Objective, exit_loss
 
 SHAPE = ModelConfig(vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2))
 WORDS = {"one": "un", "two": "deux", "three": "trois", "four": "quatre", "five": "cinq", "six": "six", "seven": "sept", "eight": "huit"}
@@ -72,14 +75,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def random_batch(learned: int, seed: int = 0) -> data.Batch:
+def random_batch(learned: int, seed: int = 0) -> batching.Batch:
     """Two rows of 12 positions, two documents each, of which the last `learned` targets of a row are learned."""
     tokens = np.random.default_rng(seed).integers(0, SHAPE.vocab_size, (2, 13))
     targets = np.where(np.arange(12) >= 12 - learned, tokens[:, 1:], -1)
-    return data.Batch(tokens[:, :-1], targets, np.array([[1] * 7 + [2] * 5] * 2))
+    return batching.Batch(tokens[:, :-1], targets, np.array([[1] * 7 + [2] * 5] * 2))
 
 
-def mean_loss(model: Transformer, batch: data.Batch) -> torch.Tensor:
+def mean_loss(model: Transformer, batch: batching.Batch) -> torch.Tensor:
     """The definition: minus the mean log-probability of the learned targets, in a full forward pass over each document alone."""
     losses = []
     for row, number in np.ndindex(2, 2):
@@ -99,8 +102,8 @@ def test_packed_documents_do_not_see_each_other(tiny_model):
     model, sizes = tiny_model(), [9, 7, 6]
     array = np.zeros(sum(sizes), [("token", "<u2"), ("flags", "u1")])
     array["token"] = np.random.default_rng(0).integers(0, 50, len(array))
-    array["flags"][np.cumsum([0, *sizes[:-1]])] = data.START
-    (batch,) = data.batches(array, rows=1, length=24, seed=None)
+    array["flags"][np.cumsum([0, *sizes[:-1]])] = batching.START
+    (batch,) = batching.batches(array, rows=1, length=24, seed=None)
     inputs, documents = torch.from_numpy(batch.inputs), torch.from_numpy(batch.documents)
     packed, mixed = model.hidden_states(inputs, documents), model.hidden_states(inputs)
     assert documents.unique().tolist() == [0, 1, 2, 3] and packed[-1].isfinite().all()  # padding is 0
@@ -209,14 +212,14 @@ def test_the_model_file_tells_its_steps_settings_and_scores(config, finished):
     model, tokenizer = load_checkpoint(finished[0] / "checkpoint.pt")
     losses = []  # by the definition: every document alone
     for prompt, completion in data.read_pairs(config.dev[0]):
-        head, body = data.encode_prompt(tokenizer, prompt), [*tokenizer.encode(completion), tokenizer.eos_id()]
+        head, body = encode_prompt(tokenizer, prompt), [*tokenizer.encode(completion), tokenizer.eos_id()]
         log_p = model(torch.tensor([head + body]))[0, len(head) - 1 : -1].log_softmax(-1)
         losses += [-log_p[at, token].item() for at, token in enumerate(body)]
     assert list(scores) == [1, 2, 3] and scores[3] == [pytest.approx(np.mean(losses), abs=2e-4), 1.0]
 
 
 KILLED_IN_ITS_SECOND_SAVE = """
-import os, signal, torch, cli, train
+import os, signal, torch, train; from common.errors import run
 save = torch.save
 
 def save_half(content, part):
@@ -226,7 +229,7 @@ def save_half(content, part):
         os.kill(os.getpid(), signal.SIGKILL)
 
 torch.save = save_half
-cli.run(train.main)
+run(train.main)
 """
 
 
@@ -288,7 +291,9 @@ def test_a_training_killed_at_a_random_step_goes_on_to_the_same_weights(config, 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_training_between_two_steps_with_a_checkpoint(number, config, finished, tmp_path):
     code = f"""
-import os, runs, cli, train
+import os, train
+from common.errors import run
+from training import runs
 write = runs.Log.write
 def write_then_signal(log, row):
     write(log, row)
@@ -297,7 +302,7 @@ def write_then_signal(log, row):
 runs.Log.write = write_then_signal
 save = train.save_checkpoint
 train.save_checkpoint = lambda *args, **more: (os.kill(os.getpid(), {int(number)}), save(*args, **more))  # an impatient user
-cli.run(train.main)
+run(train.main)
 """
     ended = python("-c", code, f"--out={tmp_path}", *flags(dataclasses.replace(config, save_every=100), SHAPE))
     assert ended.returncode == 128 + number and "is at step 3 of 12, and the same command goes on" in ended.stdout
@@ -310,8 +315,8 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(config, finished, tmp_pa
     train.train(dataclasses.replace(config, max_steps=5, save_every=5), SHAPE, tmp_path)
     (tmp_path / "model.pt").unlink()
     size = (tmp_path / "checkpoint.pt").stat().st_size
-    limited = f"import resource, signal, cli, train; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
-              f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2})); cli.run(train.main)"  # fmt: skip
+    limited = f"import resource, signal, train; from common.errors import run; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
+              f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2})); run(train.main)"  # fmt: skip
     ended = python("-c", limited, f"--out={tmp_path}", *flags(config, SHAPE))
     assert ended.returncode == 2 and "could not be written, the old file is kept; is the disk full?" in ended.stderr.splitlines()[-1]
     assert read_checkpoint(tmp_path / "checkpoint.pt")["training"]["step"] == 5 and not list(tmp_path.glob("*.part"))
@@ -449,7 +454,7 @@ def test_a_step_leaves_out_the_layers_that_are_drawn(config, monkeypatch):
 def test_prepared_data_trains_the_same(config, finished, files, tmp_path):
     model = tmp_path / "own.model"
     model.write_bytes(train.prepare_tokenizer(config, finished[0], SHAPE.vocab_size))
-    data.prepare(config.data, model.read_bytes(), tmp_path / "own.npy", config.length)
+    batching.prepare_file(config.data, model.read_bytes(), tmp_path / "own.npy", config.length)
     ready = dataclasses.replace(config, data=(str(tmp_path / "own.npy"),), tokenizer=str(model))
     assert_close(weights(train.train(ready, SHAPE, tmp_path / "run")), finished[1], **EXACT)
     with pytest.raises(ValueError, match="a prepared file comes alone"):
@@ -517,7 +522,7 @@ def test_a_mistake_ends_in_one_line_and_status_2_and_changes_no_file(mistake, fi
     words = mistake.format(files=files, out=finished[0]).split()
     monkeypatch.setattr(sys, "argv", ["train.py", f"--out={finished[0]}", *flags(config, SHAPE), *words])
     with pytest.raises(SystemExit) as end:
-        cli.run(train.main)
+        run(train.main)
     (line,) = capfd.readouterr().err.splitlines()
     assert end.value.code == 2 and line.startswith("error: ") and MISTAKES[mistake] in line
     assert contents(finished[0]) == before

@@ -14,7 +14,8 @@ from statistics import fmean
 
 import numpy as np
 
-from stemmer import stem
+from common.errors import UserError
+from evaluation.stemmer import stem
 
 MAX_ORDER = 4  # BLEU-4 counts 1-grams to 4-grams
 COCO_BETA = 1.2  # weight of recall against precision in COCO's ROUGE-L
@@ -99,7 +100,7 @@ def rouge(hypothesis: str, references: list[str], stemming: bool = False, varian
     """
     _require_references(references)
     if unknown := set(variants) - set(ROUGE_VARIANTS):
-        raise ValueError(f"got variants {sorted(unknown)}: choose among {', '.join(ROUGE_VARIANTS)}")
+        raise UserError(f"got variants {sorted(unknown)}: choose among {', '.join(ROUGE_VARIANTS)}")
     lines = _rouge_lines(hypothesis, stemming)
     reference_lines = [_rouge_lines(text, stemming) for text in references]
     return {variant: max(_rouge_f1(variant, lines, r) for r in reference_lines) for variant in variants}
@@ -132,7 +133,7 @@ def distinct(texts: list[str], n: int) -> float:
     After Li et al. 2016, who divide by the number of tokens. 0 without any n-gram. Raises ValueError for n below 1.
     """
     if n < 1:
-        raise ValueError(f"n is {n}: give n-grams at least 1 token")
+        raise UserError(f"n is {n}: give n-grams at least 1 token")
     counts = Counter()
     for text in texts:
         counts.update(_ngrams(text.lower().split(), n))
@@ -167,9 +168,9 @@ def bootstrap(statistic: Callable[..., float], *columns: Sequence[float], level=
     """
     table = np.asarray(columns, dtype=float)  # (columns, rows)
     if table.size == 0:
-        raise ValueError("got no values: give at least 1 row")
+        raise UserError("got no values: give at least 1 row")
     if not 0 < level < 1:
-        raise ValueError(f"level is {level}: choose a share between 0 and 1, such as 0.95")
+        raise UserError(f"level is {level}: choose a share between 0 and 1, such as 0.95")
     draws = np.random.default_rng(seed).integers(0, table.shape[1], size=(resamples, table.shape[1]))
     values = [statistic(*table[:, draw]) for draw in draws]
     return np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()
@@ -177,12 +178,12 @@ def bootstrap(statistic: Callable[..., float], *columns: Sequence[float], level=
 
 def _require_pairs(hypotheses: list[str], references: list[list[str]]) -> None:
     if not hypotheses or len(hypotheses) != len(references):
-        raise ValueError(f"got {len(hypotheses)} hypotheses and {len(references)} lists of references: need equal numbers, at least 1")
+        raise UserError(f"got {len(hypotheses)} hypotheses and {len(references)} lists of references: need equal numbers, at least 1")
 
 
 def _require_references(references: list[str]) -> None:
     if isinstance(references, str) or not references:
-        raise ValueError(f"got references {references!r}: give every hypothesis a list of at least 1 text")
+        raise UserError(f"got references {references!r}: give every hypothesis a list of at least 1 text")
 
 
 def _f_measure(precision: float, recall: float, beta: float) -> float:

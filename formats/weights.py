@@ -74,3 +74,22 @@ def fastest_form(weights: list[Tensor], repeats: int = 5) -> str:
 
     times = {name: min(seconds(made) for _ in range(repeats)) * (0.9 if name == "plain" else 1) for name, made in forms.items()}
     return min(times, key=times.get)
+
+
+COPY_LIMIT = 2**28  # bytes: a larger unembedding is not kept a second time, packed
+
+
+@torch.no_grad()
+def choose_form(model) -> None:
+    """Keeps the blocks of a CPU model in the form that is fastest on this machine; `choose_head` then follows for the unembedding."""
+    model.form = fastest_form([weight for block in model.blocks for weight in block.parameters() if weight.dim() > 1])
+    for block in model.blocks:
+        for name, weight in block._parameters.items():
+            if weight.dim() > 1:
+                block._parameters[name] = FORMS[model.form](weight)
+
+
+def choose_head(model) -> None:
+    """Keeps the unembedding of a model in its form, but a large one not a second time."""
+    unembed = model.unembed.detach()
+    model._head_weight = FORMS["split" if model.form == "packed" and unembed.nbytes > COPY_LIMIT else model.form](unembed)

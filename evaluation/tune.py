@@ -9,10 +9,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import Example
-from measure import measure, prepare, quality, summarize
-from settings import DecodeConfig, from_json
-from tasks import Task
+from common.errors import UserError
+from decoding.settings import DecodeConfig, from_json
+from evaluation.measure import encode_inputs, measure, quality, summarize
+from evaluation.tasks import Task
+from formats.data import Example
 
 LOSS_ALLOWED = 0.01  # --tune: how much of the full model's scores a setting may lose
 SHARES = ((1 / 4,), (1 / 3,), (1 / 2,), (1 / 4, 1 / 2), (1 / 3, 2 / 3), (1 / 2, 2 / 3), (1 / 3, 1 / 2, 2 / 3))  # exit sets, of the depth
@@ -28,11 +29,11 @@ def read_settings(path: Path, task: Task, n_layers: int, changes: dict) -> dict[
     static). Raises ValueError if there are none or they are unusable."""
     remedy = "choose some with --tune, or give one with --confidence and --threshold"
     if not path.is_file():
-        raise ValueError(f"{path}: no settings for this checkpoint; {remedy}")
+        raise UserError(f"{path}: no settings for this checkpoint; {remedy}")
     try:
         settings = json.loads(path.read_text(encoding="utf-8")).get(task.name)
         if not settings:
-            raise ValueError(f"it has no rows for this task; {remedy}")
+            raise UserError(f"it has no rows for this task; {remedy}")
         configs = {}
         for name, setting in settings.items():
             config = DecodeConfig(**{"max_new_tokens": task.max_new_tokens, **from_json(setting)})
@@ -41,7 +42,7 @@ def read_settings(path: Path, task: Task, n_layers: int, changes: dict) -> dict[
             configs[name].exits(n_layers)
         return configs
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not usable as settings of {task.name} ({error})") from None
+        raise UserError(f"{path}: not usable as settings of {task.name} ({error})") from None
 
 
 def candidates(n_layers: int, length: int, name: str, layers: tuple[int, ...] | None, verify: bool) -> list[DecodeConfig]:
@@ -67,7 +68,7 @@ def choose(model, tokenizer, task: Task, examples: list[Example], name: str, lay
     most."""
     configs = candidates(model.config.n_layers, task.max_new_tokens, name, layers, verify)
     labelled = {"full": configs[0].full()} | {str(number): config for number, config in enumerate(configs)}
-    prompts, stopping = prepare(model, tokenizer, task, examples, labelled)
+    prompts, stopping = encode_inputs(model, tokenizer, task, examples, labelled)
     measured = measure(model, prompts, stopping, 1, f"{task.name}: {name}")
     full, *rows = [summarize(model, tokenizer, task, examples, label, row, measured["full"], None) for label, row in measured.items()]
     kept = {row["name"]: quality(row, full) for row in rows}

@@ -1,8 +1,8 @@
 """Where the time of decoding goes: against a plain loop, by rows of a pass, by kind of check; its memory; what copy fill gets wrong.
 
-    python bench.py
-    python bench.py --large-vocabulary        checks of a random model with V = 262,144, the shape of Gemma 3 270M
-    python bench.py --training                tokens a second of every training loss, beside a plain PyTorch model
+    python -m tools.bench
+    python -m tools.bench --large-vocabulary        checks of a random model with V = 262,144, the shape of Gemma 3 270M
+    python -m tools.bench --training                tokens a second of every training loss, beside a plain PyTorch model
 """
 
 import argparse
@@ -22,16 +22,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import rope_table
 from cache import KVCache
-from cli import Parser, add_model_flags, device_and_dtype, read_dtype, run
+from common.errors import UserError, run
+from common.flags import Parser, add_model_flags, device_and_dtype, read_dtype
 from confidence import FUNCTIONS, Trace
-from data import Batch, read_examples, task_file
-from decode import DEFAULT_CHECKPOINT, Counters, DecodeConfig, copy_up, demo_exits, generate, run_pass
-from losses import LOSSES, Objective
-from model import ModelConfig, Transformer, choose_form, choose_head, load_checkpoint
-from tokenizer import encode_prompt
+from decode import DEFAULT_CHECKPOINT, copy_up, demo_exits, generate, run_pass
+from decoding.record import Counters
+from decoding.settings import DecodeConfig
+from formats.data import read_examples, task_file
+from formats.tokenizer import encode_prompt
+from formats.weights import choose_form, choose_head
+from model import ModelConfig, Transformer, load_checkpoint, rope_table
 from train import TrainConfig, autocast, make_model, make_optimizer, on_device, train_step
+from training.batches import Batch
+from training.losses import LOSSES, Objective
 
 PROMPT = 32  # tokens
 
@@ -243,7 +247,7 @@ def make_parser() -> Parser:
 def main() -> None:
     args = make_parser().parse_args()
     if args.repeat < 1:
-        raise ValueError(f"repeat is {args.repeat}; it must be at least 1")
+        raise UserError(f"repeat is {args.repeat}; it must be at least 1")
     if args.training:
         dtype = str(read_dtype(args.dtype or "float32")).removeprefix("torch.")
         training(TrainConfig(device=device_and_dtype(args)[0], dtype=dtype, warmup=0, lr=1e-4), args.repeat)

@@ -5,12 +5,14 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
-from cli import read_field, whole_file
-from data import Example, digest
-from measure import environment, evaluate
-from runs import processes
-from settings import DecodeConfig
-from tasks import Task
+from common.config import read_field
+from common.errors import UserError
+from common.files import digest, whole_file
+from common.processes import processes
+from decoding.settings import DecodeConfig
+from evaluation.measure import environment, evaluate
+from evaluation.tasks import Task
+from formats.data import Example
 
 AT_A_TIME = 4  # settings that are measured in turn with the full model, then kept
 ENTRY = '{"key": '  # how a result begins
@@ -39,7 +41,7 @@ def read_results(path: Path) -> dict[str, list[dict]]:
             entry = json.loads(line)
             known[entry["key"]] = entry["rows"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}, line {number}: not a result of a sweep; name another file with --results") from None
+        raise UserError(f"{path}, line {number}: not a result of a sweep; name another file with --results") from None
     if cut and processes()[0] == 0:
         with whole_file(path) as part:
             Path(part).write_text("".join(whole), encoding="utf-8")

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis import Views, auroc, calibration_error, divergences, look, reliability
-from measure import pareto
-from runs import read_log
-from tasks import TITLES
+from common.errors import UserError
+from evaluation.analysis import Views, auroc, calibration_error, divergences, look, reliability
+from evaluation.measure import pareto
+from evaluation.tasks import TITLES
+from training.runs import read_log
 
 
 def pyplot():
@@ -16,7 +17,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("pictures need matplotlib; pip install matplotlib") from None
+        raise UserError("pictures need matplotlib; pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -41,9 +42,9 @@ def draw_training(log: Path) -> Path:
             for layer, pair in row.get("layers", {}).items():
                 curves[row["dev"]][int(layer)].append((row["step"], *pair))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{log}: not a log of train.py ({error})") from None
+        raise UserError(f"{log}: not a log of train.py ({error})") from None
     if not training:
-        raise ValueError(f"{log}: not a log of train.py, or one without a step yet")
+        raise UserError(f"{log}: not a log of train.py, or one without a step yet")
     plt = pyplot()
     figure, axes = plt.subplots(2, max(1, len(curves)), figsize=(5 * max(1, len(curves)), 7), squeeze=False, sharex=True)
     for column, (file, layers) in enumerate(curves.items() or [("", {})]):

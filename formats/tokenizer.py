@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import sentencepiece as spm
 
+from common.errors import UserError
+
 SEP = "<sep>"  # the piece between prompt and completion; a tokenizer that lacks it continues prompts as they are
 LINE = 10_000  # characters of a line that are trained on together; sentencepiece leaves out lines that are too long
 
@@ -25,7 +27,7 @@ def train_tokenizer(pairs: Iterable[tuple[str, str]], vocab_size: int) -> bytes:
             num_threads=os.cpu_count(), max_sentence_length=65536, minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"no tokenizer of {vocab_size} pieces from this text: {str(error).splitlines()[-1]}") from None
+        raise UserError(f"no tokenizer of {vocab_size} pieces from this text: {str(error).splitlines()[-1]}") from None
     return model.getvalue()
 
 

@@ -4,11 +4,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import option, read_field
+from common.config import option, read_field
+from common.errors import UserError
 from confidence import FUNCTIONS, SCHEDULES, resolve
+from decoding.prediction import AMATEURS, FORMS
+from decoding.thresholds import THRESHOLDS, Constant
 from model import check_layers
-from predict import AMATEURS, FORMS
-from thresholds import THRESHOLDS, Constant
 
 
 @dataclass(frozen=True)
@@ -51,35 +52,35 @@ class DecodeConfig:
                    "form": FORMS}  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}")
+                raise UserError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}")
         if self.contrast not in AMATEURS and not self.contrast.isdecimal():
-            raise ValueError(f"unknown contrast {self.contrast!r}; choose from {', '.join(AMATEURS)}, or a layer's number")
+            raise UserError(f"unknown contrast {self.contrast!r}; choose from {', '.join(AMATEURS)}, or a layer's number")
         least = {"max_new_tokens": 1, "min_layer": 1, "max_owed": 1, "prune_min": 2, "prune_k": 2, "top_k": 1, "temperature": 0, "seed": 0,
                  "repetition_penalty": 1}  # fmt: skip
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and not low <= value < 2**63:
-                raise ValueError(f"{name} is {value}; it must be at least {low}, and finite")
+                raise UserError(f"{name} is {value}; it must be at least {low}, and finite")
         for threshold in (self.threshold, *(self.layer_thresholds or ())):
             if not 0 <= threshold <= 1:
-                raise ValueError(f"threshold is {threshold}; it must lie between 0 and 1")
+                raise UserError(f"threshold is {threshold}; it must lie between 0 and 1")
         for name in ("top_p", "alpha"):
             if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie above 0 and up to 1")
+                raise UserError(f"{name} is {getattr(self, name)}; it must lie above 0 and up to 1")
         for name in ("tau", "beta", "amateur_temperature"):
             if not 0 < getattr(self, name) < 2**63:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie above 0, and be finite")
+                raise UserError(f"{name} is {getattr(self, name)}; it must lie above 0, and be finite")
         if not 0 < self.target < 1:
-            raise ValueError(f"target is {self.target}; it must lie between 0 and 1")
+            raise UserError(f"target is {self.target}; it must lie between 0 and 1")
         if self.prune in ("decaying", "adaptive") and self.prune_min > self.prune_k:
-            raise ValueError(f"prune_min is {self.prune_min}, above prune_k {self.prune_k}; lower it")
+            raise UserError(f"prune_min is {self.prune_min}, above prune_k {self.prune_k}; lower it")
         if self.layer_thresholds is not None and len(self.layer_thresholds) != len(self.exit_layers or ()):
-            raise ValueError(f"layer_thresholds has {len(self.layer_thresholds)} values; give one for each of exit_layers "
+            raise UserError(f"layer_thresholds has {len(self.layer_thresholds)} values; give one for each of exit_layers "
                              f"({len(self.exit_layers or ())})")  # fmt: skip
         if self.verify and self.fill != "parallel":
-            raise ValueError("verify is True, but fill is copy; only exact keys and values can judge, so fill must be parallel")
+            raise UserError("verify is True, but fill is copy; only exact keys and values can judge, so fill must be parallel")
         if self.verify and self.predict != "own":
-            raise ValueError("verify is True, but predict is contrast; drafts are judged by the full model's own distribution")
+            raise UserError("verify is True, but predict is contrast; drafts are judged by the full model's own distribution")
         if self.confidence is not None:
             resolve(self.confidence)
 
@@ -93,7 +94,7 @@ class DecodeConfig:
         thresholds = self.layer_thresholds or [self.threshold] * len(layers)
         allowed = {layer: threshold for layer, threshold in zip(layers, thresholds) if layer >= self.min_layer}
         if self.confidence and n_layers > 1 and not allowed:
-            raise ValueError(f"min_layer is {self.min_layer}, which leaves no exit layer; lower it or give other exit_layers")
+            raise UserError(f"min_layer is {self.min_layer}, which leaves no exit layer; lower it or give other exit_layers")
         return allowed if self.confidence else {}
 
     def full(self) -> "DecodeConfig":
@@ -125,13 +126,13 @@ def read_thresholds(path: Path) -> dict:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         return from_json({name: value for name, value in content.items() if name != "provenance"})
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not usable as thresholds ({error})") from None
+        raise UserError(f"{path}: not usable as thresholds ({error})") from None
 
 
 def from_json(content: dict) -> dict:
     """Fields of DecodeConfig, each as its flag would read it. Raises ValueError for what no flag would take."""
     if not isinstance(content, dict):
-        raise ValueError(f"settings must be fields and values, not {content!r:.40}")
+        raise UserError(f"settings must be fields and values, not {content!r:.40}")
     texts = {name: ",".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in content.items()}
     settings = {name.replace("-", "_"): read_field(DecodeConfig, name, text) for name, text in texts.items()}
     DecodeConfig(**settings)

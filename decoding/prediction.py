@@ -13,8 +13,8 @@ from torch import Tensor
 from confidence import Trace, contrast, halfway, most_different, plausible
 
 if TYPE_CHECKING:
-    from decode import Token
-    from settings import DecodeConfig
+    from decoding.record import Token
+    from decoding.settings import DecodeConfig
 
 # How the amateur layer of an expert layer is chosen: name -> (trace, layer) -> layer, or None for no contrast.
 AMATEURS: dict[str, Callable[[Trace, int], int | None]] = {

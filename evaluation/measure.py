@@ -17,13 +17,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from common.errors import UserError
+from common.processes import gathered, processes
 from confidence import Trace
-from data import Example
-from decode import Counters, DecodeConfig, Generation, generate, stream
-from metrics import bootstrap, distinct, first_difference, repetition, rouge_l_f1, token_agreement
+from decode import generate, stream
+from decoding.record import Counters, Generation
+from decoding.settings import DecodeConfig
+from evaluation.metrics import bootstrap, distinct, first_difference, repetition, rouge_l_f1, token_agreement
+from evaluation.tasks import TITLES, Task
+from formats.data import Example
 from model import Transformer
-from runs import gathered, processes
-from tasks import TITLES, Task
 
 
 @dataclass
@@ -183,7 +186,7 @@ def alike(configs: dict[str, DecodeConfig]) -> list[dict[str, DecodeConfig]]:
 
 def evaluate(model, tokenizer, task: Task, examples: list[Example], configs: dict[str, DecodeConfig], repeat: int) -> list[dict]:
     """Rows of one task, first that of the full model, which is one for all of these configs (see `alike`)."""
-    prompts, configs = prepare(model, tokenizer, task, examples, configs)
+    prompts, configs = encode_inputs(model, tokenizer, task, examples, configs)
     full = next(iter(configs.values())).full()
     rows = measure(model, prompts, {"full": full, **configs}, repeat, task.name)
     summaries = []
@@ -194,11 +197,11 @@ def evaluate(model, tokenizer, task: Task, examples: list[Example], configs: dic
     return summaries
 
 
-def prepare(model, tokenizer, task: Task, examples: list[Example], configs: dict[str, DecodeConfig]) -> tuple[list[list[int]], dict]:
+def encode_inputs(model, tokenizer, task: Task, examples: list[Example], configs: dict[str, DecodeConfig]) -> tuple[list[list[int]], dict]:
     """Token ids of the prompts, cut on the left where they leave no room for an answer, and the configs with what ends an answer."""
     longest, stops = max(config.max_new_tokens for config in configs.values()), task.stop_tokens(tokenizer)
     if longest > model.config.max_len - 2:
-        raise ValueError(f"max_new_tokens is {longest}, of {model.config.max_len} positions; leave some to the prompt")
+        raise UserError(f"max_new_tokens is {longest}, of {model.config.max_len} positions; leave some to the prompt")
     prompts, cut = zip(*(task.encode(example.prompt, tokenizer, model.config.max_len - longest) for example in examples))
     if any(cut):
         tqdm.write(f"{task.name}: {sum(cut)} of {len(cut)} prompts lost their left to leave {longest} positions to answer", file=sys.stderr)
@@ -211,7 +214,7 @@ def environment(model: Transformer) -> dict:
     if (info := Path("/proc/cpuinfo")).is_file():
         cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
     try:
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        git = ["git", "-C", str(Path(__file__).parent.parent), "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
     except OSError:  # no git here
         commit = None

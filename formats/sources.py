@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, build_tokenizer
+from common.errors import UserError
+from formats.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, build_tokenizer
 
 SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
@@ -57,13 +58,13 @@ def open_source(path: Path, tokenizer: Path | None) -> Source:
         elif (path / "params.json").is_file():
             source = open_meta(path)
         else:
-            raise ValueError(f"{path}: no checkpoint folder; it needs config.json (Hugging Face) or params.json (Meta) beside the weights")
+            raise UserError(f"{path}: no checkpoint folder; it needs config.json (Hugging Face) or params.json (Meta) beside the weights")
     elif path.is_file():
         with open(path, "rb") as file:
             magic = file.read(4)
         source = open_gguf(path) if magic == b"GGUF" else open_llama2c(path)
     else:
-        raise ValueError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder")
     if tokenizer is not None:
         source.tokenizer = read_tokenizer_file(tokenizer)
     return source
@@ -74,9 +75,9 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds no JSON object")
+        raise UserError(f"{path}: holds no JSON object")
     return content
 
 
@@ -91,19 +92,19 @@ def open_hf(folder: Path) -> Source:
         if indices:
             places = read_json(indices[0]).get("weight_map")
             if not isinstance(places, dict) or not all(isinstance(name, str) and Path(name).name == name for name in places.values()):
-                raise ValueError(f"{indices[0]}: has no weight_map from tensors to files beside it")
+                raise UserError(f"{indices[0]}: has no weight_map from tensors to files beside it")
             files = [folder / name for name in sorted(set(places.values()))]
         tensors: dict[str, Stored] = {}
         for file in files:
             if not file.is_file():
-                raise ValueError(f"{file}: named in {indices[0].name}, but missing; download it")
+                raise UserError(f"{file}: named in {indices[0].name}, but missing; download it")
             for name, stored in read(file).items():
                 if name in tensors:
-                    raise ValueError(f"{file}: {name} is in another file, too; keep one set of files")
+                    raise UserError(f"{file}: {name} is in another file, too; keep one set of files")
                 tensors[name] = stored
         if files:
             return Source(f"Hugging Face folder, {len(files)} {kind} file(s)", config, "hf", tensors, False, *find_tokenizer(folder))
-    raise ValueError(f"{folder}: has a config.json, but neither *.safetensors nor pytorch_model*.bin")
+    raise UserError(f"{folder}: has a config.json, but neither *.safetensors nor pytorch_model*.bin")
 
 
 def read_safetensors(path: Path) -> dict[str, Stored]:
@@ -113,22 +114,22 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(MAX_HEADER, size - 8):
-            raise ValueError(f"{path}: a header of {length} bytes in a file of {size} (at most {MAX_HEADER}); cut short, or no safetensors")
+            raise UserError(f"{path}: a header of {length} bytes in a file of {size} (at most {MAX_HEADER}); cut short, or no safetensors")
         try:
             header = json.loads(file.read(length), object_pairs_hook=_unique)
         except ValueError as error:
-            raise ValueError(f"{path}: its header is not JSON ({error})") from None
+            raise UserError(f"{path}: its header is not JSON ({error})") from None
     if not isinstance(header, dict):
-        raise ValueError(f"{path}: its header is no JSON object")
+        raise UserError(f"{path}: its header is no JSON object")
     header.pop("__metadata__", None)
     spans = {name: _check_entry(path, name, entry) for name, entry in header.items()}
     end = 0
     for name, (begin, stop, _, _) in sorted(spans.items(), key=lambda item: item[1][:2]):
         if begin != end:
-            raise ValueError(f"{path}: {name} begins at byte {begin}, where {end} was expected: the tensors overlap or leave a gap")
+            raise UserError(f"{path}: {name} begins at byte {begin}, where {end} was expected: the tensors overlap or leave a gap")
         end = stop
     if end != size - 8 - length:
-        raise ValueError(f"{path}: its tensors need {end} bytes of data, the file has {size - 8 - length}; download it again")
+        raise UserError(f"{path}: its tensors need {end} bytes of data, the file has {size - 8 - length}; download it again")
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
 
     def piece(begin: int, stop: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -142,7 +143,7 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name occurs twice")
+        raise UserError("a name occurs twice")
     return dict(pairs)
 
 
@@ -151,13 +152,13 @@ def _check_entry(path: Path, name: str, entry) -> tuple[int, int, tuple[int, ...
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if dtype not in SAFETENSORS:
-        raise ValueError(f"{path}: {name} is of dtype {dtype}; known are {', '.join(SAFETENSORS)}: convert it to one of these first")
+        raise UserError(f"{path}: {name} is of dtype {dtype}; known are {', '.join(SAFETENSORS)}: convert it to one of these first")
     for what in (shape, offsets):
         if not isinstance(what, list) or not all(type(number) is int and number >= 0 for number in what):
-            raise ValueError(f"{path}: {name} has shape {shape} and offsets {offsets}; both must be lists of integers, at least 0")
+            raise UserError(f"{path}: {name} has shape {shape} and offsets {offsets}; both must be lists of integers, at least 0")
     needed = math.prod(shape) * SAFETENSORS[dtype].itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != needed:
-        raise ValueError(f"{path}: {name}, {dtype} {shape}, takes {needed} bytes, but has the offsets {offsets}")
+        raise UserError(f"{path}: {name}, {dtype} {shape}, takes {needed} bytes, but has the offsets {offsets}")
     return *offsets, tuple(shape), SAFETENSORS[dtype]
 
 
@@ -166,9 +167,9 @@ def read_torch(path: Path) -> dict[str, Stored]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise ValueError(f"{path}: not a readable torch file of weights ({str(error).splitlines()[0][:100]})") from None
+        raise UserError(f"{path}: not a readable torch file of weights ({str(error).splitlines()[0][:100]})") from None
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise ValueError(f"{path}: holds no plain dictionary of tensors")
+        raise UserError(f"{path}: holds no plain dictionary of tensors")
     return {name: Stored(tuple(tensor.shape), tensor.dtype, partial(list, [tensor])) for name, tensor in content.items()}
 
 
@@ -190,11 +191,11 @@ def open_meta(folder: Path) -> Source:
     residual stream, by columns (the embedding by columns in Llama 1 and 2, by rows in Llama 3)."""
     params, files = read_json(folder / "params.json"), sorted(folder.glob("consolidated.*.pth"))
     if not files:
-        raise ValueError(f"{folder}: has a params.json, but no consolidated.*.pth")
+        raise UserError(f"{folder}: has a params.json, but no consolidated.*.pth")
     shards = [read_torch(file) for file in files]
     for file, shard in zip(files, shards):
         if shard.keys() != shards[0].keys():
-            raise ValueError(f"{file}: {min(shard.keys() ^ shards[0].keys())} is in only one of {files[0].name} and {file.name}")
+            raise UserError(f"{file}: {min(shard.keys() ^ shards[0].keys())} is in only one of {files[0].name} and {file.name}")
     tensors, d = {}, params.get("dim")
     for name, (shape, dtype, pieces, _) in shards[0].items():
         if len(shape) == 2 and len(files) > 1:
@@ -223,7 +224,7 @@ def meta_config(tensors: dict[str, Stored], n_layers: int, n_heads: int, n_kv_he
     try:
         (V, d), (d_ff, _) = tensors["tok_embeddings.weight"].shape, tensors["layers.0.feed_forward.w1.weight"].shape
     except KeyError as error:
-        raise ValueError(f"tensor {error} is missing") from None
+        raise UserError(f"tensor {error} is missing") from None
     return {
         "model_type": "llama", "vocab_size": V, "hidden_size": d, "intermediate_size": d_ff, "num_hidden_layers": n_layers,
         "num_attention_heads": n_heads, "num_key_value_heads": n_kv_heads or n_heads,
@@ -238,15 +239,15 @@ def open_llama2c(path: Path) -> Source:
     with open(path, "rb") as file:
         header = file.read(256)
     if len(header) < 28:
-        raise ValueError(f"{path}: {size} bytes are no checkpoint")
+        raise UserError(f"{path}: {size} bytes are no checkpoint")
     magic, version = struct.unpack_from("<Ii", header)
     new = magic == 0x616B3432
     if new and version != 1:
-        raise ValueError(f"{path}: llama2.c version {version} (int8); export it as version 0 or 1, which are float32")
+        raise UserError(f"{path}: llama2.c version {version} (int8); export it as version 0 or 1, which are float32")
     d, d_ff, L, H, K, V, T = struct.unpack_from("<7i", header, 8 if new else 0)
     start, tied = (256, bool(header[36])) if new and len(header) == 256 else (28, V > 0)
     if min(d, d_ff, L, H, K, abs(V), T) < 1 or d % H:
-        raise ValueError(f"{path}: neither GGUF nor, by its first numbers, llama2.c; of weights of another kind give the folder")
+        raise UserError(f"{path}: neither GGUF nor, by its first numbers, llama2.c; of weights of another kind give the folder")
     C, V = d // H, abs(V)
     layer = {"attention_norm": (d,), "attention.wq": (d, d), "attention.wk": (K * C, d), "attention.wv": (K * C, d), "attention.wo": (d, d),
              "ffn_norm": (d,), "feed_forward.w1": (d_ff, d), "feed_forward.w2": (d, d_ff), "feed_forward.w3": (d_ff, d)}  # fmt: skip
@@ -258,7 +259,7 @@ def open_llama2c(path: Path) -> Source:
     order += [] if tied else ["output"]
     floats = sum(math.prod(layer[name]) * L if name in layer else math.prod(whole[name]) for name in order)
     if (needed := start + 4 * floats) != size:
-        raise ValueError(f"{path}: neither GGUF nor a whole file of llama2.c (by its first numbers {needed} bytes, not {size}); cut short?")
+        raise UserError(f"{path}: neither GGUF nor a whole file of llama2.c (by its first numbers {needed} bytes, not {size}); cut short?")
     spans, at = {}, start // 4
     for name in order:
         for full, shape in [(f"layers.{i}.{name}", layer[name]) for i in range(L)] if name in layer else [(name, whole[name])]:
@@ -284,17 +285,17 @@ def open_gguf(path: Path) -> Source:
     try:
         import gguf
     except ImportError:
-        raise ValueError(f"{path}: GGUF needs the package gguf; pip install gguf") from None
+        raise UserError(f"{path}: GGUF needs the package gguf; pip install gguf") from None
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         found = [(t.name, tuple(map(int, reversed(t.shape))), t.data, t.tensor_type) for t in reader.tensors]
         reader.fields.clear()  # one small array for every token of the vocabulary
     except Exception as error:
-        raise ValueError(f"{path}: not a readable GGUF file, or cut short ({str(error).splitlines()[0][:100]})") from None
+        raise UserError(f"{path}: not a readable GGUF file, or cut short ({str(error).splitlines()[0][:100]})") from None
     family = fields.get("general.architecture")
     if family not in GGUF_FAMILIES:
-        raise ValueError(f"{path}: unknown architecture {family!r}; known are {', '.join(GGUF_FAMILIES)}")
+        raise UserError(f"{path}: unknown architecture {family!r}; known are {', '.join(GGUF_FAMILIES)}")
     config = gguf_config(fields, family)
 
     def pieces(shape: tuple[int, ...], data, kind) -> Iterator[Tensor]:
@@ -308,7 +309,7 @@ def open_gguf(path: Path) -> Source:
     if "rope_freqs.weight" in tensors:  # Llama 3: what every frequency is divided by, at most the factor
         config["rope_scaling"] = {**LLAMA_3_BANDS, "factor": float(next(iter(tensors["rope_freqs.weight"].pieces())).max())}
     if "token_embd.weight" not in tensors:
-        raise ValueError(f"{path}: tensor token_embd.weight is missing")
+        raise UserError(f"{path}: tensor token_embd.weight is missing")
     config |= {"vocab_size": tensors["token_embd.weight"].shape[0], "tie_word_embeddings": "output.weight" not in tensors}
     tokenizer, note = gguf_tokenizer(path, fields)
     return Source("GGUF", config, "gguf", tensors, family == "llama", tokenizer, note)
@@ -327,7 +328,7 @@ def gguf_config(fields: dict, family: str) -> dict:
     config |= {"model_type": GGUF_FAMILIES[family], "eos_token_id": fields.get("tokenizer.ggml.eos_token_id")}
     missing = [word for word in ("hidden_size", "num_attention_heads", "num_hidden_layers") if word not in config]
     if missing:
-        raise ValueError(f"the metadata lack {family}.{words[missing[0]]}")
+        raise UserError(f"the metadata lack {family}.{words[missing[0]]}")
     share = config["hidden_size"] // config["num_attention_heads"]
     config.setdefault("head_dim", share)
     large = (family, config["num_hidden_layers"]) in (("gemma2", 46), ("gemma3", 62))  # 27B; llama.cpp, too, knows them by their depth
@@ -347,7 +348,7 @@ def gguf_tokenizer(path: Path, fields: dict) -> tuple[bytes | None, str]:
         return None, f"its tokenizer is {get('model')} (byte-level BPE is gpt2), not sentencepiece: no tokenizer"
     tokens, scores, types = get("tokens", []), get("scores", []), list(get("token_type", []))
     if not len(tokens) == len(scores) == len(types) > 0:
-        raise ValueError(f"{path}: its tokenizer has {len(tokens)} tokens, {len(scores)} scores and {len(types)} types")
+        raise UserError(f"{path}: its tokenizer has {len(tokens)} tokens, {len(scores)} scores and {len(types)} types")
     bos = get("bos_token_id") if get("add_bos_token", True) else None
     return build_tokenizer(tokens, scores, types, get("unknown_token_id", 0), bos, get("eos_token_id"), get("add_space_prefix", True)), ""
 

@@ -8,12 +8,13 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
-from data import Example
-from measure import measure, prepare
-from metrics import rouge_l_f1
-from runs import tell
-from settings import DecodeConfig
-from tasks import Task
+from common.errors import UserError
+from common.processes import tell
+from decoding.settings import DecodeConfig
+from evaluation.measure import encode_inputs, measure
+from evaluation.metrics import rouge_l_f1
+from evaluation.tasks import Task
+from formats.data import Example
 
 CANDIDATES = tuple(step / 20 for step in range(20, -1, -1))  # thresholds, from cautious to bold
 
@@ -48,7 +49,7 @@ def p_value(losses: list[float], tolerance: float) -> float:
     (Bates 2021, section 3.1). Raises ValueError for no losses, losses outside [0, 1] and a tolerance outside (0, 1)."""
     n = len(losses)
     if not n or not 0 < tolerance < 1 or not all(0 <= loss <= 1 for loss in losses):
-        raise ValueError(f"{n} losses from {min(losses, default=0)} to {max(losses, default=0)}, tolerance {tolerance}: losses, at least "
+        raise UserError(f"{n} losses from {min(losses, default=0)} to {max(losses, default=0)}, tolerance {tolerance}: losses, at least "
                          "one, must lie in 0 to 1, and the tolerance between")  # fmt: skip
     risk = sum(losses) / n
     a = min(risk, tolerance)
@@ -79,7 +80,8 @@ def find_threshold(model, tokenizer, task: Task, sets: dict[str, list[Example]],
     or task, how much lower the task's first score is."""
     full: dict[str, list[str]] = {}
     name = next(iter(task.scores)) if risk == "task" else "consistency"
-    ready = {which: prepare(model, tokenizer, task, examples, {"full": config.full(), "early": config}) for which, examples in sets.items()}
+    both = {"full": config.full(), "early": config}
+    ready = {which: encode_inputs(model, tokenizer, task, examples, both) for which, examples in sets.items()}
 
     def losses(threshold: float, which: str) -> list[float]:
         """The loss of every example; the full model decodes a set once."""

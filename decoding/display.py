@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from decode import Counters, Token
+    from decoding.record import Counters, Token
 
 
 def colour(text: str, layer: int, n_layers: int, on: bool) -> str:

@@ -4,10 +4,11 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import data
-from data import Example
-from metrics import SCORES
-from tokenizer import SEP, encode_prompt
+from common.errors import UserError
+from evaluation.metrics import SCORES
+from formats import data
+from formats.data import Example
+from formats.tokenizer import SEP, encode_prompt
 
 TITLES = {"bleu": "BLEU", "bleu_lower": "BLEU (lower case)", "rougeL_coco": "ROUGE-L (COCO)", "rougeL": "ROUGE-L",
           "rouge1_stem": "ROUGE-1 (stems)", "rouge2_stem": "ROUGE-2 (stems)", "rougeL_stem": "ROUGE-L (stems)",
@@ -73,10 +74,10 @@ def find_task(name: str) -> Task:
     """An embedded task by its name, or NAME=FILE: another file of its kind. Raises ValueError."""
     kind, _, file = name.partition("=")
     if kind not in TASKS:
-        raise ValueError(f"unknown task {kind!r}; choose from {', '.join(TASKS)}, or NAME=FILE for a file of your own")
+        raise UserError(f"unknown task {kind!r}; choose from {', '.join(TASKS)}, or NAME=FILE for a file of your own")
     task = replace(TASKS[kind], file=file or TASKS[kind].file)
     if not task.file:
-        raise ValueError(f"task {kind} needs its file: {kind}=FILE")
+        raise UserError(f"task {kind} needs its file: {kind}=FILE")
     if kind == "file":
         task = replace(task, name=Path(file).name.split(".")[0])
     return task
@@ -86,12 +87,12 @@ def read_task(task: Task, split: str, skipped: list[str] | None = None) -> list[
     """Its examples of the train, dev or test split; of stories, openings to go on from. Raises and skips as `data.read_pairs` does."""
     path = data.locate(task.file.replace("{}", split))
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such data file")
+        raise UserError(f"{path}: no such data file")
     if task.openings:
         return openings(path, skipped)
     examples = data.read_examples(path, skipped)
     if not all(example.prompt for example in examples):
-        raise ValueError(f"{path}: holds texts without a prompt; the task stories={path} goes on from their openings")
+        raise UserError(f"{path}: holds texts without a prompt; the task stories={path} goes on from their openings")
     return examples
 
 
@@ -103,7 +104,7 @@ def openings(path: str | Path, skipped: list[str] | None = None) -> list[Example
         long = [words for words in map(str.split, text.splitlines()) if len(words) >= 2 * OPENING]
         examples += [Example(" ".join(words[:OPENING]), (" ".join(words[OPENING:]),)) for words in long[:: max(1, len(long) // OPENINGS)]]
     if not examples:
-        raise ValueError(f"{path}: has no paragraph of {2 * OPENING} words or more, to go on from its first {OPENING}")
+        raise UserError(f"{path}: has no paragraph of {2 * OPENING} words or more, to go on from its first {OPENING}")
     return examples
 
 

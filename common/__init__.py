@@ -1,0 +1,1 @@
+"""What every command shares: settings as flags, errors for users, files written whole, several processes."""

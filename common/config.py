@@ -1,0 +1,41 @@
+"""Settings as dataclasses: each field says what it means, and is read from text as a flag or a file gives it."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable
+
+from common.errors import UserError
+
+
+def option(default, text: str):
+    """A field of a config dataclass that is also a flag; `text` describes it, with unit or range."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+def reader(kind) -> Callable[[str], object]:
+    """Text -> a value of `kind`: int, float, str, a tuple of these (comma-separated), or one of them or None (the word none)."""
+    if isinstance(kind, types.UnionType):
+        inner = reader(next(arm for arm in typing.get_args(kind) if arm is not types.NoneType))
+        read = lambda text: None if text.lower() == "none" else inner(text)  # noqa: E731
+    elif typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        read = lambda text: tuple(item(part) for part in text.split(",") if part)  # noqa: E731
+        read.__name__ = f"list of {item.__name__}, separated by commas,"
+        return read
+    else:
+        return kind
+    read.__name__ = inner.__name__  # what argparse calls it in its message
+    return read
+
+
+def read_field(config: type, name: str, text: str):
+    """The value of a field of a config from text, as its flag reads it; of a bool, without text, True. Raises ValueError."""
+    kinds = typing.get_type_hints(config)
+    field = name.replace("-", "_")
+    if field not in kinds:
+        raise UserError(f"unknown setting {name!r}; choose from {', '.join(kinds)}")
+    try:
+        return {"": True, "true": True, "false": False}[text.lower()] if kinds[field] is bool else reader(kinds[field])(text)
+    except (ValueError, KeyError):
+        raise UserError(f"{name} cannot be {text!r}") from None

@@ -1,0 +1,82 @@
+"""What a run leaves behind: its tokens, why each came from where it came, and the work done."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from torch import Tensor
+
+from confidence import Trace
+from model import Transformer
+
+
+@dataclass
+class Token:
+    """One generated token and why it came from where it came."""
+
+    id: int
+    exit_layer: int                    # L: from the full model
+    confidences: dict[int, float]      # of each layer asked
+    thresholds: dict[int, float]       # that they had to reach
+    amateurs: dict[int, int]           # exit layer -> the layer that it was contrasted with
+    probs: Tensor | None = None        # (V,) what a draft was drawn from, if it was sampled
+    rolled_back: tuple[int, ...] = ()  # verified mode: the drafts that this token replaced
+
+
+@dataclass
+class Counters:
+    """Work done. FLOPs count multiply-adds twice: block weights, attention, and heads; of the heads, confidence is what was computed to ask
+    but not to emit (every head but that of the layer emitted from)."""
+
+    tokens: int = 0
+    block_runs: int = 0
+    block_rows: int = 0
+    deep_passes: int = 0        # passes that reached the top
+    deep_rows: int = 0          # rows at the top layer in these, owed ones included
+    block_flops: int = 0
+    head_flops: int = 0
+    confidence_flops: int = 0   # part of head_flops
+    pruned_deep: int = 0        # deep passes whose candidates had been pruned
+    missed: int = 0             # of these, how often the full model's token had been pruned away
+    drafted: int = 0            # verified mode: early tokens judged by the full model
+    accepted: int = 0           # of these, kept
+
+    def add_blocks(self, model: Transformer, before: list[int], stop: int, layer: int) -> None:
+        """One pass up to `layer` that took the positions filled[1..layer] from `before` to `stop`."""
+        for first, layers in groupby(before[1 : layer + 1]):
+            runs = len(list(layers)) if first < stop else 0
+            self.block_runs += runs
+            self.block_rows += runs * (stop - first)
+            self.block_flops += runs * model.block_flops(first, stop)
+        if layer == model.config.n_layers:
+            self.deep_passes += 1
+            self.deep_rows += stop - before[layer]
+
+    def add_heads(self, asked: dict[int, int], layer: int, total: int) -> None:
+        """The heads of one pass up to `layer`: the FLOPs of those asked, by layer, and of all."""
+        self.head_flops += total
+        self.confidence_flops += sum(flops for head, flops in asked.items() if head != layer)
+
+    def add_judgement(self, trace: Trace, drafted: int, kept: int, token: int | None) -> None:
+        """What the full model made of the drafts and of the candidates of the newest position."""
+        self.drafted += drafted
+        self.accepted += kept
+        if trace.candidates is not None and kept == drafted:
+            self.pruned_deep += 1
+            self.missed += token not in trace.candidates
+
+
+@dataclass
+class Generation:
+    """Tokens (the end-of-text token included), the exit layer and the confidences asked of each, and the work done."""
+
+    tokens: list[int] = field(default_factory=list)
+    exit_layers: list[int] = field(default_factory=list)
+    confidences: list[dict[int, float]] = field(default_factory=list)
+    counters: Counters = field(default_factory=Counters)
+
+    @classmethod
+    def of(cls, tokens: Iterable[Token], counters: Counters) -> "Generation":
+        """What `stream` yields, with the counters that it was given."""
+        tokens = list(tokens)
+        return cls([t.id for t in tokens], [t.exit_layer for t in tokens], [t.confidences for t in tokens], counters)

@@ -1,0 +1,1 @@
+"""Tasks, metrics, measuring, tables, tuning, sweeps, calibration, analysis, pictures."""

@@ -1,0 +1,1 @@
+"""What is run now and then: bench, preparing data."""

@@ -1,0 +1,1 @@
+"""What the training loop is made of: losses, packed batches, long runs."""

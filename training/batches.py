@@ -1,0 +1,166 @@
+"""Documents as token ids, and packed training batches.
+
+A document is [bos] prompt [sep] completion [eos], learned on the completion only; plain text has no prompt and is learned whole.
+"""
+
+import itertools
+import json
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sentencepiece as spm
+
+from common.errors import UserError
+from common.files import digest, whole_file, write_json
+from formats.data import Corpus
+from formats.tokenizer import encode_prompt
+
+LEARN, START = 1, 2  # flags of a token: it is a training target; a document starts here
+
+
+def tokenize(pairs: Iterable[tuple[str, str]], tokenizer, path: str | Path, length: int) -> dict[str, int]:
+    """Writes a memory-mappable array of (token, flags) records to `path` (.npy) and returns its statistics. A document of more than
+    `length` + 1 tokens loses the left of its prompt (not the start token, nor the separator), then the end of its completion; a text is
+    cut into documents, see `cut_text`. Raises ValueError for a tokenizer that has no end of text."""
+    if tokenizer.eos_id() < 0:
+        raise UserError("the tokenizer has no piece for the end of a text, which documents need")
+    tokens, flags, bos = array("I"), array("B"), [tokenizer.bos_id()] * (tokenizer.bos_id() >= 0)
+    begin, stop = len(bos), len(encode_prompt(tokenizer, "")) - len(bos)  # tokens of a prompt that always stay
+    stats = {"documents": 0, "tokens": 0, "learned": 0, "shortened": 0}
+    for prompt, completion in pairs:
+        if prompt:
+            head, body = encode_prompt(tokenizer, prompt), [*tokenizer.encode(completion), tokenizer.eos_id()]
+            excess = max(0, len(head) + len(body) - length - 1)
+            stats["shortened"] += excess > 0
+            end = len(head) - stop
+            head = head[:begin] + head[min(begin + excess, end) : end] + head[end:]
+            documents = [(head, body[: length + 1 - len(head)])]
+        else:
+            documents = ((bos, part) for part in cut_text(completion, tokenizer, length))
+        for head, body in documents:
+            tokens.extend(head + body)
+            flags.extend([0] * len(head) + [LEARN] * len(body))
+            flags[-len(head) - len(body)] |= START
+            stats["documents"] += 1
+            stats["learned"] += len(body)
+    stats["tokens"] = len(tokens)
+    record = np.dtype([("token", "<u2" if tokenizer.vocab_size() <= 65536 else "<u4"), ("flags", "u1")])
+    records = np.empty(len(tokens), record)
+    records["token"], records["flags"] = tokens, flags
+    with whole_file(path) as part, open(part, "wb") as file:
+        np.save(file, records)
+    return stats
+
+
+def cut_text(text: str, tokenizer, length: int) -> Iterator[list[int]]:
+    """Token ids of a text in parts of at most `length`, each as many whole lines as fit; only a line that is longer is cut itself. So that
+    what follows [bos] mostly is the beginning of a paragraph, as in a prompt. [eos] ends the last."""
+    part, size, parts = [], 0, []
+    for line in text.splitlines(keepends=True):
+        more = len(tokenizer.encode(line)) + 1  # the end of the line is a token or part of the count's slack
+        if part and size + more > length:
+            parts.append("".join(part))
+            part, size = [], 0
+        part.append(line)
+        size += more
+    for number, lines in enumerate([*parts, "".join(part)]):
+        ids = tokenizer.encode(lines) + [tokenizer.eos_id()] * (number == len(parts))
+        yield from (ids[i : i + length] for i in range(0, len(ids), length))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of T positions, documents side by side and never seeing each other. Arrays are (B, T) int64."""
+
+    inputs: np.ndarray
+    targets: np.ndarray    # -1 where nothing is learned
+    documents: np.ndarray  # number of the document within its row; 0 is padding
+
+
+def batches(records: np.ndarray, rows: int, length: int, seed: int | None = 0, start: int = 0, every: int = 1) -> Iterator[Batch]:
+    """Packs the documents of `records` (from `tokenize`) into batches, endlessly, in an order that depends on `seed` and the epoch alone;
+    so skipping `start` batches resumes exactly. `every`: gives only each so many-th, a process's share. `seed=None`: one epoch, in the
+    file's order. First fit over the rows of a batch; a document that fits nowhere waits for the next batch, and 16 of them waiting close
+    the batch. Raises ValueError if a document is longer than a row."""
+    begins = np.flatnonzero(records["flags"] & START)
+    ends = np.append(begins[1:], len(records))
+    if (ends - begins).max() > length + 1:
+        raise UserError(f"the data was prepared for a longer context than {length}; prepare it again")
+    number = 0
+    for epoch in itertools.count():
+        order = range(len(begins)) if seed is None else np.random.default_rng((seed, epoch)).permutation(len(begins))
+        for plan in _pack(order, ends - begins - 1, rows, length):
+            if number >= start and (number - start) % every == 0:
+                yield _fill(records, plan, begins, ends, rows, length)
+            number += 1
+        if seed is None:
+            return
+
+
+def _pack(order, sizes, rows: int, length: int) -> Iterator[list[list[int]]]:
+    waiting: list[int] = []
+    source = iter(order)
+    while True:
+        plan, room, late = [[] for _ in range(rows)], [length] * rows, []
+        for document in itertools.chain(waiting, source):
+            row = next((r for r in range(rows) if room[r] >= sizes[document]), None)
+            if row is None:
+                late.append(document)
+                if len(late) == 16:
+                    break
+            else:
+                plan[row].append(document)
+                room[row] -= sizes[document]
+        if not any(plan):
+            return
+        yield plan
+        waiting = late
+
+
+def _fill(records, plan, begins, ends, rows: int, length: int) -> Batch:
+    inputs = np.zeros((rows, length), np.int64)
+    targets = np.full((rows, length), -1, np.int64)
+    documents = np.zeros((rows, length), np.int64)
+    for row, members in enumerate(plan):
+        at = 0
+        for number, document in enumerate(members, 1):
+            piece = records[begins[document] : ends[document]]
+            span = slice(at, at + len(piece) - 1)
+            inputs[row, span] = piece["token"][:-1]
+            targets[row, span] = np.where(piece["flags"][1:] & LEARN, piece["token"][1:].astype(np.int64), -1)
+            documents[row, span] = number
+            at = span.stop
+    return Batch(inputs, targets, documents)
+
+
+# ---------------------------------------------------------------- prepared files
+
+
+def prepare_file(files: tuple[str, ...], tokenizer: bytes, path: Path, length: int) -> dict:
+    """Writes the files' documents to `path` (.npy), and beside it (.json) for which tokenizer and length, and its statistics, which it
+    returns."""
+    stats = tokenize(Corpus(files), spm.SentencePieceProcessor(model_proto=tokenizer), path, length)
+    content = {"files": [str(file) for file in files], "tokenizer": digest(tokenizer), "length": length, **stats}
+    write_json(path.with_suffix(".json"), content)
+    return stats
+
+
+def read_prepared(path: Path, tokenizer: bytes, length: int) -> np.ndarray:
+    """The records of a prepared file, memory-mapped. Raises ValueError if it is damaged, or made for another tokenizer or a greater
+    length."""
+    try:
+        made = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        if made["tokenizer"] != digest(tokenizer) or made["length"] > length:
+            raise UserError(f"it was made for length {made['length']}, tokenizer {made['tokenizer']}, not {length}, {digest(tokenizer)}")
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise UserError(f"{path}: not usable as prepared data ({error}); make it anew with python -m tools.prepare") from None
+
+
+def describe(stats: dict) -> str:
+    """The statistics of `tokenize` in words."""
+    return (f"{stats['documents']:,} documents, {stats['tokens']:,} tokens, {stats['learned']:,} of them learned; "
+            f"{stats['shortened']:,} documents shortened to fit")  # fmt: skip

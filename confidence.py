@@ -1,12 +1,15 @@
 """Is the next token decided? The trace of one position, vocabulary pruning, the confidence functions, and contrast.
 
-Notation: h_l the hidden state of the newest position after layer l, z_l = W norm_l(h_l) its logits, p_l = softmax(z_l), over the n
-current candidates (the whole vocabulary V unless pruned). Everything is float32. Confidences lie in [0, 1]; exit when c >= threshold.
+Notation: h_l the hidden state of the newest position after layer l, z_l = W norm_l(h_l) its logits, p_l =
+softmax(z_l), over the n current candidates (the whole vocabulary V unless there is a shortlist or pruning).
+Everything is float32. Confidences lie in [0, 1]; exit when c >= threshold.
 """
 
 import importlib
+import inspect
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,27 +18,40 @@ from common.errors import UserError
 from model import Transformer
 
 ALPHA = 0.1  # plausibility: tokens of at least this share of the largest probability (Li 2022, section 3.2)
+ROUNDING = 1e-4  # by so much a confidence may lie outside [0, 1]
+
+
+class Candidates(Protocol):
+    """What questions are asked over in place of the vocabulary, see decoding/shortlist.py."""
+
+    ids: Tensor            # (n,) int64
+    weights: list[Tensor]  # their rows of the unembedding, (n, d) in all
 
 
 class Trace:
-    """The newest position of one pass, layer by layer. `hidden` holds h_0 (the embedding) .. h_l, each (R, d), the newest position last.
-    Logits are computed when asked for, once, over the current candidates, which the newest layer's first logits may narrow."""
+    """The newest position of one pass, layer by layer. `hidden` holds h_0 (the embedding) .. h_l, each (R, d), the
+    newest position last. Logits are computed when asked for, once, over the current candidates; `decided` narrows
+    these."""
 
     def __init__(self, model: Transformer, confidence: "Confidence | None" = None, prune: str = "none", prune_k: int = 64,
-                 prune_min: int = 16, premature_layers: tuple[int, ...] | None = None):
+                 prune_min: int = 16, premature_layers: tuple[int, ...] | None = None, shortlist: Candidates | None = None):
         self.model = model
         self.confidence = confidence
         self.hidden: list[Tensor] = []
+        self.final: Tensor | None = None         # (R, V) logits of the rows that the head took, where the pass reached it
         self.candidates: Tensor | None = None    # (n,) int64 token ids; None is the whole vocabulary
         self.n = model.config.vocab_size         # how many candidates there are
         self.confidences: dict[int, float] = {}  # of each layer asked
         self.thresholds: dict[int, float] = {}   # that they had to reach
         self.amateurs: dict[int, int] = {}       # exit layer -> the layer it was contrasted with
         self.flops: dict[int, int] = {}          # layer -> floating-point operations of its head
-        self._weight: Tensor | None = model.head_weight  # (n, d), the candidates' rows of the unembedding; None: not gathered yet
-        self._logits: dict[int, Tensor] = {}
         self._schedule, self._limits = SCHEDULES[prune], (prune_k, prune_min)
         self._premature = premature_layers
+        self._logits: dict[int, Tensor] = {}     # layer -> z over the candidates, (n,)
+        self._guesses: dict[int, Tensor] = {}    # layer asked -> its best candidate, noted before candidates go
+        self._weights: list[Tensor] | None = [model.head_weight]  # the candidates' rows of the unembedding; None: not gathered yet
+        if shortlist is not None:
+            self.candidates, self._weights, self.n = shortlist.ids, shortlist.weights, len(shortlist.ids)
 
     @property
     def layer(self) -> int:
@@ -43,11 +59,44 @@ class Trace:
         return len(self.hidden) - 1
 
     def decided(self, threshold: float) -> bool:
-        """Whether the confidence after the newest layer reaches the threshold. A threshold of 0 is reached without asking."""
+        """Whether the confidence after the newest layer reaches the threshold. A threshold of 0 is reached without
+        asking."""
         self.thresholds[self.layer] = threshold
-        if threshold > 0:
-            self.confidences[self.layer] = float(self.confidence(self, self.layer))
-        return threshold <= 0 or self.confidences[self.layer] >= threshold
+        if threshold <= 0:
+            return True
+        if getattr(self.confidence, "reads_logits", True):
+            self.prune()
+        self.confidences[self.layer] = self.ask()
+        return self.confidences[self.layer] >= threshold
+
+    def ask(self) -> float:
+        """The confidence after the newest layer. Raises UserError for what is none."""
+        try:
+            value = self.confidence(self, self.layer)
+            confidence = float(value)
+        except UserError:
+            raise
+        except Exception as error:
+            raise RuntimeError(f"{describe(self.confidence)} failed at layer {self.layer}") from error
+        if not -ROUNDING <= confidence <= 1 + ROUNDING:
+            raise UserError(f"{describe(self.confidence)} returned {confidence} at layer {self.layer}; it must lie between 0 and 1")
+        return confidence
+
+    def prune(self) -> None:
+        """Vocabulary pruning: of the candidates so far, those of largest z_l stay, as many as the schedule says; and what is
+        known so far, for these alone."""
+        if self._schedule is None:
+            return
+        newest, size = self.logits(self.layer), self._schedule(self, *self._limits)
+        if size >= self.n:
+            return
+        for layer in self.confidences.keys() - self._guesses.keys():
+            self._guesses[layer] = self.token(self.logits(layer).argmax())
+        best, index = newest.topk(size)  # (size,) by falling z_l
+        self.candidates = index if self.candidates is None else self.candidates[index]
+        self._weights, self.n = None, size
+        self._logits = {layer: logits[index] for layer, logits in self._logits.items()}
+        self._logits[self.layer], self._guesses[self.layer] = best, self.candidates[0]
 
     def logits(self, layer: int) -> Tensor:
         """z of `layer` <= l over the candidates: (n,)."""
@@ -58,36 +107,25 @@ class Trace:
         return self.logits(layer).log_softmax(-1)
 
     def stack(self, layers: list[int]) -> list[Tensor]:
-        """z of several layers, those not known yet in one product, so that W is read once: (n,) each. Where the newest layer's logits will
-        narrow the candidates, they come first, so that an index means the same token in whatever order a function asks."""
-        if self._schedule and self.layer not in self._logits and self.layer not in layers:
-            self.stack([self.layer])
+        """z of several layers, those not known yet in one product, so that W is read once: (n,) each."""
         missing = [layer for layer in layers if layer not in self._logits]
         if missing:
-            if self._weight is None:
-                self._weight = self.model.unembed[self.candidates]
+            if self._weights is None:
+                self._weights = [self.model.unembed[self.candidates]]
             rows = torch.cat([self.model.exit_norm(self.hidden[layer][-1:], layer) for layer in missing])  # (m, d)
-            self._logits.update(zip(missing, self.model.score(rows, self._weight).unbind()))
+            parts = [self.model.score(rows, weight) for weight in self._weights]
+            logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # (m, n)
+            self._logits.update(zip(missing, logits.unbind()))
             self.flops.update({layer: self.model.head_flops(layer, self.n) for layer in missing})
-            if self._schedule and self.layer in missing:
-                self._narrow(self._schedule(self, *self._limits))
         return [self._logits[layer] for layer in layers]
 
-    def _narrow(self, size: int) -> None:
-        """Keeps the `size` candidates of largest z_l, and everything known so far for these alone."""
-        if size < self.n:
-            best, index = self._logits.pop(self.layer).topk(size)  # (size,) by falling z_l
-            self.candidates = index if self.candidates is None else self.candidates[index]
-            self.n, self._weight = size, None
-            self._logits = {self.layer: best} | {layer: logits[index] for layer, logits in self._logits.items()}
-
-    def token(self, index: int) -> int:
+    def token(self, index: int | Tensor) -> int | Tensor:
         """Token id of a candidate's index."""
-        return index if self.candidates is None else int(self.candidates[index])
+        return index if self.candidates is None else self.candidates[index]
 
     def guess(self, layer: int) -> int:
-        """Token id of the most probable candidate at `layer`."""
-        return self.token(int(self.logits(layer).argmax()))
+        """Token id of the most probable candidate at `layer`, of those that there were when it was asked."""
+        return int(self._guesses[layer] if layer in self._guesses else self.token(self.logits(layer).argmax()))
 
     def spread(self, probs: Tensor | None) -> Tensor | None:
         """Probabilities of the candidates (n,) as those of the vocabulary (V,)."""
@@ -95,10 +133,10 @@ class Trace:
             return probs
         return probs.new_zeros(self.model.config.vocab_size).scatter(0, self.candidates, probs)
 
-    def whole(self, layer: int, logits: Tensor) -> "Trace":
-        """The same position over the whole vocabulary, the logits (V,) of `layer` known."""
-        trace = Trace(self.model, premature_layers=self._premature)
-        trace.hidden, trace._logits = self.hidden, {layer: logits}
+    def whole(self) -> "Trace":
+        """The same position at the last layer over the whole vocabulary."""
+        trace, L = Trace(self.model, premature_layers=self._premature), self.model.config.n_layers
+        trace.hidden, trace._logits = self.hidden, {L: self.final[-1]}
         return trace
 
     def premature(self, layer: int) -> list[int]:
@@ -118,8 +156,8 @@ def decaying(trace: Trace, k: int, k_min: int) -> int:
 
 
 def adaptive(trace: Trace, k: int, k_min: int) -> int:
-    """min(k, V (1 - 0.9 c)) with c the confidence of the previous check, at least k_min. Since this is never below V/10, k caps it wherever
-    k <= V/10; the uncapped form is k = V."""
+    """min(k, V (1 - 0.9 c)) with c the confidence of the previous check, at least k_min. Since this is never below
+    V/10, k caps it wherever k <= V/10; the uncapped form is k = V."""
     sure = list(trace.confidences.values())[-1] if trace.confidences else 0.0
     return max(k_min, min(k, math.ceil(trace.model.config.vocab_size * (1 - 0.9 * sure))))
 
@@ -139,10 +177,12 @@ Confidence = Callable[[Trace, int], Tensor]
 FUNCTIONS: dict[str, Confidence] = {}
 
 
-def register(name: str) -> Callable[[Confidence], Confidence]:
-    """Registers a confidence function (trace, layer) -> scalar tensor in [0, 1] under `name`."""
+def register(name: str, reads_logits: bool = True) -> Callable[[Confidence], Confidence]:
+    """Registers a confidence function (trace, layer) -> scalar tensor in [0, 1] under `name`. Where it reads hidden
+    states alone, say reads_logits=False: no head is computed to ask it."""
 
     def add(function: Confidence) -> Confidence:
+        function.reads_logits = reads_logits
         FUNCTIONS[name] = function
         return function
 
@@ -150,7 +190,8 @@ def register(name: str) -> Callable[[Confidence], Confidence]:
 
 
 def resolve(name: str | Confidence) -> Confidence:
-    """The function registered under `name`, or that "package.module:function" imports, or `name` itself if callable. Raises ValueError."""
+    """The function registered under `name`, or that "package.module:function" imports, or `name` itself if callable.
+    Raises UserError."""
     if callable(name):
         return name
     if name in FUNCTIONS:
@@ -160,11 +201,17 @@ def resolve(name: str | Confidence) -> Confidence:
         raise UserError(f"unknown confidence {name!r}; choose from {', '.join(FUNCTIONS)}, or package.module:function")
     try:
         function = getattr(importlib.import_module(module), attribute)
+        inspect.signature(function).bind("trace", "layer")
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"confidence {name!r} cannot be loaded: {error}") from None
-    if not callable(function):
-        raise UserError(f"confidence {name!r} is not a function")
+        raise UserError(f"confidence {name!r} cannot be loaded as a function of trace and layer: {error}") from None
     return function
+
+
+def describe(function: Confidence) -> str:
+    """The name of a confidence function and the file that it stands in, for messages."""
+    code = getattr(function, "__code__", None)
+    where = f" ({code.co_filename}, line {code.co_firstlineno})" if code else ""
+    return f"confidence function {getattr(function, '__name__', function)}{where}"
 
 
 @register("softmax")
@@ -173,16 +220,16 @@ def softmax(trace: Trace, layer: int) -> Tensor:
     return margin(trace.logits(layer).softmax(-1))
 
 
-@register("hidden")
+@register("hidden", reads_logits=False)
 def hidden(trace: Trace, layer: int) -> Tensor:
     """max(0, cos(h_l, h_{l-1})) (CALM, section 3.5, hidden-state saturation)."""
     return torch.cosine_similarity(trace.hidden[layer][-1].float(), trace.hidden[layer - 1][-1].float(), dim=-1).clamp(0, 1)
 
 
-@register("classifier")
+@register("classifier", reads_logits=False)
 def classifier(trace: Trace, layer: int) -> Tensor:
-    """sigmoid(w_l norm_l(h_l) + b_l), trained to predict argmax p_l = argmax p_L (CALM, section 3.5, early-exit classifier). Raises
-    ValueError for a layer without one."""
+    """sigmoid(w_l norm_l(h_l) + b_l), trained to predict argmax p_l = argmax p_L (CALM, section 3.5, early-exit
+    classifier). Raises ValueError for a layer without one."""
     return trace.model.classify(trace.hidden[layer][-1:], layer)[0]
 
 
@@ -195,8 +242,8 @@ def entropy(trace: Trace, layer: int) -> Tensor:
 
 @register("weighted")
 def weighted(trace: Trace, layer: int) -> Tensor:
-    """Margin of p_l contrasted with the fixed amateur m = max(1, floor(l/2)) (after ACD, Gera 2023). Layer 1 is its own amateur: there the
-    plausible tokens become equal, and the margin is 0 unless there is one alone."""
+    """Margin of p_l contrasted with the fixed amateur m = max(1, floor(l/2)) (after ACD, Gera 2023). Layer 1 is its
+    own amateur: there the plausible tokens become equal, and the margin is 0 unless there is one alone."""
     return margin(contrasted(trace, layer, halfway(trace, layer)))
 
 
@@ -207,13 +254,15 @@ def halfway(trace: Trace, layer: int) -> int:
 
 @register("jsd")
 def jsd(trace: Trace, layer: int) -> Tensor:
-    """Margin of p_l contrasted with the layer that `most_different` finds (after DoLa, Chuang 2023); of p_l alone where there is none."""
+    """Margin of p_l contrasted with the layer that `most_different` finds (after DoLa, Chuang 2023); of p_l alone
+    where there is none."""
     amateur = most_different(trace, layer)
     return margin(trace.log_probs(layer).exp() if amateur is None else contrasted(trace, layer, amateur))
 
 
 def most_different(trace: Trace, layer: int, by_distance: bool = True) -> int | None:
-    """argmax over j in J of JSD(p_l, p_j) / (l - j), or of JSD(p_l, p_j) alone as in DoLa, Eq. 4. None where J is empty."""
+    """argmax over j in J of JSD(p_l, p_j) / (l - j), or of JSD(p_l, p_j) alone as in DoLa, Eq. 4. None where J is
+    empty."""
     premature = trace.premature(layer)
     if len(premature) < 2:
         return premature[0] if premature else None
@@ -230,7 +279,8 @@ def margin(probs: Tensor) -> Tensor:
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """JSD(p, q) = KL(p‖m)/2 + KL(q‖m)/2 with m = (p + q)/2, natural logarithm, of finite log-probabilities (..., n): in [0, log 2]."""
+    """JSD(p, q) = KL(p‖m)/2 + KL(q‖m)/2 with m = (p + q)/2, natural logarithm, of finite log-probabilities (..., n):
+    in [0, log 2]."""
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     terms = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
     return (terms.sum(-1) / 2).clamp(0, math.log(2))
@@ -242,8 +292,8 @@ def plausible(log_p: Tensor, alpha: float = ALPHA) -> Tensor:
 
 
 def contrast(log_expert: Tensor, log_amateur: Tensor, alpha: float = ALPHA) -> Tensor:
-    """The contrasted distribution p_DCD of log-probabilities (n,), (n,): over V_head the softmax of log p - log q, scaled to the mass
-    that p has there; p elsewhere (ACD, Gera 2023, Eq. 3-5). It sums to 1."""
+    """The contrasted distribution p_DCD of log-probabilities (n,), (n,): over V_head the softmax of log p - log q,
+    scaled to the mass that p has there; p elsewhere (ACD, Gera 2023, Eq. 3-5). It sums to 1."""
     p, head = log_expert.exp(), plausible(log_expert, alpha)
     ratio = (log_expert - log_amateur).masked_fill(~head, -math.inf)
     return torch.where(head, ratio.softmax(-1) * (p * head).sum().clamp(max=1), p)

@@ -23,7 +23,8 @@ from common.files import digest, write_json
 from common.flags import Parser, add_flags, add_model_flags, device_and_dtype, given
 from common.processes import process_group, processes, tell
 from decode import DEFAULT_CHECKPOINT
-from decoding.settings import DecodeConfig, with_thresholds
+from decoding.choosing import with_thresholds
+from decoding.settings import DecodeConfig
 from evaluation.calibrate import find_threshold, report
 from evaluation.measure import alike, environment, evaluate, means, pareto, peak_memory, quality, table
 from evaluation.sweep import combinations, sweep

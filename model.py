@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from common.config import option
 from common.errors import UserError
 from formats.checkpoint import fitting, read_checkpoint, read_tokenizer
-from formats.weights import choose_form, choose_head, linear, rms_norm
+from formats.weights import linear, rms_norm, store
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
@@ -39,6 +39,7 @@ class ModelConfig:
     tie_embeddings: bool = option(True, "unembed with the embedding")
     exit_norms: tuple[int, ...] = option((), "exit layers with a norm of their own; the others share the final norm")
     classifiers: tuple[int, ...] = option((), "exit layers with a confidence classifier")
+    exit_layers: tuple[int, ...] = option((), "layers that the model was trained to exit at")
     adapter_rank: int = option(0, "rank of the adapter before every norm in exit_norms; 0: no adapters")
     eos_id: int | None = option(2, "token that ends a text; none: nothing does")
     head_dim: int | None = option(None, "width of a head, even; none: d_model / n_heads")
@@ -57,7 +58,7 @@ class ModelConfig:
                                                "length positions, not at all what turns more than high times")  # fmt: skip
 
     def __post_init__(self):
-        for name in ("exit_norms", "classifiers", "global_layers", "rope_bands"):
+        for name in ("exit_norms", "classifiers", "exit_layers", "global_layers", "rope_bands"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "max_len", "head_dim", "window"):
             if (value := getattr(self, name)) is not None and value < 1:
@@ -79,7 +80,7 @@ class ModelConfig:
                 raise UserError(f"{name} is {value}; it must be above 0")
         if self.rope_bands and (len(self.rope_bands) != 3 or not 0 < self.rope_bands[0] < self.rope_bands[1]):
             raise UserError(f"rope_bands is {self.rope_bands}; it must be low, high and length, low below high, or nothing")
-        for name in ("exit_norms", "classifiers"):
+        for name in ("exit_norms", "classifiers", "exit_layers"):
             check_layers(name, getattr(self, name), self.n_layers)
 
     def slides(self, layer: int) -> bool:
@@ -94,47 +95,63 @@ def check_layers(name: str, layers, n_layers: int) -> None:
         raise UserError(f"{name}: layer {bad[0]} is not an exit of a model of {n_layers} layers; choose from 1 to {n_layers - 1}")
 
 
+# ---------------------------------------------------------------- positions and attention
+
+
 def rope_table(config: ModelConfig) -> Tensor:
-    """cos and signed sin of every position: (1, 2, max_len, C), or (2, 2, max_len, C) where the layers with a window, last, have their own
-    base. Frequencies are slowed as in Llama 3 (llama-models, `apply_scaling`), or all alike where there are no bands."""
+    """Rotary position embedding (Su 2021): cos and signed sin of every position, (1, 2, max_len, C); (2, 2, max_len, C)
+    where layers with a window have a base of their own (theirs is the last)."""
     exponent = -torch.arange(config.head_dim // 2, dtype=torch.float64) / (config.head_dim // 2)
     frequency = config.rope_base**exponent
-    if config.rope_factor != 1:
+    if config.rope_factor != 1:  # Llama 3: slowed for long texts (llama-models, `apply_scaling`); without bands all alike
         kept = torch.zeros_like(frequency)  # share of the frequency that is not slowed
         if config.rope_bands:
             low, high, length = config.rope_bands
             kept = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / config.rope_factor)
-    own = config.window is not None and config.local_rope_base is not None
-    frequencies = torch.stack([frequency, config.local_rope_base**exponent] if own else [frequency])
-    angle = torch.arange(config.max_len, dtype=torch.float64)[:, None] * frequencies[:, None]  # (1 or 2, max_len, C/2)
+    frequencies = [frequency]
+    if config.window is not None and config.local_rope_base is not None:  # Gemma 3
+        frequencies.append(config.local_rope_base**exponent)
+    positions = torch.arange(config.max_len, dtype=torch.float64)
+    angle = positions[:, None] * torch.stack(frequencies)[:, None]  # (1 or 2, max_len, C/2)
     cos, sin = angle.cos().float(), angle.sin().float()
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1)
 
 
 def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """(B T, (H + 2K) C) -> q (B, H, T, C), k and v (B, K, T, C), with rotary position embedding (Su 2021) of q and k, the pairs being
-    (i, i + C/2). rope: cos and signed sin of the T positions, (T, C) each."""
+    """(B T, (H + 2K) C) -> q (B, H, T, C), k and v (B, K, T, C), q and k rotated, the pairs being (i, i + C/2).
+    rope: cos and signed sin of the T positions, (T, C) each."""
     H, K, C = config.n_heads, config.n_kv_heads, config.head_dim
     heads = qkv.view(batch, -1, H + 2 * K, C).transpose(1, 2)  # (B, H + 2K, T, C)
     qk, v = heads[:, : H + K], heads[:, H + K :]
-    qk = torch.addcmul(qk * rope[0], qk.roll(C // 2, -1), rope[1]).type_as(v)
+    cos, signed_sin = rope
+    qk = torch.addcmul(qk * cos, qk.roll(C // 2, -1), signed_sin).type_as(v)
     return qk[:, :H], qk[:, H:], v
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: ModelConfig, causal: bool = False) -> Tensor:
-    """softmax(q k * query_scale) v where `mask` (.., T, S) allows, or everywhere: q (B, H, T, C), k and v (B, K, S, C) -> (B T, H C)."""
+    """softmax(q k * query_scale) v where `mask` (.., T, S) allows, or everywhere: q (B, H, T, C), k and v (B, K, S, C)
+    -> (B T, H C)."""
     if config.attention_cap is None:
-        gqa = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=config.query_scale, enable_gqa=gqa)
-    else:  # the library's attention knows no cap
-        B, H, T, C = q.shape
-        grouped = q.view(B, k.shape[1], -1, T, C)  # (B, K, H/K, T, C)
-        scores = soft_cap((grouped @ k[:, :, None].mT).float() * (config.query_scale or C**-0.5), config.attention_cap).view(B, H, T, -1)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        out = (scores.softmax(-1).type_as(v).view(*grouped.shape[:-1], -1) @ v[:, :, None]).view(B, H, T, C)
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=config.query_scale, enable_gqa=grouped
+        )  # (B, H, T, C)
+    else:
+        out = capped_attention(q, k, v, mask, config)
     return out.transpose(1, 2).reshape(-1, q.shape[1] * q.shape[3])
+
+
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: ModelConfig) -> Tensor:
+    """Gemma 2: q k softly capped before the softmax, which the library's attention does not know. -> (B, H, T, C)."""
+    B, H, T, C = q.shape
+    q = q.view(B, k.shape[1], -1, T, C)  # (B, K, H/K, T, C)
+    similarity = (q @ k[:, :, None].mT).float() * (config.query_scale or C**-0.5)
+    similarity = soft_cap(similarity, config.attention_cap).view(B, H, T, -1)
+    if mask is not None:
+        similarity = similarity.masked_fill(~mask, -math.inf)
+    weights = similarity.softmax(-1).type_as(v).view(*q.shape[:-1], -1)  # (B, K, H/K, T, S)
+    return (weights @ v[:, :, None]).view(B, H, T, C)
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
@@ -143,20 +160,25 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
 
 
 def visible(rows: Tensor, columns: Tensor, window: int | None) -> Tensor:
-    """Which of the positions `columns` (S,) the positions `rows` (T,) see: those up to their own, the newest `window` of them. (T, S)."""
+    """Which of the positions `columns` (S,) the positions `rows` (T,) see: those up to their own, the newest `window`
+    of them. (T, S)."""
     distance = rows[:, None] - columns
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+# ---------------------------------------------------------------- the transformer
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)); with post_norms x + norm(attention(norm(x))), and so on. It treats every
-    row alike; what depends on positions is in `attend`."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). It treats every row alike; what depends on positions is
+    in `attend`, which a full pass and the cache do in their own ways. The weights of queries, keys and values lie one
+    above the other, so do those of gate and up: one product reads them."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         d, C, H, K = config.d_model, config.head_dim, config.n_heads, config.n_kv_heads
-        self.eps, self.activation = config.norm_eps, ACTIVATIONS[config.activation]
-        self.post_norms, self.qk_norm, self.sizes = config.post_norms, config.qk_norm, (H * C, K * C, K * C)
+        self.config, self.activation = config, ACTIVATIONS[config.activation]
         self.attn_norm = nn.Parameter(torch.ones(d))
         self.qkv = nn.Parameter(torch.empty((H + 2 * K) * C, d))
         self.out = nn.Parameter(torch.empty(d, H * C))
@@ -169,86 +191,103 @@ class Block(nn.Module):
             self.q_norm, self.k_norm = nn.Parameter(torch.ones(C)), nn.Parameter(torch.ones(C))
 
     def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        """x (N, d) -> (N, d); `attend` takes the queries, keys and values side by side, (N, (H + 2K) C), to (N, H C)."""
-        w = self._parameters  # not self.qkv: a Module's attribute access is slow enough to show in decoding
-        y = linear(attend(self.project(x)), w["out"])
-        x = x + (rms_norm(y, w["attn_post_norm"], self.eps) if self.post_norms else y)
-        gate, up = linear(rms_norm(x, w["mlp_norm"], self.eps), w["gate_up"]).chunk(2, dim=-1)
-        y = linear(self.activation(gate) * up, w["down"])
-        return x + (rms_norm(y, w["mlp_post_norm"], self.eps) if self.post_norms else y)
+        """x (N, d) -> (N, d); `attend` takes queries, keys and values side by side, (N, (H + 2K) C), to (N, H C)."""
+        w, eps = self._parameters, self.config.norm_eps  # w["out"] is self.out, found sooner: it shows in decoding
+        a = linear(attend(self.project(x)), w["out"])
+        if self.config.post_norms:  # Gemma 2 and 3
+            a = rms_norm(a, w["attn_post_norm"], eps)
+        x = x + a
+        gate, up = linear(rms_norm(x, w["mlp_norm"], eps), w["gate_up"]).chunk(2, dim=-1)  # (N, d_ff) each
+        m = linear(self.activation(gate) * up, w["down"])
+        if self.config.post_norms:
+            m = rms_norm(m, w["mlp_post_norm"], eps)
+        return x + m
 
     def project(self, x: Tensor) -> Tensor:
         """x (N, d) -> queries, keys and values before rotation, (N, (H + 2K) C)."""
         w = self._parameters
-        qkv = linear(rms_norm(x, w["attn_norm"], self.eps), w["qkv"])
-        if self.qk_norm:
-            q, k, v = qkv.split(self.sizes, -1)
-            q, k = (rms_norm(y.reshape(-1, len(w[name])), w[name], self.eps).view_as(y) for y, name in ((q, "q_norm"), (k, "k_norm")))
-            qkv = torch.cat([q, k, v], -1)
-        return qkv
+        qkv = linear(rms_norm(x, w["attn_norm"], self.config.norm_eps), w["qkv"])
+        return self.norm_heads(qkv) if self.config.qk_norm else qkv
+
+    def norm_heads(self, qkv: Tensor) -> Tensor:
+        """Gemma 3: a norm over every head of the queries, and one over every head of the keys."""
+        c, C = self.config, self.config.head_dim
+        q, k, v = qkv.split((c.n_heads * C, c.n_kv_heads * C, c.n_kv_heads * C), -1)
+        q = rms_norm(q.reshape(-1, C), self.q_norm, c.norm_eps).view_as(q)
+        k = rms_norm(k.reshape(-1, C), self.k_norm, c.norm_eps).view_as(k)
+        return torch.cat([q, k, v], -1)
 
 
 class Transformer(nn.Module):
-    """Embedding, L blocks, final norm, unembedding. Exit heads read the state after any layer as the final head reads the last."""
+    """Embedding, L blocks, final norm, unembedding. Exit heads read the state after any layer as the final head reads
+    the last."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        d = config.d_model
         self.config = config
-        self.form = "plain"  # of the weights, see FORMS
-        self._head_weight: Tensor | None = None
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.form = "plain"  # how the weights are stored, see formats/weights.py
+        self.packed_unembed: Tensor | None = None  # the unembedding so stored, where that is a second copy
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, d))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = nn.Parameter(torch.ones(config.d_model))
-        self.exit_norms = nn.ParameterDict({str(layer): torch.ones(config.d_model) for layer in config.exit_norms})
-        adapted = config.exit_norms if config.adapter_rank else ()  # down, then up, which starts at zero: the adapter as identity
-        self.adapters = nn.ParameterDict({str(layer): torch.zeros(2, config.adapter_rank, config.d_model) for layer in adapted})
-        self.classifiers = nn.ParameterDict({str(layer): torch.zeros(config.d_model + 1) for layer in config.classifiers})  # w, then b
+        self.norm = nn.Parameter(torch.ones(d))
         if not config.tie_embeddings:
-            self.unembedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+            self.unembedding = nn.Parameter(torch.empty(config.vocab_size, d))
+        self.exit_norms = nn.ParameterDict({str(layer): torch.ones(d) for layer in config.exit_norms})
+        self.adapters = nn.ParameterDict()  # (2, rank, d): down, then up, which starts at zero, so as the identity
+        if config.adapter_rank:
+            self.adapters.update({str(layer): torch.zeros(2, config.adapter_rank, d) for layer in config.exit_norms})
+        self.classifiers = nn.ParameterDict({str(layer): torch.zeros(d + 1) for layer in config.classifiers})  # w, then b
         self.register_buffer("rope", rope_table(config), persistent=False)
-        for name, weight in self.named_parameters():  # what writes into the residual stream starts smaller, by depth (GPT-2)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Normal matrices; what writes into the residual stream starts smaller, by depth (GPT-2, Radford 2019)."""
+        for name, weight in self.named_parameters():
             if weight.dim() > 1:
-                weight = weight[0] if name.startswith("adapters") else weight
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layers) if name.endswith(("out", "down")) else 0.02)
+                residual = name.endswith(("out", "down"))
+                std = 0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02
+                nn.init.normal_(weight[0] if name.startswith("adapters") else weight, std=std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Final-layer logits of a full pass without a cache: tokens (B, T) int64 -> (B, T, V) float32."""
         return self.head(self.hidden_states(tokens)[-1]).view(*tokens.shape, -1)
 
     def hidden_states(self, tokens: Tensor, documents: Tensor | None = None, skipped: Collection[int] = (),
-                      recompute: bool = False) -> list[Tensor]:  # fmt: skip
-        """h_0 .. h_L of a full pass over tokens (B, T): L + 1 tensors (B T, d). `documents` (B, T) numbers the documents packed into a row;
-        none sees another. Layers in `skipped` hand their input on; with `recompute` a block's inner states are made again for the gradient
-        instead of kept. Raises ValueError for more tokens than the model has positions."""
-        B, T = tokens.shape
-        if T > self.config.max_len:
-            raise UserError(f"{T} tokens do not fit into the model's {self.config.max_len} positions; shorten the text")
-        config, positions = self.config, torch.arange(T, device=tokens.device)
-
-        def attend_as(slides: bool) -> Callable[[Tensor], Tensor]:
-            mask, rope = None, self.rope[-slides, :, :T].unbind()
-            if documents is not None or slides or config.attention_cap is not None:
-                mask = visible(positions, positions, config.window if slides else None)  # (T, T)
-            if documents is not None:
-                mask = (mask & (documents[:, :, None] == documents[:, None, :]))[:, None]  # (B, 1, T, T)
-            return lambda qkv: attention(*split_heads(qkv, B, config, rope), mask, config, causal=mask is None)
-
-        slides = [config.slides(layer) for layer in range(1, config.n_layers + 1)]
-        attend = {kind: attend_as(kind) for kind in set(slides)}
-        states = [self.embed(tokens.flatten())]
-        for layer, (block, kind) in enumerate(zip(self.blocks, slides), 1):
-            if layer in skipped:
-                states.append(states[-1])
-            elif recompute:
-                states.append(recomputed(block, states[-1], attend[kind], use_reentrant=False))
-            else:
-                states.append(block(states[-1], attend[kind]))
+                      recompute: bool = False) -> list[Tensor]:
+        """h_0 .. h_L of a full pass over tokens (B, T): L + 1 tensors (B T, d). `documents` (B, T) numbers the
+        documents packed into a row; none sees another. Layers in `skipped` hand their input on; with `recompute` a
+        block's inner states are made again for the gradient instead of kept. Raises UserError for more tokens than
+        the model has positions."""
+        if tokens.shape[1] > self.config.max_len:
+            raise UserError(f"{tokens.shape[1]} tokens do not fit into the model's {self.config.max_len} positions; "
+                            "shorten the text")
+        attend = {slides: self.attend_all(tokens, documents, slides) for slides in (False, True)}
+        x = self.embed(tokens.flatten())
+        states = [x]
+        for layer, block in enumerate(self.blocks, 1):
+            if layer not in skipped:
+                inputs = (x, attend[self.config.slides(layer)])
+                x = recomputed(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+            states.append(x)
         return states
+
+    def attend_all(self, tokens: Tensor, documents: Tensor | None, slides: bool) -> Callable[[Tensor], Tensor]:
+        """`attend` of a block in a full pass over tokens (B, T): every position sees those before it, within its own
+        document and, where the layer slides, its window."""
+        (B, T), config = tokens.shape, self.config
+        rope, mask = self.rope[-1 if slides else 0, :, :T].unbind(), None
+        if documents is not None or slides or config.attention_cap is not None:
+            positions = torch.arange(T, device=tokens.device)
+            mask = visible(positions, positions, config.window if slides else None)  # (T, T)
+        if documents is not None:
+            mask = (mask & (documents[:, :, None] == documents[:, None, :]))[:, None]  # (B, 1, T, T)
+        return lambda qkv: attention(*split_heads(qkv, B, config, rope), mask, config, causal=mask is None)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """h_0 of tokens (N,): (N, d)."""
         x = F.embedding(tokens, self.embedding)
-        return x if self.config.embedding_scale == 1 else x * self.config.embedding_scale
+        return x if self.config.embedding_scale == 1 else x * self.config.embedding_scale  # Gemma
 
     @property
     def unembed(self) -> Tensor:
@@ -257,12 +296,12 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The unembedding in the form that the heads multiply with."""
-        return self.unembed if self._head_weight is None else self._head_weight
+        """The unembedding as the heads multiply with it."""
+        return self.unembed if self.packed_unembed is None else self.packed_unembed
 
     def exit_norm(self, hidden: Tensor, layer: int) -> Tensor:
-        """norm_l(h_l): the layer's own norm if it has one, after its adapter h + up(down(h)) if it has one; else the final norm. (N, d) ->
-        (N, d)."""
+        """norm_l(h_l): the layer's own norm if it has one, after its adapter h + up(down(h)) if it has one; else the
+        final norm. (N, d) -> (N, d)."""
         if layer not in self.config.exit_norms:
             return rms_norm(hidden, self.norm, self.config.norm_eps)
         norm = self.exit_norms[str(layer)]
@@ -272,44 +311,49 @@ class Transformer(nn.Module):
             hidden = hidden + hidden @ down.T @ up
         return rms_norm(hidden, norm, self.config.norm_eps)
 
+    def score(self, normed: Tensor, weight: Tensor) -> Tensor:
+        """Logits of the tokens whose rows of the unembedding are `weight` (n, d): norm_l(h_l) (N, d) -> (N, n)
+        float32."""
+        logits = linear(normed, weight).float()
+        return logits if self.config.logit_cap is None else soft_cap(logits, self.config.logit_cap)  # Gemma 2
+
     def head(self, hidden: Tensor, layer: int | None = None) -> Tensor:
         """z_l = W norm_l(h_l): hidden (N, d) after `layer` (None: the last) -> logits (N, V) float32."""
         return self.score(self.exit_norm(hidden, layer or self.config.n_layers), self.head_weight)
 
     def classify(self, hidden: Tensor, layer: int) -> Tensor:
-        """sigmoid(w_l norm_l(h_l) + b_l), the classifier's belief that exit `layer` agrees with the last layer: (N, d) -> (N,) float32.
-        Raises ValueError if this layer has none."""
+        """sigmoid(w_l norm_l(h_l) + b_l), the classifier's belief that exit `layer` agrees with the last layer:
+        (N, d) -> (N,) float32. Raises UserError if this layer has none."""
         if layer not in self.config.classifiers:
             have = ", ".join(map(str, self.config.classifiers)) or "none"
-            raise UserError(f"layer {layer} has no confidence classifier (layers with one: {have}); train it, or ask another confidence")
+            raise UserError(f"layer {layer} has no confidence classifier (layers with one: {have}); train it, or ask another "
+                            "confidence")
         w = self.classifiers[str(layer)]
         return (self.exit_norm(hidden, layer) @ w[:-1] + w[-1]).float().sigmoid()
 
-    def score(self, normed: Tensor, weight: Tensor) -> Tensor:
-        """Logits of the tokens whose rows of the unembedding are `weight` (n, d): norm_l(h_l) (N, d) -> (N, n) float32."""
-        logits = linear(normed, weight).float()
-        return logits if self.config.logit_cap is None else soft_cap(logits, self.config.logit_cap)
-
     def head_flops(self, layer: int, n: int) -> int:
-        """Floating-point operations of one row's head over n tokens: 2 a weight, those of the layer's adapter included."""
+        """Floating-point operations of one row's head over n tokens: 2 a weight, those of the layer's adapter
+        included."""
         rank = self.config.adapter_rank if layer in self.config.exit_norms else 0
         return 2 * self.config.d_model * (n + 2 * rank)
 
     def block_flops(self, first: int, stop: int) -> int:
-        """Floating-point operations of one block on the positions first .. stop - 1: 2 a weight and row, 4 H C a row and position seen
-        (without a window)."""
+        """Floating-point operations of one block on the positions first .. stop - 1: 2 a weight and row, 4 H C a row
+        and position seen (without a window)."""
         c = self.config
         weights = c.d_model * (2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 3 * c.d_ff)
-        return 2 * weights * (stop - first) + 4 * c.n_heads * c.head_dim * ((first + 1 + stop) * (stop - first) // 2)
+        seen = (first + 1 + stop) * (stop - first) // 2
+        return 2 * weights * (stop - first) + 4 * c.n_heads * c.head_dim * seen
 
 
 # ---------------------------------------------------------------- from a file
 
 
-def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, plain: bool = False):
-    """Returns (model, tokenizer) ready to decode: tokenizer is a SentencePieceProcessor, or None if the file holds none. `dtype` None:
-    float32 on the CPU for float16 files (CPUs are slow at several rows in half precision), else the file's own. On a CPU the weights
-    take the form that is fastest there (`choose_form`) unless `plain`. Raises ValueError."""
+def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+                    form: str | None = None):
+    """Returns (model, tokenizer) ready to decode: tokenizer is a SentencePieceProcessor, or None if the file holds
+    none. `dtype` None: float32 on the CPU for float16 files (CPUs are slow at several rows in half precision), else
+    the file's own. `form`: how a CPU stores the weights (formats/weights.py; None: by its rule). Raises UserError."""
     content, device = read_checkpoint(path), torch.device(device)
     with fitting(path):
         with torch.device("meta"):
@@ -318,20 +362,20 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu",
         blob = content["tokenizer"]
     tokenizer = None if blob is None else read_tokenizer(path, blob.numpy().tobytes(), model.config.vocab_size)
     if dtype is None:
-        dtype = torch.float32 if model.embedding.dtype == torch.float16 and device.type == "cpu" else model.embedding.dtype
+        half_on_cpu = model.embedding.dtype == torch.float16 and device.type == "cpu"
+        dtype = torch.float32 if half_on_cpu else model.embedding.dtype
     model.rope = rope_table(model.config).to(device)
     adopt(model, content["weights"], device, dtype)
-    if device.type == "cpu" and not plain:
-        choose_form(model)
+    if device.type == "cpu":
+        store(model, form)
         if model.form == "packed":  # the rest anew: the first mapping goes, and with it the pages that packing has read
             del content, blob
             adopt(model, read_checkpoint(path)["weights"], device, dtype)
-        choose_head(model)
     return model, tokenizer
 
 
 def adopt(model: Transformer, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
-    """Gives the model all weights that are not packed, one by one, so that only one lies twice in memory; the rotary table is none."""
+    """Gives the model all weights that are not packed, one by one, so that only one lies twice in memory."""
     for prefix, module in model.named_modules():
         for name, weight in module._parameters.items():
             if not weight.is_mkldnn:

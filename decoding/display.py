@@ -1,21 +1,62 @@
-"""Tokens on the screen: each in the colour of its exit layer, drafts that were rolled back struck through, then a legend and figures."""
+"""Tokens on the screen: each in the colour of its exit layer, drafts that were rolled back struck through, then
+figures."""
 
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
-if TYPE_CHECKING:
-    from decoding.record import Counters, Token
+import torch
+
+from common.errors import UserError
+from decoding.record import Counters, Token
+from formats.tokenizer import encode_prompt
+from model import Transformer, load_checkpoint
+
+CIVIDIS = ((0, 52, 110), (62, 78, 108), (112, 113, 115), (156, 149, 116), (205, 188, 99), (254, 232, 56))  # red, green, blue
+
+
+def read_prompt(text: str, tokenizer) -> list[int]:
+    """Token ids of a prompt. A checkpoint without a tokenizer takes ids, separated by commas. Raises UserError."""
+    if tokenizer is not None:
+        if not text.strip():
+            raise UserError("the prompt is empty; give some text")
+        return encode_prompt(tokenizer, text)
+    print("this checkpoint has no tokenizer: token ids in, token ids out", file=sys.stderr)
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError("this checkpoint has no tokenizer: give the prompt as token ids, separated by commas") from None
+
+
+def read_amateur(path: str | None, tokenizer, device: str, dtype: torch.dtype | None) -> Transformer | None:
+    """The second model of --amateur. Raises UserError if its tokenizer is another."""
+    if path is None:
+        return None
+    amateur, other = load_checkpoint(path, device, dtype)
+    if tokenizer and (not other or other.serialized_model_proto() != tokenizer.serialized_model_proto()):
+        raise UserError(f"{path}: has another tokenizer than the model; an amateur must read the same tokens")
+    return amateur
+
+
+def layer_colour(layer: int, n_layers: int) -> tuple[int, int, int]:
+    """The background of an exit layer, from dark blue (the first) to yellow (the full model): the scale cividis
+    (Nuñez 2018), which colour-blind readers can tell apart."""
+    place = (layer - 1) / max(1, n_layers - 1) * (len(CIVIDIS) - 1)
+    below = min(int(place), len(CIVIDIS) - 2)
+    share = place - below
+    return tuple(round((1 - share) * low + share * high) for low, high in zip(CIVIDIS[below], CIVIDIS[below + 1]))
 
 
 def colour(text: str, layer: int, n_layers: int, on: bool) -> str:
-    """`text` in the colour of its exit layer, from green (the first) through yellow to red (the full model)."""
-    share = (layer - 1) / max(1, n_layers - 1)
-    red, green = min(255, int(510 * share)), min(255, int(510 * (1 - share)))
-    return f"\033[38;2;{red};{green};60m{text}\033[0m" if on and text else text
+    """`text` on the colour of its exit layer, in white or black, whichever can be read there on any terminal."""
+    if not on or not text:
+        return text
+    background = layer_colour(layer, n_layers)
+    light = sum(background) > 3 * 115
+    return f"\033[38;5;{16 if light else 231}m\033[48;2;{';'.join(map(str, background))}m{text}\033[0m"
 
 
 def struck(text: str, on: bool) -> str:
@@ -23,7 +64,12 @@ def struck(text: str, on: bool) -> str:
     return f"\033[9;90m{text}\033[0m" if on and text else ""
 
 
-def pieces(tokenizer, tokens: Iterator["Token"]) -> Iterator[tuple["Token", str]]:
+def piece(tokenizer, token: int) -> str:
+    """The text of one token; its id where there is no tokenizer."""
+    return tokenizer.id_to_piece(token).replace("▁", " ") if tokenizer else f" {token}"
+
+
+def pieces(tokenizer, tokens: Iterator[Token]) -> Iterator[tuple[Token, str]]:
     """Each token with the text that it adds; bytes of an unfinished character wait for the rest of it."""
     ids, shown = [], ""
     for token in tokens:
@@ -34,7 +80,7 @@ def pieces(tokenizer, tokens: Iterator["Token"]) -> Iterator[tuple["Token", str]
         yield token, new
 
 
-def show(tokens: Iterator["Token"], tokenizer, n_layers: int, counters: "Counters", trace: TextIO | None = None) -> list[int]:
+def show(tokens: Iterator[Token], tokenizer, n_layers: int, counters: Counters, trace: TextIO | None = None) -> list[int]:
     """Streams the text and a legend, and one JSON line per token to `trace`; returns the token ids."""
     on = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     ids, layers, started, elapsed = [], [], time.perf_counter(), 0.0
@@ -42,20 +88,31 @@ def show(tokens: Iterator["Token"], tokenizer, n_layers: int, counters: "Counter
         elapsed = time.perf_counter() - started
         ids.append(token.id)
         layers.append(token.exit_layer)
-        dropped = [tokenizer.id_to_piece(i).replace("▁", " ") if tokenizer else f" {i}" for i in token.rolled_back]
-        print(struck("".join(dropped), on) + colour(text, token.exit_layer, n_layers, on), end="", flush=True)
+        dropped = "".join(piece(tokenizer, draft) for draft in token.rolled_back)
+        print(struck(dropped, on) + colour(text, token.exit_layer, n_layers, on), end="", flush=True)
         if trace:
-            row = {"id": token.id, "text": text, "exit_layer": token.exit_layer, "confidence": token.confidences,
-                   "threshold": token.thresholds, "contrast_layer": token.amateurs, "rolled_back": token.rolled_back,
-                   "seconds": round(elapsed, 6)}  # fmt: skip
-            trace.write(json.dumps(row, ensure_ascii=False) + "\n")
-    n = len(layers)
-    legend = "  ".join(f"{colour(str(layer), layer, n_layers, on)} ({layers.count(layer)})" for layer in sorted(set(layers)))
-    drafts = f"; drafts: {counters.accepted} kept, {counters.drafted - counters.accepted} rolled back" if counters.drafted else ""
-    print(f"\n\nexit layers: {legend}{drafts}")
-    print(f"{n} tokens in {elapsed:.2f} s ({n / elapsed:.0f} tokens/s), average exit layer {sum(layers) / n:.1f} of {n_layers}, "
-          f"{counters.block_runs / n:.1f} block runs a token (ideal speed-up {n_layers * n / counters.block_runs:.2f})")  # fmt: skip
+            trace.write(json.dumps(trace_row(token, text, elapsed), ensure_ascii=False) + "\n")
+    print(f"\n\n{figures(layers, elapsed, n_layers, counters, on)}")
     return ids
+
+
+def trace_row(token: Token, text: str, elapsed: float) -> dict:
+    """What --trace tells of a token."""
+    return {"id": token.id, "text": text, "exit_layer": token.exit_layer, "confidence": token.confidences,
+            "threshold": token.thresholds, "contrast_layer": token.amateurs, "rolled_back": token.rolled_back,
+            "seconds": round(elapsed, 6)}
+
+
+def figures(layers: list[int], seconds: float, n_layers: int, counters: Counters, on: bool) -> str:
+    """The legend of exit layers, and speed and work, in words."""
+    n = len(layers)
+    legend = "  ".join(f"{colour(f' {layer} ', layer, n_layers, on).strip()} ({layers.count(layer)})" for layer in sorted(set(layers)))
+    drafts = ""
+    if counters.drafted:
+        drafts = f"; drafts: {counters.accepted} kept, {counters.drafted - counters.accepted} rolled back"
+    ideal = n_layers * n / counters.block_runs
+    return (f"exit layers: {legend}{drafts}\n{n} tokens in {seconds:.2f} s ({n / seconds:.0f} tokens/s), average exit layer "
+            f"{sum(layers) / n:.1f} of {n_layers}, {counters.block_runs / n:.1f} block runs a token (ideal speed-up {ideal:.2f})")
 
 
 def difference(ids: list[int], full: list[int], tokenizer) -> str:
@@ -63,8 +120,12 @@ def difference(ids: list[int], full: list[int], tokenizer) -> str:
     if ids == full:
         return "the same text as the full model's"
     at = next((i for i, pair in enumerate(zip(ids, full)) if pair[0] != pair[1]), min(len(ids), len(full)))
-    ours, theirs = (
-        "nothing" if at >= len(side) else repr(tokenizer.id_to_piece(side[at]).replace("▁", " ")) if tokenizer else str(side[at])
-        for side in (ids, full)
-    )
+    ours, theirs = (describe(side, at, tokenizer) for side in (ids, full))
     return f"differs from the full model's text first at token {at + 1}: {ours} in place of {theirs}"
+
+
+def describe(ids: list[int], at: int, tokenizer) -> str:
+    """The token at a place of a text, in words."""
+    if at >= len(ids):
+        return "nothing"
+    return repr(piece(tokenizer, ids[at])) if tokenizer else str(ids[at])

@@ -15,7 +15,7 @@ class Token:
     """One generated token and why it came from where it came."""
 
     id: int
-    exit_layer: int                    # L: from the full model
+    exit_layer: int                    # L: from the full model, or from the shortlist after all blocks
     confidences: dict[int, float]      # of each layer asked
     thresholds: dict[int, float]       # that they had to reach
     amateurs: dict[int, int]           # exit layer -> the layer that it was contrasted with
@@ -25,45 +25,45 @@ class Token:
 
 @dataclass
 class Counters:
-    """Work done. FLOPs count multiply-adds twice: block weights, attention, and heads; of the heads, confidence is what was computed to ask
-    but not to emit (every head but that of the layer emitted from)."""
+    """Work done. FLOPs count multiply-adds twice: block weights, attention, and heads; of the heads, confidence is
+    what was computed to ask but not to emit (every head but that of the layer emitted from)."""
 
     tokens: int = 0
     block_runs: int = 0
     block_rows: int = 0
-    deep_passes: int = 0        # passes that reached the top
-    deep_rows: int = 0          # rows at the top layer in these, owed ones included
+    deep_passes: int = 0        # passes that reached the head over the vocabulary
+    deep_rows: int = 0          # rows at the last layer in these, owed ones included
     block_flops: int = 0
     head_flops: int = 0
     confidence_flops: int = 0   # part of head_flops
-    pruned_deep: int = 0        # deep passes whose candidates had been pruned
-    missed: int = 0             # of these, how often the full model's token had been pruned away
+    pruned_deep: int = 0        # deep passes whose questions were asked over fewer candidates than the vocabulary
+    missed: int = 0             # of these, how often the full model's token was not among them
     drafted: int = 0            # verified mode: early tokens judged by the full model
     accepted: int = 0           # of these, kept
 
-    def add_blocks(self, model: Transformer, before: list[int], stop: int, layer: int) -> None:
-        """One pass up to `layer` that took the positions filled[1..layer] from `before` to `stop`."""
-        for first, layers in groupby(before[1 : layer + 1]):
+    def add_pass(self, model: Transformer, before: list[int], stop: int, layer: int, trace: Trace) -> None:
+        """One pass up to `layer` (L + 1: the head) that took the positions filled[1..layer] from `before` to `stop`."""
+        L = model.config.n_layers
+        for first, layers in groupby(before[1 : min(layer, L) + 1]):
             runs = len(list(layers)) if first < stop else 0
             self.block_runs += runs
             self.block_rows += runs * (stop - first)
             self.block_flops += runs * model.block_flops(first, stop)
-        if layer == model.config.n_layers:
+        if layer > L:
             self.deep_passes += 1
-            self.deep_rows += stop - before[layer]
+            self.deep_rows += stop - before[L]
+        self.confidence_flops += sum(flops for head, flops in trace.flops.items() if head != layer)
 
-    def add_heads(self, asked: dict[int, int], layer: int, total: int) -> None:
-        """The heads of one pass up to `layer`: the FLOPs of those asked, by layer, and of all."""
-        self.head_flops += total
-        self.confidence_flops += sum(flops for head, flops in asked.items() if head != layer)
-
-    def add_judgement(self, trace: Trace, drafted: int, kept: int, token: int | None) -> None:
-        """What the full model made of the drafts and of the candidates of the newest position."""
-        self.drafted += drafted
-        self.accepted += kept
-        if trace.candidates is not None and kept == drafted:
+    def add_miss(self, trace: Trace, token: int | None) -> None:
+        """Whether the full model's token was among the candidates that were asked over."""
+        if trace.confidences and trace.candidates is not None:
             self.pruned_deep += 1
             self.missed += token not in trace.candidates
+
+    def add_judgement(self, drafted: int, kept: int) -> None:
+        """What the full model made of the drafts."""
+        self.drafted += drafted
+        self.accepted += kept
 
 
 @dataclass
@@ -79,4 +79,5 @@ class Generation:
     def of(cls, tokens: Iterable[Token], counters: Counters) -> "Generation":
         """What `stream` yields, with the counters that it was given."""
         tokens = list(tokens)
-        return cls([t.id for t in tokens], [t.exit_layer for t in tokens], [t.confidences for t in tokens], counters)
+        ids, layers, confidences = [t.id for t in tokens], [t.exit_layer for t in tokens], [t.confidences for t in tokens]
+        return cls(ids, layers, confidences, counters)

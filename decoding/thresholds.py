@@ -3,11 +3,13 @@
 import math
 from statistics import fmean, pvariance
 
+from confidence import Trace
+
 
 class Constant:
     """The same at every step: `thresholds` maps an exit layer to its threshold."""
 
-    learns = False  # whether it wants to be told what the full model made of early tokens
+    learns = False  # whether it wants to be told what the full model says of early tokens, too
 
     def __init__(self, thresholds: dict[int, float], tau: float = 4.0, target: float = 0.9):
         self.thresholds, self.tau, self.target = thresholds, tau, target
@@ -18,8 +20,8 @@ class Constant:
 
 
 class Decaying(Constant):
-    """clip(0.9 t + 0.1 exp(-tau i / N), 0, 1) at step i of at most N: early tokens influence all that follow, so they meet a higher bar
-    (CALM, Schuster 2022, Eq. 5). A threshold of 0, a static exit, stays 0."""
+    """clip(0.9 t + 0.1 exp(-tau i / N), 0, 1) at step i of at most N: early tokens influence all that follow, so they
+    meet a higher bar (CALM, Schuster 2022, Eq. 5). A threshold of 0, a static exit, stays 0."""
 
     def at(self, step: int, steps: int) -> dict[int, float]:
         extra = 0.1 * math.exp(-self.tau * step / steps)
@@ -27,10 +29,10 @@ class Decaying(Constant):
 
 
 class Adaptive(Constant):
-    """The lowest confidence from which on P(agreed | c) stays at `target` or above, one for all exit layers, learned while decoding (FREE,
-    Bae 2023, adaptive threshold estimator). Confidences of exit heads that agree with the full model follow one Beta distribution, the
-    others a second; both are fitted by moments to the pairs that deep passes yield. One text is one run: it begins at the threshold
-    given."""
+    """The lowest confidence from which on P(agreed | c) stays at `target` or above, one for all exit layers, learned
+    while decoding (FREE, Bae 2023, adaptive threshold estimator). Confidences of exit heads that agree with the full
+    model follow one Beta distribution, the others a second; both are fitted by moments to the pairs that deep passes
+    yield. One text is one run: it begins at the threshold given."""
 
     learns = True
     LOW, HIGH = 0.05, 0.99  # its range; a threshold of 1 would be asked for ever and never reached
@@ -39,6 +41,24 @@ class Adaptive(Constant):
     def __init__(self, thresholds: dict[int, float], tau: float = 4.0, target: float = 0.9):
         super().__init__(thresholds, tau, target)
         self.disagreed, self.agreed = map(list, self.PRIOR)
+        self.held: list[tuple[float | None, int]] = []
+
+    def hold(self, trace: Trace, layer: int) -> None:
+        """Notes what an early exit said, until the full model says what is right."""
+        self.held.append((trace.confidences.get(layer), trace.guess(layer)))
+
+    def compare(self, trace: Trace) -> None:
+        """Learns from a pass that reached the top: of the early tokens held, and of every layer asked in it, the
+        confidence and whether the exit head's token was the full model's. The last rows of trace.final are those of
+        the tokens held, then, unless the pass only paid what was owed, that of the newest position."""
+        truth = trace.final.argmax(-1).tolist()
+        for (confidence, guess), token in zip(self.held, truth):
+            if confidence is not None:
+                self.learn(confidence, guess == token)
+        for layer, confidence in trace.confidences.items():
+            self.learn(confidence, trace.guess(layer) == truth[-1])
+        self.held = []
+        self.update()
 
     def learn(self, confidence: float, agreed: bool) -> None:
         """Takes in the confidence of one exit head and whether its token was the full model's."""
@@ -58,7 +78,8 @@ class Adaptive(Constant):
 
 
 def fit_beta(values: list[float]) -> tuple[float, float]:
-    """a and b of the Beta distribution with the mean and the variance of values in [0, 1]: with m and v, a + b = m (1 - m) / v - 1."""
+    """a and b of the Beta distribution with the mean and the variance of values in [0, 1]: with m and v, a + b = m (1
+    - m) / v - 1."""
     mean = min(0.99, max(0.01, fmean(values)))
     variance = min(max(pvariance(values), 1e-3), 0.9 * mean * (1 - mean))
     total = mean * (1 - mean) / variance - 1

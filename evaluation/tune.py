@@ -10,7 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError
-from decoding.settings import DecodeConfig, from_json
+from decoding.choosing import from_json
+from decoding.settings import DecodeConfig
 from evaluation.measure import encode_inputs, measure, quality, summarize
 from evaluation.tasks import Task
 from formats.data import Example

@@ -1,18 +1,27 @@
-"""The two operations that decoding spends its time in, norm and matrix product, each in the form that is fastest here."""
+"""How weights are stored, and the two operations that decoding spends its time in, norm and matrix product, for each
+way.
+
+The model calls `rms_norm` and `linear`; the plain forms are `F.rms_norm` and `F.linear`, and tests hold the others
+equal to them. Private functions of torch are called here alone, after a trial; where they are missing or raise,
+weights stay plain.
+"""
 
 import functools
-import time
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SAMPLE = 2**26  # bytes of weights that a trial multiplies with: more than caches hold
+from common.errors import UserError
+
+FORMS = ("plain", "packed")  # plain: as in the file; packed: in oneDNN's own order, for the few rows of decoding
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension of (N, d) (Zhang 2019). On the few rows of decoding, small kernels beat the library's."""
+    """x / rms(x) * weight over the last dimension of (N, d) (Zhang 2019). On the few rows of decoding, small kernels
+    beat the library's."""
+    if x.dtype != weight.dtype:  # norms in float32 between blocks in half precision
+        return rms_norm(x.to(weight.dtype), weight, eps).to(x.dtype)
     if x.is_cpu and x.dtype == torch.float32 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         scale, floor = _rms_constants(x.shape[-1], eps)
         return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True) * scale, floor) * weight
@@ -27,69 +36,52 @@ def _rms_constants(d: int, eps: float) -> tuple[Tensor, Tensor]:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (N, d_in) times a weight in one of the FORMS, logically (d_out, d_in): (N, d_out)."""
-    if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    if weight.dim() == 3:  # (blocks, d_in, d_out / blocks)
-        if len(x) > 16:
-            return F.linear(x, weight.transpose(1, 2).flatten(0, 1))
-        return torch.bmm(x.expand(len(weight), -1, -1), weight).transpose(0, 1).reshape(len(x), -1)
-    return F.linear(x, weight)
+    return _packed_product(x, weight) if weight.is_mkldnn else F.linear(x, weight)
 
 
-def split(weight: Tensor) -> Tensor:
-    """A view of the weight in as many blocks of its rows as there are threads, one for each; the weight itself if that does not fit, or in
-    half precision, where the batched product makes a copy."""
-    blocks = torch.get_num_threads()
-    whole = blocks == 1 or len(weight) % blocks or weight.dtype != torch.float32
-    return weight if whole else weight.view(blocks, -1, weight.shape[1]).transpose(1, 2)
+def _packed_product(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-def packed(weight: Tensor) -> Tensor:
-    """A copy in oneDNN's own order, laid out for a few rows; the weight itself where oneDNN is missing or does not know the dtype."""
-    known = torch.backends.mkldnn.is_available() and weight.dtype in (torch.float32, torch.bfloat16)
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 4) if known else weight
+def _pack(weight: Tensor) -> Tensor:
+    """A copy of the weight in oneDNN's own order, laid out for four rows."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 4)
 
 
-# How a CPU model's weights are kept for `linear`, the form telling the kernel: `choose_form` takes the fastest.
-FORMS: dict[str, Callable[[Tensor], Tensor]] = {"plain": lambda weight: weight, "split": split, "packed": packed}
+@functools.cache
+def packs(dtype: torch.dtype) -> bool:
+    """Whether this machine multiplies packed weights of this dtype: tried once. (oneDNN packs bfloat16 only for CPUs
+    with certain instructions, and float32 wherever it is there.)"""
+    ones = torch.ones(32, 32, dtype=dtype)
+    try:
+        return bool((_packed_product(ones, _pack(ones)) == 32).all())
+    except (RuntimeError, AttributeError, NotImplementedError):  # no oneDNN, no such function, no such instructions
+        return False
 
 
-def fastest_form(weights: list[Tensor], repeats: int = 5) -> str:
-    """Times, on this machine, one row and four rows through weights in each of the FORMS, and names the clearly fastest. (The library's
-    product of one row may run on one thread, at a fifth of what memory gives.)"""
-    size, sample = 0, []
-    for weight in weights:
-        if size < SAMPLE:
-            sample.append(weight)
-            size += weight.nbytes
-    forms = {name: [form(weight) for weight in sample] for name, form in FORMS.items()}
-    inputs = [[weight.new_ones(rows, weight.shape[1]) for weight in sample] for rows in (1, 4)]
-
-    def seconds(made: list[Tensor]) -> float:
-        started = time.perf_counter()
-        for rows in inputs:
-            for x, weight in zip(rows, made):
-                linear(x, weight)
-        return time.perf_counter() - started
-
-    times = {name: min(seconds(made) for _ in range(repeats)) * (0.9 if name == "plain" else 1) for name, made in forms.items()}
-    return min(times, key=times.get)
-
-
-COPY_LIMIT = 2**28  # bytes: a larger unembedding is not kept a second time, packed
+def default_form(dtype: torch.dtype) -> str:
+    """The rule by which a CPU stores weights: packed where that works, but float32 plain where there is AVX-512, with
+    which the library's own product of one row is faster (0.75 ms against 1.32 for the embedded model's blocks;
+    without it, packed is up to 2.6 times as fast as plain)."""
+    if dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return "plain"
+    return "packed" if packs(dtype) else "plain"
 
 
 @torch.no_grad()
-def choose_form(model) -> None:
-    """Keeps the blocks of a CPU model in the form that is fastest on this machine; `choose_head` then follows for the unembedding."""
-    model.form = fastest_form([weight for block in model.blocks for weight in block.parameters() if weight.dim() > 1])
+def store(model, form: str | None) -> None:
+    """Stores the matrices of a CPU model's blocks, and its unembedding for the heads, in one of the FORMS (None: by
+    `default_form`). The embedding stays plain beside a packed unembedding: its rows are looked up. Raises UserError."""
+    dtype = model.embedding.dtype
+    model.form = form or default_form(dtype)
+    if model.form not in FORMS:
+        raise UserError(f"unknown form of weights {form!r}; choose from {', '.join(FORMS)}")
+    if model.form == "plain":
+        return
+    if not packs(dtype):
+        raise UserError(f"this machine cannot multiply packed weights of {str(dtype).removeprefix('torch.')}; store them plain")
     for block in model.blocks:
         for name, weight in block._parameters.items():
             if weight.dim() > 1:
-                block._parameters[name] = FORMS[model.form](weight)
-
-
-def choose_head(model) -> None:
-    """Keeps the unembedding of a model in its form, but a large one not a second time."""
-    unembed = model.unembed.detach()
-    model._head_weight = FORMS["split" if model.form == "packed" and unembed.nbytes > COPY_LIMIT else model.form](unembed)
+                block._parameters[name] = _pack(weight)
+    model.packed_unembed = _pack(model.unembed)

@@ -1,7 +1,9 @@
 """The loop: exact where it must be, early where it may be, and honest about the work done."""
 
+import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,14 +11,16 @@ import torch
 
 import decode
 from common.errors import run
+from common.flags import given
 from confidence import FUNCTIONS, SCHEDULES, register
 from decode import generate, stream
+from decoding.choosing import COMMAND, settings_of, variants
 from decoding.prediction import distribution
 from decoding.record import Generation
 from decoding.settings import DecodeConfig
 from decoding.thresholds import THRESHOLDS
 from formats.checkpoint import save_checkpoint
-from model import Transformer
+from model import ModelConfig, Transformer
 
 PROMPT = [1, 7, 3, 9]
 
@@ -172,7 +176,7 @@ def test_copied_keys_and_values_are_projected_from_the_exit_state(tiny_model):
         counters = decode.Counters()
         decode.copy_up(model, cache, 2, counters)
         assert counters.block_flops == 3 * 2 * 32 * 64  # three layers project 4 + 2 + 2 heads of width 8 from one row
-        assert cache.filled == [1] * 6
+        assert cache.filled == [1] * 6 + [0]
         block, state = model.blocks[4], trace.hidden[2][0]
         value = (block.qkv @ (state * block.attn_norm / (state.square().mean() + 1e-6).sqrt()))[-16:]  # K C = 2 x 8
         exact = decode.KVCache(model, 4)
@@ -390,7 +394,7 @@ def test_the_command_streams_ids_where_there_is_no_tokenizer_and_refuses_mistake
     for mistake, message in mistakes.items():
         with pytest.raises(SystemExit) as end:
             command("--prompt=1", f"--trace={trace}", mistake)
-        (line,) = capsys.readouterr().err.splitlines()
+        line = capsys.readouterr().err.splitlines()[-1]
         assert end.value.code == 2 and line.startswith("error: ") and message in line and trace.read_text() == "old"
 
 
@@ -410,29 +414,58 @@ def test_settings_side_by_side(tiny_model, tmp_path, monkeypatch, capsys):
     assert "drafts: " in parts[2] and "drafts: " not in parts[1]
 
 
-def test_thresholds_from_a_file_give_way_to_flags(tiny_model, tmp_path):
+FIVE, TWELVE = ModelConfig(n_layers=5), ModelConfig(n_layers=12, exit_layers=(3, 4, 6))
+
+
+def chosen(*words) -> DecodeConfig:
+    """The settings that the command takes from its flags and from files."""
+    args = decode.make_parser().parse_args(["--prompt=1", *words])
+    return settings_of(args.checkpoint, args.thresholds, given(args, DecodeConfig))[0]
+
+
+def test_thresholds_from_a_file_give_way_to_flags(tmp_path):
     (tmp_path / "t.json").write_text('{"confidence": "jsd", "exit_layers": [1, 2], "layer_thresholds": [0.5, 0.6]}')
-
-    def read(*words) -> DecodeConfig:
-        return decode.chosen(decode.make_parser().parse_args(["--prompt=1", f"--thresholds={tmp_path / 't.json'}", *words]), 5)
-
-    assert read().exits(5) == {1: 0.5, 2: 0.6} and read().confidence == "jsd"
-    assert read("--threshold=0.7").exits(5) == {1: 0.7, 2: 0.7} and read("--layer-thresholds=0.1,0.2").exits(5) == {1: 0.1, 2: 0.2}
+    read = partial(chosen, f"--thresholds={tmp_path / 't.json'}")
+    assert read().exits(FIVE) == {1: 0.5, 2: 0.6} and read().confidence == "jsd"
+    assert read("--threshold=0.7").exits(FIVE) == {1: 0.7, 2: 0.7}
+    assert read("--layer-thresholds=0.1,0.2").exits(FIVE) == {1: 0.1, 2: 0.2}
 
 
 def test_settings_beside_a_checkpoint_are_its_defaults(tmp_path):
-    def read(*words) -> DecodeConfig:
-        return decode.chosen(decode.make_parser().parse_args(["--prompt=1", f"--checkpoint={tmp_path / 'x.pt'}", *words]), 12)
-
-    assert read() == replace(decode.DEMO, exit_layers=(4, 6, 8))
+    read = partial(chosen, f"--checkpoint={tmp_path / 'x.pt'}")
+    assert read() == COMMAND
     (tmp_path / "x.json").write_text('{"decode": {"temperature": 0.8, "top_p": 0.9}, "stories": {}}')
-    assert read() == replace(decode.DEMO, exit_layers=(4, 6, 8), temperature=0.8, top_p=0.9) and read("--temperature=0").temperature == 0
+    assert read() == replace(COMMAND, temperature=0.8, top_p=0.9) and read("--temperature=0").temperature == 0
     (tmp_path / "x.json").write_text('{"decode": {"temperature": -1}}')
     with pytest.raises(ValueError, match=r"x.json: not usable as settings of decode"):
         read()
 
 
-@pytest.mark.parametrize("n_layers", [2, 3, 6, 12, 30])
-def test_the_commands_default_exits_fit_every_depth(n_layers):
-    assert DecodeConfig(exit_layers=decode.demo_exits(n_layers), confidence="softmax").exits(n_layers)
-    assert decode.demo_exits(12) == (4, 6, 8)
+@pytest.mark.parametrize("name", ["x.json", "t.json"])
+def test_code_comes_from_flags_only(tmp_path, name):
+    content = {"confidence": "os:system"}
+    (tmp_path / name).write_text(json.dumps({"decode": content} if name == "x.json" else content))
+    words = [f"--checkpoint={tmp_path / 'x.pt'}"] + ([f"--thresholds={tmp_path / 't.json'}"] if name == "t.json" else [])
+    with pytest.raises(ValueError, match=f"{name}: .*'os:system' is none of .* named by the flag --confidence alone"):
+        chosen(*words)
+
+
+def test_exits_default_to_those_trained_and_else_to_every_layer():
+    config = DecodeConfig(confidence="softmax", threshold=0.5)
+    assert config.exits(TWELVE) == {3: 0.5, 4: 0.5, 6: 0.5}
+    assert list(config.exits(FIVE)) == [1, 2, 3, 4]
+    assert list(replace(config, exit_layers=(2, 5)).exits(TWELVE)) == [2, 5]
+
+
+def test_compared_settings_may_hold_lists():
+    found = variants(COMMAND, "full,softmax+exit-layers=4,8+verify,jsd+exit-layers=3")
+    assert list(found) == ["full", "softmax+exit-layers=4,8+verify", "jsd+exit-layers=3"]
+    both = found["softmax+exit-layers=4,8+verify"]
+    assert both.exit_layers == (4, 8) and both.verify and found["full"].confidence is None
+
+
+def test_max_owed_does_not_count_the_prompt(tiny_model):
+    """A prompt owes its upper layers, too, but only early tokens wait for the top."""
+    config = DecodeConfig(max_new_tokens=12, confidence="softmax", threshold=0.0, exit_layers=(2,), max_owed=3)
+    assert generate(tiny_model(0), PROMPT, config).exit_layers == [2, 2, 2, 5] * 3
+    assert generate(tiny_model(0), PROMPT * 5, config).exit_layers == [2, 2, 2, 5] * 3

@@ -11,7 +11,7 @@ from confidence import Trace
 from decode import generate, run_pass
 from decoding.settings import DecodeConfig
 from formats.checkpoint import save_checkpoint
-from formats.weights import FORMS, choose_form, choose_head, linear, rms_norm
+from formats.weights import FORMS, linear, packs, rms_norm, store
 from model import ModelConfig, Transformer, load_checkpoint, rope_table
 
 SHAPES = [{"n_kv_heads": 4}, {"n_kv_heads": 2}, {"n_kv_heads": 1}, {"tie_embeddings": False}, {"exit_norms": (1, 3)}, {"n_layers": 2}]
@@ -114,27 +114,30 @@ def test_every_feature_shows(tiny_model, shape):
 @pytest.mark.parametrize("seed", range(4))
 def test_the_staircase_equals_a_full_pass_for_random_exits(tiny_model, shape, seed):
     """Random chunks of tokens, each pass stopping at a random exit layer: states, keys, values and logits of every row that ran a layer
-    are those of a full forward pass, and filled never increases with the layer."""
+    are those of a full forward pass, and filled never increases with the layer; L + 1 is the head."""
     model = tiny_model(seed, **shape)
     L, random = model.config.n_layers, np.random.default_rng(seed)
     tokens = random.integers(0, 50, 40).tolist()
     states = model.hidden_states(torch.tensor([tokens]))
     reference = KVCache(model, 40)
     full_pass(model, reference, tokens)
-    cache, at = KVCache(model, 40), 0
+    cache, at, judged = KVCache(model, 40), 0, 0
     while at < 40:
-        count, stop = min(40 - at, int(random.integers(1, 4))), int(random.integers(1, L + 1))
+        count, stop = min(40 - at, int(random.integers(1, 4))), int(random.integers(1, L + 2))
         trace = Trace(model)
         with torch.inference_mode():
-            layer = run_pass(model, cache, tokens[at : at + count], trace, dict.fromkeys({stop} - {L}, 0.0))
+            layer = run_pass(model, cache, tokens[at : at + count], trace, dict.fromkeys({stop} - {L + 1}, 0.0))
         at += count
         assert layer == stop
         assert all(below >= above for below, above in zip(cache.filled, cache.filled[1:]))
         assert cache.filled[: layer + 1] == [at] * (layer + 1)
         for below, hidden in enumerate(trace.hidden):
             torch.testing.assert_close(hidden, states[below][at - len(hidden) : at], rtol=1e-4, atol=1e-5)
-        logits = model.head(states[layer][at - len(hidden) : at], layer)
-        torch.testing.assert_close(model.head(trace.hidden[-1], layer), logits, rtol=1e-4, atol=1e-4)
+        if stop > L:  # the head takes the rows that owe it: all since the last pass to the top
+            logits = model.head(states[L][at - len(trace.final) : at])
+            torch.testing.assert_close(trace.final, logits, rtol=1e-4, atol=1e-4)
+            assert len(trace.final) == at - judged
+            judged = at
         for number in range(1, L + 1):
             until = cache.filled[number]
             for ours, theirs in ((cache.keys, reference.keys), (cache.values, reference.values)):
@@ -192,7 +195,7 @@ def test_a_rolled_back_cache_goes_on_as_if_nothing_had_followed(tiny_model):
         run_pass(model, cache, [5], Trace(model), {2: 0.0})
         run_pass(model, cache, [6], Trace(model), {1: 0.0})
         cache.rollback(5)
-        assert cache.filled == [5, 5, 5, 4, 4, 4]
+        assert cache.filled == [5, 5, 5, 4, 4, 4, 4]
         trace = Trace(model)
         run_pass(model, cache, [7], trace, {})
     torch.testing.assert_close(trace.hidden[-1], model.hidden_states(torch.tensor([[1, 2, 3, 4, 5, 7]]))[-1][4:], rtol=1e-4, atol=1e-5)
@@ -210,42 +213,56 @@ def test_the_quick_norm_equals_the_library_norm():
         torch.testing.assert_close(rms_norm(x, weight, 1e-3), torch.nn.functional.rms_norm(x, (64,), weight, 1e-3))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_norm_in_float32_between_blocks_in_half_precision_is_computed_in_float32(dtype):
+    x, weight = torch.randn(5, 64, dtype=dtype), 1 + torch.rand(64) / 1000  # too fine for half precision
+    expected = torch.nn.functional.rms_norm(x.float(), (64,), weight, 1e-6).to(dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(rms_norm(x, weight, 1e-6), expected, rtol=1e-2, atol=0)
+        assert rms_norm(x, weight, 1e-6).dtype == dtype
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 40])
-def test_every_form_of_a_weight_gives_the_same_product(form, rows, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    for size in ((8, 16), (6, 16)):  # 4 does not divide 6: whole
-        x, weight = torch.randn(rows, 16), torch.randn(size)
-        torch.testing.assert_close(linear(x, FORMS[form](weight)), x @ weight.T, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("fast", FORMS)
-def test_the_fastest_form_is_chosen_by_trial_and_decodes_the_same(tiny_model, monkeypatch, fast):
-    clock = [0.0]
-
-    def cost(x: torch.Tensor, weight: torch.Tensor) -> None:
-        clock[0] += 1.0 - 0.5 * (fast == ("packed" if weight.is_mkldnn else "split" if weight.dim() == 3 else "plain"))
-
+def test_every_form_of_a_weight_gives_the_same_product(form, rows, tiny_model):
     model = tiny_model(0)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "get_num_threads", lambda: 2)
-        patch.setattr("formats.weights.linear", cost)
-        patch.setattr("formats.weights.time.perf_counter", lambda: clock[0])
-        choose_form(model)
-        choose_head(model)
-    assert model.form == fast and model.blocks[0].qkv.is_mkldnn == model.head_weight.is_mkldnn == (fast == "packed")
-    assert (model.blocks[0].down.dim() == 3) == (model.head_weight.dim() == 3) == (fast == "split")
+    x, weight = torch.randn(rows, 32), model.blocks[0].qkv.clone()
+    store(model, form)
+    assert model.form == form and model.blocks[0].qkv.is_mkldnn == model.head_weight.is_mkldnn == (form == "packed")
+    torch.testing.assert_close(linear(x, model.blocks[0].qkv), x @ weight.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_decodes_the_same(tiny_model, form):
+    model = tiny_model(0)
+    store(model, form)
     config = DecodeConfig(max_new_tokens=20, confidence="softmax", threshold=0.15, prune="fixed", prune_k=8)
     assert generate(model, [1, 2, 3], config).tokens == generate(tiny_model(0), [1, 2, 3], config).tokens
 
 
-def test_a_large_unembedding_is_not_kept_twice(tiny_model, monkeypatch):
-    monkeypatch.setattr("formats.weights.COPY_LIMIT", 100)
-    monkeypatch.setattr("formats.weights.fastest_form", lambda weights: "packed")
-    model = tiny_model(0)
-    choose_form(model)
-    choose_head(model)
-    assert model.blocks[0].qkv.is_mkldnn and model.head_weight.data_ptr() == model.unembed.data_ptr()
+def raising(*_):
+    raise RuntimeError("mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx_ne_convert or avx512bw")
+
+
+@pytest.mark.parametrize("missing", ["_pack", "_packed_product"])
+def test_where_the_packed_product_raises_weights_stay_plain(tiny_model, tmp_path, monkeypatch, missing):
+    """As on a CPU without AVX-512, where bfloat16 cannot be packed: it is tried before it is used."""
+    save_checkpoint(tmp_path / "model.pt", tiny_model(0), None)
+    expected = generate(tiny_model(0), [1, 2, 3], DecodeConfig(max_new_tokens=9)).tokens
+    packs.cache_clear()
+    monkeypatch.setattr(f"formats.weights.{missing}", raising)
+    try:
+        model, _ = load_checkpoint(tmp_path / "model.pt")
+        assert model.form == "plain" and generate(model, [1, 2, 3], DecodeConfig(max_new_tokens=9)).tokens == expected
+        with pytest.raises(ValueError, match="cannot multiply packed weights of float32; store them plain"):
+            load_checkpoint(tmp_path / "model.pt", form="packed")
+    finally:
+        packs.cache_clear()
+
+
+def test_an_unknown_form_is_named(tiny_model):
+    with pytest.raises(ValueError, match="unknown form of weights 'int3'; choose from plain, packed"):
+        store(tiny_model(0), "int3")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -6,7 +6,7 @@ import torch
 
 from confidence import Trace
 from decode import generate
-from decoding.prediction import FORMS, penalize, scores
+from decoding.prediction import CONTRASTS, contrast_logits, penalize
 from decoding.settings import DecodeConfig
 
 PROMPT = [1, 7, 3, 9]
@@ -39,7 +39,7 @@ def penalized(s, seen, penalty):
     return s
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CONTRASTS)
 @pytest.mark.parametrize("prune", ["none", "fixed"])
 def test_contrasted_scores_equal_their_formulas(tiny_model, form, prune):
     config = DecodeConfig(predict="contrast", form=form, contrast="2", alpha=0.4, beta=0.7)
@@ -47,7 +47,8 @@ def test_contrasted_scores_equal_their_formulas(tiny_model, form, prune):
         model = tiny_model(seed)
         trace = Trace(model, prune=prune, prune_k=30)
         trace.hidden = model.hidden_states(torch.tensor([PROMPT]))[:5]
-        found = scores(trace, 4, config).double().numpy()
+        trace.prune()
+        found = contrast_logits(trace, 4, config.contrasting).double().numpy()
         kept = range(50) if trace.candidates is None else trace.candidates.tolist()
         p, q = (layers_ref(model, PROMPT)[layer][list(kept)] for layer in (4, 2))
         p, q = p / p.sum(), q / q.sum()

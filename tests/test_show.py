@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from decode import generate, stream
-from decoding.display import colour, difference, pieces, show
+from decoding.display import colour, difference, layer_colour, pieces, show
 from decoding.record import Counters, Token
 from decoding.settings import DecodeConfig
 
@@ -39,10 +39,26 @@ def test_the_trace_file_holds_one_line_per_token(tiny_model, tmp_path, capsys):
     assert "\033" not in printed and "10 tokens in" in printed and f"average exit layer {sum(out.exit_layers) / 10:.1f} of 5" in printed
 
 
-def test_colours_run_from_green_to_red_and_can_be_off():
-    assert colour("x", 1, 12, True) == "\033[38;2;0;255;60mx\033[0m"
-    assert colour("x", 12, 12, True) == "\033[38;2;255;0;60mx\033[0m"
+def test_colours_run_from_dark_blue_to_yellow_can_be_read_and_can_be_off():
+    assert colour("x", 1, 12, True) == "\033[38;5;231m\033[48;2;0;52;110mx\033[0m"  # white on dark blue
+    assert colour("x", 12, 12, True) == "\033[38;5;16m\033[48;2;254;232;56mx\033[0m"  # black on yellow
     assert colour("x", 6, 12, False) == "x"
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 5, 12, 80])
+def test_the_scale_rises_in_lightness_and_its_text_contrasts(n_layers):
+    """Lightness alone tells the layers apart, whatever colours an eye sees; the text is as readable as WCAG asks of large
+    text (a contrast of 3)."""
+
+    def luminance(colour):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (value / 255 for value in colour)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    steps = [luminance(layer_colour(layer, n_layers)) for layer in range(1, n_layers + 1)]
+    assert steps == sorted(steps) and len(set(steps)) == n_layers
+    for layer, background in enumerate(steps, 1):
+        ink = 0.0 if "38;5;16m" in colour("x", layer, n_layers, True) else 1.0
+        assert (max(ink, background) + 0.05) / (min(ink, background) + 0.05) >= 3
 
 
 @pytest.mark.parametrize("on", [True, False])

@@ -2,14 +2,17 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from decode import generate, stream
-from decoding.settings import DecodeConfig, read_thresholds, with_thresholds
+from decoding.choosing import read_thresholds, with_thresholds
+from decoding.settings import DecodeConfig
 from decoding.thresholds import THRESHOLDS, Adaptive, Constant, Decaying, fit_beta
+from model import ModelConfig
 
 PROMPT = [1, 7, 3, 9]
 
@@ -105,7 +108,8 @@ def test_thresholds_of_single_layers(tiny_model):
     out = generate(tiny_model(1), PROMPT, config)
     for layer, asked in zip(out.exit_layers, out.confidences):
         assert [c >= {2: 0.9, 4: 0.1}[j] for j, c in asked.items()] == [j == layer for j in asked]
-    assert config.exits(5) == {2: 0.9, 4: 0.1} and DecodeConfig(**{**vars(config), "min_layer": 3}).exits(5) == {4: 0.1}
+    assert config.exits(ModelConfig(n_layers=5)) == {2: 0.9, 4: 0.1}
+    assert replace(config, min_layer=3).exits(ModelConfig(n_layers=5)) == {4: 0.1}
 
 
 @pytest.mark.parametrize("settings", [

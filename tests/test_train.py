@@ -199,7 +199,7 @@ def test_compiled_blocks_learn_the_same(config, finished, tmp_path, monkeypatch)
 def test_the_model_file_holds_all_that_decoding_needs(config, finished):
     content = torch.load(finished[0] / "model.pt", weights_only=True)
     assert all(weight.dtype == (torch.float16 if weight.dim() > 1 else torch.float32) for weight in content["weights"].values())
-    model, tokenizer = load_checkpoint(finished[0] / "model.pt", device="cpu", plain=True)
+    model, tokenizer = load_checkpoint(finished[0] / "model.pt", device="cpu", form="plain")
     assert model.config == SHAPE and tokenizer.decode(tokenizer.encode("seven sept")) == "seven sept"
     rounded = {name: weight.half().float() if weight.dim() > 1 else weight for name, weight in finished[1].items()}
     assert_close(weights(model), rounded, **EXACT)
@@ -387,7 +387,7 @@ def test_new_heads_begin_as_the_models_own(finished, config):
 def test_fine_tuning_starts_from_the_weights_and_the_tokenizer_of_the_checkpoint(finished, config, tmp_path):
     tuning = dataclasses.replace(config, init=str(finished[0] / "model.pt"), max_steps=1, lr=1e-9, warmup=0)
     model = train.train(tuning, shape_from(tuning, {}), tmp_path)
-    start, _ = load_checkpoint(finished[0] / "model.pt", plain=True)
+    start, _ = load_checkpoint(finished[0] / "model.pt", form="plain")
     assert_close(weights(model), weights(start), rtol=0, atol=1e-6)
     made, given = (torch.load(folder / "model.pt") for folder in (tmp_path, finished[0]))
     assert torch.equal(made["tokenizer"], given["tokenizer"]) and made["weights"]["embedding"].dtype == torch.float16
@@ -471,7 +471,7 @@ def test_two_processes_learn_what_one_learns_from_the_same_global_batch(config, 
     curves = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (tmp_path, finished[0])]
     losses, expected = ([row["loss"] for row in curve if "loss" in row] for curve in curves)
     assert losses == pytest.approx(expected, abs=2e-4) and len(losses) == 12
-    model, _ = load_checkpoint(tmp_path / "checkpoint.pt", plain=True)
+    model, _ = load_checkpoint(tmp_path / "checkpoint.pt", form="plain")
     assert_close(weights(model), finished[1], rtol=0, atol=1e-3)
 
 

@@ -26,12 +26,12 @@ from cache import KVCache
 from common.errors import UserError, run
 from common.flags import Parser, add_model_flags, device_and_dtype, read_dtype
 from confidence import FUNCTIONS, Trace
-from decode import DEFAULT_CHECKPOINT, copy_up, demo_exits, generate, run_pass
+from decode import DEFAULT_CHECKPOINT, copy_up, generate, run_pass
 from decoding.record import Counters
 from decoding.settings import DecodeConfig
 from formats.data import read_examples, task_file
 from formats.tokenizer import encode_prompt
-from formats.weights import choose_form, choose_head
+from formats.weights import store
 from model import ModelConfig, Transformer, load_checkpoint, rope_table
 from train import TrainConfig, autocast, make_model, make_optimizer, on_device, train_step
 from training.batches import Batch
@@ -145,8 +145,7 @@ def random_model(args: argparse.Namespace) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(config).to(device, dtype or torch.float32).requires_grad_(False)
     if device == "cpu":
-        choose_form(model)
-        choose_head(model)
+        store(model, None)
     return model
 
 
@@ -235,6 +234,11 @@ def training(config: TrainConfig, repeat: int) -> None:
         print(f"  {name}: {N / value:.0f} tokens/s, {value / spent['none']:.2f} times the time of none{used}")
 
 
+def thirds(n_layers: int) -> tuple[int, ...]:
+    """Exits after a third, a half and two thirds of the layers, where the model is deep enough."""
+    return tuple(sorted({max(1, round(n_layers * share)) for share in (1 / 3, 1 / 2, 2 / 3)} - {n_layers}))
+
+
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add_model_flags(parser, str(DEFAULT_CHECKPOINT))
@@ -268,7 +272,7 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, {str(model.embedding.dtype).removeprefix('torch.')}, weights {model.form}")
     print(f"memory over the imports: at most {peak:.0f} MiB, of which weights {weights:.0f}")
 
-    plain, _ = load_checkpoint(args.checkpoint, *device_and_dtype(args), plain=True)
+    plain, _ = load_checkpoint(args.checkpoint, *device_and_dtype(args), form="plain")
     loops = {"plain": lambda: plain_loop(plain, prompt, 64), "full": lambda: generate(model, prompt, config)}
     times = seconds(loops, args.device, args.repeat)
     same = plain_loop(plain, prompt, 64) == generate(model, prompt, config).tokens
@@ -281,11 +285,11 @@ def main() -> None:
     rows = {str(count): partial(advance, model, cache, count, 20) for count in (1, 2, 4, 8, 16)}
     for count, spent in seconds(rows, args.device, args.repeat).items():
         print(f"a pass of {count:>2} rows: {1e6 * spent / 20 / L:.0f} µs a block")
-    print_checks(model, args.device, demo_exits(L), 64, args.repeat, 20)
+    print_checks(model, args.device, thirds(L), 64, args.repeat, 20)
 
     model.config = ends
     if tokenizer:
-        settings = DecodeConfig(confidence="softmax", threshold=0.6, exit_layers=demo_exits(L), prune="fixed", fill="copy")
+        settings = DecodeConfig(confidence="softmax", threshold=0.6, exit_layers=thirds(L), prune="fixed", fill="copy")
         files = [task_file(task, "test") for task in ("translation", "e2e")]
         prompts = [encode_prompt(tokenizer, each.prompt) for file in files for each in read_examples(file)[::100]]
         print(f"copy fill on {len(prompts)} test inputs, relative distance of its keys (values) from the exact ones, by layer: "

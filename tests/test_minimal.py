@@ -1,6 +1,6 @@
-"""minimal.py says what decode.py says. Both compute in float64 here: their forms of the same product then differ by some
-1e-6 at most (the project's logits are float32), which no confidence is close to the threshold by, nor two tokens'
-logits to each other."""
+"""minimal.py says what decode.py says. Both compute in float64: their forms of the same product then differ by some 1e-6
+at most (the project keeps logits in float32), and nothing lies so close: no confidence to the threshold, no two best
+tokens to each other."""
 
 import ast
 import subprocess
@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import minimal
-from decode import generate
-from decoding.settings import DecodeConfig
+from decode import DecodeConfig, generate
 from formats.checkpoint import load_tokenizer, save_checkpoint
 from formats.data import read_examples, task_file
 from model import load_checkpoint

@@ -1,6 +1,6 @@
 """minimal.py says what decode.py says. Both compute in float64: their forms of one product then differ by some 1e-6 at
-most (the project keeps logits in float32), and nothing lies so close: no confidence to the threshold, no two best tokens
-to each other."""
+most (the project keeps logits in float32), and nothing lies so close: no confidence to the threshold, no two best
+tokens to each other."""
 
 import ast
 import subprocess
@@ -18,7 +18,7 @@ from model import load_checkpoint
 
 SOURCE = Path(minimal.__file__)
 CHECKPOINT = SOURCE.parent / "checkpoints" / "default.pt"
-EXITS, THRESHOLD, LENGTH = (4, 6, 8), 0.6, 10  # LENGTH: new tokens at most, where some texts end by themselves
+EXITS, LENGTH = (4, 6, 8), 10  # LENGTH: new tokens at most, where some texts end by themselves
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +41,19 @@ def prompts(models):
 def test_fifty_texts_and_their_exit_layers_are_those_of_decode(models, prompts, verify):
     small, model = models
     decode = minimal.generate_verified if verify else minimal.generate
+    threshold = 0.3 if verify else 0.6  # low enough for drafts that are wrong
     config = DecodeConfig(
-        confidence="softmax", threshold=THRESHOLD, exit_layers=EXITS, max_new_tokens=LENGTH, verify=verify
+        confidence="softmax", threshold=threshold, exit_layers=EXITS, max_new_tokens=LENGTH, verify=verify
     )
     layers, ends, rolled_back = set(), set(), 0
     assert len(prompts) == 50
     for prompt in prompts:
         out = generate(model, prompt, config)
-        assert decode(small, prompt, EXITS, THRESHOLD, len(prompt) + LENGTH) == (out.tokens, out.exit_layers)
+        assert decode(small, prompt, EXITS, threshold, len(prompt) + LENGTH) == (out.tokens, out.exit_layers)
         layers.update(out.exit_layers)
         ends.add(out.tokens[-1] == small.eos)
         rolled_back += out.counters.drafted - out.counters.accepted
-    assert layers == {*EXITS, small.L} and ends == {False, True}  # else the test would say little
+    assert len(layers) > 2 and small.L in layers and ends == {False, True}  # else the test would say little
     assert (rolled_back > 0) == verify
 
 

@@ -1,0 +1,18 @@
+"""Both agree because the staircase skips nothing for good: before a token runs a layer, every earlier position has run
+it, from the same state that the naive loop computes. It only computes it later, and once."""
+
+import torch
+
+
+def naive(model, prompt, exits, threshold, steps):
+    text, layers = list(prompt), []
+    while len(layers) < steps and text[-1] != model.config.eos_id:
+        states = model.hidden_states(torch.tensor([text]))
+        for layer in (*exits, model.config.n_layers):
+            logits = model.head(states[layer][-1:], layer)[0]
+            best, second = logits.softmax(-1).topk(2).values
+            if best - second >= threshold:
+                break
+        text.append(int(logits.argmax()))  # of the exit, or of the last layer
+        layers.append(layer)
+    return text[len(prompt) :], layers

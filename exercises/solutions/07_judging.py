@@ -1,0 +1,22 @@
+"""x comes out in two ways. Drawn and kept: q(x) min(1, p(x)/q(x)) = min(p(x), q(x)). Or put in place of another: a
+draft is rejected with probability 1 - sum min(p, q) = sum max(p - q, 0), and x is then drawn with max(p(x) - q(x),
+0) over that same sum. Together min(p, q) + max(p - q, 0) = p. The mass comes from the tokens of which q had too
+much."""
+
+import torch
+
+
+def greedy(logits, drafts):
+    best = logits.argmax(-1).tolist()
+    for i, draft in enumerate(drafts):
+        if draft != best[i]:
+            return i, best[i]
+    return len(drafts), best[-1]
+
+
+def sampled(p, q, drafts, generator):
+    for i, draft in enumerate(drafts):
+        if torch.rand((), generator=generator) * q[i, draft] >= p[i, draft]:
+            rest = (p[i] - q[i]).clamp(min=0)
+            return i, int(torch.multinomial(rest, 1, generator=generator))
+    return len(drafts), int(torch.multinomial(p[-1], 1, generator=generator))

@@ -599,7 +599,7 @@ NO_JSON = [b"", b"{", b"\xff\xfe", b"[" * 100_000, HUGE_NUMBER, json.dumps(json_
 @pytest.mark.parametrize("raw", NO_JSON, ids=range(len(NO_JSON)))
 def test_files_that_are_no_json_end_in_one_line(tmp_path, raw):
     write(tmp_path, tokenizer_json=raw)
-    with pytest.raises(UserError, match=r"tokenizer\.json: not JSON"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: (not JSON|no tokenizer)"):
         find_bpe(tmp_path)
 
 
@@ -640,7 +640,7 @@ def test_bad_vocab_and_merges_end_in_one_line(tmp_path, files, message):
     (rank_file(ALPHABET) + b"YWI=\n", "line 257"),
     (rank_file(ALPHABET) + b"Y!I= 256\n", "line 257"),
     (rank_file(ALPHABET)[:-3], "line 256|not those from"),
-    (b"YQ== " + b"9" * 5000, "line 1"),
+    (b"YQ== " + b"9" * 5000, "line 1|are 1, but"),
     (b"", "are 0, but"),
 ])  # fmt: skip
 def test_bad_rank_files_end_in_one_line(raw, message):

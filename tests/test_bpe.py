@@ -1,0 +1,704 @@
+"""Byte-level BPE: splitting and merging against hand-worked cases and slow references, every source in tiny form, and
+damaged ones."""
+
+import base64
+import itertools
+import json
+import random
+import unicodedata
+
+import pytest
+
+from common.errors import UserError
+from formats import bpe, splitting
+from formats.bpe import BPE, to_bytes, to_printable
+from formats.bpe_sources import GGUF_RULES, LLAMA_3_SPECIAL, find_bpe, from_gguf, from_json, from_ranks
+from formats.text import SentencePiece, encode_prompt, read_blob
+from formats.tokenizer import train_tokenizer
+
+ALPHABET = [bytes([byte]) for byte in range(256)]
+RULES = {
+    "gpt-2": (splitting.GPT_2,),
+    "llama 3": (splitting.LLAMA_3,),
+    "qwen 2": (splitting.QWEN_2,),
+    "smollm": (splitting.DIGIT, splitting.GPT_2),
+    "tekken": (splitting.TEKKEN,),
+}
+
+
+def splitter(name: str) -> BPE:
+    return BPE(ALPHABET, [], RULES[name], added={})
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def test_every_byte_has_a_printable_character_of_its_own():
+    assert [to_printable(bytes([byte])) for byte in (0, 10, 32, 65, 127, 160, 173, 233, 255)] == list("ĀĊĠAġłŃéÿ")
+    characters = to_printable(bytes(range(256)))
+    assert len(set(characters)) == 256 and characters.isprintable() and " " not in characters
+    assert to_bytes(characters) == bytes(range(256))
+    assert to_bytes("a b") is None and to_bytes("日") is None
+
+
+# ---------------------------------------------------------------- splitting
+
+TEXT = "I'll say HELLO'S 2025 times:\n\n  über-GPTs,  ok?!\n x²"
+SPACED = [" ", " über", "-GPTs", ",", " ", " ok", "?!\n", " x", "²"]
+WORDS = {
+    "gpt-2": ["I", "'ll", " say", " HELLO", "'", "S", " 2025", " times", ":", "\n\n ", " über", "-", "GPTs", ",", " ",
+              " ok", "?!", "\n", " x", "²"],
+    "llama 3": ["I", "'ll", " say", " HELLO", "'S", " ", "202", "5", " times", ":\n\n", *SPACED],
+    "qwen 2": ["I", "'ll", " say", " HELLO", "'S", " ", "2", "0", "2", "5", " times", ":\n\n", *SPACED],
+    "smollm": ["I", "'ll", " say", " HELLO", "'", "S", " ", "2", "0", "2", "5", " times", ":", "\n\n ", " über", "-",
+               "GPTs", ",", " ", " ok", "?!", "\n", " x", "²"],
+    "tekken": ["I", "'ll", " say", " HELLO", "'S", " ", "2", "0", "2", "5", " times", ":\n\n", *SPACED],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_split_as_worked_out_by_hand(name):
+    assert splitter(name).split(TEXT) == WORDS[name]
+
+
+def test_tekken_parts_words_where_small_letters_end():
+    words = splitter("tekken").split("camelCaseHTTPServer path/to//\nx")
+    assert words == ["camel", "Case", "HTTPServer", " path", "/to", "//\n", "x"]
+    assert splitter("llama 3").split("camelCase path/to//\nx") == ["camelCase", " path", "/to", "//\n", "x"]
+
+
+WHITE = {*"\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000", *map(chr, range(0x2000, 0x200B))}
+
+
+def is_kind(char: str, *kinds: str) -> bool:
+    return unicodedata.category(char).startswith(kinds)
+
+
+def is_other(char: str) -> bool:
+    return char not in WHITE and not is_kind(char, "L", "N")
+
+
+def run_end(text: str, at: int, test, most: int = 10**9) -> int:
+    end = at
+    while end < len(text) and end - at < most and test(text[end]):
+        end += 1
+    return end
+
+
+def spaces_end(text: str, at: int) -> int:
+    """A run of white space leaves its last character to the word after it."""
+    end = run_end(text, at, WHITE.__contains__)
+    return end if end == len(text) or end == at + 1 else end - 1
+
+
+def contraction_end(text: str, at: int, fold) -> int:
+    for ending in ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d"):
+        if fold(text[at : at + len(ending)]) == ending:
+            return at + len(ending)
+    return at
+
+
+def gpt_2_end(text: str, at: int) -> int:
+    if (end := contraction_end(text, at, str)) > at:
+        return end
+    start = at + (text[at] == " ")
+    for test in (lambda char: is_kind(char, "L"), lambda char: is_kind(char, "N"), is_other):
+        if (end := run_end(text, start, test)) > start:
+            return end
+    return spaces_end(text, at)
+
+
+def letters_end(text: str, at: int, start: int, tekken: bool) -> int:
+    if not tekken:
+        return run_end(text, start, lambda char: is_kind(char, "L"))
+    big = run_end(text, start, lambda char: is_kind(char, "Lu", "Lt", "Lm", "Lo", "M"))
+    for middle in range(big, start - 1, -1):
+        if (end := run_end(text, middle, lambda char: is_kind(char, "Ll", "Lm", "Lo", "M"))) > middle:
+            return end
+    return start
+
+
+def later_end(text: str, at: int, digits: int, tekken: bool = False) -> int:
+    """Llama 3's, Qwen's (1 digit) and tekken's rules."""
+    fold = lambda part: part.lower().replace("ſ", "s")  # noqa: E731
+    if not tekken and (end := contraction_end(text, at, fold)) > at:
+        return end
+    starts = [at] if text[at] in "\r\n" or is_kind(text[at], "L", "N") else [at + 1, at]
+    for start in starts:
+        if (end := letters_end(text, at, start, tekken)) > start:
+            return end
+    for start in starts if tekken else []:  # capital letters alone
+        if (end := run_end(text, start, lambda char: is_kind(char, "Lu", "Lt", "Lm", "Lo", "M"))) > start:
+            return end
+    if (end := run_end(text, at, lambda char: is_kind(char, "N"), digits)) > at:
+        return end
+    start = at + (text[at] == " ")
+    if (end := run_end(text, start, is_other)) > start:
+        return run_end(text, end, lambda char: char in ("\r\n/" if tekken else "\r\n"))
+    run = text[at : run_end(text, at, WHITE.__contains__)]
+    newline = max(run.rfind("\r"), run.rfind("\n"))
+    return at + newline + 1 if newline >= 0 else spaces_end(text, at)
+
+
+ENDS = {
+    "gpt-2": gpt_2_end,
+    "llama 3": lambda text, at: later_end(text, at, 3),
+    "qwen 2": lambda text, at: later_end(text, at, 1),
+    "tekken": lambda text, at: later_end(text, at, 1, tekken=True),
+}
+
+
+def walk(name: str, text: str) -> list[str]:
+    """The words of a text, found character by character."""
+    if name == "smollm":
+        parts, at = [], 0
+        for place, char in enumerate(text):
+            if is_kind(char, "N"):
+                parts += [text[at:place], char]
+                at = place + 1
+        return [word for part in [*parts, text[at:]] for word in walk("gpt-2", part)]
+    words, at = [], 0
+    while at < len(text):
+        end = ENDS[name](text, at)
+        words.append(text[at:end])
+        at = end
+    return words
+
+
+OFTEN = "    \n\n\r\t'''sSſtTrReEvVmMlLdDaAbB1234/.,-!\x85\xa0\x1c\u2028\u200b\u200d\u3000\u0301ǅʰ中½٣é👨\ufe0f"
+
+
+def random_text(rng: random.Random, length: int) -> str:
+    seldom = [*range(0x3000), *range(0xFE00, 0xFFFE), *range(0x10000, 0x10400), *range(0x1F300, 0x1F700)]
+    return "".join(rng.choice(OFTEN) if rng.random() < 0.8 else chr(rng.choice(seldom)) for _ in range(length))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_split_as_a_walk_by_single_characters_does(name):
+    rng, tokenizer = random.Random(0), splitter(name)
+    for _ in range(1000):
+        text = random_text(rng, rng.randrange(1, 25))
+        words = tokenizer.split(text)
+        assert words == walk(name, text), ascii(text)
+        assert "".join(words) == text
+
+
+@pytest.mark.parametrize(("pattern", "message"), [
+    (r"\w+", r"has \\w"), (r"[a[bc]]", "class in a class"), (r"[a&&b]", "&&"), (r"^a", r"\^"), (r"a.", r"'a\.'"),
+    (r"\p{Q}", "category 'Q'"), (r"(a)|b", "groups"), (r"a*", "matches nothing"), (r"a(", "no regular expression"),
+    (r"\p{L}++++", "no regular expression"), ("a\\", "no regular expression"),
+])  # fmt: skip
+def test_rules_that_would_mean_something_else_here_are_refused(pattern, message):
+    with pytest.raises(UserError, match=message):
+        splitting.compile_rule(pattern)
+
+
+def test_classes_can_be_inverted_and_in_classes():
+    words = lambda rule, text: [word for word in splitting.compile_rule(rule).split(text) if word]  # noqa: E731
+    assert words(r"\P{L}+", "ab12,c") == ["ab", "12,", "c"]
+    assert words(r"[\P{L}x]+", "abx1,xc") == ["ab", "x1,x", "c"]
+    assert words(r"\S+", "a\x1cb c") == ["a\x1cb", " ", "c"]  # U+001C is no white space of Unicode's
+    assert words(r"[^\s]+", "a\x1cb c") == ["a\x1cb", " ", "c"]
+
+
+# ---------------------------------------------------------------- merging
+
+MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "Ġ Ġ", "1 2", "e l"]
+
+
+def vocabulary(merges: list[str]) -> dict[str, int]:
+    """The 256 bytes, then what the merges make."""
+    texts = [*map(to_printable, ALPHABET), *(merge.replace(" ", "") for merge in merges)]
+    return {text: id for id, text in enumerate(texts)}
+
+
+def tokenizer_of(merges: list[str] = MERGES, rule: str = splitting.GPT_2, **more) -> BPE:
+    ids = vocabulary(merges)
+    pairs = [tuple(ids[part] for part in merge.split()) for merge in merges]
+    return BPE([to_bytes(text) for text in ids], pairs, [rule], added=more.pop("added", {}), **more)
+
+
+def test_merges_go_by_rank_as_worked_out_by_hand():
+    tokenizer = tokenizer_of()
+    ids = vocabulary(MERGES)
+    names = lambda text: [list(ids)[id] for id in tokenizer.encode(text)]  # noqa: E731
+    assert names("hello world") == ["hello", "Ġwor", "l", "d"]
+    assert names("hel") == ["he", "l"]  # h e comes before e l
+    assert names("lll") == ["ll", "l"]  # of equal ranks the left one
+    assert names("12 112") == ["12", "Ġ", "1", "12"]
+    assert names("é") == ["Ã", "©"]
+    assert names("") == []
+
+
+def merge_naively(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
+    parts = list(word)
+    while True:
+        pairs = [(ranks[pair], at) for at, pair in enumerate(itertools.pairwise(parts)) if pair in ranks]
+        if not pairs:
+            return parts
+        at = min(pairs)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+def random_merges(rng: random.Random, letters: str, count: int) -> list[str]:
+    """Merges in an order that no training would find, too: a pair may come before the merges that make its parts."""
+    texts, merges = list(letters), {}
+    while len(merges) < count:
+        left, right = rng.choice(texts), rng.choice(texts)
+        if len(left + right) <= 6 and left + right not in texts:
+            texts.append(left + right)
+            merges[f"{left} {right}"] = None
+    merges = list(merges)
+    rng.shuffle(merges)
+    return merges
+
+
+def test_merging_equals_a_search_for_the_lowest_rank_after_every_merge():
+    rng = random.Random(1)
+    for _ in range(20):
+        merges = random_merges(rng, "abc", 25)
+        tokenizer, ids = tokenizer_of(merges), vocabulary(merges)
+        ranks = {tuple(merge.split()): rank for rank, merge in enumerate(merges)}
+        for _ in range(50):
+            word = "".join(rng.choices("abc", k=rng.randrange(1, 40)))
+            assert tokenizer.encode(word) == [ids[part] for part in merge_naively(word, ranks)]
+
+
+def test_without_a_list_any_two_merge_that_make_a_token_the_lowest_id_first():
+    rng = random.Random(2)
+    for _ in range(20):
+        texts = list(vocabulary(random_merges(rng, "abc", 25)))
+        tokenizer = BPE([to_bytes(text) for text in texts], None, [splitting.GPT_2], added={})
+        ids = {text: id for id, text in enumerate(texts)}
+        splits = {(text[:at], text[at:]): id for text, id in ids.items() for at in range(1, len(text))}
+        for _ in range(50):
+            word = "".join(rng.choices("abc", k=rng.randrange(1, 40)))
+            assert tokenizer.encode(word) == [ids[part] for part in merge_naively(word, splits)]
+
+
+def test_a_word_that_is_a_token_is_taken_whole_only_where_the_tokenizer_says_so():
+    merges = ["a b", "b c", "a bc"]  # a b comes first, so that no merge makes abc
+    assert len(tokenizer_of(merges).encode("abc")) == 2
+    assert tokenizer_of(merges, whole_words=True).encode("abc") == [vocabulary(merges)["abc"]]
+
+
+def test_what_was_encoded_before_changes_nothing(monkeypatch):
+    monkeypatch.setattr(bpe, "CACHED_WORDS", 3)
+    rng, tokenizer = random.Random(3), tokenizer_of()
+    for _ in range(200):
+        text = " ".join(rng.choice(["hello", "he", "world", "12", "x" * 100, "llo"]) for _ in range(5))
+        ids = tokenizer.encode(text)
+        assert ids == tokenizer_of().encode(text)
+        ids.clear()  # what a caller does to the list stays with the caller
+    assert len(tokenizer._words) <= 3
+
+
+# ---------------------------------------------------------------- text and back
+
+SPECIAL = {"<|end|>": 266, "<|turn|>": 267, "<tool>": 268}
+
+
+def with_special(**more) -> BPE:
+    base = tokenizer_of()
+    tokens = base.tokens + [text.encode() for text in SPECIAL]
+    return BPE(tokens, base.merges, base.rules, added=SPECIAL, special=[266, 267], begin=267, ends=[266], **more)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_any_text_comes_back(name):
+    rng = random.Random(4)
+    base = tokenizer_of()
+    tokenizer = BPE(base.tokens, base.merges, RULES[name], added={})
+    for _ in range(300):
+        text = random_text(rng, rng.randrange(60))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        raw = rng.randbytes(rng.randrange(60))
+        assert tokenizer.decode(list(raw)) == raw.decode("utf-8", "replace")
+        text = raw.decode("latin-1")
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_tokens_are_made_only_when_asked_for_and_decode_to_nothing():
+    tokenizer = with_special()
+    text = "<|turn|>hello<|end|>"
+    typed = tokenizer.encode(text)
+    assert not set(typed) & {266, 267} and tokenizer.decode(typed) == text
+    hello = vocabulary(MERGES)["hello"]
+    assert tokenizer.encode(text, special=True) == [267, hello, 266]
+    assert tokenizer.decode([267, hello, 266]) == "hello" and tokenizer.piece(266) == "<|end|>"
+    assert tokenizer.encode("<tool>hello") == [268, hello]  # added, but not special: always found
+    assert tokenizer.decode([268]) == "<tool>"
+    assert encode_prompt(tokenizer, "hello") == [267, hello]
+
+
+def test_of_added_tokens_that_begin_alike_the_longest_is_found():
+    added = {"<a>": 256, "<a>b": 257, "<": 258}
+    tokenizer = BPE([*ALPHABET, b"<a>", b"<a>b", b"<"], [], [splitting.GPT_2], added=added)
+    assert tokenizer.encode("<a>b<a><x") == [257, 256, 258, ord("x")]
+
+
+def test_an_added_token_that_repeats_one_of_the_vocabulary_is_no_part_of_words():
+    base = tokenizer_of()
+    tokenizer = BPE([*base.tokens, b"he"], base.merges, base.rules, added={"he": 266})
+    ids = vocabulary(MERGES)
+    assert tokenizer.encode("he") == [266]
+    assert tokenizer.merge([ids["h"], ids["e"]]) == [ids["he"]]
+
+
+def test_texts_are_composed_and_begun_with_a_space_where_the_tokenizer_says_so():
+    assert tokenizer_of(nfc=True).encode("e\u0301") == list("é".encode())
+    assert tokenizer_of().encode("e\u0301") == list("e\u0301".encode())
+    spaced = with_special(prefix_space=True)
+    assert spaced.decode(spaced.encode("world")) == " world" and spaced.decode(spaced.encode(" world")) == " world"
+    assert spaced.encode("") == [] and spaced.decode(spaced.encode("a<tool>a")) == " a<tool> a"
+
+
+def test_bytes_without_a_token_are_left_out():
+    tokenizer = BPE([None if byte == b"\x04" else byte for byte in ALPHABET], [], [splitting.GPT_2], added={})
+    assert tokenizer.encode("a\x04b\x04") == [97, 98]
+    assert tokenizer.piece(4) == tokenizer.decode([4, 256]) == tokenizer.piece(256) == ""
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> list:
+    lines = ["one two three four", "five six seven", "the quick brown fox"] * 20
+    return [with_special(), SentencePiece(train_tokenizer([(line, line) for line in lines], 300))]
+
+
+def test_both_kinds_share_one_interface(tokenizers):
+    text = "one two\nthree 日本 é 👩‍👩‍👧 fox"
+    for tokenizer in tokenizers:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and max(ids) < tokenizer.size
+        assert any("\n" in tokenizer.piece(id) for id in ids)
+        again = read_blob(tokenizer.to_blob())
+        assert again.encode(text) == ids and again.to_blob() == tokenizer.to_blob()
+        assert tokenizer.decode([*ids, *tokenizer.ends, tokenizer.size]) == text
+        assert tokenizer.piece(tokenizer.size) == ""
+        assert tokenizer.begin is not None and len(tokenizer.ends) == 1
+        end = tokenizer.piece(tokenizer.ends[0])
+        assert tokenizer.encode(f"{end}one", special=True)[0] == tokenizer.ends[0]
+        assert tokenizer.ends[0] not in tokenizer.encode(f"{end}one")
+        expected = [tokenizer.begin, *ids] + [tokenizer.separator] * (tokenizer.separator is not None)
+        assert encode_prompt(tokenizer, text) == expected
+    assert [tokenizer.separator is None for tokenizer in tokenizers] == [True, False]
+
+
+def test_what_is_shown_of_a_growing_text_is_never_taken_back(tokenizers):
+    text = "aé日👩‍👩‍👧z"
+    for tokenizer in tokenizers:
+        ids = tokenizer.encode(text)
+        texts = [tokenizer.decode(ids[:length]) for length in range(len(ids) + 1)]
+        shown = [part for part in texts if not part.endswith("\ufffd")]
+        assert len(shown) < len(texts) and all(text.startswith(part) for part in shown)
+
+
+def test_lone_surrogates_are_refused(tokenizers):
+    for tokenizer in tokenizers:
+        with pytest.raises(UserError, match=r"character 3 is the lone surrogate '\\ud800'"):
+            tokenizer.encode("ab\ud800")
+
+
+# ---------------------------------------------------------------- sources
+
+END, TURN, TOOL = SPECIAL
+
+
+def json_content(**changes) -> dict:
+    """A tokenizer.json that says what `with_special` is."""
+    return {
+        "model": {"type": "BPE", "vocab": vocabulary(MERGES), "merges": list(MERGES)},
+        "added_tokens": [{"id": id, "content": text, "special": text != TOOL} for text, id in SPECIAL.items()],
+        "normalizer": None, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        "post_processor": {
+            "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": TURN}}, {"Sequence": {"id": "A"}}],
+            "special_tokens": {TURN: {"id": TURN, "ids": [267]}},
+        },
+        **changes,
+    }  # fmt: skip
+
+
+def without(content: dict, *path: str) -> dict:
+    inner = content
+    for name in path[:-1]:
+        inner = inner[name]
+    del inner[path[-1]]
+    return content
+
+
+def changed(**model) -> dict:
+    content = json_content()
+    content["model"].update(model)
+    return content
+
+
+def added(**changes) -> dict:
+    token = {"id": 266, "content": "<x>", "special": True, **changes}
+    return json_content(added_tokens=[token], post_processor=None)
+
+
+def gguf_fields(**changes) -> dict:
+    tokens = [*vocabulary(MERGES), *SPECIAL]
+    fields = {
+        "model": "gpt2", "pre": "gpt-2", "tokens": tokens, "merges": list(MERGES), "token_type": [1] * 266 + [3, 3, 4],
+        "bos_token_id": 267, "eos_token_id": 266, "add_bos_token": True, **changes,
+    }  # fmt: skip
+    return {f"tokenizer.ggml.{name}": value for name, value in fields.items() if value is not None}
+
+
+def write(folder, **files):
+    """Files by their names, _ for the point; JSON of what is no text."""
+    for name, content in files.items():
+        path = folder / name[::-1].replace("_", ".", 1)[::-1]
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def pairs_file(merges: list[str]) -> str:
+    return "\n".join(["#version: 0.2", *merges, ""])
+
+
+OLD_SETTINGS = {
+    "tokenizer_class": "GPT2TokenizerFast", "eos_token": {"content": END}, "bos_token": TURN, "add_bos_token": True,
+    "added_tokens_decoder": {str(id): {"content": text, "special": text != TOOL} for text, id in SPECIAL.items()},
+}  # fmt: skip
+SAMPLE = "hello world, it's <|turn|>12 é 日<tool>\n\n  x 8123"
+
+
+def assert_same(tokenizer: BPE, ends: tuple[int, ...]):
+    expected = with_special()
+    for special in (False, True):
+        assert tokenizer.encode(SAMPLE, special) == expected.encode(SAMPLE, special)
+    assert (tokenizer.begin, tokenizer.ends, tokenizer.size) == (267, ends, 269)
+    assert tokenizer.special == expected.special and tokenizer.added == expected.added
+
+
+def test_tokenizer_json(tmp_path):
+    write(tmp_path, tokenizer_json=json_content(), tokenizer_config_json={"eos_token": END})
+    write(tmp_path, config_json={"eos_token_id": 266}, generation_config_json={"eos_token_id": [267, 266]})
+    assert_same(find_bpe(tmp_path), (266, 267))
+    write(tmp_path, tokenizer_json=changed(merges=[merge.split() for merge in MERGES]))  # as newer files have them
+    assert_same(find_bpe(tmp_path), (266, 267))
+
+
+def test_the_steps_that_tokenizer_json_states_are_taken():
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": splitting.LLAMA_3}, "behavior": "Isolated", "invert": False}
+    steps = {"type": "Sequence", "pretokenizers": [split, level]}
+    content = json_content(pre_tokenizer=steps, normalizer={"type": "NFC"})
+    content["model"]["ignore_merges"] = True
+    tokenizer = from_json(content)
+    assert tokenizer.rules == (splitting.LLAMA_3,) and tokenizer.nfc and tokenizer.whole_words
+    assert not tokenizer.prefix_space
+    digits = {"type": "Digits", "individual_digits": True}
+    steps = {"type": "Sequence", "pretokenizers": [digits, {**level, "use_regex": True}]}
+    tokenizer = from_json(json_content(pre_tokenizer=steps, post_processor=None))
+    assert tokenizer.rules == RULES["smollm"] and not tokenizer.nfc and not tokenizer.whole_words
+    assert tokenizer.begin is None
+    content = json_content(pre_tokenizer={**level, "add_prefix_space": True, "use_regex": True})
+    assert from_json(content).prefix_space
+
+
+def test_vocab_json_with_merges_txt(tmp_path):
+    write(tmp_path, vocab_json=vocabulary(MERGES), merges_txt=pairs_file(MERGES), tokenizer_config_json=OLD_SETTINGS)
+    assert_same(find_bpe(tmp_path), (266,))
+    write(tmp_path, tokenizer_config_json={**OLD_SETTINGS, "tokenizer_class": "Qwen2Tokenizer"})
+    assert find_bpe(tmp_path).rules == RULES["qwen 2"] and find_bpe(tmp_path).nfc
+
+
+def test_merges_may_begin_with_the_sign_of_a_comment(tmp_path):
+    merges = ["# #", "## #"]
+    write(tmp_path, vocab_json=vocabulary(merges), merges_txt=pairs_file(merges))
+    assert find_bpe(tmp_path).encode("###") == [257]
+
+
+def rank_file(tokens: list[bytes]) -> bytes:
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
+
+
+def test_rank_file(tmp_path):
+    texts = [to_bytes(text) for text in vocabulary(MERGES)]
+    write(tmp_path, tokenizer_model=rank_file(texts))
+    tokenizer = find_bpe(tmp_path)
+    hello, wor = (texts.index(text) for text in (b"hello", b" wor"))
+    assert tokenizer.encode("hello world") == [hello, wor, ord("l"), ord("d")]
+    assert tokenizer.rules == RULES["llama 3"] and tokenizer.whole_words and tokenizer.size == 266 + 256
+    names = [tokenizer.piece(id) for id in (tokenizer.begin, *tokenizer.ends)]
+    assert names == ["<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]
+    assert [tokenizer.added[name] - 266 for name in names] == [0, 1, 8, 9]  # in Llama 3 128000, 128001, 128008, 128009
+    assert len(set(LLAMA_3_SPECIAL)) == 256
+
+
+def test_gguf_metadata():
+    assert_same(from_gguf(gguf_fields()), (266,))
+    assert from_gguf(gguf_fields(eot_token_id=267, eom_token_id=266)).ends == (266, 267)
+    assert from_gguf(gguf_fields(add_bos_token=None)).begin is None
+    for name, family in GGUF_RULES.items():
+        tokenizer = from_gguf(gguf_fields(pre=name, add_bos_token=None))
+        assert tokenizer.rules == family.rules and (tokenizer.begin is None) != family.begin
+    assert from_gguf(gguf_fields(pre="smollm")).rules == RULES["smollm"] and from_gguf(gguf_fields(pre="qwen2")).nfc
+
+
+def test_a_folder_without_any_of_these_files_has_no_such_tokenizer(tmp_path):
+    assert find_bpe(tmp_path) is None
+
+
+# ---------------------------------------------------------------- what is damaged or not supported
+
+
+SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}
+STEPS = [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": True}]
+AFTER = {"type": "Sequence", "pretokenizers": STEPS}
+BAD_JSON = {
+    "no model": (without(json_content(), "model"), "lacks 'model'"),
+    "no vocabulary": (without(json_content(), "model", "vocab"), "lacks 'vocab'"),
+    "no merges": (without(json_content(), "model", "merges"), "lacks 'merges'"),
+    "another kind": (changed(type="Unigram"), "Unigram, not byte-level BPE"),
+    "an unknown token in a merge": (changed(merges=["h e", "q zz"]), "merge 2 names 'zz'"),
+    "a merge that makes no token": (changed(merges=["h e", "h o"]), "merge 2 makes 'ho'"),
+    "a merge of three": (changed(merges=["h e l"]), "merge 1 is 'h e l'; it must be of two"),
+    "a merge twice": (changed(merges=["h e", "l l", "h e"]), "merge 3 is the same as merge 1"),
+    "merges that are no list": (changed(merges=5), "no tokenizer that can be read"),
+    "an id twice": (changed(vocab={**vocabulary(MERGES), "zz": 3}), "token 'zz' has the id 3, which another has"),
+    "a huge id": (changed(vocab={**vocabulary(MERGES), "zz": 10**12}), "has the id 1000000000000"),
+    "a negative id": (changed(vocab={**vocabulary(MERGES), "zz": -1}), "has the id -1"),
+    "an id that is no integer": (changed(vocab={**vocabulary(MERGES), "zz": "5"}), "has the id '5'"),
+    "a vocabulary that is none": (changed(vocab=["a"]), "no tokenizer that can be read"),
+    "an added token's huge id": (added(id=10**12), "an added token has an id"),
+    "an added token of nothing": (added(content=""), "empty text"),
+    "an added token that strips": (added(rstrip=True), "has rstrip"),
+    "a lone surrogate": (added(content="\ud800"), "no tokenizer that can be read"),
+    "marks of word ends": (changed(end_of_word_suffix="</w>"), "end_of_word_suffix"),
+    "dropout": (changed(dropout=0.1), "dropout 0.1"),
+    "no bytes": (json_content(pre_tokenizer=None), "no ByteLevel among"),
+    "an unknown pre_tokenizer": (json_content(pre_tokenizer={"type": "Metaspace"}), "pre_tokenizer Metaspace"),
+    "an unknown split": (json_content(pre_tokenizer=SPLIT), "pre_tokenizer Split"),
+    "spaces before every word": (json_content(pre_tokenizer=AFTER), "before every word"),
+    "an unknown normalizer": (json_content(normalizer={"type": "NFKC"}), "normalizer NFKC"),
+    "a part of the wrong type": (json_content(pre_tokenizer=[1]), "no tokenizer that can be read"),
+    "no object": ([1, 2], "holds no JSON object"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_JSON)
+def test_bad_tokenizer_json_ends_in_one_line_that_names_the_file(tmp_path, case):
+    content, message = BAD_JSON[case]
+    write(tmp_path, tokenizer_json=content)
+    with pytest.raises(UserError, match=message) as error:
+        find_bpe(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / 'tokenizer.json'}: ") and "\n" not in str(error.value)
+
+
+HUGE_NUMBER = b'{"model": ' + b"9" * 5000 + b"}"
+NO_JSON = [b"", b"{", b"\xff\xfe", b"[" * 100_000, HUGE_NUMBER, json.dumps(json_content())[:-200].encode()]
+
+
+@pytest.mark.parametrize("raw", NO_JSON, ids=range(len(NO_JSON)))
+def test_files_that_are_no_json_end_in_one_line(tmp_path, raw):
+    write(tmp_path, tokenizer_json=raw)
+    with pytest.raises(UserError, match=r"tokenizer\.json: (not JSON|no tokenizer)"):
+        find_bpe(tmp_path)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"tokenizer_config_json": {"eos_token": "<nothing>"}}, "'<nothing>', which is no token"),
+    ({"tokenizer_config_json": {"eos_token": 5}}, "no tokenizer that can be read"),
+    ({"config_json": {"eos_token_id": "x"}}, "must be token ids"),
+    ({"generation_config_json": {"eos_token_id": [-1]}}, "must be token ids"),
+    ({"generation_config_json": b"{"}, "generation_config.json: not JSON"),
+])  # fmt: skip
+def test_ends_that_are_no_tokens_are_refused(tmp_path, settings, message):
+    write(tmp_path, tokenizer_json=json_content(), **settings)
+    with pytest.raises(UserError, match=message):
+        find_bpe(tmp_path)
+
+
+@pytest.mark.parametrize(("files", "message"), [
+    ({"vocab_json": {"a": 0}}, "merges.txt is missing"),
+    ({"merges_txt": "a b"}, "vocab.json is missing"),
+    ({"vocab_json": {"a": 0}, "merges_txt": "a b"}, "merges.txt: merge 1 names 'b'"),
+    ({"vocab_json": {"a": 0}, "merges_txt": "a"}, "merges.txt: merge 1 is 'a'"),
+    ({"vocab_json": {"a": 0}, "merges_txt": b"\xff"}, "merges.txt: no tokenizer that can be read"),
+    ({"vocab_json": {"a": "x"}, "merges_txt": ""}, "vocab.json: token 'a'"),
+    ({"vocab_json": {"a": 0}, "merges_txt": "", "tokenizer_config_json": {"tokenizer_class": "LlamaTokenizer"}},
+     "how LlamaTokenizer splits"),
+    ({"vocab_json": {"a": 0}, "merges_txt": "", "added_tokens_json": {"<x>": "1"}}, "an added token has an id"),
+])  # fmt: skip
+def test_bad_vocab_and_merges_end_in_one_line(tmp_path, files, message):
+    write(tmp_path, **files)
+    with pytest.raises(UserError, match=message):
+        find_bpe(tmp_path)
+
+
+@pytest.mark.parametrize(("raw", "message"), [
+    (rank_file(ALPHABET) + b"YWI= 5\n", "line 257: rank 5 is there twice"),
+    (rank_file(ALPHABET) + b"YQ== 256\n", "a token has two ranks"),
+    (rank_file(ALPHABET) + b"YWI= 258\n", "are 257, but not those from 0 to 256"),
+    (rank_file(ALPHABET) + b"YWI=\n", "line 257"),
+    (rank_file(ALPHABET) + b"Y!I= 256\n", "line 257"),
+    (rank_file(ALPHABET)[:-3], "line 256|not those from"),
+    (b"YQ== " + b"9" * 5000, "line 1|are 1, but"),
+    (b"", "are 0, but"),
+])  # fmt: skip
+def test_bad_rank_files_end_in_one_line(raw, message):
+    with pytest.raises(UserError, match=message) as error:
+        from_ranks(raw)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"model": "llama"}, "'llama'; byte-level BPE is called gpt2"),
+    ({"pre": "mystery"}, "unknown splitting rule 'mystery'"),
+    ({"pre": None}, "unknown splitting rule None"),
+    ({"merges": None}, "269 tokens, 269 types and no merges"),
+    ({"tokens": []}, "0 tokens"),
+    ({"token_type": [1]}, "269 tokens, 1 types"),
+    ({"tokens": ["a"] * 269}, "token 'a' has the ids 0 and 1"),
+    ({"merges": ["a"]}, "merge 1 is 'a'"),
+    ({"bos_token_id": 999}, "token id 999 is named"),
+    ({"eos_token_id": -1}, "must be token ids"),
+    ({"tokens": 5}, "no tokenizer that can be read"),
+])  # fmt: skip
+def test_bad_gguf_metadata_end_in_one_line(changes, message):
+    with pytest.raises(UserError, match=message):
+        from_gguf(gguf_fields(**changes))
+
+
+def damaged_blobs() -> dict[str, bytes]:
+    content = json.loads(with_special().to_blob())
+    changes = {
+        "another format": {"format": "x"}, "no tokens": {"tokens": None},
+        "a token of other characters": {"tokens": ["日"]}, "an odd number of ids": {"merges": [1, 2, 3]},
+        "an id that is none": {"merges": [1, 999]}, "a pair of texts": {"merges": ["a", "b"]}, "a negative id": {"merges": [-1, -2]},
+        "a number as a rule": {"rules": [5]}, "a bad rule": {"rules": ["("]}, "added that is no object": {"added": [1]},
+        "a special id that is none": {"special": [999]}, "an end that is none": {"ends": ["x"]},
+        "a begin that is none": {"begin": 1.5}, "something else in it": {"more": 1},
+    }  # fmt: skip
+    blobs = {name: json.dumps({**content, **change}).encode() for name, change in changes.items()}
+    for name in ("format", "tokens", "merges", "rules", "added"):
+        lacking = {key: value for key, value in content.items() if key != name}
+        blobs[f"no {name} at all"] = json.dumps(lacking).encode()
+    blobs["cut short"] = with_special().to_blob()[:500]
+    blobs["deep"] = b'{"a":' + b"[" * 100_000
+    blobs["empty"] = b""
+    blobs["noise"] = b"\0\1\2" * 9
+    return blobs
+
+
+@pytest.mark.parametrize("case", damaged_blobs())
+def test_damaged_blobs_end_in_one_line(case):
+    with pytest.raises(UserError, match=r"the tokenizer is (damaged|empty)") as error:
+        read_blob(damaged_blobs()[case])
+    assert "\n" not in str(error.value)
+
+
+def test_the_blob_keeps_every_setting():
+    for tokenizer in (with_special(nfc=True, prefix_space=True), from_ranks(rank_file(ALPHABET)), splitter("smollm")):
+        again = read_blob(tokenizer.to_blob())
+        for name in ("tokens", "merges", "rules", "added", "special", "begin", "ends"):
+            assert getattr(again, name) == getattr(tokenizer, name), name
+        for name in ("nfc", "prefix_space", "whole_words"):
+            assert getattr(again, name) is getattr(tokenizer, name), name

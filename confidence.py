@@ -5,40 +5,32 @@ softmax(z_l), over the n current candidates (the whole vocabulary V unless there
 Everything is float32. Confidences lie in [0, 1]; exit when c >= threshold.
 """
 
-import importlib
-import inspect
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.plugins import find_function, name_and_file
 from model import Transformer
 
 ALPHA = 0.1  # plausibility: tokens of at least this share of the largest probability (Li 2022, section 3.2)
 ROUNDING = 1e-4  # by so much a confidence may lie outside [0, 1]
 
 
-class Candidates(Protocol):
-    """What questions are asked over in place of the vocabulary, see decoding/shortlist.py."""
-
-    ids: Tensor            # (n,) int64
-    weights: list[Tensor]  # their rows of the unembedding, (n, d) in all
-
-
 class Trace:
     """The newest position of one pass, layer by layer. `hidden` holds h_0 (the embedding) .. h_l, each (R, d), the
-    newest position last. Logits are computed when asked for, once, over the current candidates; `decided` narrows
-    these."""
+    newest position last. Logits are computed when asked for, once, over the current candidates. These begin as the
+    vocabulary, or as a `shortlist` (decoding/shortlist.py), and `decided` narrows them."""
 
-    def __init__(self, model: Transformer, confidence: "Confidence | None" = None, prune: str = "none", prune_k: int = 64,
-                 prune_min: int = 16, premature_layers: tuple[int, ...] | None = None, shortlist: Candidates | None = None):
+    def __init__(self, model: Transformer, confidence: "Confidence | None" = None, prune: str = "none",
+                 prune_k: int = 64, prune_min: int = 16, premature_layers: tuple[int, ...] | None = None,
+                 shortlist=None):
         self.model = model
         self.confidence = confidence
         self.hidden: list[Tensor] = []
-        self.final: Tensor | None = None         # (R, V) logits of the rows that the head took, where the pass reached it
+        self.final: Tensor | None = None         # (R, V) logits of the rows that the head took; None below the top
         self.candidates: Tensor | None = None    # (n,) int64 token ids; None is the whole vocabulary
         self.n = model.config.vocab_size         # how many candidates there are
         self.confidences: dict[int, float] = {}  # of each layer asked
@@ -49,7 +41,7 @@ class Trace:
         self._premature = premature_layers
         self._logits: dict[int, Tensor] = {}     # layer -> z over the candidates, (n,)
         self._guesses: dict[int, Tensor] = {}    # layer asked -> its best candidate, noted before candidates go
-        self._weights: list[Tensor] | None = [model.head_weight]  # the candidates' rows of the unembedding; None: not gathered yet
+        self._weights: list[Tensor] | None = [model.head_weight]  # (n, d) in all; None: not gathered yet
         if shortlist is not None:
             self.candidates, self._weights, self.n = shortlist.ids, shortlist.weights, len(shortlist.ids)
 
@@ -70,21 +62,29 @@ class Trace:
         return self.confidences[self.layer] >= threshold
 
     def ask(self) -> float:
-        """The confidence after the newest layer. Raises UserError for what is none."""
+        """The confidence after the newest layer. Raises UserError for an answer that is none."""
         try:
             value = self.confidence(self, self.layer)
-            confidence = float(value)
         except UserError:
             raise
         except Exception as error:
-            raise RuntimeError(f"{describe(self.confidence)} failed at layer {self.layer}") from error
+            raise RuntimeError(f"{self.whose()} failed") from error
+        try:
+            confidence = float(value)
+        except (TypeError, ValueError, RuntimeError):  # None, text, several numbers
+            confidence = math.nan
         if not -ROUNDING <= confidence <= 1 + ROUNDING:
-            raise UserError(f"{describe(self.confidence)} returned {confidence} at layer {self.layer}; it must lie between 0 and 1")
+            raise UserError(f"{self.whose()} returned {value!r:.60}; it must be one number from 0 to 1")
         return confidence
 
+    def whose(self) -> str:
+        """The function asked, its file, and the layer, for messages."""
+        name = getattr(self.confidence, "__name__", repr(self.confidence))
+        return f"{name_and_file('confidence', name, self.confidence)} at layer {self.layer}"
+
     def prune(self) -> None:
-        """Vocabulary pruning: of the candidates so far, those of largest z_l stay, as many as the schedule says; and what is
-        known so far, for these alone."""
+        """Vocabulary pruning: of the candidates so far, those of largest z_l stay, as many as the schedule says; and
+        what is known so far, for these alone."""
         if self._schedule is None:
             return
         newest, size = self.logits(self.layer), self._schedule(self, *self._limits)
@@ -162,7 +162,7 @@ def adaptive(trace: Trace, k: int, k_min: int) -> int:
     return max(k_min, min(k, math.ceil(trace.model.config.vocab_size * (1 - 0.9 * sure))))
 
 
-# Name -> (trace, prune_k, prune_min) -> how many candidates to keep once the logits of an exit layer are known; None keeps all.
+# Name -> (trace, prune_k, prune_min) -> how many candidates to keep once an exit layer is asked; None keeps all.
 SCHEDULES: dict[str, Callable[[Trace, int, int], int] | None] = {
     "none": None,
     "fixed": lambda trace, k, k_min: k,
@@ -192,26 +192,7 @@ def register(name: str, reads_logits: bool = True) -> Callable[[Confidence], Con
 def resolve(name: str | Confidence) -> Confidence:
     """The function registered under `name`, or that "package.module:function" imports, or `name` itself if callable.
     Raises UserError."""
-    if callable(name):
-        return name
-    if name in FUNCTIONS:
-        return FUNCTIONS[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise UserError(f"unknown confidence {name!r}; choose from {', '.join(FUNCTIONS)}, or package.module:function")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-        inspect.signature(function).bind("trace", "layer")
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"confidence {name!r} cannot be loaded as a function of trace and layer: {error}") from None
-    return function
-
-
-def describe(function: Confidence) -> str:
-    """The name of a confidence function and the file that it stands in, for messages."""
-    code = getattr(function, "__code__", None)
-    where = f" ({code.co_filename}, line {code.co_firstlineno})" if code else ""
-    return f"confidence function {getattr(function, '__name__', function)}{where}"
+    return name if callable(name) else find_function("confidence", name, FUNCTIONS, ("trace", "layer"))
 
 
 @register("softmax")
@@ -223,7 +204,8 @@ def softmax(trace: Trace, layer: int) -> Tensor:
 @register("hidden", reads_logits=False)
 def hidden(trace: Trace, layer: int) -> Tensor:
     """max(0, cos(h_l, h_{l-1})) (CALM, section 3.5, hidden-state saturation)."""
-    return torch.cosine_similarity(trace.hidden[layer][-1].float(), trace.hidden[layer - 1][-1].float(), dim=-1).clamp(0, 1)
+    now, before = trace.hidden[layer][-1].float(), trace.hidden[layer - 1][-1].float()
+    return torch.cosine_similarity(now, before, dim=-1).clamp(0, 1)
 
 
 @register("classifier", reads_logits=False)

@@ -14,15 +14,17 @@ from pathlib import Path
 import torch
 
 from cache import KVCache
-from common.errors import UserError
 from common.errors import run as run_command
 from common.flags import Parser, add_flags, add_model_flags, device_and_dtype, given
 from confidence import Trace, resolve
+from decoding.checks import check_amateur, check_prompt
 from decoding.choosing import COMMAND, settings_of, variants
+from decoding.copying import copy_up
 from decoding.display import difference, read_amateur, read_prompt, show
-from decoding.prediction import Companion, Predictor, check_amateur
+from decoding.prediction import Companion, Predictor
 from decoding.record import Counters, Generation, Token
 from decoding.settings import DecodeConfig
+from decoding.shortlist import Shortlist
 from decoding.verification import verified
 from model import Transformer, load_checkpoint
 
@@ -90,7 +92,8 @@ class Run:
         self.predictor = Predictor(config.sampling, config.contrasting, companion, counters, model.embedding.device)
         confidence = config.confidence and resolve(config.confidence)
         pruning = (config.prune, config.prune_k, config.prune_min)
-        self.new_trace = partial(trace_type, model, confidence, *pruning, config.premature_layers)
+        self.shortlist = Shortlist(model, config.shortlist, self.length) if config.shortlist else None
+        self.new_trace = partial(trace_type, model, confidence, *pruning, config.premature_layers, self.shortlist)
         self.prompt = list(prompt)
         if config.fill == "copy" and config.confidence and len(prompt) > 1:  # a prompt gets exact keys and values (CALM)
             self.advance(prompt[:-1], {})
@@ -108,6 +111,8 @@ class Run:
 
     def advance(self, tokens: list[int], exits: dict[int, float]) -> tuple[Trace, int]:
         """One pass, counted, and shown to thresholds that learn: its trace, and the layer reached."""
+        if self.shortlist:
+            self.shortlist.add(tokens)
         trace, before = self.new_trace(), list(self.cache.filled)
         layer = run_pass(self.model, self.cache, tokens, trace, exits)
         self.counters.add_pass(self.model, before, self.cache.filled[0], layer, trace)
@@ -140,25 +145,6 @@ class Run:
         self.ended = bool(tokens) and tokens[-1].id in self.ends
         self.counters.tokens += len(tokens)
         self.counters.head_flops += sum(trace.flops.values())
-
-
-def copy_up(model: Transformer, cache: KVCache, layer: int, counters: Counters) -> None:
-    """CALM's state propagation (Schuster 2022, section 3.2): every layer above projects keys and values from the
-    state at the exit."""
-    for above, block in enumerate(model.blocks[layer:], layer + 1):
-        rows = cache.owed(above, cache.filled[0])
-        cache.store(above, block.project(rows))
-        counters.block_flops += 2 * block.qkv.numel() * len(rows)
-
-
-def check_prompt(prompt: list[int], model: Transformer) -> None:
-    """Raises UserError unless `prompt` is one non-empty list of token ids with room for an answer."""
-    if len(prompt) == 0 or not all(isinstance(token, int) for token in prompt):
-        raise UserError("the prompt must be one non-empty list of token ids (batch size 1)")
-    if len(prompt) >= model.config.max_len:
-        raise UserError(f"the prompt has {len(prompt)} tokens, this model {model.config.max_len} positions; shorten the prompt")
-    if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
-        raise UserError(f"a token id of the prompt lies outside 0 to {model.config.vocab_size - 1}")
 
 
 @torch.inference_mode()

@@ -228,6 +228,7 @@ class Transformer(nn.Module):
         self.config = config
         self.form = "plain"  # how the weights are stored, see formats/weights.py
         self.packed_unembed: Tensor | None = None  # the unembedding so stored, where that is a second copy
+        self.frequent_ids: Tensor | None = None  # (n,) by falling frequency in a corpus, see decoding/shortlist.py
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, d))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.Parameter(torch.ones(d))

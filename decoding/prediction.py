@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from cache import KVCache
-from common.errors import UserError
 from confidence import Trace, contrast, halfway, most_different, plausible
 from decoding.record import Counters, Token
 from model import Transformer
@@ -100,18 +99,6 @@ class Companion:
         self.counters.block_flops += self.model.config.n_layers * self.model.block_flops(first, len(text))
         self.counters.head_flops += 2 * self.model.unembed.numel()
         return trace.final[-1]
-
-
-def check_amateur(amateur: Transformer, model: Transformer, settings: Contrast | None, length: int) -> None:
-    """Raises UserError unless the amateur can read and contrast what the model writes, `length` tokens."""
-    sizes = amateur.config.vocab_size, model.config.vocab_size
-    if settings is None:
-        raise UserError("there is an amateur, but predict is own; set it to contrast")
-    if sizes[0] != sizes[1]:
-        raise UserError(f"the amateur knows {sizes[0]} tokens, the model {sizes[1]}; that must be equal")
-    if amateur.config.max_len < length:
-        raise UserError(f"the amateur has {amateur.config.max_len} positions, {length} are needed; shorten the prompt or the "
-                        "answer")
 
 
 # ---------------------------------------------------------------- from logits to a token

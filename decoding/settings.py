@@ -27,6 +27,8 @@ class DecodeConfig:
     prune: str = option("none", "candidates kept once an exit layer is asked: none (all), fixed, decaying or adaptive")
     temperature: float = option(0.0, "sampling temperature; 0 is greedy")
 
+    shortlist: int | None = option(None, "ask over so many frequent ids with those of the text, and exit at layer L, too; none: "
+                                         "over the whole vocabulary", EXITS)
     layer_thresholds: tuple[float, ...] | None = option(None, "one for each of exit_layers, in place of threshold", EXITS)
     threshold_schedule: str = option("constant", "constant, decaying over the steps (CALM), or adaptive: learned while "
                                                  "decoding (FREE)", EXITS)
@@ -89,7 +91,7 @@ class DecodeConfig:
 
     def check_ranges(self) -> None:
         """Raises UserError for a number outside its range."""
-        least = {"max_new_tokens": 1, "min_layer": 1, "max_owed": 1, "prune_min": 2, "prune_k": 2, "top_k": 1,
+        least = {"max_new_tokens": 1, "min_layer": 1, "max_owed": 1, "prune_min": 2, "prune_k": 2, "shortlist": 2, "top_k": 1,
                  "temperature": 0, "seed": 0, "repetition_penalty": 1}
         for name, low in least.items():
             value = getattr(self, name)
@@ -117,9 +119,10 @@ class DecodeConfig:
         have, and if none is left."""
         shape = ModelConfig(n_layers=shape) if isinstance(shape, int) else shape
         L, layers = shape.n_layers, self.exit_layers
+        beyond = (L,) if self.shortlist else ()  # after all blocks, but not the head over the vocabulary
         if layers is None:
-            layers = shape.exit_layers or tuple(range(1, L))
-        check_layers("exit_layers", layers, L)
+            layers = (shape.exit_layers or tuple(range(1, L))) + beyond
+        check_layers("exit_layers", [layer for layer in layers if layer not in beyond], L)
         check_layers("premature_layers", self.premature_layers or (), L)
         check_layers("contrast", [int(self.contrast)] if self.contrast.isdecimal() else (), L)
         if not self.confidence:

@@ -68,6 +68,11 @@ def default_form(dtype: torch.dtype) -> str:
     return "packed" if packs(dtype) else "plain"
 
 
+def as_form(weight: Tensor, form: str) -> Tensor:
+    """A weight (d_out, d_in), stored in one of the FORMS."""
+    return _pack(weight) if form == "packed" else weight
+
+
 @torch.no_grad()
 def store(model, form: str | None) -> None:
     """Stores the matrices of a CPU model's blocks, and its unembedding for the heads, in one of the FORMS (None: by
@@ -79,9 +84,10 @@ def store(model, form: str | None) -> None:
     if model.form == "plain":
         return
     if not packs(dtype):
-        raise UserError(f"this machine cannot multiply packed weights of {str(dtype).removeprefix('torch.')}; store them plain")
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(f"this machine cannot multiply packed weights of {name}; store them plain")
     for block in model.blocks:
         for name, weight in block._parameters.items():
             if weight.dim() > 1:
-                block._parameters[name] = _pack(weight)
-    model.packed_unembed = _pack(model.unembed)
+                block._parameters[name] = as_form(weight, model.form)
+    model.packed_unembed = as_form(model.unembed, model.form)

@@ -1,0 +1,137 @@
+"""The head over the vocabulary as the topmost step: exact where verified, left out where not, over any shortlist."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from confidence import FUNCTIONS
+from decode import generate, stream
+from decoding.record import Counters
+from decoding.settings import DecodeConfig
+from decoding.shortlist import Shortlist
+from model import Transformer
+
+PROMPT = [1, 7, 3, 9]
+
+
+@pytest.fixture
+def model_with_ids(tiny_model):
+    """A factory of tiny models that know some frequent ids, in random order."""
+
+    def make(seed: int = 0, count: int = 50, **shape) -> Transformer:
+        model = tiny_model(seed, **shape)
+        model.frequent_ids = torch.randperm(50, generator=torch.Generator().manual_seed(seed))[:count]
+        return model
+
+    return make
+
+
+def full_text(model: Transformer, prompt: list[int], steps: int) -> list[int]:
+    """The naive loop: a whole forward pass for every token."""
+    tokens = list(prompt)
+    for _ in range(steps):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("form", ["plain", "packed"])
+def test_a_shortlist_holds_frequent_ids_and_those_of_the_text_each_once_with_its_row(model_with_ids, form):
+    model = model_with_ids(0)
+    model.form = form
+    listed = Shortlist(model, 10, 20)
+    frequent = model.frequent_ids[:10].tolist()
+    rare = [token for token in range(50) if token not in frequent]
+    listed.add([frequent[3], rare[0], rare[1], rare[0]])
+    listed.add([rare[1], rare[5]])
+    assert listed.ids.tolist() == [*frequent, rare[0], rare[1], rare[5]]
+    normed = torch.randn(2, 32)
+    logits = torch.cat([model.score(normed, weight) for weight in listed.weights], -1)
+    torch.testing.assert_close(logits, normed @ model.unembed[listed.ids].T, rtol=1e-4, atol=1e-5)
+
+
+def test_texts_of_a_model_do_not_share_what_they_add(model_with_ids):
+    model = model_with_ids(0)
+    first, second = Shortlist(model, 5, 50), Shortlist(model, 5, 50)
+    first.add(list(range(50)))
+    assert len(first.ids) == 50 and len(second.ids) == 5
+
+
+@pytest.mark.parametrize("confidence", sorted(FUNCTIONS))
+def test_over_all_ids_every_exit_says_what_it_says_without_a_shortlist(model_with_ids, confidence):
+    for seed in range(4):
+        model = model_with_ids(seed)
+        config = DecodeConfig(max_new_tokens=20, confidence=confidence, threshold=0.2, exit_layers=(1, 2, 3, 4))
+        short, plain = generate(model, PROMPT, replace(config, shortlist=50)), generate(model, PROMPT, config)
+        assert short.tokens == plain.tokens and short.exit_layers == plain.exit_layers
+
+
+@pytest.mark.parametrize("confidence", sorted(FUNCTIONS))
+def test_verified_over_random_shortlists_is_the_full_models_text(model_with_ids, confidence):
+    """Random sizes, thresholds, exits (the last layer among them), pruning and bounds; drafts are kept and rolled back."""
+    random, kept, back = np.random.default_rng(len(confidence)), 0, 0
+    for seed in range(12):
+        model = model_with_ids(seed)
+        exits = sorted(random.choice([1, 2, 3, 4, 5], int(random.integers(1, 4)), replace=False).tolist())
+        if confidence == "classifier" and 5 in exits:
+            exits = [layer for layer in exits if layer < 5] or [4]
+        config = DecodeConfig(
+            max_new_tokens=30, confidence=confidence, threshold=float(random.choice([0.0, 0.1, 0.4])), exit_layers=exits,
+            verify=True, max_owed=random.choice([None, 1, 4]), shortlist=int(random.integers(2, 30)),
+            prune=str(random.choice(["none", "fixed", "decaying"])), prune_k=6, prune_min=2,
+        )
+        out = generate(model, PROMPT, config)
+        assert out.tokens == full_text(model, PROMPT, 30), config
+        kept, back = kept + out.counters.accepted, back + out.counters.drafted - out.counters.accepted
+    assert kept > 20 and back > 20
+
+
+def test_an_exit_after_all_blocks_leaves_out_the_head_over_the_vocabulary(model_with_ids):
+    """With threshold 0 at layer L no pass reaches the top: the token is the last layer's best of the shortlist."""
+    model, config = model_with_ids(3), DecodeConfig(max_new_tokens=15, confidence="softmax", threshold=0.0, exit_layers=(5,), shortlist=12)
+    out = generate(model, PROMPT, config)
+    allowed, text = set(model.frequent_ids[:12].tolist()) | set(PROMPT), list(PROMPT)
+    for token in out.tokens:
+        logits = model(torch.tensor([text]))[0, -1]
+        assert token == max(allowed, key=lambda each: logits[each])
+        text.append(token)
+        allowed.add(token)
+    counters = out.counters
+    assert out.exit_layers == [5] * 15 and counters.deep_passes == 0 and counters.block_runs == 5 * 15
+    n = [len({*model.frequent_ids[:12].tolist(), *PROMPT, *out.tokens[:i]}) for i in range(15)]
+    assert counters.head_flops == sum(2 * 32 * each for each in n)  # two operations a weight, none over the vocabulary
+
+
+def test_verified_the_head_takes_all_rows_that_owe_it_at_once(model_with_ids):
+    """Exits at L alone, four drafts at most: then a pass to the top, whose head sees the four and the newest."""
+    model = model_with_ids(1)
+    config = DecodeConfig(max_new_tokens=16, confidence="softmax", threshold=0.0, exit_layers=(5,), shortlist=49, max_owed=4, verify=True)
+    counters = Counters()
+    tokens = [token.id for token in stream(model, PROMPT, config, counters)]
+    assert tokens == full_text(model, PROMPT, 16)
+    assert counters.deep_passes < 16 / 2 and counters.drafted > counters.deep_passes
+    assert counters.deep_rows == counters.deep_passes - (counters.drafted - 4 * (counters.deep_passes - 1) < 4)
+
+
+def test_missing_tokens_are_counted_where_the_full_model_speaks(model_with_ids):
+    model = model_with_ids(2)
+    config = DecodeConfig(max_new_tokens=40, confidence="softmax", threshold=0.9, exit_layers=(5,), shortlist=3)
+    out = generate(model, PROMPT, config)
+    assert 0 < out.counters.missed <= out.counters.pruned_deep == out.counters.deep_passes
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"exit_layers": (5,)}, "layer 5 is not an exit of a model of 5 layers; choose from 1 to 4"),
+    ({"exit_layers": (6,), "shortlist": 10}, "layer 6 is not an exit"),
+    ({"shortlist": 10}, "shortlist is 10, but the checkpoint holds no counts of ids"),
+    ({"shortlist": 1}, "shortlist is 1; it must be at least 2"),
+])  # fmt: skip
+def test_what_a_shortlist_needs_is_said(tiny_model, changes, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_model(0), PROMPT, DecodeConfig(confidence="softmax", **changes))
+
+
+def test_a_shortlist_beyond_the_ids_counted_is_refused(model_with_ids):
+    with pytest.raises(ValueError, match="shortlist is 20, but only 8 ids occurred in the corpus"):
+        generate(model_with_ids(0, count=8), PROMPT, DecodeConfig(confidence="softmax", shortlist=20))

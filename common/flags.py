@@ -24,11 +24,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser: argparse.ArgumentParser, defaults, title: str, skip: tuple[str, ...] = ()) -> None:
-    """Adds --field-name for every field of a config, its default shown; a flag that is not given leaves nothing in the parsed arguments."""
-    group = parser.add_argument_group(title)
+    """Adds --field-name for every field of a config, its default shown; a flag that is not given leaves nothing in the parsed
+    arguments. The help lists fields without a group of their own under `title`, the others under their groups."""
+    groups = {"": parser.add_argument_group(title)}
     kinds = typing.get_type_hints(type(defaults))
     for field in (field for field in dataclasses.fields(defaults) if field.name not in skip):
         kind, default = kinds[field.name], getattr(defaults, field.name)
+        name = field.metadata["group"]
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        group = groups[name]
         flag = "--" + field.name.replace("_", "-")
         default = (",".join(map(str, default)) or "none") if isinstance(default, tuple) else default
         text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import sys
+import traceback
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from common.errors import UserError
 from model import ModelConfig, Transformer
-from train import TrainConfig
-from training import losses
-from training.losses import Objective, classifier_loss, exit_loss, hidden_loss, layers_of_step, monotone, shares, skipped_layers
+from training import chunked, losses
+from training.chunked import chunked_sum
+from training.losses import (
+    LOSSES,
+    Exits,
+    ask_loss,
+    classifier_loss,
+    cross_entropy,
+    divergence,
+    find_loss,
+    hidden_loss,
+    monotone,
+    plain_sum,
+    register_loss,
+    shares,
+    sum_of_losses,
+)
+from training.objective import Objective, skipped_layers
+from training.settings import TrainConfig
 
 SHAPE = ModelConfig(vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2))
 CONFIG = TrainConfig(exits=(1, 2), device="cpu")
@@ -35,6 +54,11 @@ def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tokens[:, :-1], targets.flatten(), torch.tensor([[1] * 7 + [2] * 5] * 2)
 
 
+def exits_of(model: Transformer, config: TrainConfig = CONFIG, step: int = 0) -> Exits:
+    inputs, targets, documents = batch()
+    return Exits(model, config, step, model.hidden_states(inputs, documents), targets)
+
+
 def gradients(model: Transformer, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     slopes = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
     return dict(zip(dict(model.named_parameters()), slopes))
@@ -51,14 +75,19 @@ def gradients(model: Transformer, loss: torch.Tensor) -> dict[str, torch.Tensor]
     ("hidden", [[2, 6, 12], [3, 8, 12], [4, 12], [2, 6, 12]]),
 ])  # fmt: skip
 def test_layers_of_a_step_by_hand(loss, by_hand):
-    config = TrainConfig(loss=loss, exits=(2, 3, 4, 6, 8), per_step=2)
-    assert [layers_of_step(config, 12, step) for step in range(4)] == by_hand
+    config = TrainConfig(loss=loss, exits=(2, 3, 4, 6, 8), per_step=2, device="cpu")
+    model = untrained(n_layers=12, exit_norms=())
+    for step in range(4):
+        exits = exits_of(model, config, step)
+        find_loss(loss)(exits)
+        assert sorted(exits.asked) == by_hand[step]
 
 
 @pytest.mark.parametrize("exits, per_step, period", [(6, 2, 3), (5, 2, 3), (5, 4, 2), (7, 1, 7), (3, 8, 1), (0, 2, 1)])
 def test_rotation_visits_every_exit_equally_often_and_the_last_layer_always(exits, per_step, period):
-    config = TrainConfig(loss="rotate", exits=tuple(range(1, exits + 1)), per_step=per_step)
-    steps = [layers_of_step(config, 9, step) for step in range(3 * period)]
+    config = TrainConfig(loss="rotate", exits=tuple(range(1, exits + 1)), per_step=per_step, device="cpu")
+    model = untrained(n_layers=9, exit_norms=())
+    steps = [exits_of(model, config, step).in_turn() for step in range(3 * period)]
     assert sorted(itertools.chain(*(layers[:-1] for layers in steps))) == sorted(config.exits * 3)
     assert all(layers[-1] == 9 and len(layers) - 1 <= per_step for layers in steps)
 
@@ -93,7 +122,7 @@ def test_recomputing_changes_no_gradient():
     runs, found, counts = [], [], []
     model.blocks[1].register_forward_pre_hook(lambda *_: runs.append(1))
     for each in (False, True):
-        found.append(gradients(model, Objective(model, replace(CONFIG, recompute=each))(*batch(), [1, 2, 3])[0]))
+        found.append(gradients(model, Objective(model, replace(CONFIG, recompute=each))(*batch(), 0)[0]))
         counts.append(len(runs))
     assert_close(found[1], found[0], rtol=0, atol=0)
     assert counts == [1, 3]  # once, and twice
@@ -101,7 +130,7 @@ def test_recomputing_changes_no_gradient():
 
 def test_a_layer_left_out_of_a_step_learns_nothing():
     model = untrained()
-    slopes = gradients(model, Objective(model, CONFIG)(*batch(), [1, 2, 3], frozenset({2}))[0])
+    slopes = gradients(model, Objective(model, CONFIG)(*batch(), 0, frozenset({2}))[0])
     moved = {name.split(".")[1] for name, slope in slopes.items() if name.startswith("blocks") and slope.abs().sum() > 0}
     assert moved == {"0", "2"}
 
@@ -121,36 +150,50 @@ def by_definition(model: Transformer, rows, targets, weights: dict[int, float], 
 
 
 @pytest.mark.parametrize("distill", [False, True])
-@pytest.mark.parametrize("chunk", [1, 300 * 4, 2**24])  # one target at a time, four, all
+@pytest.mark.parametrize("chunk", [None, 1, 300 * 4, 2**24])  # the plain sum; one target at a time, four, all
 @pytest.mark.parametrize("shape", [{}, {"tie_embeddings": False, "adapter_rank": 3}, {"logit_cap": 2.0}])
 @pytest.mark.parametrize("weights", [{1: 0.2, 2: 0.3, 3: 0.5}, {1: 0.4, 2: 0.6}])  # the last layer trained, or only there
 def test_value_and_gradient_are_those_of_the_definition(distill, chunk, shape, weights, monkeypatch):
-    monkeypatch.setitem(losses.CHUNK, "cpu", chunk)
-    monkeypatch.setattr(losses, "FEWEST", 1)
+    monkeypatch.setitem(chunked.CHUNK, "cpu", chunk or 1)
+    monkeypatch.setattr(chunked, "FEWEST", 1)
+    form, each = chunked_sum if chunk else plain_sum, divergence if distill else cross_entropy
     model, (inputs, targets, documents) = untrained(**shape), batch()
     learned = targets >= 0
-    rows = {layer: state[learned] for layer, state in enumerate(model.hidden_states(inputs, documents)) if layer}
-    expected = by_definition(model, rows, targets[learned], weights, distill)
-    found, each, agreed = exit_loss(model, rows, targets[learned], weights, distill, compare=True)
+
+    def rows():
+        states = model.hidden_states(inputs, documents)
+        return {layer: state[learned] for layer, state in enumerate(states) if layer}
+
+    expected = by_definition(model, rows(), targets[learned], weights, distill)
+    found, by_layer, agreed = form(model, rows(), targets[learned], weights, each, compare=True)
     assert_close(found, expected)
-    assert_close(sum(weights[layer] * loss for layer, loss in each.items()), expected.detach())
-    wanted = gradients(model, 3 * by_definition(model, {l: model.hidden_states(inputs, documents)[l][learned] for l in rows},  # noqa: E741
-                                                targets[learned], weights, distill))  # fmt: skip
-    assert_close(gradients(model, 3 * found), wanted, rtol=1e-4, atol=1e-6)
-    final = model.head(rows[3]).argmax(-1)
+    assert_close(sum(weights[layer] * loss for layer, loss in by_layer.items()), expected.detach())
+    assert_close(gradients(model, 3 * found), gradients(model, 3 * expected), rtol=1e-4, atol=1e-6)
+    final = model.head(rows()[3]).argmax(-1)
     assert {layer: same.tolist() for layer, same in agreed.items()} == {
-        layer: (model.head(rows[layer], layer).argmax(-1) == final).tolist() for layer in (1, 2)
+        layer: (model.head(rows()[layer], layer).argmax(-1) == final).tolist() for layer in (1, 2)
     }
+
+
+def test_few_logits_are_kept_and_many_are_made_chunk_by_chunk(monkeypatch):
+    """14 targets at 3 layers of 300 pieces are 12,600 logits."""
+    used, exits = [], exits_of(untrained())
+    for name in ("plain_sum", "chunked_sum"):
+        monkeypatch.setattr(losses, name, lambda *_, name=name: used.append(name))
+    for most in (12_600, 12_599):
+        monkeypatch.setitem(chunked.CHUNK, "cpu", most)
+        sum_of_losses(exits.model, {}, exits.targets, {1: 0.2, 2: 0.3, 3: 0.5})
+    assert used == ["plain_sum", "chunked_sum"]
 
 
 def test_logits_of_one_exit_and_one_chunk_at_a_time_are_made(monkeypatch):
     """Of the last layer and two exits, 14 targets in chunks of 4: twelve products, none larger than a chunk."""
     model, (inputs, targets, documents), sizes = untrained(), batch(), []
-    monkeypatch.setitem(losses.CHUNK, "cpu", 4 * 300)
-    monkeypatch.setattr(losses, "FEWEST", 1)
+    monkeypatch.setitem(chunked.CHUNK, "cpu", 4 * 300)
+    monkeypatch.setattr(chunked, "FEWEST", 1)
     score = model.score
     monkeypatch.setattr(model, "score", lambda normed, weight: sizes.append(len(normed)) or score(normed, weight))
-    Objective(model, CONFIG)(inputs, targets, documents, [1, 2, 3])[0].backward()
+    Objective(model, CONFIG)(inputs, targets, documents, 0)[0].backward()
     assert sorted(sizes) == [2] * 3 + [4] * 9
 
 
@@ -158,16 +201,16 @@ def test_only_the_exits_of_a_step_pay_for_a_head(monkeypatch):
     model, asked = untrained(), []
     exit_norm = model.exit_norm
     monkeypatch.setattr(model, "exit_norm", lambda hidden, layer: asked.append(layer) or exit_norm(hidden, layer))
-    Objective(model, CONFIG)(*batch(), [2, 3])
-    assert asked == [3, 2]
+    Objective(model, replace(CONFIG, per_step=1))(*batch(), 1)
+    assert sorted(asked) == [2, 3]
 
 
 def test_distillation_teaches_the_exits_and_leaves_the_last_distribution_to_its_own_loss():
     """A last layer that is all that is trained gets the same gradient from `distill` as from `none`, but for its share."""
     model, (inputs, targets, documents) = untrained(tie_embeddings=False), batch()
     rows = {layer: state[targets >= 0].detach() for layer, state in enumerate(model.hidden_states(inputs, documents)) if layer}
-    last = gradients(model, exit_loss(model, rows, targets[targets >= 0], {2: 0.5, 3: 0.5}, distill=True)[0])
-    alone = gradients(model, exit_loss(model, rows, targets[targets >= 0], {3: 1.0})[0])
+    last = gradients(model, sum_of_losses(model, rows, targets[targets >= 0], {2: 0.5, 3: 0.5}, divergence)[0])
+    alone = gradients(model, sum_of_losses(model, rows, targets[targets >= 0], {3: 1.0})[0])
     assert_close(last["norm"], 0.5 * alone["norm"])
     assert last["exit_norms.2"].abs().sum() > 0 and last["exit_norms.1"].abs().sum() == 0
 
@@ -197,11 +240,115 @@ def test_hidden_loss_by_hand():
 
 def test_the_objective_adds_the_hidden_loss_below_the_first_exit_of_the_step():
     model, inputs = untrained(), batch()
-    plain, last = Objective(model, CONFIG)(*inputs, [1, 2, 3])
-    found, same = Objective(model, replace(CONFIG, loss="hidden", hidden_weight=0.3))(*inputs, [1, 2, 3])
+    plain, last = Objective(model, CONFIG)(*inputs, 0)
+    found, same = Objective(model, replace(CONFIG, loss="hidden", hidden_weight=0.3))(*inputs, 0)
     states = [state[inputs[1] >= 0] for state in model.hidden_states(inputs[0], inputs[2])[1:]]
     assert_close(found, plain + 0.3 * min(F.mse_loss(states[0], states[1]), F.mse_loss(states[0], states[2])))
     assert_close(same, last)
+
+
+# ---------------------------------------------------------------- losses of the user's own
+
+OWN = """
+import torch.nn.functional as F
+
+def smoothed(logits, targets, final):
+    return F.cross_entropy(logits, targets, reduction="none", label_smoothing=0.1)
+
+def smooth(exits):
+    return exits.weighted_sum(exits.in_turn(), smoothed)
+
+def by_hand(exits):
+    return sum(F.cross_entropy(exits.logits(layer), exits.targets) for layer in exits.every()) / len(exits.every())
+
+def fails(exits):
+    return exits.no_such_thing
+
+def not_a_number(exits):
+    return smooth(exits) * float("nan")
+
+vector = lambda exits: exits.state(1)
+nothing = lambda exits: None
+constant = lambda exits: exits.state(1).detach().mean()
+mean = lambda exits: exits.weighted_sum(exits.in_turn(), lambda logits, targets, final: F.cross_entropy(logits, targets))
+answer = 42
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module of the user's: own_losses."""
+    (tmp_path / "own_losses.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path / "own_losses.py"
+    sys.modules.pop("own_losses", None)
+
+
+def test_a_loss_of_ones_own_is_asked_like_the_others(own):
+    """Label smoothing by its definition: a tenth of the mean of -log p over all pieces, nine tenths of the target's."""
+    model, weights = untrained(), {1: 1 / 6, 2: 2 / 6, 3: 3 / 6}
+    found = ask_loss("own_losses:smooth", exits_of(model))
+    expected, exits = 0, exits_of(model)
+    for layer, weight in weights.items():
+        costs = -exits.logits(layer).log_softmax(-1)  # (N, V)
+        expected = expected + weight * (0.9 * costs[range(14), exits.targets] + 0.1 * costs.mean(-1)).mean()
+    assert_close(found, expected)
+    assert_close(gradients(model, found), gradients(model, expected), rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_may_ask_for_logits_by_itself_and_classifiers_learn_all_the_same(own):
+    model = untrained(classifiers=(1, 2))
+    config = replace(CONFIG, loss="own_losses:by_hand", classifier=True)
+    loss, logged = Objective(model, config)(*batch(), 0)
+    exits = exits_of(model)
+    means = [F.cross_entropy(exits.logits(layer), exits.targets) for layer in (1, 2, 3)]
+    assert_close(logged, sum(means).detach() / 3)
+    learned = [exits_of(model).agreement(layer) for layer in (1, 2)]
+    extra = [classifier_loss(model, exits.state(layer), layer, same) for layer, same in zip((1, 2), learned)]
+    assert_close(loss, sum(means) / 3 + sum(extra) / 2)
+
+
+def test_a_registered_loss_is_chosen_by_its_name(monkeypatch):
+    monkeypatch.setattr(losses, "LOSSES", dict(LOSSES))
+
+    @register_loss("top")
+    def top(exits):
+        return exits.weighted_sum([exits.last])
+
+    assert TrainConfig(loss="top").loss == "top" and find_loss("top") is top
+    assert ask_loss("top", exits_of(untrained())) == ask_loss("none", exits_of(untrained()))
+
+
+@pytest.mark.parametrize("name, said", [
+    ("vector", "own_losses.py) gave torch.float32 of shape (14, 32); it must give a scalar, for example .mean()"),
+    ("nothing", "own_losses.py) gave NoneType; it must give a scalar tensor"),
+    ("constant", "own_losses.py) gave a value without a gradient"),
+    ("mean", "gave (); it must give one loss a target, (14,)"),
+])  # fmt: skip
+def test_what_a_loss_gives_wrongly_is_said_with_its_name_and_file(name, said, own):
+    with pytest.raises(UserError) as error:
+        ask_loss(f"own_losses:{name}", exits_of(untrained()))
+    assert said in str(error.value) and f"loss own_losses:{name} (" in str(error.value)
+
+
+def test_an_exception_in_a_loss_names_it_and_keeps_its_traceback(own):
+    with pytest.raises(RuntimeError, match=r"loss own_losses:fails \(.*own_losses.py\) failed") as error:
+        ask_loss("own_losses:fails", exits_of(untrained()))
+    assert isinstance(error.value.__cause__, AttributeError) and not isinstance(error.value, UserError)
+    assert "return exits.no_such_thing" in "".join(traceback.format_exception(error.value))
+
+
+@pytest.mark.parametrize("name, said", [
+    ("mean", "unknown loss 'mean'; choose from none, weighted, rotate, distill, hidden, or package.module:function"),
+    ("own_losses:mine", "cannot be loaded: module 'own_losses' has no attribute 'mine'"),
+    ("no_such_file:mine", "cannot be loaded: No module named 'no_such_file'"),
+    ("own_losses:answer", "is not a function"),
+    (":", "cannot be loaded"),
+])  # fmt: skip
+def test_a_loss_that_is_not_there_is_said_to_be(name, said, own):
+    with pytest.raises(UserError) as error:
+        TrainConfig(loss=name)
+    assert said in str(error.value)
 
 
 # ---------------------------------------------------------------- classifiers, heads alone
@@ -239,5 +386,5 @@ def test_heads_alone_learn_and_nothing_else(loss):
     trained = {name for name, weight in model.named_parameters() if name.startswith(("exit_norms", "adapters", "classifiers"))}
     for name, weight in model.named_parameters():
         weight.requires_grad_(name in trained)
-    Objective(model, config)(*batch(), [1, 2, 3])[0].backward()
+    Objective(model, config)(*batch(), 0)[0].backward()
     assert {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.abs().sum() > 0} == trained

@@ -25,10 +25,15 @@ from formats import data
 from formats.checkpoint import read_checkpoint, save_checkpoint
 from formats.tokenizer import encode_prompt
 from model import Block, ModelConfig, Transformer, load_checkpoint
-from train import TrainConfig, learning_rate, make_model, make_optimizer, shape_from, train_step
+from train import train_step
 from training import batches as batching
 from training import losses
-from training.losses import Objective, exit_loss
+from training.losses import sum_of_losses
+from training.objective import Objective
+from training.optimizer import learning_rate, make_optimizer
+from training.settings import TrainConfig
+from training.start import load_data, make_model, prepare_data, prepare_tokenizer, shape_from
+from training.validation import validate
 
 SHAPE = ModelConfig(vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2))
 WORDS = {"one": "un", "two": "deux", "three": "trois", "four": "quatre", "five": "cinq", "six": "six", "seven": "sept", "eight": "huit"}
@@ -59,7 +64,7 @@ def config(files):
 def finished(config, tmp_path_factory):
     """A training that nobody interrupted: its folder and the weights it ended with."""
     folder = tmp_path_factory.mktemp("finished")
-    return folder, weights(train.train(config, SHAPE, folder))
+    return folder, weights(train.run_training(config, SHAPE, folder))
 
 
 def untrained() -> Transformer:
@@ -118,9 +123,9 @@ def test_packed_documents_do_not_see_each_other(tiny_model):
 @pytest.mark.parametrize("loss, taught", [("none", [3]), ("weighted", [1, 2, 3]), ("rotate", [1, 2, 3])])
 def test_weighted_and_rotate_teach_every_exit_and_none_the_last_layer_alone(loss, taught, config, tmp_path):
     config = dataclasses.replace(config, loss=loss, max_steps=60, validate_every=60)
-    model = train.train(config, SHAPE, tmp_path)
-    dev = train.prepare_data(config.dev, train.prepare_tokenizer(config, tmp_path, SHAPE.vocab_size), tmp_path, config.length)
-    before, after = (train.validate(each, dev, config) for each in (untrained(), model))
+    model = train.run_training(config, SHAPE, tmp_path)
+    dev = prepare_data(config.dev, prepare_tokenizer(config, tmp_path, SHAPE.vocab_size), tmp_path, config.length)
+    before, after = (validate(each, dev, config) for each in (untrained(), model))
     assert all(after[layer][0] < 0.5 * before[layer][0] for layer in taught)
     assert [layer for layer in (1, 2) if not torch.equal(model.exit_norms[str(layer)], torch.ones(32))] == taught[:-1]
 
@@ -153,15 +158,15 @@ def test_only_matrices_decay():
         assert_close(weight.detach(), before[name] * (1 - 0.5 * 0.1 if weight.dim() == 2 else 1))
 
 
-def test_accumulation_averages_the_means_of_the_micro_batches():
-    """However many targets each has: it is not the mean over all targets of the step."""
+def test_every_target_of_a_step_weighs_alike_in_whichever_micro_batch_it_lies():
     model, parts = untrained(), [random_batch(learned=9, seed=1), random_batch(learned=2, seed=2)]
     config = TrainConfig(loss="none", rows=2, accumulate=2, lr=0.1, warmup=0, clip=1e9, device="cpu")
     means, before = [mean_loss(model, part) for part in parts], weights(model)
-    slopes = torch.autograd.grad(sum(means) / 2, list(model.parameters()), materialize_grads=True)
+    mean = (9 * means[0] + 2 * means[1]) / 11
+    slopes = torch.autograd.grad(mean, list(model.parameters()), materialize_grads=True)
     loss = train_step(Objective(model, config), torch.optim.SGD(model.parameters()), iter(parts), config, step=0)
-    assert loss == pytest.approx((means[0] + means[1]).item() / 2, rel=1e-5)
-    assert loss != pytest.approx((9 * means[0] + 2 * means[1]).item() / 11, rel=1e-5)
+    assert loss == pytest.approx(mean.item(), rel=1e-5)
+    assert loss != pytest.approx((means[0] + means[1]).item() / 2, rel=1e-5)
     for (name, weight), slope in zip(model.named_parameters(), slopes):
         assert_close(weight.detach(), before[name] - 0.1 * slope, rtol=1e-5, atol=1e-6)
 
@@ -188,7 +193,7 @@ def test_bfloat16_rounds_the_activations_and_keeps_the_weights_in_float32():
 def test_compiled_blocks_learn_the_same(config, finished, tmp_path, monkeypatch):
     """Every block captured as one graph, then run without generating code: that takes torch a compiler and half a minute."""
     monkeypatch.setattr(Block, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager", fullgraph=True))
-    model = train.train(dataclasses.replace(config, compile=True), SHAPE, tmp_path)
+    model = train.run_training(dataclasses.replace(config, compile=True), SHAPE, tmp_path)
     assert all(block._compiled_call_impl for block in model.blocks)
     assert_close(weights(model), finished[1], rtol=0, atol=1e-4)
 
@@ -251,7 +256,7 @@ def test_a_training_killed_while_it_saves_goes_on_to_the_same_weights(config, fi
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     model, tokenizer = load_checkpoint(tmp_path / "checkpoint.pt")  # the first save is whole
     assert model(torch.tensor([tokenizer.encode("one")])).isfinite().all()
-    model = train.train(dataclasses.replace(config, save_every=4, validate_every=1), SHAPE, tmp_path)  # these two may change
+    model = train.run_training(dataclasses.replace(config, save_every=4, validate_every=1), SHAPE, tmp_path)  # these two may change
     assert "going on from" in (said := capsys.readouterr().out) and "at step 5" in said
     assert_close(weights(model), finished[1], **EXACT)
     assert not list(tmp_path.glob("*.part"))
@@ -263,12 +268,12 @@ def test_a_loss_that_is_not_a_number_changes_no_weight_and_no_checkpoint(config,
     def poisoned(model, *batch):
         calls.append((model, weights(model)))
         factor = math.nan if len(calls) == 16 else 1  # step 7, second micro-batch
-        loss, losses, agreed = exit_loss(model, *batch)
+        loss, losses, agreed = sum_of_losses(model, *batch)
         return factor * loss, {layer: factor * loss for layer, loss in losses.items()}, agreed
 
-    monkeypatch.setattr(losses, "exit_loss", poisoned)
+    monkeypatch.setattr(losses, "sum_of_losses", poisoned)
     with pytest.raises(ValueError, match=r"the loss is nan.* at step 7"):
-        train.train(config, SHAPE, tmp_path)
+        train.run_training(config, SHAPE, tmp_path)
     model, before = calls[-1]
     assert_close(weights(model), before, **EXACT)
     assert read_checkpoint(tmp_path / "checkpoint.pt")["training"]["step"] == 5 and not (tmp_path / "model.pt").exists()
@@ -283,7 +288,7 @@ def test_a_training_killed_at_a_random_step_goes_on_to_the_same_weights(config, 
         time.sleep(0.001)
     running.kill()
     assert running.wait() == -signal.SIGKILL, running.stderr.read()
-    assert_close(weights(train.train(config, SHAPE, tmp_path)), finished[1], **EXACT)
+    assert_close(weights(train.run_training(config, SHAPE, tmp_path)), finished[1], **EXACT)
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
 
@@ -300,19 +305,19 @@ def write_then_signal(log, row):
     if row.get("loss") and row["step"] == 3:
         os.kill(os.getpid(), {int(number)})
 runs.Log.write = write_then_signal
-save = train.save_checkpoint
-train.save_checkpoint = lambda *args, **more: (os.kill(os.getpid(), {int(number)}), save(*args, **more))  # an impatient user
+save = runs.save_checkpoint
+runs.save_checkpoint = lambda *args, **more: (os.kill(os.getpid(), {int(number)}), save(*args, **more))  # an impatient user
 run(train.main)
 """
     ended = python("-c", code, f"--out={tmp_path}", *flags(dataclasses.replace(config, save_every=100), SHAPE))
     assert ended.returncode == 128 + number and "is at step 3 of 12, and the same command goes on" in ended.stdout
     assert read_checkpoint(tmp_path / "checkpoint.pt")["training"]["step"] == 3 and not (tmp_path / "model.pt").exists()
-    assert_close(weights(train.train(config, SHAPE, tmp_path)), finished[1], **EXACT)
+    assert_close(weights(train.run_training(config, SHAPE, tmp_path)), finished[1], **EXACT)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_whole(config, finished, tmp_path):
     """A limit on the size of files stands for the disk."""
-    train.train(dataclasses.replace(config, max_steps=5, save_every=5), SHAPE, tmp_path)
+    train.run_training(dataclasses.replace(config, max_steps=5, save_every=5), SHAPE, tmp_path)
     (tmp_path / "model.pt").unlink()
     size = (tmp_path / "checkpoint.pt").stat().st_size
     limited = f"import resource, signal, train; from common.errors import run; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
@@ -325,13 +330,13 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(config, finished, tmp_pa
 def test_a_model_that_is_there_is_overwritten_only_when_asked(config, finished, tmp_path):
     (tmp_path / "model.pt").write_bytes(b"precious")
     with pytest.raises(ValueError, match=r"model.pt is there already; give another --out, or --overwrite"):
-        train.train(config, SHAPE, tmp_path)
+        train.run_training(config, SHAPE, tmp_path)
     assert (tmp_path / "model.pt").read_bytes() == b"precious"
     other = dataclasses.replace(config, lr=0.02)
-    train.train(dataclasses.replace(other, max_steps=2), SHAPE, tmp_path, overwrite=True)
+    train.run_training(dataclasses.replace(other, max_steps=2), SHAPE, tmp_path, overwrite=True)
     with pytest.raises(ValueError, match="was trained with lr"):
-        train.train(config, SHAPE, tmp_path)
-    assert_close(weights(train.train(config, SHAPE, tmp_path, overwrite=True)), finished[1], **EXACT)
+        train.run_training(config, SHAPE, tmp_path)
+    assert_close(weights(train.run_training(config, SHAPE, tmp_path, overwrite=True)), finished[1], **EXACT)
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -351,7 +356,7 @@ def tuned(config, finished, tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("heads")
     heads = dataclasses.replace(config, init=str(finished[0] / "model.pt"), train="heads", loss="weighted", classifier=True, max_steps=40,
                                 dtype=request.param)  # fmt: skip
-    train.train(heads, shape_from(heads, {"adapter_rank": 4}), folder)
+    train.run_training(heads, shape_from(heads, {"adapter_rank": 4}), folder)
     return heads, folder
 
 
@@ -367,10 +372,10 @@ def test_heads_alone_leave_the_models_own_output_bit_identical(tuned, finished):
 
 def test_heads_alone_learn_to_agree(tuned):
     heads, folder = tuned
-    (array,) = train.load_arrays(heads, SHAPE, folder)[2].values()
+    (array,) = load_data(heads, SHAPE, folder)[2].values()
     start = make_model(heads, shape_from(heads, {"adapter_rank": 4}))
     model = make_model(dataclasses.replace(heads, init=str(folder / "model.pt")), shape_from(heads, {"adapter_rank": 4}))
-    before, after = (train.validate(each, array, heads) for each in (start, model))
+    before, after = (validate(each, array, heads) for each in (start, model))
     assert after[3] == before[3] and all(after[layer][0] < before[layer][0] for layer in (1, 2))
 
 
@@ -386,7 +391,7 @@ def test_new_heads_begin_as_the_models_own(finished, config):
 
 def test_fine_tuning_starts_from_the_weights_and_the_tokenizer_of_the_checkpoint(finished, config, tmp_path):
     tuning = dataclasses.replace(config, init=str(finished[0] / "model.pt"), max_steps=1, lr=1e-9, warmup=0)
-    model = train.train(tuning, shape_from(tuning, {}), tmp_path)
+    model = train.run_training(tuning, shape_from(tuning, {}), tmp_path)
     start, _ = load_checkpoint(finished[0] / "model.pt", plain=True)
     assert_close(weights(model), weights(start), rtol=0, atol=1e-6)
     made, given = (torch.load(folder / "model.pt") for folder in (tmp_path, finished[0]))
@@ -402,7 +407,7 @@ def test_fine_tuning_starts_from_the_weights_and_the_tokenizer_of_the_checkpoint
 def test_a_shape_that_drops_or_resizes_heads_of_init_is_refused_before_training(change, complaint, tuned, config, tmp_path):
     tuning = dataclasses.replace(config, init=str(tuned[1] / "model.pt"))
     with pytest.raises(ValueError, match=complaint):
-        train.train(tuning, shape_from(tuning, change), tmp_path / "run")
+        train.run_training(tuning, shape_from(tuning, change), tmp_path / "run")
 
 
 def test_a_checkpoint_that_lacks_a_weight_is_not_trained_from(finished, config, tmp_path):
@@ -411,7 +416,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_not_trained_from(finished, config, 
     torch.save(content, tmp_path / "less.pt")
     tuning = dataclasses.replace(config, init=str(tmp_path / "less.pt"))
     with pytest.raises(ValueError, match=r"less.pt: the weights do not fit the model .*blocks.1.qkv is missing"):
-        train.train(tuning, shape_from(tuning, {}), tmp_path / "run")
+        train.run_training(tuning, shape_from(tuning, {}), tmp_path / "run")
     (content["config"])["colour"] = 1
     torch.save(content, tmp_path / "less.pt")
     with pytest.raises(ValueError, match=r"less.pt: the weights do not fit"):
@@ -422,24 +427,24 @@ def test_a_checkpoint_is_not_overwritten_by_what_starts_from_it(tuned):
     before = contents(tuned[1])
     with pytest.raises(ValueError, match=r"model.pt: is in --out, where it would be overwritten"):
         again = dataclasses.replace(tuned[0], init=str(tuned[1] / "model.pt"))
-        train.train(again, shape_from(again, {}), tuned[1], overwrite=True)
+        train.run_training(again, shape_from(again, {}), tuned[1], overwrite=True)
     assert contents(tuned[1]) == before
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(finished, config, tmp_path):
     big = dataclasses.replace(config, tokenizer=str(finished[0] / "model.pt"))
     with pytest.raises(ValueError, match=r"model.pt: its tokenizer has 300 pieces, the model only 200"):
-        train.train(big, dataclasses.replace(SHAPE, vocab_size=200), tmp_path)
+        train.run_training(big, dataclasses.replace(SHAPE, vocab_size=200), tmp_path)
 
 
 def test_changed_data_ends_a_resume_though_the_tokenizer_is_given(finished, config, tmp_path):
     mine = tmp_path / "mine.tsv"
     mine.write_text(Path(config.data[0]).read_text())
     given = dataclasses.replace(config, data=(str(mine),), tokenizer=str(finished[0] / "model.pt"), max_steps=2)
-    train.train(given, SHAPE, tmp_path / "run")
+    train.run_training(given, SHAPE, tmp_path / "run")
     mine.write_text(Path(config.data[0]).read_text() + "one\tun\n")
     with pytest.raises(ValueError, match="the training files have changed since"):
-        train.train(dataclasses.replace(given, max_steps=4), SHAPE, tmp_path / "run")
+        train.run_training(dataclasses.replace(given, max_steps=4), SHAPE, tmp_path / "run")
 
 
 def test_a_step_leaves_out_the_layers_that_are_drawn(config, monkeypatch):
@@ -453,14 +458,14 @@ def test_a_step_leaves_out_the_layers_that_are_drawn(config, monkeypatch):
 
 def test_prepared_data_trains_the_same(config, finished, files, tmp_path):
     model = tmp_path / "own.model"
-    model.write_bytes(train.prepare_tokenizer(config, finished[0], SHAPE.vocab_size))
+    model.write_bytes(prepare_tokenizer(config, finished[0], SHAPE.vocab_size))
     batching.prepare_file(config.data, model.read_bytes(), tmp_path / "own.npy", config.length)
     ready = dataclasses.replace(config, data=(str(tmp_path / "own.npy"),), tokenizer=str(model))
-    assert_close(weights(train.train(ready, SHAPE, tmp_path / "run")), finished[1], **EXACT)
+    assert_close(weights(train.run_training(ready, SHAPE, tmp_path / "run")), finished[1], **EXACT)
     with pytest.raises(ValueError, match="a prepared file comes alone"):
-        train.train(dataclasses.replace(ready, data=ready.data * 2), SHAPE, tmp_path / "other")
+        train.run_training(dataclasses.replace(ready, data=ready.data * 2), SHAPE, tmp_path / "other")
     with pytest.raises(ValueError, match="is prepared data; name the tokenizer"):
-        train.train(dataclasses.replace(ready, tokenizer=None), SHAPE, tmp_path / "other")
+        train.run_training(dataclasses.replace(ready, tokenizer=None), SHAPE, tmp_path / "other")
 
 
 def test_two_processes_learn_what_one_learns_from_the_same_global_batch(config, finished, tmp_path):

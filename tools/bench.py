@@ -33,9 +33,14 @@ from formats.data import read_examples, task_file
 from formats.tokenizer import encode_prompt
 from formats.weights import choose_form, choose_head
 from model import ModelConfig, Transformer, load_checkpoint, rope_table
-from train import TrainConfig, autocast, make_model, make_optimizer, on_device, train_step
+from train import train_step
 from training.batches import Batch
-from training.losses import LOSSES, Objective
+from training.losses import LOSSES
+from training.objective import Objective
+from training.optimizer import make_optimizer
+from training.settings import TrainConfig
+from training.start import make_model
+from training.validation import autocast, on_device
 
 PROMPT = 32  # tokens
 

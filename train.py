@@ -145,12 +145,13 @@ def run_training(config: TrainConfig, shape: ModelConfig, folder: Path, overwrit
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
+    parser.usage = "python train.py [--flag VALUE ...]"  # all of them would fill the screen
     add = parser.add_argument
     add("--out", default="runs/default", metavar="FOLDER", help="for checkpoint, log and model (default: %(default)s)")
     add("--overwrite", action="store_true", help="start anew, even if --out holds a training or a model")
     add("--plot", type=Path, metavar="LOG", help="draw the curves of a log.jsonl beside it, and end (needs matplotlib)")
-    add_flags(parser, TrainConfig(), "training")
-    add_flags(parser, ModelConfig(), "model")
+    add_flags(parser, TrainConfig(), "what to train")
+    add_flags(parser, ModelConfig(), "shape of the model; with --init, that of the checkpoint")
     return parser
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -27,10 +28,11 @@ from formats.tokenizer import encode_prompt
 from model import Block, ModelConfig, Transformer, load_checkpoint
 from train import train_step
 from training import batches as batching
-from training import losses
+from training import losses, runs
 from training.losses import sum_of_losses
 from training.objective import Objective
 from training.optimizer import learning_rate, make_optimizer
+from training.runs import locked
 from training.settings import TrainConfig
 from training.start import load_data, make_model, prepare_data, prepare_tokenizer, shape_from
 from training.validation import validate
@@ -339,6 +341,93 @@ def test_a_model_that_is_there_is_overwritten_only_when_asked(config, finished, 
     assert_close(weights(train.run_training(config, SHAPE, tmp_path, overwrite=True)), finished[1], **EXACT)
 
 
+def test_a_second_training_in_the_same_folder_is_refused_until_the_first_has_ended(config, tmp_path):
+    with locked(tmp_path), pytest.raises(ValueError, match="another training is writing there; wait for its end"):
+        train.run_training(config, SHAPE, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    train.run_training(dataclasses.replace(config, max_steps=1), SHAPE, tmp_path)
+
+
+def test_a_killed_training_leaves_no_lock(tmp_path):
+    code = "import os, signal, pathlib; from training.runs import lock; " \
+           "held = lock(pathlib.Path({!r})); os.kill(os.getpid(), signal.SIGKILL)"  # fmt: skip
+    assert python("-c", code.format(str(tmp_path))).returncode == -signal.SIGKILL
+    assert (tmp_path / ".lock").exists()
+    with locked(tmp_path):
+        pass
+
+
+def test_where_there_are_no_locks_it_is_said(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "fcntl", None)
+    with locked(tmp_path), locked(tmp_path):
+        assert f"make sure that no other training writes to {tmp_path}" in capsys.readouterr().out
+
+
+def test_a_log_without_a_checkpoint_is_not_replaced_unless_asked(config, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0, "tokens_per_s": 3}\n')
+    with pytest.raises(ValueError, match=r"log.jsonl is there already, of a training that left no checkpoint to go on"):
+        train.run_training(config, SHAPE, tmp_path)
+    assert losses_of(tmp_path) == [2.0]
+    train.run_training(dataclasses.replace(config, max_steps=2), SHAPE, tmp_path, overwrite=True)
+    assert len(losses_of(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda training: training.pop("optimizer"), "its training lacks its optimizer, so it cannot go on"),
+    (lambda training: training.update(step=-5), "its training is at step -5, which must be at least 0"),
+    (lambda training: training.update(step="five"), "its training lacks its step"),
+    (lambda training: training.update(config=None), "its training lacks its config"),
+    (lambda training: training["optimizer"].clear(), "its optimizer does not fit the model"),
+    (lambda training: training["optimizer"]["state"].clear(), "its optimizer does not fit the model (it holds no moments)"),
+    (lambda training: training["optimizer"]["param_groups"].pop(), "its optimizer does not fit the model"),
+    (lambda training: training["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), "its moments have other shapes"),
+])  # fmt: skip
+def test_a_training_checkpoint_that_cannot_be_gone_on_from_is_said_in_one_line(change, said, config, finished, tmp_path):
+    content = torch.load(finished[0] / "checkpoint.pt")
+    change(content["training"])
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError) as error:
+        train.run_training(config, SHAPE, tmp_path)
+    assert said in str(error.value) and "checkpoint.pt" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_validation_shows_how_far_it_is_batch_by_batch(config, finished, monkeypatch):
+    said = []
+    monkeypatch.setattr(train.tqdm, "set_postfix_str", lambda bar, text: said.append(text))
+    model, _ = load_checkpoint(finished[0] / "model.pt", plain=True)
+    _, _, dev = load_data(config, SHAPE, finished[0])
+    with train.tqdm(disable=True) as bar:
+        validate(model, *dev.values(), config, functools.partial(train.show_validation, bar, config.dev[0]))
+    count = sum(1 for _ in batching.batches(*dev.values(), config.rows, config.length, seed=None))
+    folder = Path(config.dev[0]).parent.name
+    assert said == [f"validating on {folder}/dev.tsv, {done} of 16" for done in range(min(count, 16))] and count > 2
+
+
+def test_a_loss_of_ones_own_that_is_not_a_number_is_named(config, tmp_path, monkeypatch):
+    (tmp_path / "own_nan.py").write_text("def bad(exits):\n    return exits.weighted_sum(exits.every()) * float('nan')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"the loss is nan.* at step 0 of loss own_nan:bad \(.*own_nan.py\)"):
+        train.run_training(dataclasses.replace(config, loss="own_nan:bad"), SHAPE, tmp_path / "run")
+
+
+def test_an_exception_in_a_loss_of_ones_own_ends_the_command_with_its_traceback(config, tmp_path):
+    (tmp_path / "own_fails.py").write_text("def bad(exits):\n    return exits.colour\n")
+    words = flags(dataclasses.replace(config, max_steps=1), SHAPE)
+    code = f"import sys, train; from common.errors import run; sys.path.append({str(tmp_path)!r}); run(train.main)"
+    ended = python("-c", code, f"--out={tmp_path / 'run'}", *words, "--loss=own_fails:bad")
+    assert ended.returncode == 1 and "return exits.colour" in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith(f"RuntimeError: loss own_fails:bad ({tmp_path / 'own_fails.py'})")
+
+
+def test_the_help_begins_with_what_a_beginner_needs(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        train.make_parser().parse_args(["--help"])
+    first = capsys.readouterr().out.split("\nlosses:\n")[0]
+    shown = re.findall(r"^  (--[a-z-]+)", first, re.MULTILINE)
+    assert {"--out", "--data", "--dev", "--init", "--train", "--loss", "--exits", "--max-steps"} <= set(shown)
+    assert len(shown) <= 12
+
+
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
     save_checkpoint(tmp_path / "checkpoint.pt", untrained(), None, training={"step": 1})
     before = contents(tmp_path)
@@ -468,16 +557,40 @@ def test_prepared_data_trains_the_same(config, finished, files, tmp_path):
         train.run_training(dataclasses.replace(ready, tokenizer=None), SHAPE, tmp_path / "other")
 
 
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py")
+
+
+def losses_of(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
 def test_two_processes_learn_what_one_learns_from_the_same_global_batch(config, finished, tmp_path):
-    half = flags(dataclasses.replace(config, accumulate=1), SHAPE)
-    words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", f"--out={tmp_path}", *half)
-    ended = python(*words)
+    ended = python(*TWO, f"--out={tmp_path}", *flags(dataclasses.replace(config, accumulate=1), SHAPE))
     assert ended.returncode == 0, ended.stderr
-    curves = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (tmp_path, finished[0])]
-    losses, expected = ([row["loss"] for row in curve if "loss" in row] for curve in curves)
-    assert losses == pytest.approx(expected, abs=2e-4) and len(losses) == 12
+    losses = losses_of(tmp_path)
+    assert losses == pytest.approx(losses_of(finished[0]), abs=2e-4) and len(losses) == 12
     model, _ = load_checkpoint(tmp_path / "checkpoint.pt", plain=True)
     assert_close(weights(model), finished[1], rtol=0, atol=1e-3)
+
+
+def test_two_processes_with_accumulation_dropout_and_classifiers_learn_what_one_learns(config, tmp_path):
+    """Layers left out and classifiers take no part in some micro-batches; the padding of each differs, and so do its targets.
+    After ten steps the weights agree far closer than they have moved."""
+    shape = dataclasses.replace(SHAPE, classifiers=(1, 2))
+    four = dataclasses.replace(
+        config, accumulate=4, layer_dropout=0.8, classifier=True, loss="distill", max_steps=10, length=24, lr=1e-3
+    )
+    alone = weights(train.run_training(four, shape, tmp_path / "one"))
+    words = flags(dataclasses.replace(four, accumulate=2), shape)
+    ended = python(*TWO, f"--out={tmp_path / 'two'}", "--classifier", *words)
+    assert ended.returncode == 0, ended.stderr
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=2e-4)
+    model, _ = load_checkpoint(tmp_path / "two" / "checkpoint.pt", plain=True)
+    start = weights(make_model(four, shape))
+    for name, weight in weights(model).items():
+        moved = (alone[name] - start[name]).abs().max()
+        assert moved > 1e-3 and (weight - alone[name]).abs().max() < 0.05 * moved, name
 
 
 MISTAKES = {  # a flag -> what the line must say

@@ -119,7 +119,8 @@ def validate_all(training: Run, dev: dict[str, np.ndarray], bar: tqdm) -> None:
 
 def show_validation(bar: tqdm, file: str, done: int) -> None:
     """How far a validation is, beside the progress bar of the training."""
-    bar.set_postfix_str(f"validating on {Path(file).parent.name}/{Path(file).name}, {done} of {VALIDATION_BATCHES}")
+    name = f"{Path(file).parent.name}/{Path(file).name}"
+    bar.set_postfix_str(f"validating on {name}, {done} of at most {VALIDATION_BATCHES} batches")
 
 
 def run_training(config: TrainConfig, shape: ModelConfig, folder: Path, overwrite: bool = False) -> Transformer:

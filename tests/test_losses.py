@@ -34,7 +34,9 @@ from training.losses import (
 from training.objective import Objective, skipped_layers
 from training.settings import TrainConfig
 
-SHAPE = ModelConfig(vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2))
+SHAPE = ModelConfig(
+    vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2)
+)
 CONFIG = TrainConfig(exits=(1, 2), device="cpu")
 
 
@@ -100,14 +102,17 @@ def test_weights_rise_with_depth_or_are_as_given():
 
 
 def test_layers_are_left_out_more_often_the_deeper_they_lie():
-    """Of 4,000 batches, within 4 standard deviations: each layer fails by chance about once in 16,000 runs, and the seed is fixed."""
+    """Of 4,000 batches, within 4 standard deviations: each layer fails by chance about once in 16,000 runs, and the
+    seed is fixed."""
     config, n, count = replace(CONFIG, layer_dropout=0.4), 5, 4000
     drawn = [skipped_layers(config, n, number) for number in range(count)]
     for layer in range(1, n + 1):
         chance = 0.4 * (2 ** ((layer - 1) / 4) - 1)
         seen = sum(layer in skipped for skipped in drawn) / count
         assert abs(seen - chance) <= 4 * math.sqrt(chance * (1 - chance) / count)
-    assert drawn == [skipped_layers(config, n, number) for number in range(count)]  # so that a resumed run draws the same
+    assert drawn == [
+        skipped_layers(config, n, number) for number in range(count)
+    ]  # so that a resumed run draws the same
     assert skipped_layers(CONFIG, n, 3) == frozenset()
 
 
@@ -131,7 +136,9 @@ def test_recomputing_changes_no_gradient():
 def test_a_layer_left_out_of_a_step_learns_nothing():
     model = untrained()
     slopes = gradients(model, Objective(model, CONFIG)(*batch(), 0, frozenset({2}))[0])
-    moved = {name.split(".")[1] for name, slope in slopes.items() if name.startswith("blocks") and slope.abs().sum() > 0}
+    moved = {
+        name.split(".")[1] for name, slope in slopes.items() if name.startswith("blocks") and slope.abs().sum() > 0
+    }
     assert moved == {"0", "2"}
 
 
@@ -152,7 +159,9 @@ def by_definition(model: Transformer, rows, targets, weights: dict[int, float], 
 @pytest.mark.parametrize("distill", [False, True])
 @pytest.mark.parametrize("chunk", [None, 1, 300 * 4, 2**24])  # the plain sum; one target at a time, four, all
 @pytest.mark.parametrize("shape", [{}, {"tie_embeddings": False, "adapter_rank": 3}, {"logit_cap": 2.0}])
-@pytest.mark.parametrize("weights", [{1: 0.2, 2: 0.3, 3: 0.5}, {1: 0.4, 2: 0.6}])  # the last layer trained, or only there
+@pytest.mark.parametrize(
+    "weights", [{1: 0.2, 2: 0.3, 3: 0.5}, {1: 0.4, 2: 0.6}]
+)  # the last layer trained, or only there
 def test_value_and_gradient_are_those_of_the_definition(distill, chunk, shape, weights, monkeypatch):
     monkeypatch.setitem(chunked.CHUNK, "cpu", chunk or 1)
     monkeypatch.setattr(chunked, "FEWEST", 1)
@@ -206,9 +215,14 @@ def test_only_the_exits_of_a_step_pay_for_a_head(monkeypatch):
 
 
 def test_distillation_teaches_the_exits_and_leaves_the_last_distribution_to_its_own_loss():
-    """A last layer that is all that is trained gets the same gradient from `distill` as from `none`, but for its share."""
+    """A last layer that is all that is trained gets the same gradient from `distill` as from `none`, but for its
+    share."""
     model, (inputs, targets, documents) = untrained(tie_embeddings=False), batch()
-    rows = {layer: state[targets >= 0].detach() for layer, state in enumerate(model.hidden_states(inputs, documents)) if layer}
+    rows = {
+        layer: state[targets >= 0].detach()
+        for layer, state in enumerate(model.hidden_states(inputs, documents))
+        if layer
+    }
     last = gradients(model, sum_of_losses(model, rows, targets[targets >= 0], {2: 0.5, 3: 0.5}, divergence)[0])
     alone = gradients(model, sum_of_losses(model, rows, targets[targets >= 0], {3: 1.0})[0])
     assert_close(last["norm"], 0.5 * alone["norm"])
@@ -229,7 +243,8 @@ def test_monotone_matching_is_the_best_of_all():
 
 
 def test_hidden_loss_by_hand():
-    """Of the four layers 0, 5 | 4, 6 the lower is closest to 4, the higher to either; both match 4, at 16 and 1. Only they learn."""
+    """Of the four layers 0, 5 | 4, 6 the lower is closest to 4, the higher to either; both match 4, at 16 and 1. Only
+    they learn."""
     states = [torch.full((3, 2), value, requires_grad=True) for value in (0.0, 5.0, 4.0, 6.0)]
     loss = hidden_loss(states, 2)
     assert loss.item() == pytest.approx((16 + 1) / 2)
@@ -264,13 +279,10 @@ def by_hand(exits):
 def fails(exits):
     return exits.no_such_thing
 
-def not_a_number(exits):
-    return smooth(exits) * float("nan")
-
 vector = lambda exits: exits.state(1)
 nothing = lambda exits: None
 constant = lambda exits: exits.state(1).detach().mean()
-mean = lambda exits: exits.weighted_sum(exits.in_turn(), lambda logits, targets, final: F.cross_entropy(logits, targets))
+mean = lambda exits: exits.weighted_sum([1, 3], lambda logits, targets, final: F.cross_entropy(logits, targets))
 answer = 42
 """
 
@@ -383,8 +395,12 @@ def test_a_classifier_learns_to_tell_agreement():
 def test_heads_alone_learn_and_nothing_else(loss):
     model = untrained(adapter_rank=2, classifiers=(1, 2))
     config = replace(CONFIG, train="heads", init="x.pt", loss=loss, classifier=True)
-    trained = {name for name, weight in model.named_parameters() if name.startswith(("exit_norms", "adapters", "classifiers"))}
+    trained = {
+        name for name, weight in model.named_parameters() if name.startswith(("exit_norms", "adapters", "classifiers"))
+    }
     for name, weight in model.named_parameters():
         weight.requires_grad_(name in trained)
     Objective(model, config)(*batch(), 0)[0].backward()
-    assert {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.abs().sum() > 0} == trained
+    assert {
+        name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.abs().sum() > 0
+    } == trained

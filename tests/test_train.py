@@ -37,8 +37,11 @@ from training.settings import TrainConfig
 from training.start import load_data, make_model, prepare_data, prepare_tokenizer, shape_from
 from training.validation import validate
 
-SHAPE = ModelConfig(vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2))
-WORDS = {"one": "un", "two": "deux", "three": "trois", "four": "quatre", "five": "cinq", "six": "six", "seven": "sept", "eight": "huit"}
+SHAPE = ModelConfig(
+    vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2)
+)
+ENGLISH, FRENCH = "one two three four five six seven eight", "un deux trois quatre cinq six sept huit"
+WORDS = dict(zip(ENGLISH.split(), FRENCH.split()))
 EXACT = {"rtol": 0, "atol": 0}
 
 
@@ -57,7 +60,8 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(files):
     return TrainConfig(
-        data=(str(files / "train.tsv"),), dev=(str(files / "dev.tsv"),), loss="rotate", exits=(1, 2), per_step=1, max_steps=12, rows=2,
+        data=(str(files / "train.tsv"),), dev=(str(files / "dev.tsv"),), loss="rotate", exits=(1, 2), per_step=1,
+        max_steps=12, rows=2,
         length=48, accumulate=2, lr=0.01, warmup=2, device="cpu", validate_every=6, save_every=5,
     )  # fmt: skip
 
@@ -90,7 +94,8 @@ def random_batch(learned: int, seed: int = 0) -> batching.Batch:
 
 
 def mean_loss(model: Transformer, batch: batching.Batch) -> torch.Tensor:
-    """The definition: minus the mean log-probability of the learned targets, in a full forward pass over each document alone."""
+    """The definition: minus the mean log-probability of the learned targets, in a full forward pass over each document
+    alone."""
     losses = []
     for row, number in np.ndindex(2, 2):
         own = batch.documents[row] == number + 1
@@ -118,7 +123,8 @@ def test_packed_documents_do_not_see_each_other(tiny_model):
         own = documents[0] == document
         alone = model.hidden_states(inputs[:, own])
         for layer in range(6):
-            assert_close(packed[layer][own], alone[layer], rtol=1e-4, atol=1e-4)  # not to the bit: the rotary angles differ
+            # Not to the bit: the rotary angles differ.
+            assert_close(packed[layer][own], alone[layer], rtol=1e-4, atol=1e-4)
         assert document == 1 or (mixed[-1][own] - alone[-1]).abs().max() > 0.1
 
 
@@ -136,7 +142,9 @@ def test_one_batch_is_learned_by_heart():
     model, batch = untrained(), random_batch(learned=8)
     config = TrainConfig(loss="weighted", exits=(1, 2), lr=0.01, warmup=5, max_steps=100, device="cpu")
     optimizer = make_optimizer(model, config)
-    losses = [train_step(Objective(model, config), optimizer, itertools.repeat(batch), config, step) for step in range(100)]
+    losses = [
+        train_step(Objective(model, config), optimizer, itertools.repeat(batch), config, step) for step in range(100)
+    ]
     assert losses[0] == pytest.approx(math.log(300), abs=0.2) and losses[-1] < 0.02  # from a uniform guess to none
 
 
@@ -145,7 +153,8 @@ def test_one_batch_is_learned_by_heart():
 
 def test_learning_rate_by_hand():
     config = TrainConfig(lr=2.0, min_lr=0.1, warmup=4, max_steps=12)
-    by_hand = {0: 0.5, 1: 1.0, 3: 2.0, 4: 2.0, 8: 2 * (0.1 + 0.9 / 2), 12: 0.2}  # warm-up, peak, half of the cosine, end
+    middle = 2 * (0.1 + 0.9 / 2)  # half of the cosine
+    by_hand = {0: 0.5, 1: 1.0, 3: 2.0, 4: 2.0, 8: middle, 12: 0.2}
     assert {step: learning_rate(config, step) for step in by_hand} == pytest.approx(by_hand)
     assert learning_rate(dataclasses.replace(config, warmup=0), 0) == 2.0
 
@@ -176,7 +185,9 @@ def test_every_target_of_a_step_weighs_alike_in_whichever_micro_batch_it_lies():
 def test_the_gradient_is_clipped_to_its_largest_norm():
     model, config = untrained(), TrainConfig(loss="none", lr=0.1, warmup=0, clip=0.01, device="cpu")
     before = weights(model)
-    train_step(Objective(model, config), torch.optim.SGD(model.parameters()), iter([random_batch(learned=9)]), config, step=0)
+    train_step(
+        Objective(model, config), torch.optim.SGD(model.parameters()), iter([random_batch(learned=9)]), config, step=0
+    )
     moved = torch.cat([(weight - before[name]).flatten() for name, weight in model.named_parameters()])
     assert moved.norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)
 
@@ -186,15 +197,20 @@ def test_bfloat16_rounds_the_activations_and_keeps_the_weights_in_float32():
     for dtype in ("float32", "bfloat16"):
         model, config = untrained(), TrainConfig(loss="weighted", exits=(1, 2), dtype=dtype, warmup=0, device="cpu")
         before = weights(model)
-        losses[dtype] = train_step(Objective(model, config), make_optimizer(model, config), iter([random_batch(learned=9)]), config, step=0)
+        losses[dtype] = train_step(
+            Objective(model, config), make_optimizer(model, config), iter([random_batch(learned=9)]), config, step=0
+        )
         for name, weight in model.named_parameters():
             assert weight.dtype == torch.float32 and weight.isfinite().all() and not torch.equal(weight, before[name])
     assert losses["bfloat16"] != losses["float32"] and losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
 
 
 def test_compiled_blocks_learn_the_same(config, finished, tmp_path, monkeypatch):
-    """Every block captured as one graph, then run without generating code: that takes torch a compiler and half a minute."""
-    monkeypatch.setattr(Block, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager", fullgraph=True))
+    """Every block captured as one graph, then run without generating code: that takes torch a compiler and half a
+    minute."""
+    monkeypatch.setattr(
+        Block, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager", fullgraph=True)
+    )
     model = train.run_training(dataclasses.replace(config, compile=True), SHAPE, tmp_path)
     assert all(block._compiled_call_impl for block in model.blocks)
     assert_close(weights(model), finished[1], rtol=0, atol=1e-4)
@@ -205,7 +221,9 @@ def test_compiled_blocks_learn_the_same(config, finished, tmp_path, monkeypatch)
 
 def test_the_model_file_holds_all_that_decoding_needs(config, finished):
     content = torch.load(finished[0] / "model.pt", weights_only=True)
-    assert all(weight.dtype == (torch.float16 if weight.dim() > 1 else torch.float32) for weight in content["weights"].values())
+    assert all(
+        weight.dtype == (torch.float16 if weight.dim() > 1 else torch.float32) for weight in content["weights"].values()
+    )
     model, tokenizer = load_checkpoint(finished[0] / "model.pt", device="cpu", plain=True)
     assert model.config == SHAPE and tokenizer.decode(tokenizer.encode("seven sept")) == "seven sept"
     rounded = {name: weight.half().float() if weight.dim() > 1 else weight for name, weight in finished[1].items()}
@@ -249,7 +267,9 @@ def python(*words) -> subprocess.CompletedProcess:
 def flags(*configs) -> list[str]:
     """The command line that says the same as the configs."""
     values = {field.name: getattr(config, field.name) for config in configs for field in dataclasses.fields(config)}
-    texts = {name: ",".join(map(str, value)) if isinstance(value, tuple) else str(value) for name, value in values.items()}
+    texts = {
+        name: ",".join(map(str, value)) if isinstance(value, tuple) else str(value) for name, value in values.items()
+    }
     return [f"--{name.replace('_', '-')}={text}" for name, text in texts.items() if not isinstance(values[name], bool)]
 
 
@@ -258,7 +278,8 @@ def test_a_training_killed_while_it_saves_goes_on_to_the_same_weights(config, fi
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     model, tokenizer = load_checkpoint(tmp_path / "checkpoint.pt")  # the first save is whole
     assert model(torch.tensor([tokenizer.encode("one")])).isfinite().all()
-    model = train.run_training(dataclasses.replace(config, save_every=4, validate_every=1), SHAPE, tmp_path)  # these two may change
+    other = dataclasses.replace(config, save_every=4, validate_every=1)  # these two may change
+    model = train.run_training(other, SHAPE, tmp_path)
     assert "going on from" in (said := capsys.readouterr().out) and "at step 5" in said
     assert_close(weights(model), finished[1], **EXACT)
     assert not list(tmp_path.glob("*.part"))
@@ -284,7 +305,9 @@ def test_a_loss_that_is_not_a_number_changes_no_weight_and_no_checkpoint(config,
 def test_a_training_killed_at_a_random_step_goes_on_to_the_same_weights(config, finished, tmp_path):
     """Whatever step that is: the log tells, and goes on as if nothing had been."""
     words = [sys.executable, "train.py", f"--out={tmp_path}", *flags(dataclasses.replace(config, save_every=1), SHAPE)]
-    running = subprocess.Popen(words, cwd=Path(train.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    running = subprocess.Popen(
+        words, cwd=Path(train.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE
+    )
     step, log = random.randint(2, 9), tmp_path / "log.jsonl"
     while running.poll() is None and not (log.exists() and log.read_text().count('"tokens_per_s"') >= step):
         time.sleep(0.001)
@@ -308,7 +331,10 @@ def write_then_signal(log, row):
         os.kill(os.getpid(), {int(number)})
 runs.Log.write = write_then_signal
 save = runs.save_checkpoint
-runs.save_checkpoint = lambda *args, **more: (os.kill(os.getpid(), {int(number)}), save(*args, **more))  # an impatient user
+def an_impatient_user(*args, **more):
+    os.kill(os.getpid(), {int(number)})
+    save(*args, **more)
+runs.save_checkpoint = an_impatient_user
 run(train.main)
 """
     ended = python("-c", code, f"--out={tmp_path}", *flags(dataclasses.replace(config, save_every=100), SHAPE))
@@ -322,10 +348,18 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(config, finished, tmp_pa
     train.run_training(dataclasses.replace(config, max_steps=5, save_every=5), SHAPE, tmp_path)
     (tmp_path / "model.pt").unlink()
     size = (tmp_path / "checkpoint.pt").stat().st_size
-    limited = f"import resource, signal, train; from common.errors import run; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
-              f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2})); run(train.main)"  # fmt: skip
+    limited = f"""
+import resource, signal, train
+from common.errors import run
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))
+run(train.main)
+"""
     ended = python("-c", limited, f"--out={tmp_path}", *flags(config, SHAPE))
-    assert ended.returncode == 2 and "could not be written, the old file is kept; is the disk full?" in ended.stderr.splitlines()[-1]
+    assert (
+        ended.returncode == 2
+        and "could not be written, the old file is kept; is the disk full?" in ended.stderr.splitlines()[-1]
+    )
     assert read_checkpoint(tmp_path / "checkpoint.pt")["training"]["step"] == 5 and not list(tmp_path.glob("*.part"))
 
 
@@ -378,11 +412,13 @@ def test_a_log_without_a_checkpoint_is_not_replaced_unless_asked(config, tmp_pat
     (lambda training: training.update(step="five"), "its training lacks its step"),
     (lambda training: training.update(config=None), "its training lacks its config"),
     (lambda training: training["optimizer"].clear(), "its optimizer does not fit the model"),
-    (lambda training: training["optimizer"]["state"].clear(), "its optimizer does not fit the model (it holds no moments)"),
+    (lambda training: training["optimizer"]["state"].clear(), "the model (it holds no moments)"),
     (lambda training: training["optimizer"]["param_groups"].pop(), "its optimizer does not fit the model"),
-    (lambda training: training["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), "its moments have other shapes"),
+    (lambda training: training["optimizer"]["state"][0].update(exp_avg=torch.ones(3)), "moments have other shapes"),
 ])  # fmt: skip
-def test_a_training_checkpoint_that_cannot_be_gone_on_from_is_said_in_one_line(change, said, config, finished, tmp_path):
+def test_a_training_checkpoint_that_cannot_be_gone_on_from_is_said_in_one_line(
+    change, said, config, finished, tmp_path
+):
     content = torch.load(finished[0] / "checkpoint.pt")
     change(content["training"])
     torch.save(content, tmp_path / "checkpoint.pt")
@@ -400,11 +436,16 @@ def test_a_validation_shows_how_far_it_is_batch_by_batch(config, finished, monke
         validate(model, *dev.values(), config, functools.partial(train.show_validation, bar, config.dev[0]))
     count = sum(1 for _ in batching.batches(*dev.values(), config.rows, config.length, seed=None))
     folder = Path(config.dev[0]).parent.name
-    assert said == [f"validating on {folder}/dev.tsv, {done} of 16" for done in range(min(count, 16))] and count > 2
+    assert (
+        said == [f"validating on {folder}/dev.tsv, {done} of at most 16 batches" for done in range(min(count, 16))]
+        and count > 2
+    )
 
 
 def test_a_loss_of_ones_own_that_is_not_a_number_is_named(config, tmp_path, monkeypatch):
-    (tmp_path / "own_nan.py").write_text("def bad(exits):\n    return exits.weighted_sum(exits.every()) * float('nan')\n")
+    (tmp_path / "own_nan.py").write_text(
+        "def bad(exits):\n    return exits.weighted_sum(exits.every()) * float('nan')\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"the loss is nan.* at step 0 of loss own_nan:bad \(.*own_nan.py\)"):
         train.run_training(dataclasses.replace(config, loss="own_nan:bad"), SHAPE, tmp_path / "run")
@@ -443,8 +484,9 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
 def tuned(config, finished, tmp_path_factory, request):
     """Heads trained on the finished model: settings and folder."""
     folder = tmp_path_factory.mktemp("heads")
-    heads = dataclasses.replace(config, init=str(finished[0] / "model.pt"), train="heads", loss="weighted", classifier=True, max_steps=40,
-                                dtype=request.param)  # fmt: skip
+    start = str(finished[0] / "model.pt")
+    changes = {"train": "heads", "loss": "weighted", "classifier": True, "max_steps": 40, "dtype": request.param}
+    heads = dataclasses.replace(config, init=start, **changes)
     train.run_training(heads, shape_from(heads, {"adapter_rank": 4}), folder)
     return heads, folder
 
@@ -463,13 +505,17 @@ def test_heads_alone_learn_to_agree(tuned):
     heads, folder = tuned
     (array,) = load_data(heads, SHAPE, folder)[2].values()
     start = make_model(heads, shape_from(heads, {"adapter_rank": 4}))
-    model = make_model(dataclasses.replace(heads, init=str(folder / "model.pt")), shape_from(heads, {"adapter_rank": 4}))
+    model = make_model(
+        dataclasses.replace(heads, init=str(folder / "model.pt")), shape_from(heads, {"adapter_rank": 4})
+    )
     before, after = (validate(each, array, heads) for each in (start, model))
     assert after[3] == before[3] and all(after[layer][0] < before[layer][0] for layer in (1, 2))
 
 
 def test_new_heads_begin_as_the_models_own(finished, config):
-    heads = dataclasses.replace(config, init=str(finished[0] / "model.pt"), train="heads", loss="rotate", classifier=True)
+    heads = dataclasses.replace(
+        config, init=str(finished[0] / "model.pt"), train="heads", loss="rotate", classifier=True
+    )
     plain = dataclasses.replace(heads, train="all", exits=(), classifier=False)
     new = make_model(heads, shape_from(heads, {"exit_norms": (2,), "adapter_rank": 4}))
     model, hidden = make_model(plain, SHAPE), torch.randn(5, 32)
@@ -493,7 +539,9 @@ def test_fine_tuning_starts_from_the_weights_and_the_tokenizer_of_the_checkpoint
     ({"adapter_rank": 8}, "the weights do not fit"), ({"exit_norms": (1,)}, "exit_norms.2 has no place in it"),
     ({"adapter_rank": 0}, "has no place in it"),
 ])  # fmt: skip
-def test_a_shape_that_drops_or_resizes_heads_of_init_is_refused_before_training(change, complaint, tuned, config, tmp_path):
+def test_a_shape_that_drops_or_resizes_heads_of_init_is_refused_before_training(
+    change, complaint, tuned, config, tmp_path
+):
     tuning = dataclasses.replace(config, init=str(tuned[1] / "model.pt"))
     with pytest.raises(ValueError, match=complaint):
         train.run_training(tuning, shape_from(tuning, change), tmp_path / "run")
@@ -575,8 +623,8 @@ def test_two_processes_learn_what_one_learns_from_the_same_global_batch(config, 
 
 
 def test_two_processes_with_accumulation_dropout_and_classifiers_learn_what_one_learns(config, tmp_path):
-    """Layers left out and classifiers take no part in some micro-batches; the padding of each differs, and so do its targets.
-    After ten steps the weights agree far closer than they have moved."""
+    """Layers left out and classifiers take no part in some micro-batches; the padding of each differs, and so do its
+    targets. After ten steps the weights agree far closer than they have moved."""
     shape = dataclasses.replace(SHAPE, classifiers=(1, 2))
     four = dataclasses.replace(
         config, accumulate=4, layer_dropout=0.8, classifier=True, loss="distill", max_steps=10, length=24, lr=1e-3
@@ -635,7 +683,9 @@ MISTAKES = {  # a flag -> what the line must say
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_in_one_line_and_status_2_and_changes_no_file(mistake, files, config, finished, monkeypatch, capfd):
+def test_a_mistake_ends_in_one_line_and_status_2_and_changes_no_file(
+    mistake, files, config, finished, monkeypatch, capfd
+):
     before = contents(finished[0])
     words = mistake.format(files=files, out=finished[0]).split()
     monkeypatch.setattr(sys, "argv", ["train.py", f"--out={finished[0]}", *flags(config, SHAPE), *words])
@@ -648,5 +698,9 @@ def test_a_mistake_ends_in_one_line_and_status_2_and_changes_no_file(mistake, fi
 
 def test_the_script_ends_so_too(tmp_path):
     ended = python("train.py", f"--out={tmp_path / 'new'}", "--rows=0")
-    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "error: rows is 0; it must be at least 1, and finite\n")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (
+        2,
+        "",
+        "error: rows is 0; it must be at least 1, and finite\n",
+    )
     assert not (tmp_path / "new").exists()

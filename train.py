@@ -114,6 +114,7 @@ def validate_all(training: Run, dev: dict[str, np.ndarray], bar: tqdm) -> None:
         progress = partial(show_validation, bar, file)
         training.results[file] = validate(training.model, records, training.config, progress)
         training.log.write({"step": training.step, "dev": file, "layers": training.results[file]})
+    bar.set_postfix_str("")
     tell(result_table(training.step, training.results))
 
 

@@ -308,6 +308,14 @@ def test_a_loss_of_ones_own_is_asked_like_the_others(own):
     assert_close(gradients(model, found), gradients(model, expected), rtol=1e-4, atol=1e-6)
 
 
+def test_the_recipe_works_as_it_is_written(own, monkeypatch):
+    lines = [line[4:] for line in losses.__doc__.splitlines() if line.startswith("    ")]
+    (own.parent / "my_file.py").write_text("\n".join(lines))
+    monkeypatch.delitem(sys.modules, "my_file", raising=False)
+    model = untrained()
+    assert_close(ask_loss("my_file:smooth", exits_of(model)), ask_loss("own_losses:smooth", exits_of(model)))
+
+
 def test_a_loss_may_ask_for_logits_by_itself_and_classifiers_learn_all_the_same(own):
     model = untrained(classifiers=(1, 2))
     config = replace(CONFIG, loss="own_losses:by_hand", classifier=True)

@@ -44,6 +44,8 @@ class LastLogits:
 
 # Logits (n, V) of one layer, targets (n,), and the last layer's logits (None at the last layer itself) -> losses (n,).
 TargetLoss = Callable[[Tensor, Tensor, LastLogits | None], Tensor]
+# A weighted sum, the losses in it by layer, and by exit where its argmax is the last layer's.
+Summed = tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]
 
 
 def losses_of_targets(each: TargetLoss, logits: Tensor, targets: Tensor, final: LastLogits | None) -> Tensor:
@@ -69,13 +71,9 @@ class KnownGradient(torch.autograd.Function):
 
 
 def chunked_sum(
-    model: Transformer,
-    rows: dict[int, Tensor],
-    targets: Tensor,
-    weights: dict[int, float],
-    each: TargetLoss,
-    compare: bool,
-) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+    model: Transformer, rows: dict[int, Tensor], targets: Tensor, weights: dict[int, float],
+    each: TargetLoss, compare: bool
+) -> Summed:
     """As `losses.plain_sum`, chunk by chunk."""
     last, learns, N = max(rows), torch.is_grad_enabled(), len(targets)
     unembed = model.unembed.detach().requires_grad_(learns and model.unembed.requires_grad)

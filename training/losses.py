@@ -12,7 +12,7 @@ To try a loss of your own, write a file, and name it: `python train.py --loss my
 
 1. Choose layers: `exits.every()`, `exits.in_turn()` (some of them, in rotation), or a list. The model's last layer,
    `exits.last`, is among those of the first two, unless --train heads leaves it alone.
-2. Say what one target costs there, from its logits, and `exits.weighted_sum` does the rest, in little memory.
+2. Say what one target costs there, from its logits alone, and `exits.weighted_sum` does the rest, in little memory.
    `final()` gives the last layer's logits (n, V) without a gradient; at the last layer itself `final` is None.
 3. Add what else you like: `exits.state(layer)` is (N, d), `exits.logits(layer)` (N, V), `exits.targets` (N,),
    `exits.config` the settings, `exits.step` the number of the step. Return the mean over the N targets, so that
@@ -35,7 +35,7 @@ from common.config import option
 from common.errors import UserError
 from common.plugins import find_function, name_and_file
 from model import Transformer
-from training.chunked import LastLogits, TargetLoss, chunk_size, chunked_sum, losses_of_targets
+from training.chunked import LastLogits, Summed, TargetLoss, chunk_size, chunked_sum, losses_of_targets
 
 # ---------------------------------------------------------------- the sum over exits
 
@@ -55,13 +55,9 @@ def divergence(logits: Tensor, targets: Tensor, final: LastLogits | None) -> Ten
 
 
 def plain_sum(
-    model: Transformer,
-    rows: dict[int, Tensor],
-    targets: Tensor,
-    weights: dict[int, float],
-    each: TargetLoss,
-    compare: bool,
-) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+    model: Transformer, rows: dict[int, Tensor], targets: Tensor, weights: dict[int, float],
+    each: TargetLoss, compare: bool
+) -> Summed:
     """The weighted sum of the losses of the layers in `weights`: a loss is the mean over the N targets of what `each`
     gives. Returns it, the losses by layer without gradient, and with `compare` where each exit's argmax is the last
     layer's, (N,) bool. rows: states (N, d) of the layers in `weights` and of the last."""
@@ -77,13 +73,9 @@ def plain_sum(
 
 
 def sum_of_losses(
-    model: Transformer,
-    rows: dict[int, Tensor],
-    targets: Tensor,
-    weights: dict[int, float],
-    each: TargetLoss = cross_entropy,
-    compare: bool = False,
-) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+    model: Transformer, rows: dict[int, Tensor], targets: Tensor, weights: dict[int, float],
+    each: TargetLoss = cross_entropy, compare: bool = False
+) -> Summed:
     """`plain_sum`, or where its logits would be many the chunked form of it, which gives the same in less memory."""
     logits = len(targets) * model.config.vocab_size * len(weights)
     form = plain_sum if logits <= chunk_size(targets.device) else chunked_sum
@@ -147,13 +139,7 @@ class Exits:
     predict."""
 
     def __init__(
-        self,
-        model: Transformer,
-        config: LossConfig,
-        step: int,
-        states: list[Tensor],
-        targets: Tensor,
-        train_last: bool = True,
+        self, model: Transformer, config: LossConfig, step: int, states: list[Tensor], targets: Tensor, train_last=True
     ):
         """states: h_0 .. h_L (B T, d); targets (B T), -1 where nothing is learned."""
         self.model, self.config, self.step = model, config, step

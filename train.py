@@ -15,7 +15,6 @@ small beside that; so are logits (training/chunked.py).
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,14 +28,15 @@ from common.flags import Parser, add_flags, given
 from common.plugins import name_and_file
 from common.processes import process_group, processes, tell, total
 from model import ModelConfig, Transformer
-from training.batches import Batch, batches
+from training.batches import batches
+from training.device import DeviceBatch, autocast, on_device, set_precision
 from training.losses import find_loss
 from training.objective import make_objective, skipped_layers, synced, unwrapped
 from training.optimizer import learning_rate, make_optimizer
 from training.runs import Run, check_outputs, locked, noted_signals
 from training.settings import TrainConfig
 from training.start import check_start, load_data, make_model, shape_from
-from training.validation import VALIDATION_BATCHES, autocast, on_device, result_table, validate
+from training.validation import VALIDATION_BATCHES, result_table, validate
 
 
 def train_loop(
@@ -46,7 +46,7 @@ def train_loop(
     config = training.config
     rank, world = processes()
     start = training.step * config.accumulate * world + rank
-    stream = batches(records, config.rows, config.length, config.seed, start, every=world)
+    stream = on_device(batches(records, config.rows, config.length, config.seed, start, every=world), config)
     positions = config.rows * config.length * config.accumulate * world  # of a step
     counts = {"total": config.max_steps, "initial": training.step, "unit": "step"}
     with tqdm(**counts, dynamic_ncols=True, mininterval=1, disable=rank > 0) as bar:
@@ -57,9 +57,9 @@ def train_loop(
             at_end = training.step == config.max_steps
             if rank == 0:
                 speed = round(positions / (time.perf_counter() - started))
-                training.log.write({"step": training.step, "loss": round(loss, 4), "tokens_per_s": speed})
+                training.log.write({"step": training.step, "loss": round(loss, 4), "positions_per_s": speed})
                 bar.update()
-                bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=speed)
+                bar.set_postfix(loss=f"{loss:.3f}", positions_per_s=speed)
                 if training.step % config.validate_every == 0 or at_end:
                     validate_all(training, dev, bar)
             if training.step % config.save_every == 0 or at_end:
@@ -69,7 +69,11 @@ def train_loop(
 
 
 def train_step(
-    objective: nn.Module, optimizer: torch.optim.Optimizer, stream: Iterator[Batch], config: TrainConfig, step: int
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stream: Iterator[DeviceBatch],
+    config: TrainConfig,
+    step: int,
 ) -> float:
     """One update of the weights, by the mean loss over the learned targets of all micro-batches of all processes.
     Returns that of the deepest layer trained. Raises UserError, before the update, if loss or gradient are not
@@ -79,18 +83,19 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     parts = [next(stream) for _ in range(config.accumulate)]
-    targets = total(float(sum(part.learned for part in parts)), config.device)
+    targets = total(float(sum(len(part.targets) for part in parts)), config.device)
     sums = torch.zeros(2, device=config.device)
     for turn, batch in enumerate(parts):
-        share = batch.learned / targets
+        share = len(batch.targets) / targets
         skipped = skipped_layers(config, model.config.n_layers, (step * config.accumulate + turn) * world + rank)
         with autocast(config), synced(objective, turn == config.accumulate - 1):
-            loss, deepest = objective(*on_device(batch, config.device), step, skipped)
+            loss, deepest = objective(batch, step, skipped)
             (loss * (share * world)).backward()  # the processes' gradients are averaged
         sums += share * torch.stack([loss.detach().float(), deepest.float()])
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    norm = nn.utils.clip_grad_norm_(trained, config.clip).item()
-    mean, deepest = total(sums.tolist(), config.device)
+    norm = nn.utils.clip_grad_norm_(trained, config.clip)
+    *means, norm = torch.cat([sums, norm[None]]).tolist()  # a GPU is waited for once a step
+    mean, deepest = total(means, config.device)
     check_finite(mean, deepest, norm, config, step)
     optimizer.step()
     optimizer.zero_grad()
@@ -135,6 +140,7 @@ def run_training(config: TrainConfig, shape: ModelConfig, folder: Path, overwrit
     with locked(folder):
         training = Run(config, shape, folder, overwrite)
         tokenizer, records, dev = load_data(config, shape, folder)
+        set_precision(config)
         model = make_model(config, shape)
         optimizer = make_optimizer(model, config)
         training.begin(model, optimizer, tokenizer, records)
@@ -164,7 +170,7 @@ def main() -> None:
 
         print(f"wrote {draw_training(args.plot)}")
         return
-    config = replace(TrainConfig(), **given(args, TrainConfig))
+    config = TrainConfig(**given(args, TrainConfig))
     with process_group(config.device):
         run_training(config, shape_from(config, given(args, ModelConfig)), Path(args.out), args.overwrite)
 

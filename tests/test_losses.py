@@ -15,7 +15,9 @@ from torch.testing import assert_close
 from common.errors import UserError
 from model import ModelConfig, Transformer
 from training import chunked, losses
+from training.batches import Batch
 from training.chunked import chunked_sum
+from training.device import DeviceBatch, to_device
 from training.losses import (
     LOSSES,
     Exits,
@@ -49,16 +51,17 @@ def untrained(**shape) -> Transformer:
     return model
 
 
-def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """inputs (2, 12), targets (24,), of which 14 are learned, documents (2, 12)."""
-    tokens = torch.from_numpy(np.random.default_rng(seed).integers(0, SHAPE.vocab_size, (2, 13)))
-    targets = torch.where(torch.arange(12) >= 5, tokens[:, 1:], -1)
-    return tokens[:, :-1], targets.flatten(), torch.tensor([[1] * 7 + [2] * 5] * 2)
+def batch(seed: int = 0) -> DeviceBatch:
+    """Two rows of 12 positions, of which 14 learn."""
+    tokens = np.random.default_rng(seed).integers(0, SHAPE.vocab_size, (2, 13))
+    targets = np.where(np.arange(12) >= 5, tokens[:, 1:], -1)
+    return to_device(Batch(tokens[:, :-1], targets, np.array([[1] * 7 + [2] * 5] * 2)), "cpu")
 
 
 def exits_of(model: Transformer, config: TrainConfig = CONFIG, step: int = 0) -> Exits:
-    inputs, targets, documents = batch()
-    return Exits(model, config, step, model.hidden_states(inputs, documents), targets)
+    part = batch()
+    states = model.hidden_states(part.inputs, part.documents)
+    return Exits(model, config, step, states, part.learned, part.targets)
 
 
 def gradients(model: Transformer, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -117,7 +120,7 @@ def test_layers_are_left_out_more_often_the_deeper_they_lie():
 
 
 def test_a_layer_left_out_hands_its_input_on():
-    model, (inputs, _, documents) = untrained(), batch()
+    model, (inputs, documents, *_) = untrained(), batch()
     without = model.hidden_states(inputs, documents, skipped={2})
     assert without[2] is without[1] and not torch.equal(without[3], model.hidden_states(inputs, documents)[3])
 
@@ -127,7 +130,7 @@ def test_recomputing_changes_no_gradient():
     runs, found, counts = [], [], []
     model.blocks[1].register_forward_pre_hook(lambda *_: runs.append(1))
     for each in (False, True):
-        found.append(gradients(model, Objective(model, replace(CONFIG, recompute=each))(*batch(), 0)[0]))
+        found.append(gradients(model, Objective(model, replace(CONFIG, recompute=each))(batch(), 0)[0]))
         counts.append(len(runs))
     assert_close(found[1], found[0], rtol=0, atol=0)
     assert counts == [1, 3]  # once, and twice
@@ -135,7 +138,7 @@ def test_recomputing_changes_no_gradient():
 
 def test_a_layer_left_out_of_a_step_learns_nothing():
     model = untrained()
-    slopes = gradients(model, Objective(model, CONFIG)(*batch(), 0, frozenset({2}))[0])
+    slopes = gradients(model, Objective(model, CONFIG)(batch(), 0, frozenset({2}))[0])
     moved = {
         name.split(".")[1] for name, slope in slopes.items() if name.startswith("blocks") and slope.abs().sum() > 0
     }
@@ -166,15 +169,14 @@ def test_value_and_gradient_are_those_of_the_definition(distill, chunk, shape, w
     monkeypatch.setitem(chunked.CHUNK, "cpu", chunk or 1)
     monkeypatch.setattr(chunked, "FEWEST", 1)
     form, each = chunked_sum if chunk else plain_sum, divergence if distill else cross_entropy
-    model, (inputs, targets, documents) = untrained(**shape), batch()
-    learned = targets >= 0
+    model, (inputs, documents, learned, targets) = untrained(**shape), batch()
 
     def rows():
         states = model.hidden_states(inputs, documents)
         return {layer: state[learned] for layer, state in enumerate(states) if layer}
 
-    expected = by_definition(model, rows(), targets[learned], weights, distill)
-    found, by_layer, agreed = form(model, rows(), targets[learned], weights, each, compare=True)
+    expected = by_definition(model, rows(), targets, weights, distill)
+    found, by_layer, agreed = form(model, rows(), targets, weights, each, compare=True)
     assert_close(found, expected)
     assert_close(sum(weights[layer] * loss for layer, loss in by_layer.items()), expected.detach())
     assert_close(gradients(model, 3 * found), gradients(model, 3 * expected), rtol=1e-4, atol=1e-6)
@@ -197,12 +199,12 @@ def test_few_logits_are_kept_and_many_are_made_chunk_by_chunk(monkeypatch):
 
 def test_logits_of_one_exit_and_one_chunk_at_a_time_are_made(monkeypatch):
     """Of the last layer and two exits, 14 targets in chunks of 4: twelve products, none larger than a chunk."""
-    model, (inputs, targets, documents), sizes = untrained(), batch(), []
+    model, sizes = untrained(), []
     monkeypatch.setitem(chunked.CHUNK, "cpu", 4 * 300)
     monkeypatch.setattr(chunked, "FEWEST", 1)
     score = model.score
     monkeypatch.setattr(model, "score", lambda normed, weight: sizes.append(len(normed)) or score(normed, weight))
-    Objective(model, CONFIG)(inputs, targets, documents, 0)[0].backward()
+    Objective(model, CONFIG)(batch(), 0)[0].backward()
     assert sorted(sizes) == [2] * 3 + [4] * 9
 
 
@@ -210,21 +212,19 @@ def test_only_the_exits_of_a_step_pay_for_a_head(monkeypatch):
     model, asked = untrained(), []
     exit_norm = model.exit_norm
     monkeypatch.setattr(model, "exit_norm", lambda hidden, layer: asked.append(layer) or exit_norm(hidden, layer))
-    Objective(model, replace(CONFIG, per_step=1))(*batch(), 1)
+    Objective(model, replace(CONFIG, per_step=1))(batch(), 1)
     assert sorted(asked) == [2, 3]
 
 
 def test_distillation_teaches_the_exits_and_leaves_the_last_distribution_to_its_own_loss():
     """A last layer that is all that is trained gets the same gradient from `distill` as from `none`, but for its
     share."""
-    model, (inputs, targets, documents) = untrained(tie_embeddings=False), batch()
+    model, (inputs, documents, learned, targets) = untrained(tie_embeddings=False), batch()
     rows = {
-        layer: state[targets >= 0].detach()
-        for layer, state in enumerate(model.hidden_states(inputs, documents))
-        if layer
+        layer: state[learned].detach() for layer, state in enumerate(model.hidden_states(inputs, documents)) if layer
     }
-    last = gradients(model, sum_of_losses(model, rows, targets[targets >= 0], {2: 0.5, 3: 0.5}, divergence)[0])
-    alone = gradients(model, sum_of_losses(model, rows, targets[targets >= 0], {3: 1.0})[0])
+    last = gradients(model, sum_of_losses(model, rows, targets, {2: 0.5, 3: 0.5}, divergence)[0])
+    alone = gradients(model, sum_of_losses(model, rows, targets, {3: 1.0})[0])
     assert_close(last["norm"], 0.5 * alone["norm"])
     assert last["exit_norms.2"].abs().sum() > 0 and last["exit_norms.1"].abs().sum() == 0
 
@@ -254,10 +254,10 @@ def test_hidden_loss_by_hand():
 
 
 def test_the_objective_adds_the_hidden_loss_below_the_first_exit_of_the_step():
-    model, inputs = untrained(), batch()
-    plain, last = Objective(model, CONFIG)(*inputs, 0)
-    found, same = Objective(model, replace(CONFIG, loss="hidden", hidden_weight=0.3))(*inputs, 0)
-    states = [state[inputs[1] >= 0] for state in model.hidden_states(inputs[0], inputs[2])[1:]]
+    model, part = untrained(), batch()
+    plain, last = Objective(model, CONFIG)(part, 0)
+    found, same = Objective(model, replace(CONFIG, loss="hidden", hidden_weight=0.3))(part, 0)
+    states = [state[part.learned] for state in model.hidden_states(part.inputs, part.documents)[1:]]
     assert_close(found, plain + 0.3 * min(F.mse_loss(states[0], states[1]), F.mse_loss(states[0], states[2])))
     assert_close(same, last)
 
@@ -319,7 +319,7 @@ def test_the_recipe_works_as_it_is_written(own, monkeypatch):
 def test_a_loss_may_ask_for_logits_by_itself_and_classifiers_learn_all_the_same(own):
     model = untrained(classifiers=(1, 2))
     config = replace(CONFIG, loss="own_losses:by_hand", classifier=True)
-    loss, logged = Objective(model, config)(*batch(), 0)
+    loss, logged = Objective(model, config)(batch(), 0)
     exits = exits_of(model)
     means = [F.cross_entropy(exits.logits(layer), exits.targets) for layer in (1, 2, 3)]
     assert_close(logged, sum(means).detach() / 3)
@@ -408,7 +408,7 @@ def test_heads_alone_learn_and_nothing_else(loss):
     }
     for name, weight in model.named_parameters():
         weight.requires_grad_(name in trained)
-    Objective(model, config)(*batch(), 0)[0].backward()
+    Objective(model, config)(batch(), 0)[0].backward()
     assert {
         name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.abs().sum() > 0
     } == trained

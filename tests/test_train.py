@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from model import Block, ModelConfig, Transformer, load_checkpoint
 from train import train_step
 from training import batches as batching
 from training import losses, runs
+from training.device import DeviceBatch, on_device, to_device
 from training.losses import sum_of_losses
 from training.objective import Objective
 from training.optimizer import learning_rate, make_optimizer
@@ -84,6 +86,11 @@ def weights(model: Transformer) -> dict[str, torch.Tensor]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def on_cpu(*parts: batching.Batch) -> Iterator[DeviceBatch]:
+    """These batches as a step takes them."""
+    return iter([to_device(part, "cpu") for part in parts])
 
 
 def random_batch(learned: int, seed: int = 0) -> batching.Batch:
@@ -143,7 +150,8 @@ def test_one_batch_is_learned_by_heart():
     config = TrainConfig(loss="weighted", exits=(1, 2), lr=0.01, warmup=5, max_steps=100, device="cpu")
     optimizer = make_optimizer(model, config)
     losses = [
-        train_step(Objective(model, config), optimizer, itertools.repeat(batch), config, step) for step in range(100)
+        train_step(Objective(model, config), optimizer, itertools.repeat(to_device(batch, "cpu")), config, step)
+        for step in range(100)
     ]
     assert losses[0] == pytest.approx(math.log(300), abs=0.2) and losses[-1] < 0.02  # from a uniform guess to none
 
@@ -175,7 +183,7 @@ def test_every_target_of_a_step_weighs_alike_in_whichever_micro_batch_it_lies():
     means, before = [mean_loss(model, part) for part in parts], weights(model)
     mean = (9 * means[0] + 2 * means[1]) / 11
     slopes = torch.autograd.grad(mean, list(model.parameters()), materialize_grads=True)
-    loss = train_step(Objective(model, config), torch.optim.SGD(model.parameters()), iter(parts), config, step=0)
+    loss = train_step(Objective(model, config), torch.optim.SGD(model.parameters()), on_cpu(*parts), config, step=0)
     assert loss == pytest.approx(mean.item(), rel=1e-5)
     assert loss != pytest.approx((means[0] + means[1]).item() / 2, rel=1e-5)
     for (name, weight), slope in zip(model.named_parameters(), slopes):
@@ -186,7 +194,7 @@ def test_the_gradient_is_clipped_to_its_largest_norm():
     model, config = untrained(), TrainConfig(loss="none", lr=0.1, warmup=0, clip=0.01, device="cpu")
     before = weights(model)
     train_step(
-        Objective(model, config), torch.optim.SGD(model.parameters()), iter([random_batch(learned=9)]), config, step=0
+        Objective(model, config), torch.optim.SGD(model.parameters()), on_cpu(random_batch(learned=9)), config, step=0
     )
     moved = torch.cat([(weight - before[name]).flatten() for name, weight in model.named_parameters()])
     assert moved.norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)
@@ -198,7 +206,7 @@ def test_bfloat16_rounds_the_activations_and_keeps_the_weights_in_float32():
         model, config = untrained(), TrainConfig(loss="weighted", exits=(1, 2), dtype=dtype, warmup=0, device="cpu")
         before = weights(model)
         losses[dtype] = train_step(
-            Objective(model, config), make_optimizer(model, config), iter([random_batch(learned=9)]), config, step=0
+            Objective(model, config), make_optimizer(model, config), on_cpu(random_batch(learned=9)), config, step=0
         )
         for name, weight in model.named_parameters():
             assert weight.dtype == torch.float32 and weight.isfinite().all() and not torch.equal(weight, before[name])
@@ -214,6 +222,32 @@ def test_compiled_blocks_learn_the_same(config, finished, tmp_path, monkeypatch)
     model = train.run_training(dataclasses.replace(config, compile=True), SHAPE, tmp_path)
     assert all(block._compiled_call_impl for block in model.blocks)
     assert_close(weights(model), finished[1], rtol=0, atol=1e-4)
+
+
+def test_batches_fetched_ahead_are_the_same_in_the_same_order(config, finished):
+    _, records, _ = load_data(config, SHAPE, finished[0])
+    whole = list(itertools.islice(batching.batches(records, 2, 48, seed=3), 9))
+    for prefetch in (True, False):
+        stream = on_device(iter(whole), dataclasses.replace(config, prefetch=prefetch))
+        for found, batch in itertools.zip_longest(stream, whole):
+            assert torch.equal(found.inputs, torch.from_numpy(batch.inputs))
+            assert torch.equal(found.documents, torch.from_numpy(batch.documents))
+            rows, columns = np.nonzero(batch.targets >= 0)
+            assert found.learned.tolist() == (48 * rows + columns).tolist()
+            assert found.targets.tolist() == batch.targets[rows, columns].tolist()
+
+
+def test_a_mistake_in_the_data_comes_through_from_the_thread_that_fetches(config):
+    records = np.zeros(60, [("token", "<u2"), ("flags", "u1")])
+    records["flags"][0] = batching.START
+    stream = on_device(batching.batches(records, 2, 48), dataclasses.replace(config, prefetch=True))
+    with pytest.raises(ValueError, match="longer context than 48"):
+        next(stream)
+
+
+def test_training_is_in_bfloat16_on_a_gpu_unless_told_otherwise():
+    assert [TrainConfig(device=device).dtype for device in ("cpu", "cuda", "cuda:1")] == ["float32"] + ["bfloat16"] * 2
+    assert TrainConfig(device="cuda", dtype="float32").dtype == "float32"
 
 
 # ---------------------------------------------------------------- the end, and ends before it
@@ -309,7 +343,7 @@ def test_a_training_killed_at_a_random_step_goes_on_to_the_same_weights(config, 
         words, cwd=Path(train.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE
     )
     step, log = random.randint(2, 9), tmp_path / "log.jsonl"
-    while running.poll() is None and not (log.exists() and log.read_text().count('"tokens_per_s"') >= step):
+    while running.poll() is None and not (log.exists() and log.read_text().count('"positions_per_s"') >= step):
         time.sleep(0.001)
     running.kill()
     assert running.wait() == -signal.SIGKILL, running.stderr.read()
@@ -398,7 +432,7 @@ def test_where_there_are_no_locks_it_is_said(config, tmp_path, monkeypatch, caps
 
 
 def test_a_log_without_a_checkpoint_is_not_replaced_unless_asked(config, tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0, "tokens_per_s": 3}\n')
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0, "positions_per_s": 3}\n')
     with pytest.raises(ValueError, match=r"log.jsonl is there already, of a training that left no checkpoint to go on"):
         train.run_training(config, SHAPE, tmp_path)
     assert losses_of(tmp_path) == [2.0]
@@ -588,7 +622,7 @@ def test_a_step_leaves_out_the_layers_that_are_drawn(config, monkeypatch):
     monkeypatch.setattr(train, "skipped_layers", lambda config, n_layers, number: frozenset({2}))
     model, still = untrained(), dataclasses.replace(config, weight_decay=0, warmup=0)
     before = weights(model)
-    train_step(Objective(model, still), make_optimizer(model, still), itertools.repeat(random_batch(5)), still, 0)
+    train_step(Objective(model, still), make_optimizer(model, still), on_cpu(*[random_batch(5)] * 2), still, 0)
     same = {name: torch.equal(weight, before[name]) for name, weight in weights(model).items()}
     assert {name.split(".")[1] for name in same if name.startswith("blocks") and not same[name]} == {"0", "2"}
 

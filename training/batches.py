@@ -82,11 +82,6 @@ class Batch:
     targets: np.ndarray  # -1 where nothing is learned
     documents: np.ndarray  # number of the document within its row; 0 is padding
 
-    @property
-    def learned(self) -> int:
-        """How many targets are learned."""
-        return int((self.targets >= 0).sum())
-
 
 def batches(
     records: np.ndarray, rows: int, length: int, seed: int | None = 0, start: int = 0, every: int = 1

@@ -71,8 +71,12 @@ class KnownGradient(torch.autograd.Function):
 
 
 def chunked_sum(
-    model: Transformer, rows: dict[int, Tensor], targets: Tensor, weights: dict[int, float],
-    each: TargetLoss, compare: bool
+    model: Transformer,
+    rows: dict[int, Tensor],
+    targets: Tensor,
+    weights: dict[int, float],
+    each: TargetLoss,
+    compare: bool,
 ) -> Summed:
     """As `losses.plain_sum`, chunk by chunk."""
     last, learns, N = max(rows), torch.is_grad_enabled(), len(targets)

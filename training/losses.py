@@ -55,8 +55,12 @@ def divergence(logits: Tensor, targets: Tensor, final: LastLogits | None) -> Ten
 
 
 def plain_sum(
-    model: Transformer, rows: dict[int, Tensor], targets: Tensor, weights: dict[int, float],
-    each: TargetLoss, compare: bool
+    model: Transformer,
+    rows: dict[int, Tensor],
+    targets: Tensor,
+    weights: dict[int, float],
+    each: TargetLoss,
+    compare: bool,
 ) -> Summed:
     """The weighted sum of the losses of the layers in `weights`: a loss is the mean over the N targets of what `each`
     gives. Returns it, the losses by layer without gradient, and with `compare` where each exit's argmax is the last
@@ -73,8 +77,12 @@ def plain_sum(
 
 
 def sum_of_losses(
-    model: Transformer, rows: dict[int, Tensor], targets: Tensor, weights: dict[int, float],
-    each: TargetLoss = cross_entropy, compare: bool = False
+    model: Transformer,
+    rows: dict[int, Tensor],
+    targets: Tensor,
+    weights: dict[int, float],
+    each: TargetLoss = cross_entropy,
+    compare: bool = False,
 ) -> Summed:
     """`plain_sum`, or where its logits would be many the chunked form of it, which gives the same in less memory."""
     logits = len(targets) * model.config.vocab_size * len(weights)
@@ -139,13 +147,19 @@ class Exits:
     predict."""
 
     def __init__(
-        self, model: Transformer, config: LossConfig, step: int, states: list[Tensor], targets: Tensor, train_last=True
+        self,
+        model: Transformer,
+        config: LossConfig,
+        step: int,
+        states: list[Tensor],
+        learned: Tensor,
+        targets: Tensor,
+        train_last: bool = True,
     ):
-        """states: h_0 .. h_L (B T, d); targets (B T), -1 where nothing is learned."""
+        """states: h_0 .. h_L (B T, d); which of their rows learn, and what comes next there: (N,), (N,)."""
         self.model, self.config, self.step = model, config, step
         self.last = model.config.n_layers
-        self.learned = (targets >= 0).nonzero()[:, 0]
-        self.targets = targets[self.learned]  # (N,)
+        self.learned, self.targets = learned, targets
         self.asked: set[int] = set()  # layers whose logits the loss has used
         self.deepest: Tensor | None = None  # loss of the deepest layer asked, without gradient: what the log shows
         self._states, self._learned_states, self._agreed = states, {}, {}

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.processes import processes
 from model import Transformer
+from training.device import DeviceBatch
 from training.losses import Exits, ask_loss, classifier_loss
 from training.settings import TrainConfig
 
@@ -23,16 +24,16 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config = model, config
 
-    def forward(
-        self, inputs: Tensor, targets: Tensor, documents: Tensor, step: int, skipped: frozenset[int] = frozenset()
-    ) -> tuple[Tensor, Tensor]:
-        """The loss, and without gradient that of the deepest layer trained; means over the learned targets. inputs and
-        documents (B, T); targets (B T), -1 where nothing is learned; layers in `skipped` hand their input on."""
+    def forward(self, batch: DeviceBatch, step: int, skipped: frozenset[int] = frozenset()) -> tuple[Tensor, Tensor]:
+        """The loss, and without gradient that of the deepest layer trained; means over the learned targets. Layers in
+        `skipped` hand their input on."""
         model, config = self.model, self.config
         frozen = config.train == "heads"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            states = model.hidden_states(inputs, documents, skipped, config.recompute)  # L + 1 times (B T, d)
-        exits = Exits(model, config, step, states, targets, train_last=not frozen)
+            states = model.hidden_states(
+                batch.inputs, batch.documents, skipped, config.recompute
+            )  # L + 1 times (B T, d)
+        exits = Exits(model, config, step, states, batch.learned, batch.targets, train_last=not frozen)
         loss = ask_loss(config.loss, exits)
         deepest = loss.detach() if exits.deepest is None else exits.deepest
         if config.classifier:

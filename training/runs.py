@@ -88,7 +88,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 class Log:
-    """JSON lines: step, loss and tokens_per_s of each step; step, dev file and [loss, agreement] by layer of each
+    """JSON lines: step, loss and positions_per_s of each step; step, dev file and [loss, agreement] by layer of each
     validation."""
 
     def __init__(self, path: Path, step: int):

@@ -11,7 +11,7 @@ from training.losses import LossConfig
 
 EMBEDDED = ("translation", "translation", "e2e")  # tasks of the default training; translation is seen twice as often
 # What may change when a run goes on from its checkpoint.
-MAY_CHANGE = {"dev", "max_steps", "device", "compile", "recompute", "validate_every", "save_every"}
+MAY_CHANGE = {"dev", "max_steps", "device", "tf32", "prefetch", "compile", "recompute", "validate_every", "save_every"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TrainConfig(LossConfig):
     )
     max_steps: int = option(7500, "steps in all")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
-    dtype: str = option("float32", "float32 or bfloat16 (autocast)")
+    dtype: str | None = option(None, "float32 or bfloat16 (autocast); none: bfloat16 on a GPU, float32 on a CPU")
 
     tokenizer: str | None = option(
         None, "sentencepiece model, or checkpoint that holds one; none: that of --init, or a new one", group="batches"
@@ -47,6 +47,10 @@ class TrainConfig(LossConfig):
         0.0, "chance to leave out the last layer, less for lower ones, 0 to 1", group="optimization"
     )
     seed: int = option(0, "seed of the weights, of the data's order and of the layers left out", group="optimization")
+    tf32: bool = option(True, "on a GPU, TF32 in what is left of float32 matrix products", group="speed and memory")
+    prefetch: bool = option(
+        torch.cuda.is_available(), "pack and copy the next batch while this one is worked on", group="speed and memory"
+    )
     compile: bool = option(False, "torch.compile every block", group="speed and memory")
     recompute: bool = option(
         False,
@@ -60,6 +64,8 @@ class TrainConfig(LossConfig):
         super().__post_init__()
         for name in ("data", "dev"):
             object.__setattr__(self, name, tuple(map(str, getattr(self, name))))
+        if self.dtype is None:
+            object.__setattr__(self, "dtype", "bfloat16" if self.device.startswith("cuda") else "float32")
         for name, known in {"dtype": ("float32", "bfloat16"), "train": ("all", "heads")}.items():
             if getattr(self, name) not in known:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}")

@@ -2,33 +2,17 @@
 
 import itertools
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from model import Transformer
-from training.batches import Batch, batches
+from training.batches import batches
+from training.device import autocast, to_device
 from training.losses import sum_of_losses
 from training.settings import TrainConfig
 
 VALIDATION_BATCHES = 16
-
-
-def on_device(batch: Batch, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """inputs (B, T), targets (B T), documents (B, T)."""
-    inputs, targets, documents = (
-        torch.from_numpy(part).to(device) for part in (batch.inputs, batch.targets, batch.documents)
-    )
-    return inputs, targets.flatten(), documents
-
-
-def autocast(config: TrainConfig):
-    """Matrix products in the dtype of training, what is summed in float32."""
-    if config.dtype == "float32":
-        return nullcontext()
-    return torch.autocast(torch.device(config.device).type, torch.bfloat16)
 
 
 @torch.no_grad()
@@ -44,14 +28,13 @@ def validate(
     for number, batch in enumerate(itertools.islice(packed, VALIDATION_BATCHES)):
         if progress:
             progress(number)
-        inputs, targets, documents = on_device(batch, config.device)
-        learned = (targets >= 0).nonzero()[:, 0]
-        N = len(learned)
+        here = to_device(batch, config.device)
+        N = len(here.targets)
         with autocast(config):
-            states = model.hidden_states(inputs, documents)
-            rows = {layer: states[layer][learned] for layer in layers}
+            states = model.hidden_states(here.inputs, here.documents)
+            rows = {layer: states[layer][here.learned] for layer in layers}
             equal = dict.fromkeys(layers, 1.0)
-            _, means, same = sum_of_losses(model, rows, targets[learned], equal, compare=True)
+            _, means, same = sum_of_losses(model, rows, here.targets, equal, compare=True)
         for layer in layers:
             losses[layer] += means[layer].item() * N
             agreed[layer] += N if layer == last else same[layer].sum().item()

@@ -5,12 +5,12 @@ import itertools
 from dataclasses import replace
 
 import numpy as np
+import pretend_device
 import pytest
 import torch
 from torch.testing import assert_close
 
 from model import ModelConfig, Transformer
-from tests import pretend_device
 from train import train_step
 from training.batches import Batch
 from training.device import on_device

@@ -500,7 +500,7 @@ def test_the_help_begins_with_what_a_beginner_needs(monkeypatch, capsys):
     first = capsys.readouterr().out.split("\nlosses:\n")[0]
     shown = re.findall(r"^  (--[a-z-]+)", first, re.MULTILINE)
     assert {"--out", "--data", "--dev", "--init", "--train", "--loss", "--exits", "--max-steps"} <= set(shown)
-    assert len(shown) <= 12
+    assert len(shown) <= 14
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):

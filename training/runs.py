@@ -229,7 +229,8 @@ def check_resumable(checkpoint: Path, content: dict, settings: dict) -> None:
     then = {**training["config"], **content["config"]}
     for name, value in settings.items():
         if value != then.get(name) and name not in MAY_CHANGE:
-            raise UserError(f"{checkpoint} was trained with {name} {then.get(name)}, not {value}; {REMEDY}")
+            found = f"{checkpoint} was trained with {name} {then.get(name)}, not {value}"
+            raise UserError(f"{found}; {REMEDY}, or go on with the same")
     if training["step"] > settings["max_steps"]:
         raise UserError(
             f"{checkpoint} is at step {training['step']}, beyond max_steps {settings['max_steps']}; {REMEDY}"

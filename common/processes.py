@@ -3,19 +3,21 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from common.errors import UserError
 from common.flags import check_device
 
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """Under torchrun, this process as one of its group; by itself otherwise. Raises ValueError for a device that is not there."""
+    """Under torchrun, this process as one of its group; by itself otherwise. Raises UserError for a device that is not
+    there."""
     check_device(device)
     if "LOCAL_RANK" not in os.environ:
         yield
@@ -23,7 +25,8 @@ def process_group(device: str) -> Iterator[None]:
     cuda = torch.device(device).type == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))  # the first may prepare much data meanwhile
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # the first may prepare much data meanwhile
     try:
         yield
         dist.barrier()  # no process leaves while another still saves or writes
@@ -36,13 +39,13 @@ def processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def total(value: float, device: str) -> float:
-    """The sum over all processes."""
+def total(value: float | list[float], device: str):
+    """The sum over all processes, of a number or of each in a list."""
     if not dist.is_initialized():
         return value
     box = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(box)
-    return box.item()
+    return box.tolist()
 
 
 def gathered(value) -> list:
@@ -52,6 +55,21 @@ def gathered(value) -> list:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def by_first(action: Callable, *args):
+    """What `action` returns, done in the first process alone while the others wait; there None. A mistake of the user's
+    that it meets is raised in all of them."""
+    made, mistake = None, None
+    if processes()[0] == 0:
+        try:
+            made = action(*args)
+        except (UserError, OSError) as error:
+            mistake = str(error)
+    mistake = gathered(mistake)[0]
+    if mistake is not None:
+        raise UserError(mistake)
+    return made
 
 
 def tell(text: str) -> None:

@@ -8,8 +8,8 @@ from decoding.settings import DecodeConfig
 from formats.checkpoint import save_checkpoint
 from model import ModelConfig
 from tools import bench
-from train import TrainConfig
 from training.losses import LOSSES
+from training.settings import TrainConfig
 
 
 @pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 4}, {"tie_embeddings": False}])

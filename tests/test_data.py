@@ -221,8 +221,8 @@ def test_documents_lie_side_by_side_numbered_from_one_and_padding_teaches_nothin
 
 
 def test_no_document_waits_while_there_is_room_for_it(prepare, short_pairs):
-    sizes = [len(inputs) for batch in batches(prepare(short_pairs)[0], 3, LENGTH, seed=None) for inputs, _ in unpack(batch)]
-    count = sum(1 for _ in batches(prepare(short_pairs)[0], 3, LENGTH, seed=None))
+    packed = list(batches(prepare(short_pairs)[0], 3, LENGTH, seed=None))
+    sizes, count = [len(inputs) for batch in packed for inputs, _ in unpack(batch)], len(packed)
     assert sum(sizes) > 0.9 * (count - 1) * 3 * LENGTH  # all but the last batch are nearly full
 
 
@@ -245,13 +245,15 @@ def test_starting_at_a_batch_equals_dropping_those_before(prepare, short_pairs, 
 
 
 def test_a_document_that_is_too_long_loses_the_left_of_its_prompt_and_is_counted(tokenizer, prepare):
-    pairs = [("a short prompt", "yes"), ("a very long prompt " * 9 + "its end", "an answer"), ("a prompt", "a very long answer " * 9)]
+    long_prompt, long_answer = "a very long prompt " * 9 + "its end", "a very long answer " * 9
+    pairs = [("a short prompt", "yes"), (long_prompt, "an answer"), ("a prompt", long_answer)]
     array, stats = prepare(pairs)
     short, long, answer = itertools.chain(*(unpack(batch) for batch in batches(array, 1, LENGTH, seed=None)))
     inputs, targets = learned_document(tokenizer, *pairs[1])
     assert len(inputs) > LENGTH and long == ((inputs[0], *inputs[1 - LENGTH :]), targets[-LENGTH:])  # [bos] stays
     body, ends = tuple(tokenizer.encode(pairs[2][1])), (tokenizer.bos_id(), tokenizer.piece_to_id(SEP))
-    assert len(body) > LENGTH and answer == ((*ends, *body[: LENGTH - 2]), (-1, *body[: LENGTH - 1]))  # as does [sep]; then its own end
+    assert len(body) > LENGTH
+    assert answer == ((*ends, *body[: LENGTH - 2]), (-1, *body[: LENGTH - 1]))  # as does [sep]; then its own end
     assert short == learned_document(tokenizer, *pairs[0]) and stats["shortened"] == 2
 
 
@@ -401,8 +403,9 @@ def test_answers_come_in_every_layout():
 def test_each_process_gets_every_other_batch(prepare, short_pairs):
     array, _ = prepare(short_pairs)
     whole = [unpack(batch) for batch in itertools.islice(batches(array, 3, LENGTH, 5), 8)]
-    shares = [[unpack(batch) for batch in itertools.islice(batches(array, 3, LENGTH, 5, start=2 + rank, every=2), 3)] for rank in (0, 1)]
-    assert shares == [whole[2::2], whole[3::2]]
+    for rank in (0, 1):
+        own = itertools.islice(batches(array, 3, LENGTH, 5, start=2 + rank, every=2), 3)
+        assert [unpack(batch) for batch in own] == whole[2 + rank :: 2]
 
 
 def test_a_tokenizer_comes_from_a_checkpoint_or_a_file_of_its_own(tokenizer, tiny_model, tmp_path):

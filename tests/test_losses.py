@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import sys
+import traceback
 from dataclasses import replace
 
 import numpy as np
@@ -10,12 +12,33 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from common.errors import UserError
 from model import ModelConfig, Transformer
-from train import TrainConfig
-from training import losses
-from training.losses import Objective, classifier_loss, exit_loss, hidden_loss, layers_of_step, monotone, shares, skipped_layers
+from training import chunked, losses
+from training.batches import Batch
+from training.chunked import chunked_sum
+from training.device import DeviceBatch, to_device
+from training.losses import (
+    LOSSES,
+    Exits,
+    ask_loss,
+    classifier_loss,
+    cross_entropy,
+    divergence,
+    find_loss,
+    hidden_loss,
+    monotone,
+    plain_sum,
+    register_loss,
+    shares,
+    sum_of_losses,
+)
+from training.objective import Objective, skipped_layers
+from training.settings import TrainConfig
 
-SHAPE = ModelConfig(vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2))
+SHAPE = ModelConfig(
+    vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2)
+)
 CONFIG = TrainConfig(exits=(1, 2), device="cpu")
 
 
@@ -28,11 +51,17 @@ def untrained(**shape) -> Transformer:
     return model
 
 
-def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """inputs (2, 12), targets (24,), of which 14 are learned, documents (2, 12)."""
-    tokens = torch.from_numpy(np.random.default_rng(seed).integers(0, SHAPE.vocab_size, (2, 13)))
-    targets = torch.where(torch.arange(12) >= 5, tokens[:, 1:], -1)
-    return tokens[:, :-1], targets.flatten(), torch.tensor([[1] * 7 + [2] * 5] * 2)
+def batch(seed: int = 0) -> DeviceBatch:
+    """Two rows of 12 positions, of which 14 learn."""
+    tokens = np.random.default_rng(seed).integers(0, SHAPE.vocab_size, (2, 13))
+    targets = np.where(np.arange(12) >= 5, tokens[:, 1:], -1)
+    return to_device(Batch(tokens[:, :-1], targets, np.array([[1] * 7 + [2] * 5] * 2)), "cpu")
+
+
+def exits_of(model: Transformer, config: TrainConfig = CONFIG, step: int = 0) -> Exits:
+    part = batch()
+    states = model.hidden_states(part.inputs, part.documents)
+    return Exits(model, config, step, states, part.learned, part.targets)
 
 
 def gradients(model: Transformer, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -51,14 +80,19 @@ def gradients(model: Transformer, loss: torch.Tensor) -> dict[str, torch.Tensor]
     ("hidden", [[2, 6, 12], [3, 8, 12], [4, 12], [2, 6, 12]]),
 ])  # fmt: skip
 def test_layers_of_a_step_by_hand(loss, by_hand):
-    config = TrainConfig(loss=loss, exits=(2, 3, 4, 6, 8), per_step=2)
-    assert [layers_of_step(config, 12, step) for step in range(4)] == by_hand
+    config = TrainConfig(loss=loss, exits=(2, 3, 4, 6, 8), per_step=2, device="cpu")
+    model = untrained(n_layers=12, exit_norms=())
+    for step in range(4):
+        exits = exits_of(model, config, step)
+        find_loss(loss)(exits)
+        assert sorted(exits.asked) == by_hand[step]
 
 
 @pytest.mark.parametrize("exits, per_step, period", [(6, 2, 3), (5, 2, 3), (5, 4, 2), (7, 1, 7), (3, 8, 1), (0, 2, 1)])
 def test_rotation_visits_every_exit_equally_often_and_the_last_layer_always(exits, per_step, period):
-    config = TrainConfig(loss="rotate", exits=tuple(range(1, exits + 1)), per_step=per_step)
-    steps = [layers_of_step(config, 9, step) for step in range(3 * period)]
+    config = TrainConfig(loss="rotate", exits=tuple(range(1, exits + 1)), per_step=per_step, device="cpu")
+    model = untrained(n_layers=9, exit_norms=())
+    steps = [exits_of(model, config, step).in_turn() for step in range(3 * period)]
     assert sorted(itertools.chain(*(layers[:-1] for layers in steps))) == sorted(config.exits * 3)
     assert all(layers[-1] == 9 and len(layers) - 1 <= per_step for layers in steps)
 
@@ -71,19 +105,22 @@ def test_weights_rise_with_depth_or_are_as_given():
 
 
 def test_layers_are_left_out_more_often_the_deeper_they_lie():
-    """Of 4,000 batches, within 4 standard deviations: each layer fails by chance about once in 16,000 runs, and the seed is fixed."""
+    """Of 4,000 batches, within 4 standard deviations: each layer fails by chance about once in 16,000 runs, and the
+    seed is fixed."""
     config, n, count = replace(CONFIG, layer_dropout=0.4), 5, 4000
     drawn = [skipped_layers(config, n, number) for number in range(count)]
     for layer in range(1, n + 1):
         chance = 0.4 * (2 ** ((layer - 1) / 4) - 1)
         seen = sum(layer in skipped for skipped in drawn) / count
         assert abs(seen - chance) <= 4 * math.sqrt(chance * (1 - chance) / count)
-    assert drawn == [skipped_layers(config, n, number) for number in range(count)]  # so that a resumed run draws the same
+    assert drawn == [
+        skipped_layers(config, n, number) for number in range(count)
+    ]  # so that a resumed run draws the same
     assert skipped_layers(CONFIG, n, 3) == frozenset()
 
 
 def test_a_layer_left_out_hands_its_input_on():
-    model, (inputs, _, documents) = untrained(), batch()
+    model, (inputs, documents, *_) = untrained(), batch()
     without = model.hidden_states(inputs, documents, skipped={2})
     assert without[2] is without[1] and not torch.equal(without[3], model.hidden_states(inputs, documents)[3])
 
@@ -93,7 +130,7 @@ def test_recomputing_changes_no_gradient():
     runs, found, counts = [], [], []
     model.blocks[1].register_forward_pre_hook(lambda *_: runs.append(1))
     for each in (False, True):
-        found.append(gradients(model, Objective(model, replace(CONFIG, recompute=each))(*batch(), [1, 2, 3])[0]))
+        found.append(gradients(model, Objective(model, replace(CONFIG, recompute=each))(batch(), 0)[0]))
         counts.append(len(runs))
     assert_close(found[1], found[0], rtol=0, atol=0)
     assert counts == [1, 3]  # once, and twice
@@ -101,8 +138,10 @@ def test_recomputing_changes_no_gradient():
 
 def test_a_layer_left_out_of_a_step_learns_nothing():
     model = untrained()
-    slopes = gradients(model, Objective(model, CONFIG)(*batch(), [1, 2, 3], frozenset({2}))[0])
-    moved = {name.split(".")[1] for name, slope in slopes.items() if name.startswith("blocks") and slope.abs().sum() > 0}
+    slopes = gradients(model, Objective(model, CONFIG)(batch(), 0, frozenset({2}))[0])
+    moved = {
+        name.split(".")[1] for name, slope in slopes.items() if name.startswith("blocks") and slope.abs().sum() > 0
+    }
     assert moved == {"0", "2"}
 
 
@@ -121,36 +160,51 @@ def by_definition(model: Transformer, rows, targets, weights: dict[int, float], 
 
 
 @pytest.mark.parametrize("distill", [False, True])
-@pytest.mark.parametrize("chunk", [1, 300 * 4, 2**24])  # one target at a time, four, all
+@pytest.mark.parametrize("chunk", [None, 1, 300 * 4, 2**24])  # the plain sum; one target at a time, four, all
 @pytest.mark.parametrize("shape", [{}, {"tie_embeddings": False, "adapter_rank": 3}, {"logit_cap": 2.0}])
-@pytest.mark.parametrize("weights", [{1: 0.2, 2: 0.3, 3: 0.5}, {1: 0.4, 2: 0.6}])  # the last layer trained, or only there
+@pytest.mark.parametrize(
+    "weights", [{1: 0.2, 2: 0.3, 3: 0.5}, {1: 0.4, 2: 0.6}]
+)  # the last layer trained, or only there
 def test_value_and_gradient_are_those_of_the_definition(distill, chunk, shape, weights, monkeypatch):
-    monkeypatch.setitem(losses.CHUNK, "cpu", chunk)
-    monkeypatch.setattr(losses, "FEWEST", 1)
-    model, (inputs, targets, documents) = untrained(**shape), batch()
-    learned = targets >= 0
-    rows = {layer: state[learned] for layer, state in enumerate(model.hidden_states(inputs, documents)) if layer}
-    expected = by_definition(model, rows, targets[learned], weights, distill)
-    found, each, agreed = exit_loss(model, rows, targets[learned], weights, distill, compare=True)
+    monkeypatch.setitem(chunked.CHUNK, "cpu", chunk or 1)
+    monkeypatch.setattr(chunked, "FEWEST", 1)
+    form, each = chunked_sum if chunk else plain_sum, divergence if distill else cross_entropy
+    model, (inputs, documents, learned, targets) = untrained(**shape), batch()
+
+    def rows():
+        states = model.hidden_states(inputs, documents)
+        return {layer: state[learned] for layer, state in enumerate(states) if layer}
+
+    expected = by_definition(model, rows(), targets, weights, distill)
+    found, by_layer, agreed = form(model, rows(), targets, weights, each, compare=True)
     assert_close(found, expected)
-    assert_close(sum(weights[layer] * loss for layer, loss in each.items()), expected.detach())
-    wanted = gradients(model, 3 * by_definition(model, {l: model.hidden_states(inputs, documents)[l][learned] for l in rows},  # noqa: E741
-                                                targets[learned], weights, distill))  # fmt: skip
-    assert_close(gradients(model, 3 * found), wanted, rtol=1e-4, atol=1e-6)
-    final = model.head(rows[3]).argmax(-1)
+    assert_close(sum(weights[layer] * loss for layer, loss in by_layer.items()), expected.detach())
+    assert_close(gradients(model, 3 * found), gradients(model, 3 * expected), rtol=1e-4, atol=1e-6)
+    final = model.head(rows()[3]).argmax(-1)
     assert {layer: same.tolist() for layer, same in agreed.items()} == {
-        layer: (model.head(rows[layer], layer).argmax(-1) == final).tolist() for layer in (1, 2)
+        layer: (model.head(rows()[layer], layer).argmax(-1) == final).tolist() for layer in (1, 2)
     }
+
+
+def test_few_logits_are_kept_and_many_are_made_chunk_by_chunk(monkeypatch):
+    """14 targets at 3 layers of 300 pieces are 12,600 logits."""
+    used, exits = [], exits_of(untrained())
+    for name in ("plain_sum", "chunked_sum"):
+        monkeypatch.setattr(losses, name, lambda *_, name=name: used.append(name))
+    for most in (12_600, 12_599):
+        monkeypatch.setitem(chunked.CHUNK, "cpu", most)
+        sum_of_losses(exits.model, {}, exits.targets, {1: 0.2, 2: 0.3, 3: 0.5})
+    assert used == ["plain_sum", "chunked_sum"]
 
 
 def test_logits_of_one_exit_and_one_chunk_at_a_time_are_made(monkeypatch):
     """Of the last layer and two exits, 14 targets in chunks of 4: twelve products, none larger than a chunk."""
-    model, (inputs, targets, documents), sizes = untrained(), batch(), []
-    monkeypatch.setitem(losses.CHUNK, "cpu", 4 * 300)
-    monkeypatch.setattr(losses, "FEWEST", 1)
+    model, sizes = untrained(), []
+    monkeypatch.setitem(chunked.CHUNK, "cpu", 4 * 300)
+    monkeypatch.setattr(chunked, "FEWEST", 1)
     score = model.score
     monkeypatch.setattr(model, "score", lambda normed, weight: sizes.append(len(normed)) or score(normed, weight))
-    Objective(model, CONFIG)(inputs, targets, documents, [1, 2, 3])[0].backward()
+    Objective(model, CONFIG)(batch(), 0)[0].backward()
     assert sorted(sizes) == [2] * 3 + [4] * 9
 
 
@@ -158,16 +212,19 @@ def test_only_the_exits_of_a_step_pay_for_a_head(monkeypatch):
     model, asked = untrained(), []
     exit_norm = model.exit_norm
     monkeypatch.setattr(model, "exit_norm", lambda hidden, layer: asked.append(layer) or exit_norm(hidden, layer))
-    Objective(model, CONFIG)(*batch(), [2, 3])
-    assert asked == [3, 2]
+    Objective(model, replace(CONFIG, per_step=1))(batch(), 1)
+    assert sorted(asked) == [2, 3]
 
 
 def test_distillation_teaches_the_exits_and_leaves_the_last_distribution_to_its_own_loss():
-    """A last layer that is all that is trained gets the same gradient from `distill` as from `none`, but for its share."""
-    model, (inputs, targets, documents) = untrained(tie_embeddings=False), batch()
-    rows = {layer: state[targets >= 0].detach() for layer, state in enumerate(model.hidden_states(inputs, documents)) if layer}
-    last = gradients(model, exit_loss(model, rows, targets[targets >= 0], {2: 0.5, 3: 0.5}, distill=True)[0])
-    alone = gradients(model, exit_loss(model, rows, targets[targets >= 0], {3: 1.0})[0])
+    """A last layer that is all that is trained gets the same gradient from `distill` as from `none`, but for its
+    share."""
+    model, (inputs, documents, learned, targets) = untrained(tie_embeddings=False), batch()
+    rows = {
+        layer: state[learned].detach() for layer, state in enumerate(model.hidden_states(inputs, documents)) if layer
+    }
+    last = gradients(model, sum_of_losses(model, rows, targets, {2: 0.5, 3: 0.5}, divergence)[0])
+    alone = gradients(model, sum_of_losses(model, rows, targets, {3: 1.0})[0])
     assert_close(last["norm"], 0.5 * alone["norm"])
     assert last["exit_norms.2"].abs().sum() > 0 and last["exit_norms.1"].abs().sum() == 0
 
@@ -186,7 +243,8 @@ def test_monotone_matching_is_the_best_of_all():
 
 
 def test_hidden_loss_by_hand():
-    """Of the four layers 0, 5 | 4, 6 the lower is closest to 4, the higher to either; both match 4, at 16 and 1. Only they learn."""
+    """Of the four layers 0, 5 | 4, 6 the lower is closest to 4, the higher to either; both match 4, at 16 and 1. Only
+    they learn."""
     states = [torch.full((3, 2), value, requires_grad=True) for value in (0.0, 5.0, 4.0, 6.0)]
     loss = hidden_loss(states, 2)
     assert loss.item() == pytest.approx((16 + 1) / 2)
@@ -196,12 +254,121 @@ def test_hidden_loss_by_hand():
 
 
 def test_the_objective_adds_the_hidden_loss_below_the_first_exit_of_the_step():
-    model, inputs = untrained(), batch()
-    plain, last = Objective(model, CONFIG)(*inputs, [1, 2, 3])
-    found, same = Objective(model, replace(CONFIG, loss="hidden", hidden_weight=0.3))(*inputs, [1, 2, 3])
-    states = [state[inputs[1] >= 0] for state in model.hidden_states(inputs[0], inputs[2])[1:]]
+    model, part = untrained(), batch()
+    plain, last = Objective(model, CONFIG)(part, 0)
+    found, same = Objective(model, replace(CONFIG, loss="hidden", hidden_weight=0.3))(part, 0)
+    states = [state[part.learned] for state in model.hidden_states(part.inputs, part.documents)[1:]]
     assert_close(found, plain + 0.3 * min(F.mse_loss(states[0], states[1]), F.mse_loss(states[0], states[2])))
     assert_close(same, last)
+
+
+# ---------------------------------------------------------------- losses of the user's own
+
+OWN = """
+import torch.nn.functional as F
+
+def smoothed(logits, targets, final):
+    return F.cross_entropy(logits, targets, reduction="none", label_smoothing=0.1)
+
+def smooth(exits):
+    return exits.weighted_sum(exits.in_turn(), smoothed)
+
+def by_hand(exits):
+    return sum(F.cross_entropy(exits.logits(layer), exits.targets) for layer in exits.every()) / len(exits.every())
+
+def fails(exits):
+    return exits.no_such_thing
+
+vector = lambda exits: exits.state(1)
+nothing = lambda exits: None
+constant = lambda exits: exits.state(1).detach().mean()
+mean = lambda exits: exits.weighted_sum([1, 3], lambda logits, targets, final: F.cross_entropy(logits, targets))
+answer = 42
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module of the user's: own_losses."""
+    (tmp_path / "own_losses.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path / "own_losses.py"
+    sys.modules.pop("own_losses", None)
+
+
+def test_a_loss_of_ones_own_is_asked_like_the_others(own):
+    """Label smoothing by its definition: a tenth of the mean of -log p over all pieces, nine tenths of the target's."""
+    model, weights = untrained(), {1: 1 / 6, 2: 2 / 6, 3: 3 / 6}
+    found = ask_loss("own_losses:smooth", exits_of(model))
+    expected, exits = 0, exits_of(model)
+    for layer, weight in weights.items():
+        costs = -exits.logits(layer).log_softmax(-1)  # (N, V)
+        expected = expected + weight * (0.9 * costs[range(14), exits.targets] + 0.1 * costs.mean(-1)).mean()
+    assert_close(found, expected)
+    assert_close(gradients(model, found), gradients(model, expected), rtol=1e-4, atol=1e-6)
+
+
+def test_the_recipe_works_as_it_is_written(own, monkeypatch):
+    lines = [line[4:] for line in losses.__doc__.splitlines() if line.startswith("    ")]
+    (own.parent / "my_file.py").write_text("\n".join(lines))
+    monkeypatch.delitem(sys.modules, "my_file", raising=False)
+    model = untrained()
+    assert_close(ask_loss("my_file:smooth", exits_of(model)), ask_loss("own_losses:smooth", exits_of(model)))
+
+
+def test_a_loss_may_ask_for_logits_by_itself_and_classifiers_learn_all_the_same(own):
+    model = untrained(classifiers=(1, 2))
+    config = replace(CONFIG, loss="own_losses:by_hand", classifier=True)
+    loss, logged = Objective(model, config)(batch(), 0)
+    exits = exits_of(model)
+    means = [F.cross_entropy(exits.logits(layer), exits.targets) for layer in (1, 2, 3)]
+    assert_close(logged, sum(means).detach() / 3)
+    learned = [exits_of(model).agreement(layer) for layer in (1, 2)]
+    extra = [classifier_loss(model, exits.state(layer), layer, same) for layer, same in zip((1, 2), learned)]
+    assert_close(loss, sum(means) / 3 + sum(extra) / 2)
+
+
+def test_a_registered_loss_is_chosen_by_its_name(monkeypatch):
+    monkeypatch.setattr(losses, "LOSSES", dict(LOSSES))
+
+    @register_loss("top")
+    def top(exits):
+        return exits.weighted_sum([exits.last])
+
+    assert TrainConfig(loss="top").loss == "top" and find_loss("top") is top
+    assert ask_loss("top", exits_of(untrained())) == ask_loss("none", exits_of(untrained()))
+
+
+@pytest.mark.parametrize("name, said", [
+    ("vector", "own_losses.py) gave torch.float32 of shape (14, 32); it must give a scalar, for example .mean()"),
+    ("nothing", "own_losses.py) gave NoneType; it must give a scalar tensor"),
+    ("constant", "own_losses.py) gave a value without a gradient"),
+    ("mean", "gave (); it must give one loss a target, (14,)"),
+])  # fmt: skip
+def test_what_a_loss_gives_wrongly_is_said_with_its_name_and_file(name, said, own):
+    with pytest.raises(UserError) as error:
+        ask_loss(f"own_losses:{name}", exits_of(untrained()))
+    assert said in str(error.value) and f"loss own_losses:{name} (" in str(error.value)
+
+
+def test_an_exception_in_a_loss_names_it_and_keeps_its_traceback(own):
+    with pytest.raises(RuntimeError, match=r"loss own_losses:fails \(.*own_losses.py\) failed") as error:
+        ask_loss("own_losses:fails", exits_of(untrained()))
+    assert isinstance(error.value.__cause__, AttributeError) and not isinstance(error.value, UserError)
+    assert "return exits.no_such_thing" in "".join(traceback.format_exception(error.value))
+
+
+@pytest.mark.parametrize("name, said", [
+    ("mean", "unknown loss 'mean'; choose from none, weighted, rotate, distill, hidden, or package.module:function"),
+    ("own_losses:mine", "cannot be loaded: module 'own_losses' has no attribute 'mine'"),
+    ("no_such_file:mine", "cannot be loaded: No module named 'no_such_file'"),
+    ("own_losses:answer", "is not a function"),
+    (":", "cannot be loaded"),
+])  # fmt: skip
+def test_a_loss_that_is_not_there_is_said_to_be(name, said, own):
+    with pytest.raises(UserError) as error:
+        TrainConfig(loss=name)
+    assert said in str(error.value)
 
 
 # ---------------------------------------------------------------- classifiers, heads alone
@@ -236,8 +403,12 @@ def test_a_classifier_learns_to_tell_agreement():
 def test_heads_alone_learn_and_nothing_else(loss):
     model = untrained(adapter_rank=2, classifiers=(1, 2))
     config = replace(CONFIG, train="heads", init="x.pt", loss=loss, classifier=True)
-    trained = {name for name, weight in model.named_parameters() if name.startswith(("exit_norms", "adapters", "classifiers"))}
+    trained = {
+        name for name, weight in model.named_parameters() if name.startswith(("exit_norms", "adapters", "classifiers"))
+    }
     for name, weight in model.named_parameters():
         weight.requires_grad_(name in trained)
-    Objective(model, config)(*batch(), [1, 2, 3])[0].backward()
-    assert {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.abs().sum() > 0} == trained
+    Objective(model, config)(batch(), 0)[0].backward()
+    assert {
+        name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.abs().sum() > 0
+    } == trained

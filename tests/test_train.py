@@ -7,10 +7,12 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +27,23 @@ from formats import data
 from formats.checkpoint import read_checkpoint, save_checkpoint
 from formats.tokenizer import encode_prompt
 from model import Block, ModelConfig, Transformer, load_checkpoint
-from train import TrainConfig, learning_rate, make_model, make_optimizer, shape_from, train_step
+from train import train_step
 from training import batches as batching
-from training import losses
-from training.losses import Objective, exit_loss
+from training import losses, runs
+from training.device import DeviceBatch, on_device, to_device
+from training.losses import sum_of_losses
+from training.objective import Objective
+from training.optimizer import learning_rate, make_optimizer
+from training.runs import locked
+from training.settings import TrainConfig
+from training.start import load_data, make_model, prepare_data, prepare_tokenizer, shape_from
+from training.validation import validate
 
-SHAPE = ModelConfig(vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2))
-WORDS = {"one": "un", "two": "deux", "three": "trois", "four": "quatre", "five": "cinq", "six": "six", "seven": "sept", "eight": "huit"}
+SHAPE = ModelConfig(
+    vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2)
+)
+ENGLISH, FRENCH = "one two three four five six seven eight", "un deux trois quatre cinq six sept huit"
+WORDS = dict(zip(ENGLISH.split(), FRENCH.split()))
 EXACT = {"rtol": 0, "atol": 0}
 
 
@@ -50,7 +62,8 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(files):
     return TrainConfig(
-        data=(str(files / "train.tsv"),), dev=(str(files / "dev.tsv"),), loss="rotate", exits=(1, 2), per_step=1, max_steps=12, rows=2,
+        data=(str(files / "train.tsv"),), dev=(str(files / "dev.tsv"),), loss="rotate", exits=(1, 2), per_step=1,
+        max_steps=12, rows=2,
         length=48, accumulate=2, lr=0.01, warmup=2, device="cpu", validate_every=6, save_every=5,
     )  # fmt: skip
 
@@ -59,7 +72,7 @@ def config(files):
 def finished(config, tmp_path_factory):
     """A training that nobody interrupted: its folder and the weights it ended with."""
     folder = tmp_path_factory.mktemp("finished")
-    return folder, weights(train.train(config, SHAPE, folder))
+    return folder, weights(train.run_training(config, SHAPE, folder))
 
 
 def untrained() -> Transformer:
@@ -75,6 +88,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def on_cpu(*parts: batching.Batch) -> Iterator[DeviceBatch]:
+    """These batches as a step takes them."""
+    return iter([to_device(part, "cpu") for part in parts])
+
+
 def random_batch(learned: int, seed: int = 0) -> batching.Batch:
     """Two rows of 12 positions, two documents each, of which the last `learned` targets of a row are learned."""
     tokens = np.random.default_rng(seed).integers(0, SHAPE.vocab_size, (2, 13))
@@ -83,7 +101,8 @@ def random_batch(learned: int, seed: int = 0) -> batching.Batch:
 
 
 def mean_loss(model: Transformer, batch: batching.Batch) -> torch.Tensor:
-    """The definition: minus the mean log-probability of the learned targets, in a full forward pass over each document alone."""
+    """The definition: minus the mean log-probability of the learned targets, in a full forward pass over each document
+    alone."""
     losses = []
     for row, number in np.ndindex(2, 2):
         own = batch.documents[row] == number + 1
@@ -111,16 +130,17 @@ def test_packed_documents_do_not_see_each_other(tiny_model):
         own = documents[0] == document
         alone = model.hidden_states(inputs[:, own])
         for layer in range(6):
-            assert_close(packed[layer][own], alone[layer], rtol=1e-4, atol=1e-4)  # not to the bit: the rotary angles differ
+            # Not to the bit: the rotary angles differ.
+            assert_close(packed[layer][own], alone[layer], rtol=1e-4, atol=1e-4)
         assert document == 1 or (mixed[-1][own] - alone[-1]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("loss, taught", [("none", [3]), ("weighted", [1, 2, 3]), ("rotate", [1, 2, 3])])
 def test_weighted_and_rotate_teach_every_exit_and_none_the_last_layer_alone(loss, taught, config, tmp_path):
     config = dataclasses.replace(config, loss=loss, max_steps=60, validate_every=60)
-    model = train.train(config, SHAPE, tmp_path)
-    dev = train.prepare_data(config.dev, train.prepare_tokenizer(config, tmp_path, SHAPE.vocab_size), tmp_path, config.length)
-    before, after = (train.validate(each, dev, config) for each in (untrained(), model))
+    model = train.run_training(config, SHAPE, tmp_path)
+    dev = prepare_data(config.dev, prepare_tokenizer(config, tmp_path, SHAPE.vocab_size), tmp_path, config.length)
+    before, after = (validate(each, dev, config) for each in (untrained(), model))
     assert all(after[layer][0] < 0.5 * before[layer][0] for layer in taught)
     assert [layer for layer in (1, 2) if not torch.equal(model.exit_norms[str(layer)], torch.ones(32))] == taught[:-1]
 
@@ -129,7 +149,10 @@ def test_one_batch_is_learned_by_heart():
     model, batch = untrained(), random_batch(learned=8)
     config = TrainConfig(loss="weighted", exits=(1, 2), lr=0.01, warmup=5, max_steps=100, device="cpu")
     optimizer = make_optimizer(model, config)
-    losses = [train_step(Objective(model, config), optimizer, itertools.repeat(batch), config, step) for step in range(100)]
+    losses = [
+        train_step(Objective(model, config), optimizer, itertools.repeat(to_device(batch, "cpu")), config, step)
+        for step in range(100)
+    ]
     assert losses[0] == pytest.approx(math.log(300), abs=0.2) and losses[-1] < 0.02  # from a uniform guess to none
 
 
@@ -138,7 +161,8 @@ def test_one_batch_is_learned_by_heart():
 
 def test_learning_rate_by_hand():
     config = TrainConfig(lr=2.0, min_lr=0.1, warmup=4, max_steps=12)
-    by_hand = {0: 0.5, 1: 1.0, 3: 2.0, 4: 2.0, 8: 2 * (0.1 + 0.9 / 2), 12: 0.2}  # warm-up, peak, half of the cosine, end
+    middle = 2 * (0.1 + 0.9 / 2)  # half of the cosine
+    by_hand = {0: 0.5, 1: 1.0, 3: 2.0, 4: 2.0, 8: middle, 12: 0.2}
     assert {step: learning_rate(config, step) for step in by_hand} == pytest.approx(by_hand)
     assert learning_rate(dataclasses.replace(config, warmup=0), 0) == 2.0
 
@@ -153,15 +177,15 @@ def test_only_matrices_decay():
         assert_close(weight.detach(), before[name] * (1 - 0.5 * 0.1 if weight.dim() == 2 else 1))
 
 
-def test_accumulation_averages_the_means_of_the_micro_batches():
-    """However many targets each has: it is not the mean over all targets of the step."""
+def test_every_target_of_a_step_weighs_alike_in_whichever_micro_batch_it_lies():
     model, parts = untrained(), [random_batch(learned=9, seed=1), random_batch(learned=2, seed=2)]
     config = TrainConfig(loss="none", rows=2, accumulate=2, lr=0.1, warmup=0, clip=1e9, device="cpu")
     means, before = [mean_loss(model, part) for part in parts], weights(model)
-    slopes = torch.autograd.grad(sum(means) / 2, list(model.parameters()), materialize_grads=True)
-    loss = train_step(Objective(model, config), torch.optim.SGD(model.parameters()), iter(parts), config, step=0)
-    assert loss == pytest.approx((means[0] + means[1]).item() / 2, rel=1e-5)
-    assert loss != pytest.approx((9 * means[0] + 2 * means[1]).item() / 11, rel=1e-5)
+    mean = (9 * means[0] + 2 * means[1]) / 11
+    slopes = torch.autograd.grad(mean, list(model.parameters()), materialize_grads=True)
+    loss = train_step(Objective(model, config), torch.optim.SGD(model.parameters()), on_cpu(*parts), config, step=0)
+    assert loss == pytest.approx(mean.item(), rel=1e-5)
+    assert loss != pytest.approx((means[0] + means[1]).item() / 2, rel=1e-5)
     for (name, weight), slope in zip(model.named_parameters(), slopes):
         assert_close(weight.detach(), before[name] - 0.1 * slope, rtol=1e-5, atol=1e-6)
 
@@ -169,7 +193,9 @@ def test_accumulation_averages_the_means_of_the_micro_batches():
 def test_the_gradient_is_clipped_to_its_largest_norm():
     model, config = untrained(), TrainConfig(loss="none", lr=0.1, warmup=0, clip=0.01, device="cpu")
     before = weights(model)
-    train_step(Objective(model, config), torch.optim.SGD(model.parameters()), iter([random_batch(learned=9)]), config, step=0)
+    train_step(
+        Objective(model, config), torch.optim.SGD(model.parameters()), on_cpu(random_batch(learned=9)), config, step=0
+    )
     moved = torch.cat([(weight - before[name]).flatten() for name, weight in model.named_parameters()])
     assert moved.norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)
 
@@ -179,18 +205,49 @@ def test_bfloat16_rounds_the_activations_and_keeps_the_weights_in_float32():
     for dtype in ("float32", "bfloat16"):
         model, config = untrained(), TrainConfig(loss="weighted", exits=(1, 2), dtype=dtype, warmup=0, device="cpu")
         before = weights(model)
-        losses[dtype] = train_step(Objective(model, config), make_optimizer(model, config), iter([random_batch(learned=9)]), config, step=0)
+        losses[dtype] = train_step(
+            Objective(model, config), make_optimizer(model, config), on_cpu(random_batch(learned=9)), config, step=0
+        )
         for name, weight in model.named_parameters():
             assert weight.dtype == torch.float32 and weight.isfinite().all() and not torch.equal(weight, before[name])
     assert losses["bfloat16"] != losses["float32"] and losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
 
 
 def test_compiled_blocks_learn_the_same(config, finished, tmp_path, monkeypatch):
-    """Every block captured as one graph, then run without generating code: that takes torch a compiler and half a minute."""
-    monkeypatch.setattr(Block, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager", fullgraph=True))
-    model = train.train(dataclasses.replace(config, compile=True), SHAPE, tmp_path)
+    """Every block captured as one graph, then run without generating code: that takes torch a compiler and half a
+    minute."""
+    monkeypatch.setattr(
+        Block, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager", fullgraph=True)
+    )
+    model = train.run_training(dataclasses.replace(config, compile=True), SHAPE, tmp_path)
     assert all(block._compiled_call_impl for block in model.blocks)
     assert_close(weights(model), finished[1], rtol=0, atol=1e-4)
+
+
+def test_batches_fetched_ahead_are_the_same_in_the_same_order(config, finished):
+    _, records, _ = load_data(config, SHAPE, finished[0])
+    whole = list(itertools.islice(batching.batches(records, 2, 48, seed=3), 9))
+    for prefetch in (True, False):
+        stream = on_device(iter(whole), dataclasses.replace(config, prefetch=prefetch))
+        for found, batch in itertools.zip_longest(stream, whole):
+            assert torch.equal(found.inputs, torch.from_numpy(batch.inputs))
+            assert torch.equal(found.documents, torch.from_numpy(batch.documents))
+            rows, columns = np.nonzero(batch.targets >= 0)
+            assert found.learned.tolist() == (48 * rows + columns).tolist()
+            assert found.targets.tolist() == batch.targets[rows, columns].tolist()
+
+
+def test_a_mistake_in_the_data_comes_through_from_the_thread_that_fetches(config):
+    records = np.zeros(60, [("token", "<u2"), ("flags", "u1")])
+    records["flags"][0] = batching.START
+    stream = on_device(batching.batches(records, 2, 48), dataclasses.replace(config, prefetch=True))
+    with pytest.raises(ValueError, match="longer context than 48"):
+        next(stream)
+
+
+def test_training_is_in_bfloat16_on_a_gpu_unless_told_otherwise():
+    assert [TrainConfig(device=device).dtype for device in ("cpu", "cuda", "cuda:1")] == ["float32"] + ["bfloat16"] * 2
+    assert TrainConfig(device="cuda", dtype="float32").dtype == "float32"
 
 
 # ---------------------------------------------------------------- the end, and ends before it
@@ -198,7 +255,9 @@ def test_compiled_blocks_learn_the_same(config, finished, tmp_path, monkeypatch)
 
 def test_the_model_file_holds_all_that_decoding_needs(config, finished):
     content = torch.load(finished[0] / "model.pt", weights_only=True)
-    assert all(weight.dtype == (torch.float16 if weight.dim() > 1 else torch.float32) for weight in content["weights"].values())
+    assert all(
+        weight.dtype == (torch.float16 if weight.dim() > 1 else torch.float32) for weight in content["weights"].values()
+    )
     model, tokenizer = load_checkpoint(finished[0] / "model.pt", device="cpu", form="plain")
     assert model.config == SHAPE and tokenizer.decode(tokenizer.encode("seven sept")) == "seven sept"
     rounded = {name: weight.half().float() if weight.dim() > 1 else weight for name, weight in finished[1].items()}
@@ -242,7 +301,9 @@ def python(*words) -> subprocess.CompletedProcess:
 def flags(*configs) -> list[str]:
     """The command line that says the same as the configs."""
     values = {field.name: getattr(config, field.name) for config in configs for field in dataclasses.fields(config)}
-    texts = {name: ",".join(map(str, value)) if isinstance(value, tuple) else str(value) for name, value in values.items()}
+    texts = {
+        name: ",".join(map(str, value)) if isinstance(value, tuple) else str(value) for name, value in values.items()
+    }
     return [f"--{name.replace('_', '-')}={text}" for name, text in texts.items() if not isinstance(values[name], bool)]
 
 
@@ -251,7 +312,8 @@ def test_a_training_killed_while_it_saves_goes_on_to_the_same_weights(config, fi
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     model, tokenizer = load_checkpoint(tmp_path / "checkpoint.pt")  # the first save is whole
     assert model(torch.tensor([tokenizer.encode("one")])).isfinite().all()
-    model = train.train(dataclasses.replace(config, save_every=4, validate_every=1), SHAPE, tmp_path)  # these two may change
+    other = dataclasses.replace(config, save_every=4, validate_every=1)  # these two may change
+    model = train.run_training(other, SHAPE, tmp_path)
     assert "going on from" in (said := capsys.readouterr().out) and "at step 5" in said
     assert_close(weights(model), finished[1], **EXACT)
     assert not list(tmp_path.glob("*.part"))
@@ -263,12 +325,12 @@ def test_a_loss_that_is_not_a_number_changes_no_weight_and_no_checkpoint(config,
     def poisoned(model, *batch):
         calls.append((model, weights(model)))
         factor = math.nan if len(calls) == 16 else 1  # step 7, second micro-batch
-        loss, losses, agreed = exit_loss(model, *batch)
+        loss, losses, agreed = sum_of_losses(model, *batch)
         return factor * loss, {layer: factor * loss for layer, loss in losses.items()}, agreed
 
-    monkeypatch.setattr(losses, "exit_loss", poisoned)
+    monkeypatch.setattr(losses, "sum_of_losses", poisoned)
     with pytest.raises(ValueError, match=r"the loss is nan.* at step 7"):
-        train.train(config, SHAPE, tmp_path)
+        train.run_training(config, SHAPE, tmp_path)
     model, before = calls[-1]
     assert_close(weights(model), before, **EXACT)
     assert read_checkpoint(tmp_path / "checkpoint.pt")["training"]["step"] == 5 and not (tmp_path / "model.pt").exists()
@@ -277,13 +339,15 @@ def test_a_loss_that_is_not_a_number_changes_no_weight_and_no_checkpoint(config,
 def test_a_training_killed_at_a_random_step_goes_on_to_the_same_weights(config, finished, tmp_path):
     """Whatever step that is: the log tells, and goes on as if nothing had been."""
     words = [sys.executable, "train.py", f"--out={tmp_path}", *flags(dataclasses.replace(config, save_every=1), SHAPE)]
-    running = subprocess.Popen(words, cwd=Path(train.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    running = subprocess.Popen(
+        words, cwd=Path(train.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE
+    )
     step, log = random.randint(2, 9), tmp_path / "log.jsonl"
-    while running.poll() is None and not (log.exists() and log.read_text().count('"tokens_per_s"') >= step):
+    while running.poll() is None and not (log.exists() and log.read_text().count('"positions_per_s"') >= step):
         time.sleep(0.001)
     running.kill()
     assert running.wait() == -signal.SIGKILL, running.stderr.read()
-    assert_close(weights(train.train(config, SHAPE, tmp_path)), finished[1], **EXACT)
+    assert_close(weights(train.run_training(config, SHAPE, tmp_path)), finished[1], **EXACT)
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
 
@@ -300,38 +364,143 @@ def write_then_signal(log, row):
     if row.get("loss") and row["step"] == 3:
         os.kill(os.getpid(), {int(number)})
 runs.Log.write = write_then_signal
-save = train.save_checkpoint
-train.save_checkpoint = lambda *args, **more: (os.kill(os.getpid(), {int(number)}), save(*args, **more))  # an impatient user
+save = runs.save_checkpoint
+def an_impatient_user(*args, **more):
+    os.kill(os.getpid(), {int(number)})
+    save(*args, **more)
+runs.save_checkpoint = an_impatient_user
 run(train.main)
 """
     ended = python("-c", code, f"--out={tmp_path}", *flags(dataclasses.replace(config, save_every=100), SHAPE))
     assert ended.returncode == 128 + number and "is at step 3 of 12, and the same command goes on" in ended.stdout
     assert read_checkpoint(tmp_path / "checkpoint.pt")["training"]["step"] == 3 and not (tmp_path / "model.pt").exists()
-    assert_close(weights(train.train(config, SHAPE, tmp_path)), finished[1], **EXACT)
+    assert_close(weights(train.run_training(config, SHAPE, tmp_path)), finished[1], **EXACT)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_whole(config, finished, tmp_path):
     """A limit on the size of files stands for the disk."""
-    train.train(dataclasses.replace(config, max_steps=5, save_every=5), SHAPE, tmp_path)
+    train.run_training(dataclasses.replace(config, max_steps=5, save_every=5), SHAPE, tmp_path)
     (tmp_path / "model.pt").unlink()
     size = (tmp_path / "checkpoint.pt").stat().st_size
-    limited = f"import resource, signal, train; from common.errors import run; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
-              f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2})); run(train.main)"  # fmt: skip
+    limited = f"""
+import resource, signal, train
+from common.errors import run
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))
+run(train.main)
+"""
     ended = python("-c", limited, f"--out={tmp_path}", *flags(config, SHAPE))
-    assert ended.returncode == 2 and "could not be written, the old file is kept; is the disk full?" in ended.stderr.splitlines()[-1]
+    assert (
+        ended.returncode == 2
+        and "could not be written, the old file is kept; is the disk full?" in ended.stderr.splitlines()[-1]
+    )
     assert read_checkpoint(tmp_path / "checkpoint.pt")["training"]["step"] == 5 and not list(tmp_path.glob("*.part"))
 
 
 def test_a_model_that_is_there_is_overwritten_only_when_asked(config, finished, tmp_path):
     (tmp_path / "model.pt").write_bytes(b"precious")
     with pytest.raises(ValueError, match=r"model.pt is there already; give another --out, or --overwrite"):
-        train.train(config, SHAPE, tmp_path)
+        train.run_training(config, SHAPE, tmp_path)
     assert (tmp_path / "model.pt").read_bytes() == b"precious"
     other = dataclasses.replace(config, lr=0.02)
-    train.train(dataclasses.replace(other, max_steps=2), SHAPE, tmp_path, overwrite=True)
+    train.run_training(dataclasses.replace(other, max_steps=2), SHAPE, tmp_path, overwrite=True)
     with pytest.raises(ValueError, match="was trained with lr"):
-        train.train(config, SHAPE, tmp_path)
-    assert_close(weights(train.train(config, SHAPE, tmp_path, overwrite=True)), finished[1], **EXACT)
+        train.run_training(config, SHAPE, tmp_path)
+    assert_close(weights(train.run_training(config, SHAPE, tmp_path, overwrite=True)), finished[1], **EXACT)
+
+
+def test_a_second_training_in_the_same_folder_is_refused_until_the_first_has_ended(config, tmp_path):
+    with locked(tmp_path), pytest.raises(ValueError, match="another training is writing there; wait for its end"):
+        train.run_training(config, SHAPE, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    train.run_training(dataclasses.replace(config, max_steps=1), SHAPE, tmp_path)
+
+
+def test_a_killed_training_leaves_no_lock(tmp_path):
+    code = "import os, signal, pathlib; from training.runs import lock; " \
+           "held = lock(pathlib.Path({!r})); os.kill(os.getpid(), signal.SIGKILL)"  # fmt: skip
+    assert python("-c", code.format(str(tmp_path))).returncode == -signal.SIGKILL
+    assert (tmp_path / ".lock").exists()
+    with locked(tmp_path):
+        pass
+
+
+def test_where_there_are_no_locks_it_is_said(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "fcntl", None)
+    with locked(tmp_path), locked(tmp_path):
+        assert f"make sure that no other training writes to {tmp_path}" in capsys.readouterr().out
+
+
+def test_a_log_without_a_checkpoint_is_not_replaced_unless_asked(config, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0, "positions_per_s": 3}\n')
+    with pytest.raises(ValueError, match=r"log.jsonl is there already, of a training that left no checkpoint to go on"):
+        train.run_training(config, SHAPE, tmp_path)
+    assert losses_of(tmp_path) == [2.0]
+    train.run_training(dataclasses.replace(config, max_steps=2), SHAPE, tmp_path, overwrite=True)
+    assert len(losses_of(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda training: training.pop("optimizer"), "its training lacks its optimizer, so it cannot go on"),
+    (lambda training: training.update(step=-5), "its training is at step -5, which must be at least 0"),
+    (lambda training: training.update(step="five"), "its training lacks its step"),
+    (lambda training: training.update(config=None), "its training lacks its config"),
+    (lambda training: training["optimizer"].clear(), "its optimizer does not fit the model"),
+    (lambda training: training["optimizer"]["state"].clear(), "the model (it holds no moments)"),
+    (lambda training: training["optimizer"]["param_groups"].pop(), "its optimizer does not fit the model"),
+    (lambda training: training["optimizer"]["state"][0].update(exp_avg=torch.ones(3)), "moments have other shapes"),
+])  # fmt: skip
+def test_a_training_checkpoint_that_cannot_be_gone_on_from_is_said_in_one_line(
+    change, said, config, finished, tmp_path
+):
+    content = torch.load(finished[0] / "checkpoint.pt")
+    change(content["training"])
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError) as error:
+        train.run_training(config, SHAPE, tmp_path)
+    assert said in str(error.value) and "checkpoint.pt" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_validation_shows_how_far_it_is_batch_by_batch(config, finished, monkeypatch):
+    said = []
+    monkeypatch.setattr(train.tqdm, "set_postfix_str", lambda bar, text: said.append(text))
+    model, _ = load_checkpoint(finished[0] / "model.pt", form="plain")
+    _, _, dev = load_data(config, SHAPE, finished[0])
+    with train.tqdm(disable=True) as bar:
+        validate(model, *dev.values(), config, functools.partial(train.show_validation, bar, config.dev[0]))
+    count = sum(1 for _ in batching.batches(*dev.values(), config.rows, config.length, seed=None))
+    folder = Path(config.dev[0]).parent.name
+    assert (
+        said == [f"validating on {folder}/dev.tsv, {done} of at most 16 batches" for done in range(min(count, 16))]
+        and count > 2
+    )
+
+
+def test_a_loss_of_ones_own_that_is_not_a_number_is_named(config, tmp_path, monkeypatch):
+    (tmp_path / "own_nan.py").write_text(
+        "def bad(exits):\n    return exits.weighted_sum(exits.every()) * float('nan')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"the loss is nan.* at step 0 of loss own_nan:bad \(.*own_nan.py\)"):
+        train.run_training(dataclasses.replace(config, loss="own_nan:bad"), SHAPE, tmp_path / "run")
+
+
+def test_an_exception_in_a_loss_of_ones_own_ends_the_command_with_its_traceback(config, tmp_path):
+    (tmp_path / "own_fails.py").write_text("def bad(exits):\n    return exits.colour\n")
+    words = flags(dataclasses.replace(config, max_steps=1), SHAPE)
+    code = f"import sys, train; from common.errors import run; sys.path.append({str(tmp_path)!r}); run(train.main)"
+    ended = python("-c", code, f"--out={tmp_path / 'run'}", *words, "--loss=own_fails:bad")
+    assert ended.returncode == 1 and "return exits.colour" in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith(f"RuntimeError: loss own_fails:bad ({tmp_path / 'own_fails.py'})")
+
+
+def test_the_help_begins_with_what_a_beginner_needs(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        train.make_parser().parse_args(["--help"])
+    first = capsys.readouterr().out.split("\nlosses:\n")[0]
+    shown = re.findall(r"^  (--[a-z-]+)", first, re.MULTILINE)
+    assert {"--out", "--data", "--dev", "--init", "--train", "--loss", "--exits", "--max-steps"} <= set(shown)
+    assert len(shown) <= 14
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -349,9 +518,10 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
 def tuned(config, finished, tmp_path_factory, request):
     """Heads trained on the finished model: settings and folder."""
     folder = tmp_path_factory.mktemp("heads")
-    heads = dataclasses.replace(config, init=str(finished[0] / "model.pt"), train="heads", loss="weighted", classifier=True, max_steps=40,
-                                dtype=request.param)  # fmt: skip
-    train.train(heads, shape_from(heads, {"adapter_rank": 4}), folder)
+    start = str(finished[0] / "model.pt")
+    changes = {"train": "heads", "loss": "weighted", "classifier": True, "max_steps": 40, "dtype": request.param}
+    heads = dataclasses.replace(config, init=start, **changes)
+    train.run_training(heads, shape_from(heads, {"adapter_rank": 4}), folder)
     return heads, folder
 
 
@@ -367,15 +537,19 @@ def test_heads_alone_leave_the_models_own_output_bit_identical(tuned, finished):
 
 def test_heads_alone_learn_to_agree(tuned):
     heads, folder = tuned
-    (array,) = train.load_arrays(heads, SHAPE, folder)[2].values()
+    (array,) = load_data(heads, SHAPE, folder)[2].values()
     start = make_model(heads, shape_from(heads, {"adapter_rank": 4}))
-    model = make_model(dataclasses.replace(heads, init=str(folder / "model.pt")), shape_from(heads, {"adapter_rank": 4}))
-    before, after = (train.validate(each, array, heads) for each in (start, model))
+    model = make_model(
+        dataclasses.replace(heads, init=str(folder / "model.pt")), shape_from(heads, {"adapter_rank": 4})
+    )
+    before, after = (validate(each, array, heads) for each in (start, model))
     assert after[3] == before[3] and all(after[layer][0] < before[layer][0] for layer in (1, 2))
 
 
 def test_new_heads_begin_as_the_models_own(finished, config):
-    heads = dataclasses.replace(config, init=str(finished[0] / "model.pt"), train="heads", loss="rotate", classifier=True)
+    heads = dataclasses.replace(
+        config, init=str(finished[0] / "model.pt"), train="heads", loss="rotate", classifier=True
+    )
     plain = dataclasses.replace(heads, train="all", exits=(), classifier=False)
     new = make_model(heads, shape_from(heads, {"exit_norms": (2,), "adapter_rank": 4}))
     model, hidden = make_model(plain, SHAPE), torch.randn(5, 32)
@@ -386,7 +560,7 @@ def test_new_heads_begin_as_the_models_own(finished, config):
 
 def test_fine_tuning_starts_from_the_weights_and_the_tokenizer_of_the_checkpoint(finished, config, tmp_path):
     tuning = dataclasses.replace(config, init=str(finished[0] / "model.pt"), max_steps=1, lr=1e-9, warmup=0)
-    model = train.train(tuning, shape_from(tuning, {}), tmp_path)
+    model = train.run_training(tuning, shape_from(tuning, {}), tmp_path)
     start, _ = load_checkpoint(finished[0] / "model.pt", form="plain")
     assert_close(weights(model), weights(start), rtol=0, atol=1e-6)
     made, given = (torch.load(folder / "model.pt") for folder in (tmp_path, finished[0]))
@@ -399,10 +573,12 @@ def test_fine_tuning_starts_from_the_weights_and_the_tokenizer_of_the_checkpoint
     ({"adapter_rank": 8}, "the weights do not fit"), ({"exit_norms": (1,)}, "exit_norms.2 has no place in it"),
     ({"adapter_rank": 0}, "has no place in it"),
 ])  # fmt: skip
-def test_a_shape_that_drops_or_resizes_heads_of_init_is_refused_before_training(change, complaint, tuned, config, tmp_path):
+def test_a_shape_that_drops_or_resizes_heads_of_init_is_refused_before_training(
+    change, complaint, tuned, config, tmp_path
+):
     tuning = dataclasses.replace(config, init=str(tuned[1] / "model.pt"))
     with pytest.raises(ValueError, match=complaint):
-        train.train(tuning, shape_from(tuning, change), tmp_path / "run")
+        train.run_training(tuning, shape_from(tuning, change), tmp_path / "run")
 
 
 def test_a_checkpoint_that_lacks_a_weight_is_not_trained_from(finished, config, tmp_path):
@@ -411,7 +587,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_not_trained_from(finished, config, 
     torch.save(content, tmp_path / "less.pt")
     tuning = dataclasses.replace(config, init=str(tmp_path / "less.pt"))
     with pytest.raises(ValueError, match=r"less.pt: the weights do not fit the model .*blocks.1.qkv is missing"):
-        train.train(tuning, shape_from(tuning, {}), tmp_path / "run")
+        train.run_training(tuning, shape_from(tuning, {}), tmp_path / "run")
     (content["config"])["colour"] = 1
     torch.save(content, tmp_path / "less.pt")
     with pytest.raises(ValueError, match=r"less.pt: the weights do not fit"):
@@ -422,57 +598,81 @@ def test_a_checkpoint_is_not_overwritten_by_what_starts_from_it(tuned):
     before = contents(tuned[1])
     with pytest.raises(ValueError, match=r"model.pt: is in --out, where it would be overwritten"):
         again = dataclasses.replace(tuned[0], init=str(tuned[1] / "model.pt"))
-        train.train(again, shape_from(again, {}), tuned[1], overwrite=True)
+        train.run_training(again, shape_from(again, {}), tuned[1], overwrite=True)
     assert contents(tuned[1]) == before
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(finished, config, tmp_path):
     big = dataclasses.replace(config, tokenizer=str(finished[0] / "model.pt"))
     with pytest.raises(ValueError, match=r"model.pt: its tokenizer has 300 pieces, the model only 200"):
-        train.train(big, dataclasses.replace(SHAPE, vocab_size=200), tmp_path)
+        train.run_training(big, dataclasses.replace(SHAPE, vocab_size=200), tmp_path)
 
 
 def test_changed_data_ends_a_resume_though_the_tokenizer_is_given(finished, config, tmp_path):
     mine = tmp_path / "mine.tsv"
     mine.write_text(Path(config.data[0]).read_text())
     given = dataclasses.replace(config, data=(str(mine),), tokenizer=str(finished[0] / "model.pt"), max_steps=2)
-    train.train(given, SHAPE, tmp_path / "run")
+    train.run_training(given, SHAPE, tmp_path / "run")
     mine.write_text(Path(config.data[0]).read_text() + "one\tun\n")
     with pytest.raises(ValueError, match="the training files have changed since"):
-        train.train(dataclasses.replace(given, max_steps=4), SHAPE, tmp_path / "run")
+        train.run_training(dataclasses.replace(given, max_steps=4), SHAPE, tmp_path / "run")
 
 
 def test_a_step_leaves_out_the_layers_that_are_drawn(config, monkeypatch):
     monkeypatch.setattr(train, "skipped_layers", lambda config, n_layers, number: frozenset({2}))
     model, still = untrained(), dataclasses.replace(config, weight_decay=0, warmup=0)
     before = weights(model)
-    train_step(Objective(model, still), make_optimizer(model, still), itertools.repeat(random_batch(5)), still, 0)
+    train_step(Objective(model, still), make_optimizer(model, still), on_cpu(*[random_batch(5)] * 2), still, 0)
     same = {name: torch.equal(weight, before[name]) for name, weight in weights(model).items()}
     assert {name.split(".")[1] for name in same if name.startswith("blocks") and not same[name]} == {"0", "2"}
 
 
 def test_prepared_data_trains_the_same(config, finished, files, tmp_path):
     model = tmp_path / "own.model"
-    model.write_bytes(train.prepare_tokenizer(config, finished[0], SHAPE.vocab_size))
+    model.write_bytes(prepare_tokenizer(config, finished[0], SHAPE.vocab_size))
     batching.prepare_file(config.data, model.read_bytes(), tmp_path / "own.npy", config.length)
     ready = dataclasses.replace(config, data=(str(tmp_path / "own.npy"),), tokenizer=str(model))
-    assert_close(weights(train.train(ready, SHAPE, tmp_path / "run")), finished[1], **EXACT)
+    assert_close(weights(train.run_training(ready, SHAPE, tmp_path / "run")), finished[1], **EXACT)
     with pytest.raises(ValueError, match="a prepared file comes alone"):
-        train.train(dataclasses.replace(ready, data=ready.data * 2), SHAPE, tmp_path / "other")
+        train.run_training(dataclasses.replace(ready, data=ready.data * 2), SHAPE, tmp_path / "other")
     with pytest.raises(ValueError, match="is prepared data; name the tokenizer"):
-        train.train(dataclasses.replace(ready, tokenizer=None), SHAPE, tmp_path / "other")
+        train.run_training(dataclasses.replace(ready, tokenizer=None), SHAPE, tmp_path / "other")
+
+
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py")
+
+
+def losses_of(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
 
 
 def test_two_processes_learn_what_one_learns_from_the_same_global_batch(config, finished, tmp_path):
-    half = flags(dataclasses.replace(config, accumulate=1), SHAPE)
-    words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", f"--out={tmp_path}", *half)
-    ended = python(*words)
+    ended = python(*TWO, f"--out={tmp_path}", *flags(dataclasses.replace(config, accumulate=1), SHAPE))
     assert ended.returncode == 0, ended.stderr
-    curves = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (tmp_path, finished[0])]
-    losses, expected = ([row["loss"] for row in curve if "loss" in row] for curve in curves)
-    assert losses == pytest.approx(expected, abs=2e-4) and len(losses) == 12
+    losses = losses_of(tmp_path)
+    assert losses == pytest.approx(losses_of(finished[0]), abs=2e-4) and len(losses) == 12
     model, _ = load_checkpoint(tmp_path / "checkpoint.pt", form="plain")
     assert_close(weights(model), finished[1], rtol=0, atol=1e-3)
+
+
+def test_two_processes_with_accumulation_dropout_and_classifiers_learn_what_one_learns(config, tmp_path):
+    """Layers left out and classifiers take no part in some micro-batches; the padding of each differs, and so do its
+    targets. After ten steps the weights agree far closer than they have moved."""
+    shape = dataclasses.replace(SHAPE, classifiers=(1, 2))
+    four = dataclasses.replace(
+        config, accumulate=4, layer_dropout=0.8, classifier=True, loss="distill", max_steps=10, length=24, lr=1e-3
+    )
+    alone = weights(train.run_training(four, shape, tmp_path / "one"))
+    words = flags(dataclasses.replace(four, accumulate=2), shape)
+    ended = python(*TWO, f"--out={tmp_path / 'two'}", "--classifier", *words)
+    assert ended.returncode == 0, ended.stderr
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=2e-4)
+    model, _ = load_checkpoint(tmp_path / "two" / "checkpoint.pt", form="plain")
+    start = weights(make_model(four, shape))
+    for name, weight in weights(model).items():
+        moved = (alone[name] - start[name]).abs().max()
+        assert moved > 1e-3 and (weight - alone[name]).abs().max() < 0.05 * moved, name
 
 
 MISTAKES = {  # a flag -> what the line must say
@@ -517,7 +717,9 @@ MISTAKES = {  # a flag -> what the line must say
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_in_one_line_and_status_2_and_changes_no_file(mistake, files, config, finished, monkeypatch, capfd):
+def test_a_mistake_ends_in_one_line_and_status_2_and_changes_no_file(
+    mistake, files, config, finished, monkeypatch, capfd
+):
     before = contents(finished[0])
     words = mistake.format(files=files, out=finished[0]).split()
     monkeypatch.setattr(sys, "argv", ["train.py", f"--out={finished[0]}", *flags(config, SHAPE), *words])
@@ -530,5 +732,9 @@ def test_a_mistake_ends_in_one_line_and_status_2_and_changes_no_file(mistake, fi
 
 def test_the_script_ends_so_too(tmp_path):
     ended = python("train.py", f"--out={tmp_path / 'new'}", "--rows=0")
-    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "error: rows is 0; it must be at least 1, and finite\n")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (
+        2,
+        "",
+        "error: rows is 0; it must be at least 1, and finite\n",
+    )
     assert not (tmp_path / "new").exists()

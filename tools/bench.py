@@ -33,9 +33,14 @@ from formats.data import read_examples, task_file
 from formats.tokenizer import encode_prompt
 from formats.weights import store
 from model import ModelConfig, Transformer, load_checkpoint, rope_table
-from train import TrainConfig, autocast, make_model, make_optimizer, on_device, train_step
+from train import train_step
 from training.batches import Batch
-from training.losses import LOSSES, Objective
+from training.device import autocast, on_device, to_device
+from training.losses import LOSSES
+from training.objective import Objective
+from training.optimizer import make_optimizer
+from training.settings import TrainConfig
+from training.start import make_model
 
 PROMPT = 32  # tokens
 
@@ -208,15 +213,15 @@ def training(config: TrainConfig, repeat: int) -> None:
     optimizer = torch.optim.AdamW(plain.parameters(), fused=True)
 
     def plain_step() -> None:
-        inputs, targets, _ = on_device(batch, config.device)
+        here = to_device(batch, config.device)
         with autocast(config):
-            plain(inputs, targets).backward()
+            plain(here.inputs, here.targets).backward()
         nn.utils.clip_grad_norm_(plain.parameters(), 1.0).item()
         optimizer.step()
         optimizer.zero_grad()
 
     def steps(setting: TrainConfig) -> Callable[[], float]:
-        model, stream, numbers = make_model(setting, shape), itertools.repeat(batch), itertools.count()
+        model, stream, numbers = make_model(setting, shape), on_device(itertools.repeat(batch), setting), itertools.count()
         objective, optimizer = Objective(model, setting), make_optimizer(model, setting)
         return lambda: train_step(objective, optimizer, stream, setting, next(numbers))
 

@@ -1,6 +1,7 @@
 """Documents as token ids, and packed training batches.
 
-A document is [bos] prompt [sep] completion [eos], learned on the completion only; plain text has no prompt and is learned whole.
+A document is [bos] prompt [sep] completion [eos], learned on the completion only; plain text has no prompt and is
+learned whole.
 """
 
 import itertools
@@ -22,9 +23,10 @@ LEARN, START = 1, 2  # flags of a token: it is a training target; a document sta
 
 
 def tokenize(pairs: Iterable[tuple[str, str]], tokenizer, path: str | Path, length: int) -> dict[str, int]:
-    """Writes a memory-mappable array of (token, flags) records to `path` (.npy) and returns its statistics. A document of more than
-    `length` + 1 tokens loses the left of its prompt (not the start token, nor the separator), then the end of its completion; a text is
-    cut into documents, see `cut_text`. Raises ValueError for a tokenizer that has no end of text."""
+    """Writes a memory-mappable array of (token, flags) records to `path` (.npy) and returns its statistics. A document
+    of more than `length` + 1 tokens loses the left of its prompt (not the start token, nor the separator), then the end
+    of its completion; a text is cut into documents, see `cut_text`. Raises UserError for a tokenizer that has no end of
+    text."""
     if tokenizer.eos_id() < 0:
         raise UserError("the tokenizer has no piece for the end of a text, which documents need")
     tokens, flags, bos = array("I"), array("B"), [tokenizer.bos_id()] * (tokenizer.bos_id() >= 0)
@@ -56,8 +58,9 @@ def tokenize(pairs: Iterable[tuple[str, str]], tokenizer, path: str | Path, leng
 
 
 def cut_text(text: str, tokenizer, length: int) -> Iterator[list[int]]:
-    """Token ids of a text in parts of at most `length`, each as many whole lines as fit; only a line that is longer is cut itself. So that
-    what follows [bos] mostly is the beginning of a paragraph, as in a prompt. [eos] ends the last."""
+    """Token ids of a text in parts of at most `length`, each as many whole lines as fit; only a line that is longer is
+    cut itself. So that what follows [bos] mostly is the beginning of a paragraph, as in a prompt. [eos] ends the
+    last."""
     part, size, parts = [], 0, []
     for line in text.splitlines(keepends=True):
         more = len(tokenizer.encode(line)) + 1  # the end of the line is a token or part of the count's slack
@@ -76,15 +79,18 @@ class Batch:
     """B rows of T positions, documents side by side and never seeing each other. Arrays are (B, T) int64."""
 
     inputs: np.ndarray
-    targets: np.ndarray    # -1 where nothing is learned
+    targets: np.ndarray  # -1 where nothing is learned
     documents: np.ndarray  # number of the document within its row; 0 is padding
 
 
-def batches(records: np.ndarray, rows: int, length: int, seed: int | None = 0, start: int = 0, every: int = 1) -> Iterator[Batch]:
-    """Packs the documents of `records` (from `tokenize`) into batches, endlessly, in an order that depends on `seed` and the epoch alone;
-    so skipping `start` batches resumes exactly. `every`: gives only each so many-th, a process's share. `seed=None`: one epoch, in the
-    file's order. First fit over the rows of a batch; a document that fits nowhere waits for the next batch, and 16 of them waiting close
-    the batch. Raises ValueError if a document is longer than a row."""
+def batches(
+    records: np.ndarray, rows: int, length: int, seed: int | None = 0, start: int = 0, every: int = 1
+) -> Iterator[Batch]:
+    """Packs the documents of `records` (from `tokenize`) into batches, endlessly, in an order that depends on `seed`
+    and the epoch alone; so skipping `start` batches resumes exactly. `every`: gives only each so many-th, a process's
+    share. `seed=None`: one epoch, in the file's order. First fit over the rows of a batch; a document that fits nowhere
+    waits for the next batch, and 16 of them waiting close the batch. Raises UserError if a document is longer than a
+    row."""
     begins = np.flatnonzero(records["flags"] & START)
     ends = np.append(begins[1:], len(records))
     if (ends - begins).max() > length + 1:
@@ -140,8 +146,8 @@ def _fill(records, plan, begins, ends, rows: int, length: int) -> Batch:
 
 
 def prepare_file(files: tuple[str, ...], tokenizer: bytes, path: Path, length: int) -> dict:
-    """Writes the files' documents to `path` (.npy), and beside it (.json) for which tokenizer and length, and its statistics, which it
-    returns."""
+    """Writes the files' documents to `path` (.npy), and beside it (.json) for which tokenizer and length, and its
+    statistics, which it returns."""
     stats = tokenize(Corpus(files), spm.SentencePieceProcessor(model_proto=tokenizer), path, length)
     content = {"files": [str(file) for file in files], "tokenizer": digest(tokenizer), "length": length, **stats}
     write_json(path.with_suffix(".json"), content)
@@ -149,18 +155,25 @@ def prepare_file(files: tuple[str, ...], tokenizer: bytes, path: Path, length: i
 
 
 def read_prepared(path: Path, tokenizer: bytes, length: int) -> np.ndarray:
-    """The records of a prepared file, memory-mapped. Raises ValueError if it is damaged, or made for another tokenizer or a greater
-    length."""
+    """The records of a prepared file, memory-mapped. Raises UserError if it is damaged, or made for another tokenizer
+    or a greater length."""
     try:
         made = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         if made["tokenizer"] != digest(tokenizer) or made["length"] > length:
-            raise UserError(f"it was made for length {made['length']}, tokenizer {made['tokenizer']}, not {length}, {digest(tokenizer)}")
+            raise UserError(
+                f"it was made for length {made['length']}, tokenizer {made['tokenizer']}, not {length}, "
+                f"{digest(tokenizer)}"
+            )
         return np.load(path, mmap_mode="r")
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise UserError(f"{path}: not usable as prepared data ({error}); make it anew with python -m tools.prepare") from None
+        raise UserError(
+            f"{path}: not usable as prepared data ({error}); make it anew with python -m tools.prepare"
+        ) from None
 
 
 def describe(stats: dict) -> str:
     """The statistics of `tokenize` in words."""
-    return (f"{stats['documents']:,} documents, {stats['tokens']:,} tokens, {stats['learned']:,} of them learned; "
-            f"{stats['shortened']:,} documents shortened to fit")  # fmt: skip
+    return (
+        f"{stats['documents']:,} documents, {stats['tokens']:,} tokens, {stats['learned']:,} of them learned; "
+        f"{stats['shortened']:,} documents shortened to fit"
+    )

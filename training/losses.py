@@ -1,145 +1,293 @@
-"""What training minimizes: losses over exits, paid only by the exits of a step; layer dropout; the confidence classifiers.
+"""What training minimizes at the exits. A loss is one function of `Exits`, what one micro-batch left after every layer.
 
-Dimensions: B rows, T positions, N learned targets of a batch, d model width, V vocabulary. Layers count from 1 to L.
+To try a loss of your own, write a file, and name it: `python train.py --loss my_file:smooth`.
+
+    import torch.nn.functional as F
+
+    def smoothed(logits, targets, final):     # logits (n, V), targets (n,) -> a loss for each target, (n,)
+        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=0.1)
+
+    def smooth(exits):                        # Exits -> scalar
+        return exits.weighted_sum(exits.in_turn(), smoothed)
+
+1. Choose layers: `exits.every()`, `exits.in_turn()` (some of them, in rotation), or a list. The model's last layer,
+   `exits.last`, is among those of the first two, unless --train heads leaves it alone.
+2. Say what one target costs there, from its logits alone, and `exits.weighted_sum` does the rest, in little memory.
+   `final()` gives the last layer's logits (n, V) without a gradient; at the last layer itself `final` is None.
+3. Add what else you like: `exits.state(layer)` is (N, d), `exits.logits(layer)` (N, V), `exits.targets` (N,),
+   `exits.config` the settings, `exits.step` the number of the step. Return the mean over the N targets, so that
+   micro-batches weigh by theirs.
+
+`@register_loss("smooth")` above the function gives it a name of its own, as the losses below have.
+
+Dimensions: N learned targets of a micro-batch, n some of these, d model width, V vocabulary. Layers count from 1 to L.
 """
 
 import math
-import random
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from common.config import option
+from common.errors import UserError
+from common.plugins import find_function, name_and_file
 from model import Transformer
+from training.chunked import LastLogits, Summed, TargetLoss, chunk_size, chunked_sum, losses_of_targets
 
-if TYPE_CHECKING:
-    from train import TrainConfig
-
-LOSSES = ("none", "weighted", "rotate", "distill", "hidden")
-CHUNK = {"cpu": 2**20, "cuda": 2**25}  # logits that are alive at a time: few enough for a CPU's cache, enough to keep a GPU busy
-FEWEST = 64  # rows at a time, whatever the vocabulary: the unembedding is read once for all of them
+# ---------------------------------------------------------------- the sum over exits
 
 
-# ---------------------------------------------------------------- what a step trains
+def cross_entropy(logits: Tensor, targets: Tensor, final: LastLogits | None) -> Tensor:
+    """-log p_l(target), in nats: (n,)."""
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
-def layers_of_step(config: "TrainConfig", n_layers: int, step: int) -> list[int]:
-    """Layers whose heads are trained at `step`, the last one always. `none`: no other; `weighted`: every exit; the others rotate: every
-    R-th exit, from an offset that moves on by one each step (LayerSkip, Elhoushi 2024, section 4.1.2, rotational early exit)."""
-    count = len(config.exits)
-    stride = {"none": count + 1, "weighted": 1}.get(config.loss, max(1, math.ceil(count / config.per_step)))
-    exits = config.exits[step % stride :: stride] if config.loss != "none" else ()
-    return [*exits, n_layers]
+def divergence(logits: Tensor, targets: Tensor, final: LastLogits | None) -> Tensor:
+    """KL(p_L‖p_l) from the last layer's distribution, which gets no gradient from it; the last layer's own is its
+    cross-entropy. (n,)."""
+    if final is None:
+        return cross_entropy(logits, targets, None)
+    log_p, log_q = final().log_softmax(-1), logits.log_softmax(-1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
-def shares(config: "TrainConfig", layers: list[int], n_layers: int) -> dict[int, float]:
-    """The weight of each layer's loss, in sum 1: by `exit_weights`, or rising with depth, w_l = l / sum (CALM, Schuster 2022, Eq. 6)."""
+def plain_sum(
+    model: Transformer,
+    rows: dict[int, Tensor],
+    targets: Tensor,
+    weights: dict[int, float],
+    each: TargetLoss,
+    compare: bool,
+) -> Summed:
+    """The weighted sum of the losses of the layers in `weights`: a loss is the mean over the N targets of what `each`
+    gives. Returns it, the losses by layer without gradient, and with `compare` where each exit's argmax is the last
+    layer's, (N,) bool. rows: states (N, d) of the layers in `weights` and of the last."""
+    last, losses, agreed = max(rows), {}, {}
+    final = LastLogits(model, rows[last])
+    for layer in weights:
+        logits = model.head(rows[layer], layer)  # (N, V)
+        losses[layer] = losses_of_targets(each, logits, targets, None if layer == last else final).mean()
+        if compare and layer != last:
+            agreed[layer] = logits.argmax(-1) == final().argmax(-1)
+    total = sum(weights[layer] * losses[layer] for layer in weights)
+    return total, {layer: loss.detach() for layer, loss in losses.items()}, agreed
+
+
+def sum_of_losses(
+    model: Transformer,
+    rows: dict[int, Tensor],
+    targets: Tensor,
+    weights: dict[int, float],
+    each: TargetLoss = cross_entropy,
+    compare: bool = False,
+) -> Summed:
+    """`plain_sum`, or where its logits would be many the chunked form of it, which gives the same in less memory."""
+    logits = len(targets) * model.config.vocab_size * len(weights)
+    form = plain_sum if logits <= chunk_size(targets.device) else chunked_sum
+    return form(model, rows, targets, weights, each, compare)
+
+
+# ---------------------------------------------------------------- what a loss sees
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Which loss, at which exits."""
+
+    loss: str = option(
+        "rotate",
+        "none: the last layer alone; weighted: every exit, every step; rotate: some exits a step, "
+        "in turn; distill: so, towards the last layer's distribution; hidden: rotate, and states to deeper; "
+        "or one of your own, my_file:function (training/losses.py says how)",
+    )
+    exits: tuple[int, ...] = option((2, 3, 4, 6, 8, 10), "exit layers to train")
+    exit_weights: tuple[float, ...] = option(
+        (), "weights of the exits' losses, lowest first, then the last layer's; none: by depth", group="losses"
+    )
+    per_step: int = option(2, "rotate, distill, hidden: exits a step", group="losses")
+    hidden_weight: float = option(1.0, "hidden: weight of the distance between states", group="losses")
+    classifier: bool = option(False, "also train a confidence classifier at every exit", group="losses")
+
+    def __post_init__(self):
+        object.__setattr__(self, "exits", tuple(sorted(set(self.exits))))
+        find_loss(self.loss)
+        count = len(self.exits) + 1
+        if len(self.exit_weights) not in (0, count) or not all(weight > 0 for weight in self.exit_weights):
+            raise UserError(
+                f"exit_weights are {self.exit_weights}; give {count} above 0, one an exit and the last layer's"
+            )
+        if self.classifier and self.loss == "none":
+            raise UserError("classifier is True, but loss is none, which asks no exit; choose another loss")
+        if not self.exits and (self.loss in ("distill", "hidden") or self.classifier):
+            raise UserError(
+                f"loss {self.loss}, classifier {self.classifier}: there must be exits to train; give --exits"
+            )
+
+
+def exits_in_turn(exits: tuple[int, ...], per_step: int, step: int) -> tuple[int, ...]:
+    """Every R-th exit, at most `per_step`, from an offset that moves on by one each step (LayerSkip, Elhoushi 2024,
+    section 4.1.2, rotational early exit)."""
+    stride = max(1, math.ceil(len(exits) / per_step))
+    return exits[step % stride :: stride]
+
+
+def shares(config: LossConfig, layers: list[int], n_layers: int) -> dict[int, float]:
+    """The weight of each layer's loss, in sum 1: by `exit_weights`, or rising with depth, w_l = l / sum (CALM, Schuster
+    2022, Eq. 6)."""
     given = dict(zip((*config.exits, n_layers), config.exit_weights))
     weights = {layer: given.get(layer, layer) for layer in layers}
     return {layer: weight / sum(weights.values()) for layer, weight in weights.items()}
 
 
-def skipped_layers(config: "TrainConfig", n_layers: int, batch: int) -> frozenset[int]:
-    """Layers that micro-batch number `batch` leaves out: layer l with probability layer_dropout (2^((l-1)/(L-1)) - 1), so the first never
-    and the last with layer_dropout (LayerSkip, Eq. 1-2; there drawn for each row by itself, here for all rows, which saves their time)."""
-    if not config.layer_dropout or n_layers == 1:
-        return frozenset()
-    draw = random.Random(f"{config.seed} {batch}")
-    chances = {layer: config.layer_dropout * (2 ** ((layer - 1) / (n_layers - 1)) - 1) for layer in range(1, n_layers + 1)}
-    return frozenset(layer for layer, chance in chances.items() if draw.random() < chance)
+class Exits:
+    """What a loss sees of one micro-batch: states after every layer at the N learned positions, and the tokens to
+    predict."""
 
+    def __init__(
+        self,
+        model: Transformer,
+        config: LossConfig,
+        step: int,
+        states: list[Tensor],
+        learned: Tensor,
+        targets: Tensor,
+        train_last: bool = True,
+    ):
+        """states: h_0 .. h_L (B T, d); which of their rows learn, and what comes next there: (N,), (N,)."""
+        self.model, self.config, self.step = model, config, step
+        self.last = model.config.n_layers
+        self.learned, self.targets = learned, targets
+        self.asked: set[int] = set()  # layers whose logits the loss has used
+        self.deepest: Tensor | None = None  # loss of the deepest layer asked, without gradient: what the log shows
+        self._states, self._learned_states, self._agreed = states, {}, {}
+        self._top = [self.last] if train_last else []
 
-class Objective(nn.Module):
-    """The training loss of a model; a module, so that DistributedDataParallel can wrap it."""
+    def every(self) -> list[int]:
+        """All exits, and the last layer where it is trained."""
+        return [*self.config.exits, *self._top]
 
-    def __init__(self, model: Transformer, config: "TrainConfig"):
-        super().__init__()
-        self.model, self.config = model, config
+    def in_turn(self) -> list[int]:
+        """The exits whose turn it is at this step, and the last layer where it is trained."""
+        return [*exits_in_turn(self.config.exits, self.config.per_step, self.step), *self._top]
 
-    def forward(self, inputs: Tensor, targets: Tensor, documents: Tensor, layers: list[int],
-                skipped: frozenset[int] = frozenset()) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The loss, and without gradient that of the deepest layer trained. inputs and documents (B, T); targets (B T), -1 where nothing is
-        learned; layers from `layers_of_step`."""
-        config, frozen = self.config, self.config.train == "heads"
-        learned = (targets >= 0).nonzero()[:, 0]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            states = self.model.hidden_states(inputs, documents, skipped, config.recompute)
-        rows = {layer: states[layer][learned] for layer in layers}
-        weights = shares(config, layers[:-1] if frozen else layers, layers[-1])
-        loss, losses, agreed = exit_loss(self.model, rows, targets[learned], weights, config.loss == "distill", config.classifier)
-        if config.loss == "hidden":
-            loss = loss + config.hidden_weight * hidden_loss([state[learned] for state in states[1:]], layers[0])
-        for layer, labels in agreed.items():
-            loss = loss + classifier_loss(self.model, rows[layer], layer, labels) / len(agreed)
-        return loss, losses[max(losses)]
+    def state(self, layer: int) -> Tensor:
+        """h_l at the learned positions: (N, d)."""
+        if layer not in self._learned_states:
+            self._learned_states[layer] = self._states[layer][self.learned]
+        return self._learned_states[layer]
+
+    def logits(self, layer: int) -> Tensor:
+        """z_l: (N, V), with gradient; kept until the backward pass, which for a large V is much memory."""
+        self.asked.add(layer)
+        return self.model.head(self.state(layer), layer)
+
+    def weighted_sum(self, layers: list[int], each: TargetLoss = cross_entropy) -> Tensor:
+        """The mean over the targets of `each`, summed over these layers by their `shares`: a scalar."""
+        rows = {layer: self.state(layer) for layer in {*layers, self.last}}
+        weights = shares(self.config, layers, self.last)
+        total, losses, agreed = sum_of_losses(self.model, rows, self.targets, weights, each, self.config.classifier)
+        self.asked.update(layers)
+        self._agreed.update(agreed)
+        self.deepest = losses[max(losses)]
+        return total
+
+    @torch.no_grad()
+    def agreement(self, layer: int) -> Tensor:
+        """Where the exit's argmax is the last layer's: (N,) bool."""
+        if layer not in self._agreed:
+            self._agreed[layer] = self.logits(layer).argmax(-1) == self.logits(self.last).argmax(-1)
+        return self._agreed[layer]
 
 
 # ---------------------------------------------------------------- the losses
 
-
-class Given(torch.autograd.Function):
-    """A value whose gradients are known: forward(value, gradients, *inputs) is the value, and backward hands each input its gradient."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, slope: Tensor):
-        return None, None, *(gradient.mul_(slope) for gradient in ctx.gradients)
+Loss = Callable[[Exits], Tensor]
+LOSSES: dict[str, Loss] = {}
 
 
-def exit_loss(model: Transformer, rows: dict[int, Tensor], targets: Tensor, weights: dict[int, float], distill: bool = False,
-              compare: bool = False) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:  # fmt: skip
-    """Returns the weighted sum of the losses of the layers in `weights`, these losses without gradient, and with `compare` where each
-    exit's argmax is the last layer's, (N,) bool. A loss is the mean over the N targets, in nats, of the cross-entropy or, with `distill`,
-    at all layers but the last, of KL(p_L‖p_l) from the last layer's distribution, which gets no gradient from it.
+def register_loss(name: str) -> Callable[[Loss], Loss]:
+    """Registers a loss, Exits -> scalar, under `name`."""
 
-    Only logits of one layer and of at most n = max(CHUNK, FEWEST V) numbers are alive, and the last layer's: the gradients of a chunk are
-    made at once, so that nothing of it is kept for, or made again in, the backward pass. That is 4 n bytes for each of logits,
-    log-probabilities, their gradient and the last layer's logits, whatever N: 16 MiB on a CPU and 512 MiB on a GPU, for V = 262,144 on a
-    CPU 256 MiB; and one gradient of the unembedding, (V, d).
-    rows: states of the layers in `weights` and of the last, (N, d)."""
-    last, taught = max(rows), torch.is_grad_enabled()
-    unembed = model.unembed.detach().requires_grad_(taught and model.unembed.requires_grad)
-    normed = {layer: model.exit_norm(rows[layer], layer) for layer in sorted(weights, reverse=True)}  # (N, d), the last layer first
-    losses = {layer: targets.new_zeros((), dtype=torch.float32) for layer in weights}
-    slopes, agreed = {layer: torch.empty_like(x) for layer, x in normed.items()}, {layer: [] for layer in weights if layer != last}
-    for part in torch.arange(len(targets), device=targets.device).split(max(FEWEST, CHUNK[targets.device.type] // model.config.vocab_size)):
-        final = None
-        if last not in weights and (distill or compare):
-            final = model.head(rows[last][part]).detach()
-        for layer, x in normed.items():
-            x = x.detach()[part].requires_grad_(taught)
-            logits = model.score(x, unembed)
-            if distill and layer != last:
-                loss = F.kl_div(logits.log_softmax(-1), final.log_softmax(-1), reduction="sum", log_target=True) / len(targets)
-            else:
-                loss = F.cross_entropy(logits, targets[part], reduction="sum") / len(targets)
-            losses[layer] += loss.detach()
-            if layer == last:
-                final = logits.detach()
-            elif compare:
-                agreed[layer].append(logits.argmax(-1) == final.argmax(-1))
-            if taught:
-                (weights[layer] * loss).backward(inputs=[x, unembed] if unembed.requires_grad else [x])
-                slopes[layer][part] = x.grad
-    total = sum(weights[layer] * loss for layer, loss in losses.items())
-    if taught:
-        known = list(zip(slopes.values(), normed.values())) + ([(unembed.grad, model.unembed)] if unembed.requires_grad else [])
-        total = Given.apply(total, [gradient for gradient, _ in known], *(value for _, value in known))
-    return total, losses, {layer: torch.cat(parts) for layer, parts in agreed.items()} if compare else {}
+    def add(function: Loss) -> Loss:
+        LOSSES[name] = function
+        return function
+
+    return add
+
+
+def find_loss(name: str) -> Loss:
+    """The loss registered under `name`, or that "package.module:function" imports. Raises UserError."""
+    return find_function("loss", name, LOSSES, ("exits",))
+
+
+def ask_loss(name: str, exits: Exits) -> Tensor:
+    """What the loss called `name` says: a scalar. An error of a function of the user's names it and its file."""
+    function = find_loss(name)
+    called = name_and_file("loss", name, function)
+    try:
+        value = function(exits)
+    except UserError as error:
+        raise UserError(f"{called}: {error}") from None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{called} failed; see the error above") from error
+    if not isinstance(value, Tensor):
+        raise UserError(f"{called} gave {type(value).__name__}; it must give a scalar tensor")
+    if value.dim() or not value.is_floating_point():
+        raise UserError(
+            f"{called} gave {value.dtype} of shape {tuple(value.shape)}; it must give a scalar, for example .mean()"
+        )
+    if torch.is_grad_enabled() and not value.requires_grad:
+        raise UserError(f"{called} gave a value without a gradient, from which nothing learns")
+    return value
+
+
+@register_loss("none")
+def none(exits: Exits) -> Tensor:
+    """Cross-entropy of the last layer alone: no exit is trained."""
+    return exits.weighted_sum([exits.last])
+
+
+@register_loss("weighted")
+def weighted(exits: Exits) -> Tensor:
+    """Cross-entropy of every exit at every step (CALM, Schuster 2022, Eq. 6)."""
+    return exits.weighted_sum(exits.every())
+
+
+@register_loss("rotate")
+def rotate(exits: Exits) -> Tensor:
+    """Cross-entropy of some exits a step, in turn (LayerSkip, Elhoushi 2024, section 4.1.2)."""
+    return exits.weighted_sum(exits.in_turn())
+
+
+@register_loss("distill")
+def distill(exits: Exits) -> Tensor:
+    """KL from the last layer's distribution to some exits' a step, in turn; cross-entropy at the last layer."""
+    return exits.weighted_sum(exits.in_turn(), divergence)
+
+
+@register_loss("hidden")
+def hidden(exits: Exits) -> Tensor:
+    """As `rotate`, and the distance of the states below the step's first exit to deeper ones (FREE, Bae 2023)."""
+    layers = exits.in_turn()
+    states = [exits.state(layer) for layer in range(1, exits.last + 1)]
+    return exits.weighted_sum(layers) + exits.config.hidden_weight * hidden_loss(states, layers[0])
 
 
 def hidden_loss(states: list[Tensor], shallow: int) -> Tensor:
-    """Mean over the layers up to `shallow` of the mean squared distance to the closest deeper layer, which gets no gradient; of two
-    layers the higher is matched no lower (FREE, Bae 2023, section 3.2, layerwise distillation). states: h_1 .. h_L, (N, d)."""
+    """Mean over the layers up to `shallow` of the mean squared distance to the closest deeper layer, which gets no
+    gradient; of two layers the higher is matched no lower (FREE, section 3.2, layerwise distillation). states: h_1 ..
+    h_L, (N, d)."""
     low, high = states[:shallow], [state.detach() for state in states[shallow:]]
     with torch.no_grad():
-        costs = torch.cdist(*(torch.stack(part).float().flatten(1) for part in (low, high))).square().tolist()
-    return sum(F.mse_loss(low[i].float(), high[j].float()) for i, j in enumerate(monotone(costs))) / shallow
+        points = [torch.stack(part).float().flatten(1) for part in (low, high)]  # (layers, N d)
+        costs = torch.cdist(*points).square().tolist()
+    pairs = zip(low, monotone(costs))
+    return sum(F.mse_loss(state.float(), high[match].float()) for state, match in pairs) / shallow
 
 
 def monotone(costs: list[list[float]]) -> list[int]:
@@ -151,11 +299,15 @@ def monotone(costs: list[list[float]]) -> list[int]:
     return best[-1][1]
 
 
+# ---------------------------------------------------------------- the classifiers
+
+
 def classifier_loss(model: Transformer, hidden: Tensor, layer: int, labels: Tensor) -> Tensor:
-    """Cross-entropy of the layer's classifier with `labels` (N,), whether the exit agrees with the last layer (CALM, section 3.5: each
-    layer independent of the others), both labels weighing the same however rare one is (FREE). Only the classifier learns from it."""
+    """Cross-entropy of the layer's classifier with `labels` (N,), whether the exit agrees with the last layer (CALM,
+    section 3.5: each layer independent of the others), both labels weighing the same however rare one is (FREE). Only
+    the classifier learns from it. hidden (N, d)."""
     w = model.classifiers[str(layer)]
     logits = (model.exit_norm(hidden, layer).detach() @ w[:-1] + w[-1]).float()
     losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
-    sides = [side.sum() for side in (labels, ~labels)]
-    return sum((losses * side).sum() / count.clamp(min=1) for side, count in zip((labels, ~labels), sides)) / 2
+    means = [(losses * side).sum() / side.sum().clamp(min=1) for side in (labels, ~labels)]
+    return sum(means) / 2

@@ -1,25 +1,81 @@
-"""What keeps a long training safe: its log, its end by a signal, going on where it stopped."""
+"""What keeps a long training safe: one run in a folder at a time, its checkpoint, its log, its end by a signal."""
 
 import contextlib
 import json
 import signal
+import sys
+import zlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from common.errors import UserError
 from common.files import whole_file
+from common.processes import by_first, processes, tell
+from formats.checkpoint import fitting, read_checkpoint, save_checkpoint
+from model import ModelConfig, Transformer
+from training.settings import MAY_CHANGE, TrainConfig
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+REMEDY = "give another --out, or --overwrite"
+Results = dict[str, dict[int, list[float]]]  # validation file -> layer -> [loss, agreement]
+
+
+# ---------------------------------------------------------------- signals, lock, log
 
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT, noted in a list instead of ending the process, so that a run ends between two steps, with a checkpoint."""
+    """SIGTERM and SIGINT, noted in a list instead of ending the process, so that a run ends between two steps, with a
+    checkpoint."""
     noted: list[int] = []
-    before = {number: signal.signal(number, lambda number, frame: noted.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, lambda number, frame: noted.append(number))
     try:
         yield noted
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder is this run's alone; the system lets go of it when the process ends, however it ends. Raises UserError
+    where another run is in it."""
+    file = by_first(lock, folder)
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def lock(folder: Path) -> IO | None:
+    """A file that holds the lock as long as it is open; None where there are no locks, which is said."""
+    if fcntl is None:
+        tell(f"this system has no file locks: make sure that no other training writes to {folder}")
+        return None
+    file = open(folder / ".lock", "a")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"{folder}: another training is writing there; wait for its end, or give another --out"
+        ) from None
+    except OSError as error:
+        tell(f"{folder} cannot be locked ({error.strerror}): make sure that no other training writes there")
+    return file
 
 
 def read_log(path: Path) -> list[dict]:
@@ -32,13 +88,15 @@ def read_log(path: Path) -> list[dict]:
 
 
 class Log:
-    """JSON lines: step, loss and tokens_per_s of each step; step, dev file and [loss, agreement] by layer of each validation."""
+    """JSON lines: step, loss and positions_per_s of each step; step, dev file and [loss, agreement] by layer of each
+    validation."""
 
     def __init__(self, path: Path, step: int):
         """Goes on after `step`; what an interrupted run has written beyond it goes."""
         rows = read_log(path) if path.exists() else []
+        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
         with whole_file(path) as part:
-            Path(part).write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step), encoding="utf-8")
+            Path(part).write_text("".join(kept), encoding="utf-8")
         self.path = path
 
     def write(self, row: dict) -> None:
@@ -46,15 +104,143 @@ class Log:
             log.write(json.dumps(row) + "\n")
 
 
-def check_resumable(checkpoint: Path, content: dict, settings: dict, free: set[str]) -> None:
-    """Raises ValueError unless the run that wrote the checkpoint's content had the same settings, but for the `free`, and has not gone
-    beyond max_steps."""
-    remedy = "give another --out, or --overwrite"
+# ---------------------------------------------------------------- the run
+
+
+class Run:
+    """A training in its folder: where it stands, its checkpoint.pt to go on from, its log.jsonl, model.pt at its end.
+    Only the first process writes."""
+
+    def __init__(self, config: TrainConfig, shape: ModelConfig, folder: Path, overwrite: bool = False):
+        """Looks for a checkpoint to go on from. Raises UserError for one of another run, and for what would be lost."""
+        self.config, self.folder, self.overwrite = config, folder, overwrite
+        self.checkpoint, self.model_file, self.log_file = (
+            folder / name for name in ("checkpoint.pt", "model.pt", "log.jsonl")
+        )
+        self.settings = {**asdict(config), "accumulate": config.accumulate * processes()[1]}
+        self.step = 0
+        self.results: Results = {}  # of the last validation
+        self.found = None  # content of the checkpoint
+        if overwrite:
+            return
+        if self.checkpoint.exists():
+            self.found = read_checkpoint(self.checkpoint)
+            check_resumable(self.checkpoint, self.found, {**self.settings, **asdict(shape)})
+        elif self.model_file.exists():
+            raise UserError(f"{self.model_file} is there already; {REMEDY}")
+        elif self.log_file.exists() and self.log_file.stat().st_size:
+            raise UserError(
+                f"{self.log_file} is there already, of a training that left no checkpoint to go on from; {REMEDY}"
+            )
+
+    def begin(self, model: Transformer, optimizer: torch.optim.Optimizer, tokenizer: bytes, data: np.ndarray) -> None:
+        """From the checkpoint if there is one, else from the start, in which case files to overwrite go. Raises
+        UserError if the checkpoint was trained on other data."""
+        self.model, self.optimizer, self.tokenizer = model, optimizer, tokenizer
+        self.fingerprint = zlib.crc32(data.view(np.uint8))
+        first = processes()[0] == 0
+        if self.found:
+            self.restore()
+            tell(f"going on from {self.checkpoint} at step {self.step} of {self.config.max_steps}")
+        elif first and self.overwrite:
+            for path in (self.checkpoint, self.model_file, self.log_file):
+                path.unlink(missing_ok=True)
+        self.log = Log(self.log_file, self.step) if first else None
+
+    def restore(self) -> None:
+        """Weights, optimizer and step of the checkpoint."""
+        content, training, path = self.found, self.found["training"], self.checkpoint
+        tokenizer = content["tokenizer"]
+        same = isinstance(tokenizer, Tensor) and tokenizer.numpy().tobytes() == self.tokenizer
+        if not same or training["data"] != self.fingerprint:
+            raise UserError(f"{path}: the training files have changed since; {REMEDY}")
+        with fitting(path):
+            self.model.load_state_dict(content["weights"])
+        try:
+            self.optimizer.load_state_dict(training["optimizer"])
+            check_moments(self.optimizer, training["step"])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{path}: its optimizer does not fit the model ({error}); {REMEDY}") from None
+        self.step, self.results = training["step"], training.get("results", {})
+        self.found = None  # the file is about to be replaced
+
+    def save(self) -> None:
+        """Writes checkpoint.pt, whole or not at all."""
+        if processes()[0] == 0:
+            training = {
+                "step": self.step,
+                "results": self.results,
+                "config": self.settings,
+                "data": self.fingerprint,
+                "optimizer": self.optimizer.state_dict(),
+            }
+            save_checkpoint(self.checkpoint, self.model, self.tokenizer, training=training)
+
+    def write_model(self) -> None:
+        """Writes model.pt: matrices in float16, or as --init has them; what was not trained, as it was there."""
+        if processes()[0] > 0:
+            return
+        model, config, dtype = self.model, self.config, torch.float16
+        if config.init:
+            start = read_checkpoint(config.init)["weights"]
+            dtype = start["embedding"].dtype
+            for name, weight in start.items():
+                if not model.get_parameter(name).requires_grad:
+                    model.get_parameter(name).data = weight.to(config.device)
+        provenance = {
+            "command": " ".join(sys.argv),
+            "config": asdict(config),
+            "steps": self.step,
+            "loss and agreement by layer": self.results,
+        }
+        save_checkpoint(self.model_file, model, self.tokenizer, dtype, provenance=provenance)
+        tell(f"wrote {self.model_file}")
+
+    def end(self, signals: list[int]) -> None:
+        """The model's file; or where a signal came before the last step, what to do, and the exit status of that
+        signal."""
+        if self.step == self.config.max_steps:
+            self.write_model()
+            return
+        at = f"{self.checkpoint} is at step {self.step} of {self.config.max_steps}"
+        tell(f"stopped by a signal; {at}, and the same command goes on from there")
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
+
+
+def check_outputs(config: TrainConfig, folder: Path) -> None:
+    """Raises UserError if the training would overwrite what it starts from."""
+    outputs = [(folder / name).resolve() for name in ("checkpoint.pt", "model.pt", "log.jsonl")]
+    for source in filter(None, (config.init, config.tokenizer)):
+        if Path(source).resolve() in outputs:
+            raise UserError(f"{source}: is in --out, where it would be overwritten; give another --out")
+
+
+def check_resumable(checkpoint: Path, content: dict, settings: dict) -> None:
+    """Raises UserError unless the content of the checkpoint is a training with these settings, but for those that may
+    change, and not beyond max_steps."""
     if "training" not in content:
-        raise UserError(f"{checkpoint}: holds a model but no training to go on with; {remedy}")
-    then = {**content["training"]["config"], **content["config"]}
-    other = [name for name in settings if settings[name] != then.get(name) and name not in free]
-    if other:
-        raise UserError(f"{checkpoint} was trained with {other[0]} {then.get(other[0])}, not {settings[other[0]]}; {remedy}")
-    if content["training"]["step"] > settings["max_steps"]:
-        raise UserError(f"{checkpoint} is at step {content['training']['step']}, beyond max_steps {settings['max_steps']}; {remedy}")
+        raise UserError(f"{checkpoint}: holds a model but no training to go on with; {REMEDY}")
+    training = content["training"]
+    for name, kind in {"step": int, "config": dict, "data": int, "optimizer": dict}.items():
+        if not isinstance(training, dict) or not isinstance(training.get(name), kind):
+            raise UserError(f"{checkpoint}: its training lacks its {name}, so it cannot go on; {REMEDY}")
+    if training["step"] < 0:
+        raise UserError(f"{checkpoint}: its training is at step {training['step']}, which must be at least 0; {REMEDY}")
+    then = {**training["config"], **content["config"]}
+    for name, value in settings.items():
+        if value != then.get(name) and name not in MAY_CHANGE:
+            found = f"{checkpoint} was trained with {name} {then.get(name)}, not {value}"
+            raise UserError(f"{found}; {REMEDY}, or go on with the same")
+    if training["step"] > settings["max_steps"]:
+        raise UserError(
+            f"{checkpoint} is at step {training['step']}, beyond max_steps {settings['max_steps']}; {REMEDY}"
+        )
+
+
+def check_moments(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Raises ValueError unless the moments are those of the weights."""
+    if step and not optimizer.state:
+        raise ValueError("it holds no moments")
+    for weight, state in optimizer.state.items():
+        if any(state[name].shape != weight.shape for name in ("exp_avg", "exp_avg_sq")):
+            raise ValueError("its moments have other shapes")

@@ -1,0 +1,138 @@
+"""What a training starts from: tokenizer, data and model, found or made."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.files import digest, whole_file
+from common.processes import by_first
+from formats.checkpoint import fitting, load_tokenizer, read_checkpoint, read_tokenizer
+from formats.data import Corpus
+from formats.tokenizer import train_tokenizer
+from model import ModelConfig, Transformer, check_layers
+from training.batches import describe, prepare_file, read_prepared
+from training.settings import TrainConfig
+
+HEADS = ("exit_norms", "adapters", "classifiers")  # what --train heads trains
+ADDED = {
+    "exit_norms",
+    "classifiers",
+    "adapter_rank",
+    "max_len",
+    "eos_id",
+}  # what flags may change of the model of --init
+
+
+# ---------------------------------------------------------------- tokenizer and data
+
+
+def check_start(config: TrainConfig, shape: ModelConfig) -> None:
+    """Raises UserError for layers, lengths or files that cannot be trained with, before anything is made."""
+    check_layers("exits", config.exits, shape.n_layers)
+    if shape.max_len < config.length:
+        raise UserError(
+            f"length is {config.length}, the model has {shape.max_len} positions; lower --length or raise --max-len"
+        )
+    for file in (*config.data, *config.dev):
+        if not Path(file).is_file():
+            raise UserError(f"{file}: no such data file; check --data and --dev")
+
+
+def prepare_tokenizer(config: TrainConfig, folder: Path, vocab_size: int) -> bytes:
+    """The tokenizer that the settings name, or one trained on the files, once for these files and this size."""
+    if config.tokenizer or config.init:
+        return load_tokenizer(config.tokenizer or config.init)
+    files = tuple(dict.fromkeys(config.data))
+    prepared = [file for file in files if file.endswith(".npy")]
+    if prepared:
+        raise UserError(f"{prepared[0]} is prepared data; name the tokenizer that it was made with: --tokenizer FILE")
+    path = folder / f"{digest(*map(Path, files), vocab_size)}.model"
+    if not path.exists():
+        model = train_tokenizer(Corpus(files), vocab_size)
+        with whole_file(path) as part:
+            Path(part).write_bytes(model)
+    return path.read_bytes()
+
+
+def prepare_data(files: tuple[str, ...], tokenizer: bytes, folder: Path, length: int) -> np.ndarray:
+    """The files' documents as one memory-mapped array, tokenized once for these files, tokenizer and length; a prepared
+    file as it is."""
+    if any(file.endswith(".npy") for file in files):
+        if len(files) > 1:
+            raise UserError(f"{', '.join(files)}: a prepared file comes alone; prepare all of the data in one")
+        return read_prepared(Path(files[0]), tokenizer, length)
+    path = folder / f"{digest(*map(Path, files), tokenizer, length)}.npy"
+    if not path.with_suffix(".json").exists():  # written last
+        tqdm.write(f"{', '.join(files)}: {describe(prepare_file(files, tokenizer, path, length))}")
+    return read_prepared(path, tokenizer, length)
+
+
+def load_data(config: TrainConfig, shape: ModelConfig, folder: Path) -> tuple[bytes, np.ndarray, dict[str, np.ndarray]]:
+    """Tokenizer, training data, and validation data by file, in every process; what is not there yet, the first one
+    makes."""
+    by_first(find_data, config, shape, folder)
+    return find_data(config, shape, folder)
+
+
+def find_data(config: TrainConfig, shape: ModelConfig, folder: Path) -> tuple[bytes, np.ndarray, dict[str, np.ndarray]]:
+    """As `load_data`, for one process. Raises UserError for a tokenizer that does not fit the model."""
+    tokenizer = prepare_tokenizer(config, folder, shape.vocab_size)
+    end = read_tokenizer(config.tokenizer or config.init or folder, tokenizer, shape.vocab_size).eos_id()
+    if config.train == "all" and end != shape.eos_id:
+        raise UserError(f"eos_id is {shape.eos_id}, but the tokenizer ends texts with {end}; give --eos-id {end}")
+    dev = {file: prepare_data((file,), tokenizer, folder, config.length) for file in config.dev}
+    return tokenizer, prepare_data(config.data, tokenizer, folder, config.length), dev
+
+
+# ---------------------------------------------------------------- the model
+
+
+def shape_from(config: TrainConfig, given: dict) -> ModelConfig:
+    """The shape of the model to train: that of --init, or of the flags; with the heads that the settings ask for.
+    Raises UserError."""
+    shape = {}
+    if config.init:
+        with fitting(config.init):
+            shape = asdict(ModelConfig(**read_checkpoint(config.init)["config"]))
+        other = sorted(set(given) - ADDED)
+        if other:
+            raise UserError(f"{other[0]} comes from --init {config.init}; leave the flag out")
+    shape |= given
+    if config.train == "heads":
+        shape["exit_norms"] = tuple(sorted({*shape.get("exit_norms", ()), *config.exits}))
+    if config.classifier:
+        shape["classifiers"] = tuple(sorted({*shape.get("classifiers", ()), *config.exits}))
+    return ModelConfig(**shape)
+
+
+def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
+    """The model at the start, its weights float32; with --train heads those that stay as they are in the dtype of
+    training."""
+    torch.manual_seed(config.seed)
+    model = Transformer(shape)
+    if config.init:
+        load_start(model, config.init)
+    if config.train == "heads":
+        for name, weight in model.named_parameters():
+            if not name.startswith(HEADS):
+                weight.requires_grad_(False).data = weight.data.to(getattr(torch, config.dtype))
+    return model.to(config.device)
+
+
+def load_start(model: Transformer, path: str) -> None:
+    """Gives the model the weights of the checkpoint. Heads that it lacks begin as the final norm, the identity, and a
+    classifier that is undecided. Raises UserError if it has other weights."""
+    with fitting(path):
+        missing, more = model.load_state_dict(read_checkpoint(path)["weights"], strict=False)
+        lost = [name for name in missing if not name.startswith(HEADS)]
+        if lost:
+            raise KeyError(f"{lost[0]} is missing")
+        if more:
+            raise KeyError(f"{more[0]} has no place in it; exit_norms, classifiers and adapter_rank may only add to it")
+    for name in missing:
+        if name.startswith("exit_norms"):
+            model.get_parameter(name).data.copy_(model.norm.data)

@@ -159,7 +159,7 @@ def make_parser() -> Parser:
     add("--overwrite", action="store_true", help="start anew, even if --out holds a training or a model")
     add("--plot", type=Path, metavar="LOG", help="draw the curves of a log.jsonl beside it, and end (needs matplotlib)")
     add_flags(parser, TrainConfig(), "what to train")
-    add_flags(parser, ModelConfig(), "shape of the model; with --init, that of the checkpoint")
+    add_flags(parser, ModelConfig(), "shape of the model; with --init, that of the checkpoint", skip=("exit_layers",))
     return parser
 
 

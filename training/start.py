@@ -102,6 +102,9 @@ def shape_from(config: TrainConfig, given: dict) -> ModelConfig:
         if other:
             raise UserError(f"{other[0]} comes from --init {config.init}; leave the flag out")
     shape |= given
+    if config.loss != "none":
+        before = shape.get("exit_layers", ()) if config.train == "heads" else ()
+        shape["exit_layers"] = tuple(sorted({*before, *config.exits}))
     if config.train == "heads":
         shape["exit_norms"] = tuple(sorted({*shape.get("exit_norms", ()), *config.exits}))
     if config.classifier:

@@ -8,6 +8,7 @@ Dimensions: R rows of a pass, d model width, L layers, V vocabulary. The loop kn
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from decoding.checks import check_amateur, check_prompt
 from decoding.choosing import COMMAND, settings_of, variants
 from decoding.copying import copy_up
 from decoding.display import difference, read_amateur, read_prompt, show
+from decoding.page import Page
 from decoding.prediction import Companion, Predictor
 from decoding.record import Counters, Generation, Token
+from decoding.replay import Recorder
 from decoding.settings import DecodeConfig
 from decoding.shortlist import Shortlist
 from decoding.verification import verified
@@ -115,7 +118,7 @@ class Run:
             self.shortlist.add(tokens)
         trace, before = self.new_trace(), list(self.cache.filled)
         layer = run_pass(self.model, self.cache, tokens, trace, exits)
-        self.counters.add_pass(self.model, before, self.cache.filled[0], layer, trace)
+        self.counters.add_pass(self.model, before, self.cache, layer, trace)
         self.early = 0 if layer == self.top else self.early + 1
         if self.thresholds.learns and trace.final is not None:
             self.thresholds.compare(trace)
@@ -158,6 +161,15 @@ def stream(model: Transformer, prompt: list[int], config: DecodeConfig, counters
     yield from verified(run) if config.verify else plain(run)
 
 
+def recorded(model: Transformer, prompt: list[int], config: DecodeConfig, amateur: Transformer | None = None) -> Recorder:
+    """Decodes one prompt, and remembers the run for a page."""
+    recorder = Recorder()
+    tokens = stream(model, prompt, config, recorder, recorder.trace, amateur)
+    for _ in recorder.watch(tokens, len(prompt)):
+        pass
+    return recorder
+
+
 def generate(model: Transformer, prompt: list[int], config: DecodeConfig = DecodeConfig(),
              trace_type: type[Trace] = Trace, amateur: Transformer | None = None) -> Generation:
     """Decodes one prompt; see `stream` for what it raises."""
@@ -176,6 +188,10 @@ def make_parser() -> Parser:
                         "model: confidence functions or full, each with changes, as in softmax,jsd+threshold=0.5,softmax+verify")
     parser.add_argument("--trace", metavar="FILE",
                         help="write one JSON line per token: id, text, exit layer, confidences, time, ..")
+    parser.add_argument("--html", metavar="FILE", help="write a page that shows the run beside the full model's: every token by its "
+                        "exit layer, what each layer would have said, the staircase pass by pass")
+    parser.add_argument("--staircase", action="store_true", help="after every token print filled: 4×13 12×7 are 13 positions "
+                        "in layers 1 to 4, 7 in 5 to 12")
     parser.add_argument("--thresholds", metavar="FILE", help="JSON file of settings, as calibration writes it; flags outrank it")
     parser.add_argument("--amateur", metavar="CHECKPOINT", help="a second, weaker model to contrast with (Contrastive Decoding)")
     add_model_flags(parser, DEFAULT_CHECKPOINT)
@@ -194,18 +210,29 @@ def main() -> None:
     check_prompt(prompt, model)
     for each in configs.values():
         each.exits(model.config)  # a mistake there leaves an old trace file alone
-    full = generate(model, prompt, config.full(), amateur=amateur).tokens if args.compare else []
+    runs = {}  # for the page
+    if args.compare or args.html:
+        generate(model, prompt, replace(config.full(), max_new_tokens=4), amateur=amateur)  # warms up: the first is slow
+        runs["full model"] = config.full(), recorded(model, prompt, config.full(), amateur)
     print(f"settings: {config.describe(model.config)} ({source})", file=sys.stderr)
     print(args.prompt)
     with open(args.trace, "w", encoding="utf-8") if args.trace else nullcontext() as trace:
         for name, each in configs.items():
             if name:
                 print(f"--- {name}")
-            counters = Counters()
-            tokens = stream(model, prompt, each, counters, amateur=amateur)
-            ids = show(tokens, tokenizer, model.config.n_layers, counters, trace)
+            recorder = Recorder()
+            tokens = recorder.watch(stream(model, prompt, each, recorder, recorder.trace, amateur), len(prompt))
+            ids = show(tokens, tokenizer, model.config.n_layers, recorder, trace, args.staircase)
             if name:
+                full = [token.id for token in runs["full model"][1].settled]
                 print(f"{difference(ids, full, tokenizer)}\n")
+            if each.confidence or each.full() != config.full():
+                runs[name or each.confidence] = each, recorder
+    if args.html:
+        page = Page(model, tokenizer, Path(args.checkpoint).name)
+        page.add(args.prompt, prompt, runs)
+        page.write(args.html)
+        print(f"wrote {args.html}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from itertools import groupby
 
 from torch import Tensor
 
+from cache import KVCache
 from confidence import Trace
 from model import Transformer
 
@@ -41,9 +42,10 @@ class Counters:
     drafted: int = 0            # verified mode: early tokens judged by the full model
     accepted: int = 0           # of these, kept
 
-    def add_pass(self, model: Transformer, before: list[int], stop: int, layer: int, trace: Trace) -> None:
-        """One pass up to `layer` (L + 1: the head) that took the positions filled[1..layer] from `before` to `stop`."""
-        L = model.config.n_layers
+    def add_pass(self, model: Transformer, before: list[int], cache: KVCache, layer: int, trace: Trace) -> None:
+        """One pass up to `layer` (L + 1: the head) that took filled[1..layer] of the staircase from `before` to
+        filled[0]."""
+        L, stop = model.config.n_layers, cache.filled[0]
         for first, layers in groupby(before[1 : min(layer, L) + 1]):
             runs = len(list(layers)) if first < stop else 0
             self.block_runs += runs

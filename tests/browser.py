@@ -2,11 +2,13 @@
 byte), so that no package is needed."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -14,6 +16,8 @@ from pathlib import Path
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe", "about:blank")
+# The browser reads from file descriptor 3 and writes to 4.
+CONNECT = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
 TIMEOUT = 120  # seconds until a browser that does not answer is ended
 
 
@@ -22,16 +26,25 @@ def find_chromium() -> str | None:
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
+def pipe() -> list[int]:
+    """The two ends of a pipe, neither of them file descriptor 3 or 4."""
+    ends = []
+    for end in os.pipe():
+        ends.append(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10))
+        os.close(end)
+    return ends
+
+
 class Browser:
     """One tab. `requests` are the addresses that the page asked for, `errors` what its script threw."""
 
     def __enter__(self):
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        from_us, self.to_browser = os.pipe()
-        self.from_browser, to_us = os.pipe()
-        command = [find_chromium(), f"--user-data-dir={self.folder.name}", *FLAGS]
-        shell = ["sh", "-c", f'exec "$@" 3<&{from_us} 4>&{to_us}', "sh", *command]
-        self.process = subprocess.Popen(shell, pass_fds=(from_us, to_us), stderr=subprocess.DEVNULL, start_new_session=True)
+        from_us, self.to_browser = pipe()
+        self.from_browser, to_us = pipe()
+        command = [sys.executable, "-c", CONNECT, str(from_us), str(to_us)]
+        command += [find_chromium(), f"--user-data-dir={self.folder.name}", *FLAGS]
+        self.process = subprocess.Popen(command, pass_fds=(from_us, to_us), stderr=subprocess.DEVNULL, start_new_session=True)
         os.close(from_us)
         os.close(to_us)
         self.watchdog = threading.Timer(TIMEOUT, self.end)
@@ -85,7 +98,7 @@ class Browser:
             self.loaded = True
         return message
 
-    def open(self, path: Path, width: int = 1600, height: int = 1000, dark: bool = False, media: str = "screen") -> None:
+    def open(self, path: Path, width: int = 1600, height: int = 1000, dark: bool = False, media: str = "") -> None:
         """Shows a file, on a screen of so many pixels."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}

@@ -4,6 +4,8 @@ Notation: h_l the hidden state of the newest position after layer l, z_l = W nor
 current candidates (the whole vocabulary V unless pruned). Everything is float32. Confidences lie in [0, 1]; exit when c >= threshold.
 """
 
+import common.threads  # noqa: F401  before torch
+
 import importlib
 import math
 from collections.abc import Callable

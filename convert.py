@@ -7,6 +7,8 @@ consolidated.*.pth), a .bin of llama2.c, or a GGUF file (with the package gguf):
 CodeLlama, LayerSkip) and Gemma 1, 2 and 3. Tensors stream one by one from file to file.
 """
 
+import common.threads  # noqa: F401  before torch
+
 import math
 import mmap
 import re

@@ -3,6 +3,8 @@
 Dimensions: R rows of a pass, d model width, n candidates, L layers, V vocabulary. The loop knows token ids only; text begins at `main`.
 """
 
+import common.threads  # noqa: F401  before torch
+
 import argparse
 import json
 import sys

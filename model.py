@@ -4,6 +4,8 @@ Dimensions: B batch, T time, N rows, d model width, H query heads, K key/value h
 Layers count from 1 to L; index 0 stands for the embedding. Positions count from 0.
 """
 
+import common.threads  # noqa: F401  before torch
+
 import functools
 import math
 import os

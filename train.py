@@ -9,6 +9,8 @@ Memory of --train all: 16 bytes a weight (float32 weight, gradient and AdamW's t
 18 GB for 1B weights. With --recompute, the states between blocks and one block's insides are small beside that; so are logits (losses.py).
 """
 
+import common.threads  # noqa: F401  before torch
+
 import math
 import sys
 import time

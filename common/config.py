@@ -8,9 +8,10 @@ from collections.abc import Callable
 from common.errors import UserError
 
 
-def option(default, text: str):
-    """A field of a config dataclass that is also a flag; `text` describes it, with unit or range."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def option(default, text: str, group: str = ""):
+    """A field of a config dataclass that is also a flag; `text` describes it, with unit or range. `group`: the title in
+    --help under which the flag stands; none for those that a beginner needs first."""
+    return dataclasses.field(default=default, metadata={"help": text, "group": group})
 
 
 def reader(kind) -> Callable[[str], object]:

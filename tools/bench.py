@@ -5,6 +5,8 @@
     python -m tools.bench --training                tokens a second of every training loss, beside a plain PyTorch model
 """
 
+import common.threads  # noqa: F401  before torch
+
 import argparse
 import itertools
 import math

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from common.config import option
+from common.config import check_kinds, option
 from common.errors import UserError
-from formats.checkpoint import fitting, read_checkpoint, read_tokenizer
+from formats.checkpoint import check_finite, check_size, fitting, read_checkpoint, read_tokenizer
 from formats.weights import choose_form, choose_head, linear, rms_norm
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
@@ -42,7 +42,7 @@ class ModelConfig:
     exit_norms: tuple[int, ...] = option((), "exit layers with a norm of their own; the others share the final norm")
     classifiers: tuple[int, ...] = option((), "exit layers with a confidence classifier")
     adapter_rank: int = option(0, "rank of the adapter before every norm in exit_norms; 0: no adapters")
-    eos_id: int | None = option(2, "token that ends a text; none: nothing does")
+    eos_id: tuple[int, ...] | int | None = option(2, "token that ends a text, or several; none: nothing does")
     head_dim: int | None = option(None, "width of a head, even; none: d_model / n_heads")
     activation: str = option("silu", "of the gated MLP: silu, or gelu_tanh (Gemma)")
     embedding_scale: float = option(1.0, "factor of the embeddings (Gemma: sqrt d_model)")
@@ -61,9 +61,16 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("exit_norms", "classifiers", "global_layers", "rope_bands"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "eos_id", one_or_several(self.eos_id))
+        check_kinds(self)
         for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "max_len", "head_dim", "window"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
+            limit = LIMITS.get(name, 2**31)
+            if (value := getattr(self, name)) is not None and not 1 <= value <= limit:
+                raise UserError(f"{name} is {value}; it must be at least 1 and at most {limit}")
+        for name in ("norm_eps", "query_scale", "attention_cap", "logit_cap", "local_rope_base", "rope_base", "rope_factor",
+                     "embedding_scale"):  # fmt: skip
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"{name} is {value}; it must be above 0")
         if self.adapter_rank < 0 or (self.adapter_rank and not self.exit_norms):
             raise UserError(f"adapter_rank is {self.adapter_rank}; it must be at least 0, and above 0 only with exit_norms")
         if self.head_dim is None:
@@ -76,17 +83,39 @@ class ModelConfig:
             raise UserError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
         if self.activation not in ACTIVATIONS:
             raise UserError(f"unknown activation {self.activation!r}; choose from {', '.join(ACTIVATIONS)}")
-        for name in ("query_scale", "attention_cap", "logit_cap", "local_rope_base", "rope_base", "rope_factor"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise UserError(f"{name} is {value}; it must be above 0")
         if self.rope_bands and (len(self.rope_bands) != 3 or not 0 < self.rope_bands[0] < self.rope_bands[1]):
             raise UserError(f"rope_bands is {self.rope_bands}; it must be low, high and length, low below high, or nothing")
         for name in ("exit_norms", "classifiers"):
             check_layers(name, getattr(self, name), self.n_layers)
+        for layer in self.global_layers:
+            if not 1 <= layer <= self.n_layers:
+                raise UserError(f"global_layers: there is no layer {layer}; choose from 1 to {self.n_layers}")
+        for token in self.ends:
+            if not 0 <= token < self.vocab_size:
+                raise UserError(f"eos_id is {token}; it must lie in 0 to {self.vocab_size - 1}")
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The token ids that end a text."""
+        if self.eos_id is None:
+            return frozenset()
+        return frozenset(self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,))
 
     def slides(self, layer: int) -> bool:
         """Whether the layer has a window."""
         return self.window is not None and layer not in self.global_layers
+
+
+LIMITS = {"n_layers": 10_000, "max_len": 2**20}  # every layer is an object, every position a row of the rotary table
+
+
+def one_or_several(ids) -> tuple[int, ...] | int | None:
+    """The ids that end a text in the form of the config: None, one, or a tuple of several."""
+    if not isinstance(ids, (tuple, list)):
+        return ids
+    if len(ids) > 1:
+        return tuple(ids)
+    return ids[0] if ids else None
 
 
 def check_layers(name: str, layers, n_layers: int) -> None:
@@ -267,12 +296,11 @@ class Transformer(nn.Module):
         (N, d)."""
         if layer not in self.config.exit_norms:
             return rms_norm(hidden, self.norm, self.config.norm_eps)
-        norm = self.exit_norms[str(layer)]
-        hidden = hidden.to(norm.dtype)  # in training heads may be finer than the blocks
         if self.config.adapter_rank:
             down, up = self.adapters[str(layer)]
+            hidden = hidden.to(down.dtype)  # in training heads may be finer than the blocks
             hidden = hidden + hidden @ down.T @ up
-        return rms_norm(hidden, norm, self.config.norm_eps)
+        return rms_norm(hidden, self.exit_norms[str(layer)], self.config.norm_eps)
 
     def head(self, hidden: Tensor, layer: int | None = None) -> Tensor:
         """z_l = W norm_l(h_l): hidden (N, d) after `layer` (None: the last) -> logits (N, V) float32."""
@@ -285,7 +313,7 @@ class Transformer(nn.Module):
             have = ", ".join(map(str, self.config.classifiers)) or "none"
             raise UserError(f"layer {layer} has no confidence classifier (layers with one: {have}); train it, or ask another confidence")
         w = self.classifiers[str(layer)]
-        return (self.exit_norm(hidden, layer) @ w[:-1] + w[-1]).float().sigmoid()
+        return (self.exit_norm(hidden, layer).to(w.dtype) @ w[:-1] + w[-1]).float().sigmoid()
 
     def score(self, normed: Tensor, weight: Tensor) -> Tensor:
         """Logits of the tokens whose rows of the unembedding are `weight` (n, d): norm_l(h_l) (N, d) -> (N, n) float32."""
@@ -308,14 +336,19 @@ class Transformer(nn.Module):
 # ---------------------------------------------------------------- from a file
 
 
-def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, plain: bool = False):
+def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, plain: bool = False,
+                    check: bool = False):  # fmt: skip
     """Returns (model, tokenizer) ready to decode: tokenizer is a SentencePieceProcessor, or None if the file holds none. `dtype` None:
     float32 on the CPU for float16 files (CPUs are slow at several rows in half precision), else the file's own. On a CPU the weights
-    take the form that is fastest there (`choose_form`) unless `plain`. Raises ValueError."""
-    content, device = read_checkpoint(path), torch.device(device)
+    take the form that is fastest there (`choose_form`) unless `plain`. Vectors, the norms, keep at least the precision of the file.
+    `check`: compare the file with its checksums first. Raises UserError for a file whose content is not of a model, or not finite."""
+    check_finite(path)
+    content, device = read_checkpoint(path, check), torch.device(device)
     with fitting(path):
+        config = ModelConfig(**content["config"])
+        check_size(content["weights"], config)
         with torch.device("meta"):
-            model = Transformer(ModelConfig(**content["config"])).eval()
+            model = Transformer(config).eval()
         model.load_state_dict(content["weights"], assign=True)
         blob = content["tokenizer"]
     tokenizer = None if blob is None else read_tokenizer(path, blob.numpy().tobytes(), model.config.vocab_size)
@@ -337,5 +370,6 @@ def adopt(model: Transformer, weights: dict[str, Tensor], device: torch.device, 
     for prefix, module in model.named_modules():
         for name, weight in module._parameters.items():
             if not weight.is_mkldnn:
-                new = weights[f"{prefix}.{name}" if prefix else name].to(device, dtype)
+                new = weights[f"{prefix}.{name}" if prefix else name]
+                new = new.to(device, dtype if new.dim() > 1 else torch.promote_types(new.dtype, dtype))
                 module._parameters[name] = nn.Parameter(new, requires_grad=False)

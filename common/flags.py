@@ -120,7 +120,7 @@ def warn_if_busy() -> None:
 def check_device(device: str) -> None:
     """Raises UserError for a device that is not supported, or not there."""
     if device.partition(":")[0] not in DEVICES:
-        raise UserError(f"device {device!r} is not supported; choose from {', '.join(DEVICES)}")
+        raise UserError(f"device {device!r} is not there to use; supported are {' and '.join(DEVICES)}")
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:

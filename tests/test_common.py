@@ -60,9 +60,9 @@ def test_where_nothing_may_be_written_is_said_by_name(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
 def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(UserError, match=r"could not be written \(No space left") as error:
-        with whole_file(tmp_path / "file"), open("/dev/full", "w") as full:
-            full.write("new")
+    said = pytest.raises(UserError, match=r"could not be written \(No space left")
+    with said as error, whole_file(tmp_path / "file"), open("/dev/full", "w") as full:
+        full.write("new")
     assert "\n" not in str(error.value) and (tmp_path / "file").read_text() == "old"
 
 
@@ -184,8 +184,8 @@ def test_threads_are_set_as_asked_and_left_alone_otherwise(threads):
 
 @pytest.mark.parametrize("words, message", [
     (("--threads", "0"), "threads is 0; it must be between 1 and 1024"), (("--threads", "1000000"), "threads is 1000000"),
-    (("--dtype", "int3"), "unknown dtype 'int3'"), (("--device", "mps"), "device 'mps' is not supported; choose from cpu, cuda"),
-    (("--device", "cpu:x"), "is not there"), (("--device", ""), "is not supported"),
+    (("--dtype", "int3"), "unknown dtype 'int3'"), (("--device", "mps"), "device 'mps' is not there to use; supported are cpu and cuda"),
+    (("--device", "cpu:x"), "is not there"), (("--device", ""), "is not there to use"),
 ])  # fmt: skip
 def test_what_the_machine_cannot_be_is_refused(words, message, threads):
     with pytest.raises(UserError, match=message):

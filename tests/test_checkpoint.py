@@ -112,7 +112,8 @@ def test_a_weight_of_a_foreign_kind_is_refused_by_name(tiny_model, tmp_path, kin
 
 
 @pytest.mark.parametrize("entry", [
-    {"tokenizer": "text"}, {"tokenizer": torch.zeros(9)}, {"tokenizer": torch.zeros(3, 3, dtype=torch.uint8)}, {"tokenizer": torch.zeros(9, dtype=torch.uint8)},
+    {"tokenizer": "text"}, {"tokenizer": torch.zeros(9)}, {"tokenizer": torch.zeros(3, 3, dtype=torch.uint8)},
+    {"tokenizer": torch.zeros(9, dtype=torch.uint8)},
     {"config": None}, {"config": {3: 4}}, {"weights": [torch.zeros(3)]}, {"weights": {}}, {"weights": {3: torch.zeros(3)}},
 ], ids=str)  # fmt: skip
 def test_an_entry_that_is_not_what_it_must_be_is_refused(tiny_model, tmp_path, entry):

@@ -1,11 +1,15 @@
 """Every layout, written here in tiny form from a known model, gives that model back; damaged ones give their error."""
 
+import errno
 import io
 import json
 import math
+import os
 import struct
 import sys
+import zipfile
 from functools import partial
+from pathlib import Path
 
 import pytest
 import sentencepiece as spm
@@ -13,10 +17,11 @@ import torch
 
 import convert
 import decode
-from common.errors import run
+from common.errors import UserError, run
 from convert import model_config
-from formats.sources import read_safetensors
+from formats.tensors import read_safetensors
 from formats.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, build_tokenizer, encode_prompt
+from formats.tokenizer_files import gguf_tokenizer
 from model import Transformer, load_checkpoint
 
 
@@ -30,7 +35,7 @@ LLAMA = {"tie_embeddings": False, "head_dim": 8, "eos_id": 2}
 SANDWICH = {"head_dim": 6, "activation": "gelu_tanh", "embedding_scale": math.sqrt(32), "post_norms": True, "window": 4, "eos_id": 1}
 FAMILIES = {
     "llama": LLAMA,
-    "llama tied": {**LLAMA, "tie_embeddings": True, "rope_factor": 8.0, "rope_bands": (1.0, 4.0, 32.0)},
+    "llama tied": {**LLAMA, "eos_id": (2, 9), "tie_embeddings": True, "rope_factor": 8.0, "rope_bands": (1.0, 4.0, 32.0)},
     "mistral": {**LLAMA, "window": 5},
     "gemma": {"head_dim": 6, "activation": "gelu_tanh", "embedding_scale": math.sqrt(32), "eos_id": 1},
     "gemma2": {**SANDWICH, "global_layers": (2, 4), "attention_cap": 50.0, "logit_cap": 30.0, "query_scale": 0.25},
@@ -85,7 +90,8 @@ def hf_config(model: Transformer, family: str) -> dict:
         "model_type": family, "vocab_size": c.vocab_size, "hidden_size": c.d_model, "num_hidden_layers": c.n_layers,
         "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_kv_heads, "head_dim": c.head_dim, "intermediate_size": c.d_ff,
         "max_position_embeddings": c.max_len, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_base,
-        "tie_word_embeddings": c.tie_embeddings, "eos_token_id": [c.eos_id, 9], "sliding_window": c.window,
+        "tie_word_embeddings": c.tie_embeddings, "sliding_window": c.window,
+        "eos_token_id": list(c.eos_id) if isinstance(c.eos_id, tuple) else c.eos_id,
     }  # fmt: skip
     if family in ("gemma2", "gemma3_text"):
         words |= {"query_pre_attn_scalar": c.query_scale**-2 if c.query_scale else c.head_dim,
@@ -315,6 +321,11 @@ DAMAGE = {
     "gap": ({**A, "b": {**A["a"], "data_offsets": [20, 36]}}, bytes(36), None, "b begins at byte 20, where 16 was expected"),
     "unknown dtype": ({"a": {**A["a"], "dtype": "F8_E4M3"}}, bytes(16), None, "a is of dtype F8_E4M3"),
     "entry that is no object": ({"a": 3}, bytes(16), None, "a is of dtype None"),
+    "dtype that is a list": ({"a": {**A["a"], "dtype": ["F32"]}}, bytes(16), None, "a is of dtype"),
+    "huge shape": ({"a": {**A["a"], "shape": [2**70, 0]}}, bytes(16), None, "a has shape"),
+    "integer of 5,000 digits": (b'{"a": ' + b"1" * 5000 + b"}", b"", None, "its header: not JSON .*4300"),
+    "header nested too deep": (b"[" * 100_000, b"", None, "its header: not JSON .nested too deep"),
+    "header that is not UTF-8": (b'{"\xff": 1}', b"", None, "its header: not JSON .bytes that are not UTF-8"),
 }
 
 
@@ -400,8 +411,134 @@ def test_a_failure_while_writing_leaves_the_old_file(tiny_model, tmp_path, monke
 def test_a_full_disk_is_seen_before(tiny_model, tmp_path, monkeypatch):
     write_hf(tmp_path / "hf", tiny_model(1, **LLAMA))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(OSError, match="make room"):
+    with pytest.raises(UserError, match="make room"):
         convert.convert(tmp_path / "hf", tmp_path / "out.pt")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot take room on a disk beforehand")
+def test_a_disk_that_fills_meanwhile_is_one_line(tiny_model, tmp_path, monkeypatch):
+    """The room, the tokenizer's with it, is taken before anything is written through memory, where a full disk is a signal."""
+    def full(file: int, begin: int, size: int) -> None:
+        assert begin == 0 and size == os.fstat(file).st_size > 4 * sum(weight.numel() for weight in model.parameters()) + 300_000
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model, pieces = tiny_model(1, **{**LLAMA, "vocab_size": 400}), ["<unk>", "<s>", "</s>", *(f"{i}{'a' * 1000}" for i in range(300))]
+    tokenizer = build_tokenizer(pieces, [0.0] * 303, [UNKNOWN, CONTROL, CONTROL, *[NORMAL] * 300], 0, 1, 2, True)
+    write_hf(tmp_path / "hf", model)
+    (tmp_path / "hf" / "tokenizer.model").write_bytes(tokenizer)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"out\.pt: could not be written \(No space left on device\)"):
+        convert.convert(tmp_path / "hf", tmp_path / "out.pt")
+    assert not list(tmp_path.glob("out*"))
+
+
+CONFIGS = [
+    ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; it must be an object"), ({"rope_scaling": [1]}, "rope_scaling is"),
+    ({"rope_scaling": {"type": "linear"}}, "factor is None; it must be a number above 0"),
+    ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "factor is 1000"), ({"rope_scaling": {"type": [1]}}, "not supported"),
+    ({"rope_parameters": 3}, "rope_parameters is 3"), ({"vocab_size": 10**30}, "vocab_size is 1000"),
+    ({"num_hidden_layers": 10**9}, "n_layers is 1000000000"),
+    ({"num_hidden_layers": 9999}, "num_hidden_layers is 9999, but there are only 48 tensors"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0"), ({"head_dim": "8"}, "head_dim is '8'"), ({"head_dim": 7}, "head_dim is 7"),
+    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"), ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
+    ({"model_type": ["llama"]}, "unknown model_type"), ({"model_type": None}, "unknown model_type None"),
+    ({"hidden_act": ["silu"]}, "unknown activation"), ({"eos_token_id": [2, "x"]}, "eos_id is"), ({"eos_token_id": 77}, "eos_id is 77"),
+    ({"tie_word_embeddings": "no"}, "tie_embeddings is 'no'; it must be bool"), ({"sliding_window": 2.5}, "sliding_window is 2.5"),
+    ({"max_position_embeddings": [64]}, "max_position_embeddings is"), ({"intermediate_size": 2**31 - 1}, "has the shape"),
+    ({"hidden_size": 2**30, "head_dim": 2**30, "num_attention_heads": 2**30}, "impossible sizes"),
+    ({"num_key_value_heads": 3}, "n_kv_heads"), ({"model_type": "gemma3", "text_config": [1]}, "text_config"),
+    ({"model_type": "gemma3_text", "sliding_window": 4, "layer_types": ["full_attention"]}, "layer_types is"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), CONFIGS, ids=lambda value: str(value)[:60])
+def test_a_configuration_that_cannot_be_is_one_line(tiny_model, tmp_path, words, message):
+    write_hf(tmp_path / "hf", tiny_model(1, **LLAMA))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **words}))
+    with pytest.raises(UserError, match=f"hf: .*{message}") as error:
+        convert.convert(tmp_path / "hf", tmp_path / "out.pt")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says that its quantized tensors are old
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda norm: norm.to_sparse(), "model.norm.weight is torch.float32, torch.sparse_coo"),
+    (lambda norm: torch.quantize_per_tensor(norm, 0.1, 0, torch.qint8), "model.norm.weight is torch.qint8"),
+    (lambda norm: norm.to("meta"), "model.norm.weight is .*meta"), (lambda norm: norm.long(), "model.norm.weight is of torch.int64"),
+    (lambda norm: norm.to(torch.complex64), "of torch.complex64"), (lambda norm: norm.to(torch.float8_e5m2), "of torch.float8_e5m2"),
+    (lambda norm: 3, "model.norm.weight is int"), (lambda norm: {"a": norm}, "model.norm.weight is dict"),
+    (lambda norm: norm / 0, "model.norm.weight has values that are not finite in float32"),
+])  # fmt: skip
+def test_weights_of_a_foreign_kind_are_refused_by_name(tiny_model, tmp_path, change, message):
+    write_hf(tmp_path / "hf", tiny_model(1, **LLAMA), kind="torch")
+    file = tmp_path / "hf" / "pytorch_model.bin"
+    tensors = torch.load(file, weights_only=True)
+    torch.save({**tensors, "model.norm.weight": change(tensors["model.norm.weight"])}, file)
+    with pytest.raises(UserError, match=message) as error:
+        convert.convert(tmp_path / "hf", tmp_path / "out.pt")
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("out*"))
+
+
+def test_double_precision_becomes_single_and_what_half_cannot_hold_is_refused(tiny_model, tmp_path):
+    model = tiny_model(1, **LLAMA)
+    write_hf(tmp_path / "hf", model, dtype=torch.float64, kind="torch")
+    convert_and_compare(tmp_path / "hf", model, tmp_path)
+    assert torch.load(tmp_path / "out.pt", weights_only=True)["weights"]["embedding"].dtype == torch.float32
+    model.embedding.mul_(1e6)
+    write_hf(tmp_path / "hf", model, kind="torch")
+    with pytest.raises(UserError, match=r"embed_tokens\.weight has values that are not finite in float16; try --dtype fp32"):
+        convert.convert(tmp_path / "hf", tmp_path / "out.pt", torch.float16)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+@pytest.mark.parametrize(("kind", "file"), [("safetensors", "model.safetensors"), ("torch", "pytorch_model.bin")])
+def test_a_folder_or_fifo_in_the_place_of_weights_is_refused(tiny_model, tmp_path, make, kind, file):
+    write_hf(tmp_path / "hf", tiny_model(1, **LLAMA), kind=kind)
+    (tmp_path / "hf" / file).unlink()
+    make(tmp_path / "hf" / file)
+    with pytest.raises(UserError, match=f"{file}: is no regular file"):
+        convert.convert(tmp_path / "hf", tmp_path / "out.pt")
+    with pytest.raises(UserError, match=f"{file}: is no regular file"):
+        convert.open_source(write_tiny_llama2c(tiny_model, tmp_path), tokenizer=tmp_path / "hf" / file)
+
+
+def write_tiny_llama2c(tiny_model, folder):
+    write_llama2c(folder / "model.bin", tiny_model(3, **LLAMA), 0)
+    return folder / "model.bin"
+
+
+def test_only_a_regular_file_other_than_the_source_is_written(tiny_model, tmp_path):
+    source = write_tiny_llama2c(tiny_model, tmp_path)
+    (tmp_path / "link.pt").symlink_to(tmp_path / "out.pt")
+    convert.convert(source, tmp_path / "link.pt")
+    assert (tmp_path / "link.pt").is_symlink() and load_checkpoint(tmp_path / "out.pt")
+    for out, message in ((Path("/dev/null"), "no regular file"), (tmp_path, "no regular file"), (source, "is what is read")):
+        with pytest.raises(UserError, match=message):
+            convert.convert(source, out)
+    assert not Path("/dev/null").is_file()
+
+
+def test_what_is_converted_has_its_checksums(tiny_model, tmp_path):
+    convert.convert(write_tiny_llama2c(tiny_model, tmp_path), tmp_path / "out.pt")
+    load_checkpoint(tmp_path / "out.pt", check=True)
+    with zipfile.ZipFile(tmp_path / "out.pt") as archive:
+        assert archive.testzip() is None
+
+
+@pytest.mark.parametrize(("stated", "beside", "ends"), [
+    (2, None, {2}), (2, [2, 9], {2, 9}), ([2, 5], 9, {2, 5, 9}), (2, {}, {2}), (None, [9], set()),
+])  # fmt: skip
+def test_every_id_that_ends_a_text_is_taken(tiny_model, tmp_path, stated, beside, ends):
+    write_hf(tmp_path / "hf", tiny_model(1, **LLAMA))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "eos_token_id": stated}))
+    if beside is not None:
+        content = {"eos_token_id": beside} if beside != {} else {}
+        (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(content))
+    convert.convert(tmp_path / "hf", tmp_path / "out.pt")
+    assert load_checkpoint(tmp_path / "out.pt")[0].config.ends == ends
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -496,6 +633,18 @@ def test_the_tokenizer_of_llama2c(tiny_model, tmp_path, original, beside):
     for text in ["the cat sat", "Grüße aus dem Café, señor!", "👍🏽"]:
         assert tokenizer.encode(text) == original.encode(text)
     assert (tokenizer.bos_id(), tokenizer.eos_id()) == (1, 2)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"unknown_token_id": 5}, "its unknown_token_id is 5; the tokenizer has the ids 0 to 2"), ({"eos_token_id": -1}, "eos_token_id is -1"),
+    ({"bos_token_id": 2**40}, "bos_token_id"), ({"bos_token_id": "1"}, "bos_token_id is '1'"), ({"scores": [0.0]}, "3 tokens, 1 scores"),
+    ({"tokens": ["a", 3, "b"]}, "tokens that are no text"),
+])  # fmt: skip
+def test_a_tokenizer_in_gguf_whose_parts_do_not_fit_is_refused(tmp_path, change, message):
+    fields = {"model": "llama", "tokens": ["<unk>", "<s>", "</s>"], "scores": [0.0] * 3, "token_type": [2, 3, 3], "eos_token_id": 2}
+    assert gguf_tokenizer(tmp_path, {f"tokenizer.ggml.{name}": value for name, value in fields.items()})[0]
+    with pytest.raises(UserError, match=message):
+        gguf_tokenizer(tmp_path, {f"tokenizer.ggml.{name}": value for name, value in {**fields, **change}.items()})
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(tiny_model, tmp_path, original):

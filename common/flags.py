@@ -88,27 +88,26 @@ def add_thread_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def device_and_dtype(args: argparse.Namespace) -> tuple[str, torch.dtype | None]:
-    """--device and --dtype, when --threads are set. Raises UserError for what is not there."""
+    """--device and --dtype, when --threads are set; warns of a busy machine. Raises UserError for what is not there."""
     use_threads(args.threads)
+    warn_if_busy()
     check_device(args.device)
     return args.device, read_dtype(args.dtype)
 
 
 def use_threads(count: int | None) -> None:
-    """Sets PyTorch's threads, or leaves them as they are; says on stderr, once, if the machine is too busy to give any
-    figures. Raises UserError for a number that cannot be."""
+    """Sets PyTorch's threads, or leaves them as they are. Raises UserError for a number that cannot be."""
     limit = 1024
     if count is not None:
         if not 1 <= count <= limit:
             raise UserError(f"threads is {count}; it must be between 1 and {limit}")
         torch.set_num_threads(count)
-    warn_if_busy()
 
 
 @functools.cache  # said once
 def warn_if_busy() -> None:
-    """One line on stderr if more processes want to run than there are cores (the average of a minute; Windows has
-    none)."""
+    """One line on stderr if more processes want to run than there are cores (the average of a minute, where the system
+    has one)."""
     if not hasattr(os, "getloadavg") or os.environ.get("RANK", "0") != "0":
         return
     load, cores = os.getloadavg()[0], os.cpu_count()

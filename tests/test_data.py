@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import lzma
+import os
 import re
 import sys
 from collections import Counter
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 
+from common.errors import UserError
 from formats import data
 from formats.checkpoint import load_tokenizer, save_checkpoint
-from formats.data import Example, read_examples, read_pairs, task_file
+from formats.data import Example, merged, read_examples, read_pairs, task_file
 from formats.tokenizer import SEP, build_tokenizer, encode_prompt, train_tokenizer
 from tools import prepare as preparing
 from training import batches as batching
@@ -124,25 +126,37 @@ def test_json_lines_may_hold_texts(tmp_path):
     ("space.tsv", "a\tb\nc\t \n", "line 2: needs two non-empty texts"),
     ("one.csv", 'mr,ref\na,"b\nb"\nc\n', "line 4: has 1 columns; 2 are needed"),
     ("half.csv", "mr,ref\n,b\n", "line 2: needs two non-empty texts"),
-    ("header.csv", "meaning,text\na,b\n", "line 1: the header must be mr,ref"),
+    ("header.csv", "meaning,text\na,b\n", "line 1: the header must name the columns mr and ref"),
+    ("wide.csv", "mr,ref,fixed\na,b\n", "line 2: has 2 columns; 3 are needed"),
     ("bad.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n', "line 2: not JSON"),
     ("list.jsonl", '["a", "b"]\n', "line 1: needs two non-empty texts"),
     ("no_prompt.jsonl", '{"completion": "b"}\n', "line 1: needs two non-empty texts"),
     ("no_answer.jsonl", '{"prompt": "a"}\n', "line 1: needs two non-empty texts"),
     ("number.jsonl", '{"prompt": "a", "completion": 3}\n', "line 1: needs two non-empty texts"),
     ("string.jsonl", '{"prompt": "a", "references": "bc"}\n', "line 1: needs two non-empty texts"),
-    ("empty.csv", "", "line 1: the header must be mr,ref"),
+    ("empty.csv", "", "line 1: the header must name the columns mr and ref"),
     ("header_only.csv", "mr,ref\n", "holds no data"),
     ("empty.tsv", "", "holds no data"),
     ("empty.jsonl", "", "holds no data"),
     ("empty.txt", " \n", "holds no data"),
-    ("latin1.tsv", "Größe\tsize\n".encode("latin-1"), "not readable after 0 records"),
+    ("latin1.tsv", "a\tb\nGröße\tsize\n".encode("latin-1"), "line 2: holds bytes that are not UTF-8"),
+    ("latin1.csv", "mr,ref\na,b\nc,Größe\n".encode("latin-1"), "line 3: holds bytes that are not UTF-8"),
+    ("latin1.jsonl", '{"text": "a"}\n{"prompt": "Größe", "completion": "b"}\n'.encode("latin-1"), "line 2: holds bytes that are not UTF-8"),
+    ("latin1.json", '[{"text": "a"}, {"text": "Größe"}]'.encode("latin-1"), "record 2: holds bytes that are not UTF-8"),
+    ("latin1.txt", "a\nb\nGröße".encode("latin-1"), "line 3: holds bytes that are not UTF-8"),
+    ("utf16.tsv", "a\tb\n".encode("utf-16"), "line 1: holds bytes that are not UTF-8"),
+    ("deep.jsonl", '{"text": "a"}\n' + "[" * 100_000 + "\n", "line 2: not JSON (nested too deep)"),
+    ("long.jsonl", '{"text": "a"}\n{"text": ' + "1" * 5000 + "}\n", "line 2: not JSON (Exceeds the limit (4300"),
+    ("deep.json", "[" * 100_000, "deep.json: not JSON (nested too deep)"),
+    ("long.json", "1" * 5000, "long.json: not JSON (Exceeds the limit (4300"),
     ("truncated.tsv.xz", lzma.compress(b"a\tb\n" * 9)[:-20], "not readable"),
     ("truncated.tsv.gz", gzip.compress(b"a\tb\n" * 9)[:-10], "not readable"),
     ("plain.tsv.xz", "a\tb\n", "not readable after 0 records"),
     ("plain.tsv.gz", "a\tb\n", "not readable after 0 records"),
     ("corrupt.tsv.gz", gzip.compress(bytes(range(32, 127)) * 99)[:40] + b"?" * 40, "not readable"),
-    ("quote.csv", 'mr,ref\na,"b\nc,d\n', "not readable after 0 records"),
+    ("quote.csv", 'mr,ref\na,"b\nc,d\n', "line 3: not CSV (unexpected end of data)"),
+    ("inner.csv", 'mr,ref\na,"b"c\nc,d\n', "line 2: not CSV ("),
+    ("header_quote.csv", '"mr"x,ref\n', "not readable after 0 records"),
     ("data.yaml", "{}", "unknown kind of data file; its name must end in .csv, .tsv, .jsonl, .json, .txt"),
     ("data.xz", "", "unknown kind of data file"),
 ])  # fmt: skip
@@ -151,6 +165,39 @@ def test_a_malformed_file_is_named_in_one_line_with_what_is_wrong(tmp_path, name
     with pytest.raises(ValueError, match=re.escape(complaint)) as error:
         list(read_pairs(tmp_path / name))
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+MIXED = {
+    ".tsv": b"a\tb\nGr\xf6\xdfe\tx\nc\td\n",
+    ".csv": b'mr,ref\na,b\nGr\xf6\xdfe,x\n"one" two,x\nc,d\n',
+    ".jsonl": b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xf6", "completion": "x"}\n' + b"[" * 100_000
+              + b'\n{"a": ' + b"1" * 5000 + b'}\n{"prompt": "c", "completion": "d"}\n',
+    ".json": b'[{"prompt": "a", "completion": "b"}, {"prompt": "\xf6", "completion": "x"}, {"prompt": "c", "completion": "d"}]',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_bad_line_is_skipped_alone_where_that_is_asked_for(tmp_path, kind, ending):
+    path, skipped = tmp_path / f"mixed{kind}{ending}", []
+    path.write_bytes(COMPRESS[ending](MIXED[kind]))
+    assert list(read_pairs(path, skipped)) == [("a", "b"), ("c", "d")]
+    assert len(skipped) == {".csv": 2, ".jsonl": 3}.get(kind, 1)
+    assert all(re.match(rf".*mixed{kind}{ending}, (line|record) \d: ", line) and "\n" not in line for line in skipped)
+
+
+def test_columns_of_e2e_are_found_by_name(tmp_path):
+    """The cleaned set has mr,ref,fixed,orig_mr."""
+    (tmp_path / "a.csv").write_text('mr,ref,fixed,orig_mr\na,"b, c",True,x\n')
+    (tmp_path / "b.csv").write_text("fixed,ref,mr\nTrue,b,a\n")
+    assert list(read_pairs(tmp_path / "a.csv")) == [("a", "b, c")] and list(read_pairs(tmp_path / "b.csv")) == [("a", "b")]
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: None])
+def test_what_is_no_file_of_data_is_said_to_be_none(tmp_path, make):
+    make(tmp_path / "a.tsv")
+    with pytest.raises(UserError, match=r"a\.tsv: no such data file"):
+        list(read_pairs(tmp_path / "a.tsv"))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -165,7 +212,8 @@ def test_the_command_counts_prompts_and_completions(tmp_path, monkeypatch, capsy
     (tmp_path / "a.tsv").write_text("p\tone\nq\tone two three\np\tone two\n")
     monkeypatch.setattr("sys.argv", ["prepare.py", str(tmp_path / "a.tsv")])
     preparing.main()
-    assert "2 prompts, 3 completions, 2 words each (at most 3)" in capsys.readouterr().out
+    assert "2 prompts, 3 completions, 2 words each (at most 3); 1 for a prompt that came before\n" in capsys.readouterr().out
+    assert merged(read_examples(tmp_path / "a.tsv")) == 1
 
 
 # ---------------------------------------------------------------- the tokenizer
@@ -183,6 +231,11 @@ def test_a_prompt_is_encoded_between_bos_and_one_separator(tokenizer, monkeypatc
     assert encode_prompt(tokenizer, "Hallo du!") == [tokenizer.bos_id(), *tokenizer.encode("Hallo du!"), sep]
     monkeypatch.setattr("formats.tokenizer.SEP", "<a piece that it lacks>")
     assert encode_prompt(tokenizer, "Hallo du!") == [tokenizer.bos_id(), *tokenizer.encode("Hallo du!")]
+
+
+def test_a_prompt_that_is_not_utf8_is_one_line(tokenizer):
+    with pytest.raises(UserError, match=r"the prompt 'a\\udcff' holds bytes that are not UTF-8"):
+        encode_prompt(tokenizer, b"a\xff".decode(errors="surrogateescape"))
 
 
 @pytest.mark.parametrize("size", [10, 100_000])
@@ -310,7 +363,7 @@ def test_a_tasks_own_format_becomes_prompts_and_references(name, content, expect
 @pytest.mark.parametrize("content, said", [
     ('{"data": [{}]}', "squad.json: neither a list of records nor in SQuAD's layout (KeyError: 'paragraphs')"),
     ('{"data": 3}', "neither a list of records nor in SQuAD's layout"),
-    ("{", "neither a list of records nor in SQuAD's layout"),
+    ("{", "squad.json: not JSON (Expecting property name"),
     ('[{"dialogue": "a", "summary": "b"}, {"dialogue": "a"}]', "squad.json, record 2: needs two non-empty texts"),
     ('[{"question": "a", "context": "b", "answers": []}]', "record 1: needs two non-empty texts"),
 ])  # fmt: skip
@@ -385,11 +438,29 @@ def test_damaged_prepared_files_are_said_to_be(content, tmp_path):
 
 
 @pytest.mark.parametrize("record", [
-    {"question": "q", "answers": ["a"]}, {"dialogue": None, "summary": "s"}, {"prompt": "\ud800", "completion": "c"},
+    {"question": "q", "answers": ["a"]}, {"dialogue": None, "summary": "s"}, {"prompt": " ", "completion": "c"},
 ])  # fmt: skip
 def test_a_record_that_lacks_a_part_is_malformed(record):
     (found,) = data.from_record(record, "here")
     assert str(found) == "here: needs two non-empty texts, prompt and completion"
+
+
+def test_half_a_letter_is_no_text():
+    for record in ({"prompt": "\ud800", "completion": "c"}, {"text": "a\udfff"}, {"context": "\ud800", "question": "q", "answers": ["a"]}):
+        (found,) = data.from_record(record, "here")
+        assert str(found) == "here: holds bytes that are not UTF-8, or half a letter"
+
+
+def test_questions_without_an_answer_are_left_out(tmp_path):
+    """SQuAD 2.0 as it is published, and with its answers in lists side by side."""
+    squad = json.loads(json.dumps(SQUAD))
+    squad["data"][0]["paragraphs"][0]["qas"].append({"id": "2", "question": "Who lost it?", "answers": [], "is_impossible": True})
+    (tmp_path / "squad.json").write_text(json.dumps(squad))
+    assert read_examples(tmp_path / "squad.json") == [Example(*ASKED)]
+    asked = {"context": "c", "question": "q", "answers": {"text": [], "answer_start": []}}
+    assert list(data.from_record(asked, "here")) == []
+    (found,) = data.from_record({**asked, "answers": []}, "here")  # not marked: malformed
+    assert isinstance(found, UserError)
 
 
 def test_answers_come_in_every_layout():

@@ -261,7 +261,7 @@ def make_parser() -> Parser:
 def main() -> None:
     args = make_parser().parse_args()
     place = device_and_dtype(args)
-    model, tokenizer = load_checkpoint(args.checkpoint, *place)
+    model, tokenizer = load_checkpoint(args.checkpoint, *place, check=args.check)
     L = model.config.n_layers
     config = chosen(args, L)
     amateur, prompt = read_amateur(args.amateur, tokenizer, *place), read_prompt(args.prompt, tokenizer)

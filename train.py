@@ -363,7 +363,7 @@ def load_arrays(config: TrainConfig, shape: ModelConfig, folder: Path) -> tuple[
     not fit the model."""
     tokenizer = prepare_tokenizer(config, folder, shape.vocab_size)
     end = read_tokenizer(config.tokenizer or config.init or folder, tokenizer, shape.vocab_size).eos_id()
-    if config.train == "all" and end != shape.eos_id:
+    if config.train == "all" and end not in shape.ends:
         raise UserError(f"eos_id is {shape.eos_id}, but the tokenizer ends texts with {end}; give --eos-id {end}")
     dev = {file: prepare_data((file,), tokenizer, folder, config.length) for file in config.dev}
     return tokenizer, prepare_data(config.data, tokenizer, folder, config.length), dev

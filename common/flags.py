@@ -90,9 +90,10 @@ def add_thread_flag(parser: argparse.ArgumentParser) -> None:
 def device_and_dtype(args: argparse.Namespace) -> tuple[str, torch.dtype | None]:
     """--device and --dtype, when --threads are set; warns of a busy machine. Raises UserError for what is not there."""
     use_threads(args.threads)
-    warn_if_busy()
     check_device(args.device)
-    return args.device, read_dtype(args.dtype)
+    dtype = read_dtype(args.dtype)
+    warn_if_busy()
+    return args.device, dtype
 
 
 def use_threads(count: int | None) -> None:

@@ -48,7 +48,10 @@ def damage(path, kind, content):
     elif kind == "wrong shape":
         torch.save({**content, "config": {**content["config"], "d_ff": 64}}, path)
     elif kind == "missing tensor":
-        torch.save({**content, "weights": {name: weight for name, weight in content["weights"].items() if name != "norm"}}, path)
+        torch.save(
+            {**content, "weights": {name: weight for name, weight in content["weights"].items() if name != "norm"}},
+            path,
+        )
     elif kind == "unknown setting":
         torch.save({**content, "config": {**content["config"], "colour": 3}}, path)
 
@@ -67,7 +70,8 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tiny_model, tmp_path, kind)
 
 
 @pytest.mark.parametrize("setting", [
-    {"n_layers": 10**9}, {"n_layers": 9999}, {"n_layers": 3}, {"max_len": 10**10}, {"norm_eps": -1.0}, {"norm_eps": math.nan},
+    {"n_layers": 10**9}, {"n_layers": 9999}, {"n_layers": 3}, {"max_len": 10**10}, {"norm_eps": -1.0},
+    {"norm_eps": math.nan},
     {"window": 2.5}, {"eos_id": -5}, {"eos_id": 50}, {"global_layers": (77,)}, {"n_heads": "four"}, {"exit_norms": 3},
     {"d_model": 10**9}, {"n_heads": 2**30}, {"vocab_size": None}, {"tie_embeddings": "yes"}, {"rope_base": "x"},
 ], ids=str)  # fmt: skip
@@ -114,7 +118,8 @@ def test_a_weight_of_a_foreign_kind_is_refused_by_name(tiny_model, tmp_path, kin
 @pytest.mark.parametrize("entry", [
     {"tokenizer": "text"}, {"tokenizer": torch.zeros(9)}, {"tokenizer": torch.zeros(3, 3, dtype=torch.uint8)},
     {"tokenizer": torch.zeros(9, dtype=torch.uint8)},
-    {"config": None}, {"config": {3: 4}}, {"weights": [torch.zeros(3)]}, {"weights": {}}, {"weights": {3: torch.zeros(3)}},
+    {"config": None}, {"config": {3: 4}}, {"weights": [torch.zeros(3)]}, {"weights": {}},
+    {"weights": {3: torch.zeros(3)}},
 ], ids=str)  # fmt: skip
 def test_an_entry_that_is_not_what_it_must_be_is_refused(tiny_model, tmp_path, entry):
     path = tmp_path / "model.pt"
@@ -144,7 +149,9 @@ def test_vectors_keep_the_precision_of_the_file(tiny_model, tmp_path, stored):
         assert loaded.embedding.dtype == (asked or stored)
         for name in ("norm", "blocks.2.mlp_norm", "exit_norms.2", "classifiers.3"):
             weight = loaded.get_parameter(name)
-            assert weight.dtype == (torch.float32 if asked == torch.float16 else torch.promote_types(stored, asked or stored))
+            assert weight.dtype == (
+                torch.float32 if asked == torch.float16 else torch.promote_types(stored, asked or stored)
+            )
             assert torch.equal(weight.float(), model.get_parameter(name).float())
 
 
@@ -195,7 +202,9 @@ def test_a_changed_weight_loads_unless_the_checksum_is_asked_for(tiny_model, tmp
     raw, needle = path.read_bytes(), tiny_model(7).norm.numpy().tobytes()
     path.write_bytes(raw.replace(needle, needle[:-1] + bytes([needle[-1] ^ 1])))
     load_checkpoint(path)
-    with pytest.raises(UserError, match=r"model\.pt: .*differs from its checksum: changed since it was written; copy it anew"):
+    with pytest.raises(
+        UserError, match=r"model\.pt: .*differs from its checksum: changed since it was written; copy it anew"
+    ):
         load_checkpoint(path, check=True)
 
 

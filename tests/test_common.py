@@ -1,4 +1,5 @@
-"""What every command shares: files written whole, JSON of others, errors in one line, flags and their groups, threads."""
+"""What every command shares: files written whole, JSON of others, errors in one line, flags and their groups,
+threads."""
 
 import os
 import subprocess
@@ -183,8 +184,10 @@ def test_threads_are_set_as_asked_and_left_alone_otherwise(threads):
 
 
 @pytest.mark.parametrize("words, message", [
-    (("--threads", "0"), "threads is 0; it must be between 1 and 1024"), (("--threads", "1000000"), "threads is 1000000"),
-    (("--dtype", "int3"), "unknown dtype 'int3'"), (("--device", "mps"), "device 'mps' is not there to use; supported are cpu and cuda"),
+    (("--threads", "0"), "threads is 0; it must be between 1 and 1024"),
+    (("--threads", "1000000"), "threads is 1000000"),
+    (("--dtype", "int3"), "unknown dtype 'int3'"),
+    (("--device", "mps"), "device 'mps' is not there to use; supported are cpu and cuda"),
     (("--device", "cpu:x"), "is not there"), (("--device", ""), "is not there to use"),
 ])  # fmt: skip
 def test_what_the_machine_cannot_be_is_refused(words, message, threads):
@@ -224,5 +227,7 @@ sys.meta_path.insert(0, Torch())
 import {module}
 """
     clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    out = subprocess.run([sys.executable, "-c", code], env={**clean, **variables}, cwd=HERE, capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], env={**clean, **variables}, cwd=HERE, capture_output=True, text=True
+    )
     assert out.stdout.strip() == count

@@ -40,8 +40,9 @@ def original(request) -> spm.SentencePieceProcessor:
     out = io.BytesIO()
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=out, vocab_size=320, model_type="bpe",
-        byte_fallback=True, minloglevel=2, normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=request.param,
-        user_defined_symbols=["<b>", "▁▁", "▁▁▁", "\n"], hard_vocab_limit=False,
+        byte_fallback=True, minloglevel=2, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        add_dummy_prefix=request.param, user_defined_symbols=["<b>", "▁▁", "▁▁▁", "\n"],
+        hard_vocab_limit=False,
     )  # fmt: skip
     return spm.SentencePieceProcessor(model_proto=out.getvalue())
 

@@ -1,4 +1,5 @@
-"""Data: every format and its mistakes, the tokenizer, and the promise of packing: each document once an epoch, its completion learned."""
+"""Data: every format and its mistakes, the tokenizer, and the promise of packing: each document once an epoch, its
+completion learned."""
 
 import gzip
 import itertools
@@ -57,7 +58,8 @@ def short_pairs(tokenizer):
 
 
 def learned_document(tokenizer, prompt: str, completion: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Inputs and targets of one document, from the definition: [bos] prompt [sep] completion [eos], learned after [sep]."""
+    """Inputs and targets of one document, from the definition: [bos] prompt [sep] completion [eos], learned after
+    [sep]."""
     before = [tokenizer.bos_id(), *tokenizer.encode(prompt), tokenizer.piece_to_id(SEP)]
     after = [*tokenizer.encode(completion), tokenizer.eos_id()]
     return tuple((before + after)[:-1]), tuple([-1] * (len(before) - 1) + after)
@@ -86,11 +88,18 @@ def epochs(array, count: int, seed: int = 0, rows: int = 3) -> list[list]:
 
 # ---------------------------------------------------------------- readers
 
-PAIRS = [("name[Café Größe]", "Ein Café, „groß“ 😀"), ("漢字, two", 'she said "no"'), ("name[Café Größe]", "second reference")]
+PAIRS = [
+    ("name[Café Größe]", "Ein Café, „groß“ 😀"),
+    ("漢字, two", 'she said "no"'),
+    ("name[Café Größe]", "second reference"),
+]
 FILES = {
-    ".csv": 'mr,ref\nname[Café Größe],"Ein Café, „groß“ 😀"\r\n"漢字, two","she said ""no"""\nname[Café Größe],second reference\n',
+    ".csv": 'mr,ref\nname[Café Größe],"Ein Café, „groß“ 😀"\r\n"漢字, two","she said ""no"""\n'
+            "name[Café Größe],second reference\n",
     ".tsv": "\r\n".join("\t".join(pair) for pair in PAIRS),
-    ".jsonl": "\n".join(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) for prompt, text in PAIRS),
+    ".jsonl": "\n".join(
+        json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) for prompt, text in PAIRS
+    ),
 }
 
 
@@ -100,7 +109,10 @@ def test_every_format_gives_the_same_pairs_compressed_or_not(tmp_path, kind, end
     path = tmp_path / f"some.data{kind}{ending}"
     path.write_bytes(COMPRESS[ending](FILES[kind].encode()))
     assert list(read_pairs(path)) == list(read_pairs(str(path))) == PAIRS
-    assert read_examples(path) == [Example(PAIRS[0][0], (PAIRS[0][1], PAIRS[2][1])), Example(PAIRS[1][0], (PAIRS[1][1],))]
+    assert read_examples(path) == [
+        Example(PAIRS[0][0], (PAIRS[0][1], PAIRS[2][1])),
+        Example(PAIRS[1][0], (PAIRS[1][1],)),
+    ]
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
@@ -110,7 +122,9 @@ def test_plain_text_is_one_document_without_a_prompt_and_kept_as_it_is(tmp_path,
 
 
 def test_jsonl_may_list_several_references(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "references": ["one", "two"], "id": 7}\n{"prompt": "q", "completion": "three"}\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "p", "references": ["one", "two"], "id": 7}\n{"prompt": "q", "completion": "three"}\n'
+    )
     assert read_examples(tmp_path / "a.jsonl") == [Example("p", ("one", "two")), Example("q", ("three",))]
 
 
@@ -141,7 +155,7 @@ def test_json_lines_may_hold_texts(tmp_path):
     ("empty.txt", " \n", "holds no data"),
     ("latin1.tsv", "a\tb\nGröße\tsize\n".encode("latin-1"), "line 2: holds bytes that are not UTF-8"),
     ("latin1.csv", "mr,ref\na,b\nc,Größe\n".encode("latin-1"), "line 3: holds bytes that are not UTF-8"),
-    ("latin1.jsonl", '{"text": "a"}\n{"prompt": "Größe", "completion": "b"}\n'.encode("latin-1"), "line 2: holds bytes that are not UTF-8"),
+    ("latin1.jsonl", '{"text": "a"}\n{"text": "Größe"}\n'.encode("latin-1"), "line 2: holds bytes that are not UTF-8"),
     ("latin1.json", '[{"text": "a"}, {"text": "Größe"}]'.encode("latin-1"), "record 2: holds bytes that are not UTF-8"),
     ("latin1.txt", "a\nb\nGröße".encode("latin-1"), "line 3: holds bytes that are not UTF-8"),
     ("utf16.tsv", "a\tb\n".encode("utf-16"), "line 1: holds bytes that are not UTF-8"),
@@ -172,7 +186,8 @@ MIXED = {
     ".csv": b'mr,ref\na,b\nGr\xf6\xdfe,x\n"one" two,x\nc,d\n',
     ".jsonl": b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xf6", "completion": "x"}\n' + b"[" * 100_000
               + b'\n{"a": ' + b"1" * 5000 + b'}\n{"prompt": "c", "completion": "d"}\n',
-    ".json": b'[{"prompt": "a", "completion": "b"}, {"prompt": "\xf6", "completion": "x"}, {"prompt": "c", "completion": "d"}]',
+    ".json": b'[{"prompt": "a", "completion": "b"}, {"prompt": "\xf6", "completion": "x"}, '
+             b'{"prompt": "c", "completion": "d"}]',
 }  # fmt: skip
 
 
@@ -190,7 +205,8 @@ def test_columns_of_e2e_are_found_by_name(tmp_path):
     """The cleaned set has mr,ref,fixed,orig_mr."""
     (tmp_path / "a.csv").write_text('mr,ref,fixed,orig_mr\na,"b, c",True,x\n')
     (tmp_path / "b.csv").write_text("fixed,ref,mr\nTrue,b,a\n")
-    assert list(read_pairs(tmp_path / "a.csv")) == [("a", "b, c")] and list(read_pairs(tmp_path / "b.csv")) == [("a", "b")]
+    assert list(read_pairs(tmp_path / "a.csv")) == [("a", "b, c")]
+    assert list(read_pairs(tmp_path / "b.csv")) == [("a", "b")]
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: None])
@@ -203,7 +219,8 @@ def test_what_is_no_file_of_data_is_said_to_be_none(tmp_path, make):
 @pytest.mark.parametrize("task", TASKS)
 def test_embedded_files_are_found_from_anywhere_and_share_no_prompt(task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train, dev, test = ({example.prompt for example in read_examples(task_file(task, split))} for split in ("train", "dev", "test"))
+    sets = [read_examples(task_file(task, split)) for split in ("train", "dev", "test")]
+    train, dev, test = ({example.prompt for example in examples} for examples in sets)
     assert min(len(dev), len(test)) > 500 and len(train) > 4000
     assert not train & dev and not train & test and not dev & test
 
@@ -212,14 +229,17 @@ def test_the_command_counts_prompts_and_completions(tmp_path, monkeypatch, capsy
     (tmp_path / "a.tsv").write_text("p\tone\nq\tone two three\np\tone two\n")
     monkeypatch.setattr("sys.argv", ["prepare.py", str(tmp_path / "a.tsv")])
     preparing.main()
-    assert "2 prompts, 3 completions, 2 words each (at most 3); 1 for a prompt that came before\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 prompts, 3 completions, 2 words each (at most 3); 1 for a prompt that came before\n" in said
     assert merged(read_examples(tmp_path / "a.tsv")) == 1
 
 
 # ---------------------------------------------------------------- the tokenizer
 
 
-@pytest.mark.parametrize("text", ["Café naïve £20", "Größe, äöüß", "👩‍🚀 🎉", "漢字かな 한국어", "two\nlines\tand a tab", "e\u0301 ﬁ ① x²"])
+@pytest.mark.parametrize(
+    "text", ["Café naïve £20", "Größe, äöüß", "👩‍🚀 🎉", "漢字かな 한국어", "two\nlines\tand a tab", "e\u0301 ﬁ ① x²"]
+)
 def test_the_tokenizer_represents_every_text(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and tokenizer.unk_id() not in ids
@@ -274,9 +294,9 @@ def test_documents_lie_side_by_side_numbered_from_one_and_padding_teaches_nothin
 
 
 def test_no_document_waits_while_there_is_room_for_it(prepare, short_pairs):
-    sizes = [len(inputs) for batch in batches(prepare(short_pairs)[0], 3, LENGTH, seed=None) for inputs, _ in unpack(batch)]
-    count = sum(1 for _ in batches(prepare(short_pairs)[0], 3, LENGTH, seed=None))
-    assert sum(sizes) > 0.9 * (count - 1) * 3 * LENGTH  # all but the last batch are nearly full
+    packed = list(batches(prepare(short_pairs)[0], 3, LENGTH, seed=None))
+    used = sum(len(inputs) for batch in packed for inputs, _ in unpack(batch))
+    assert used > 0.9 * (len(packed) - 1) * 3 * LENGTH  # all but the last batch are nearly full
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(prepare, short_pairs):
@@ -298,13 +318,15 @@ def test_starting_at_a_batch_equals_dropping_those_before(prepare, short_pairs, 
 
 
 def test_a_document_that_is_too_long_loses_the_left_of_its_prompt_and_is_counted(tokenizer, prepare):
-    pairs = [("a short prompt", "yes"), ("a very long prompt " * 9 + "its end", "an answer"), ("a prompt", "a very long answer " * 9)]
+    pairs = [("a short prompt", "yes"), ("a very long prompt " * 9 + "its end", "an answer"),
+             ("a prompt", "a very long answer " * 9)]
     array, stats = prepare(pairs)
     short, long, answer = itertools.chain(*(unpack(batch) for batch in batches(array, 1, LENGTH, seed=None)))
     inputs, targets = learned_document(tokenizer, *pairs[1])
     assert len(inputs) > LENGTH and long == ((inputs[0], *inputs[1 - LENGTH :]), targets[-LENGTH:])  # [bos] stays
     body, ends = tuple(tokenizer.encode(pairs[2][1])), (tokenizer.bos_id(), tokenizer.piece_to_id(SEP))
-    assert len(body) > LENGTH and answer == ((*ends, *body[: LENGTH - 2]), (-1, *body[: LENGTH - 1]))  # as does [sep]; then its own end
+    assert len(body) > LENGTH  # [sep] stays, too; then its own end goes
+    assert answer == ((*ends, *body[: LENGTH - 2]), (-1, *body[: LENGTH - 1]))
     assert short == learned_document(tokenizer, *pairs[0]) and stats["shortened"] == 2
 
 
@@ -385,7 +407,8 @@ def test_the_command_prepares_files_that_batches_read(tmp_path, monkeypatch, cap
     with pytest.raises(ValueError, match=r"e2e.npy: is there already; give another --out, or --overwrite"):
         preparing.main()
     assert f"{len(pairs):,} documents, {len(records):,} tokens" in said and isinstance(records, np.memmap)
-    assert sum((batch.targets >= 0).sum() for batch in batches(records, 4, 300, seed=None)) == (records["flags"] & LEARN > 0).sum()
+    learned = sum((batch.targets >= 0).sum() for batch in batches(records, 4, 300, seed=None))
+    assert learned == (records["flags"] & LEARN > 0).sum()
     with pytest.raises(ValueError, match="it was made for length 300"):
         read_prepared(out, tokenizer, 200)
     with pytest.raises(ValueError, match=r"make it anew with python -m tools\.prepare"):
@@ -421,7 +444,10 @@ def test_what_is_wrong_with_a_file_is_said_by_training_a_tokenizer_too(tmp_path)
 
 def test_documents_of_a_tokenizer_without_a_start_have_none_and_one_without_an_end_is_refused(tmp_path):
     pieces, kinds = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁a", "b"], [2, 3, *[6] * 256, 1, 1]
-    build = lambda eos: spm.SentencePieceProcessor(model_proto=build_tokenizer(pieces, [0.0] * 260, kinds, 0, None, eos, True))  # noqa: E731
+
+    def build(eos: int | None) -> spm.SentencePieceProcessor:
+        return spm.SentencePieceProcessor(model_proto=build_tokenizer(pieces, [0.0] * 260, kinds, 0, None, eos, True))
+
     stats = batching.tokenize([("", "ab"), ("a", "b")], build(1), tmp_path / "x.npy", 20)
     records = np.load(tmp_path / "x.npy")
     assert stats["documents"] == 2 and list(np.flatnonzero(records["flags"] & START)) == [0, 3]
@@ -446,7 +472,11 @@ def test_a_record_that_lacks_a_part_is_malformed(record):
 
 
 def test_half_a_letter_is_no_text():
-    for record in ({"prompt": "\ud800", "completion": "c"}, {"text": "a\udfff"}, {"context": "\ud800", "question": "q", "answers": ["a"]}):
+    for record in (
+        {"prompt": "\ud800", "completion": "c"},
+        {"text": "a\udfff"},
+        {"context": "\ud800", "question": "q", "answers": ["a"]},
+    ):
         (found,) = data.from_record(record, "here")
         assert str(found) == "here: holds bytes that are not UTF-8, or half a letter"
 
@@ -454,7 +484,9 @@ def test_half_a_letter_is_no_text():
 def test_questions_without_an_answer_are_left_out(tmp_path):
     """SQuAD 2.0 as it is published, and with its answers in lists side by side."""
     squad = json.loads(json.dumps(SQUAD))
-    squad["data"][0]["paragraphs"][0]["qas"].append({"id": "2", "question": "Who lost it?", "answers": [], "is_impossible": True})
+    squad["data"][0]["paragraphs"][0]["qas"].append(
+        {"id": "2", "question": "Who lost it?", "answers": [], "is_impossible": True}
+    )
     (tmp_path / "squad.json").write_text(json.dumps(squad))
     assert read_examples(tmp_path / "squad.json") == [Example(*ASKED)]
     asked = {"context": "c", "question": "q", "answers": {"text": [], "answer_start": []}}
@@ -472,7 +504,10 @@ def test_answers_come_in_every_layout():
 def test_each_process_gets_every_other_batch(prepare, short_pairs):
     array, _ = prepare(short_pairs)
     whole = [unpack(batch) for batch in itertools.islice(batches(array, 3, LENGTH, 5), 8)]
-    shares = [[unpack(batch) for batch in itertools.islice(batches(array, 3, LENGTH, 5, start=2 + rank, every=2), 3)] for rank in (0, 1)]
+    shares = [
+        [unpack(batch) for batch in itertools.islice(batches(array, 3, LENGTH, 5, start=2 + rank, every=2), 3)]
+        for rank in (0, 1)
+    ]
     assert shares == [whole[2::2], whole[3::2]]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cache import KVCache
+from common.config import read_field
 from confidence import Trace
 from decode import generate, run_pass
 from decoding.settings import DecodeConfig
@@ -290,6 +291,7 @@ def test_a_text_may_end_at_several_ids(given, kept, ends):
     config = ModelConfig(eos_id=given)
     assert config.eos_id == kept and config.ends == ends
     assert replace(config, n_layers=3).ends == ends
+    assert ModelConfig(eos_id=read_field(ModelConfig, "eos-id", ",".join(map(str, sorted(ends))) or "none")) == config
 
 
 def test_too_many_tokens_are_refused(tiny_model):

@@ -93,7 +93,7 @@ def stream(
     generator = torch.Generator(cache.hidden.device).manual_seed(config.seed)
     confidence = config.confidence and resolve(config.confidence)
     new_trace = partial(trace_type, model, confidence, config.prune, config.prune_k, config.prune_min, config.premature_layers)
-    ends = {model.config.eos_id, *config.stop_tokens}
+    ends = {*model.config.ends, *config.stop_tokens}
     text, tokens = list(prompt), list(prompt)  # all so far, drafts included; those that the next pass begins with
     if config.fill == "copy" and config.confidence and len(prompt) > 1:  # a prompt has its exact keys and values, as in CALM
         run_pass(model, cache, tokens[:-1], new_trace(), {})

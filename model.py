@@ -67,8 +67,8 @@ class ModelConfig:
             limit = LIMITS.get(name, 2**31)
             if (value := getattr(self, name)) is not None and not 1 <= value <= limit:
                 raise UserError(f"{name} is {value}; it must be at least 1 and at most {limit}")
-        for name in ("norm_eps", "query_scale", "attention_cap", "logit_cap", "local_rope_base", "rope_base", "rope_factor",
-                     "embedding_scale"):  # fmt: skip
+        factors = ("norm_eps", "query_scale", "embedding_scale", "rope_base", "local_rope_base", "rope_factor")
+        for name in (*factors, "attention_cap", "logit_cap"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"{name} is {value}; it must be above 0")
         if self.adapter_rank < 0 or (self.adapter_rank and not self.exit_norms):
@@ -336,14 +336,17 @@ class Transformer(nn.Module):
 # ---------------------------------------------------------------- from a file
 
 
-def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, plain: bool = False,
-                    check: bool = False):  # fmt: skip
-    """Returns (model, tokenizer) ready to decode: tokenizer is a SentencePieceProcessor, or None if the file holds none. `dtype` None:
-    float32 on the CPU for float16 files (CPUs are slow at several rows in half precision), else the file's own. On a CPU the weights
-    take the form that is fastest there (`choose_form`) unless `plain`. Vectors, the norms, keep at least the precision of the file.
-    `check`: compare the file with its checksums first. Raises UserError for a file whose content is not of a model, or not finite."""
-    check_finite(path)
+def load_checkpoint(
+    path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, plain: bool = False,
+    check: bool = False,
+):  # fmt: skip
+    """Returns (model, tokenizer) ready to decode: tokenizer is a SentencePieceProcessor, or None if the file holds none.
+    `dtype` None: float32 on the CPU for float16 files (CPUs are slow at several rows in half precision), else the file's
+    own. Vectors, the norms among them, keep at least the precision of the file. On a CPU the weights take the form that is
+    fastest there (`choose_form`) unless `plain`. `check`: compare the file with its checksums first. Raises UserError for
+    a file that holds no model, or one whose weights are not finite."""
     content, device = read_checkpoint(path, check), torch.device(device)
+    check_finite(path)
     with fitting(path):
         config = ModelConfig(**content["config"])
         check_size(content["weights"], config)

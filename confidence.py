@@ -5,6 +5,8 @@ softmax(z_l), over the n current candidates (the whole vocabulary V unless there
 Everything is float32. Confidences lie in [0, 1]; exit when c >= threshold.
 """
 
+import common.threads  # noqa: F401  before torch
+
 import math
 from collections.abc import Callable
 

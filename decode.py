@@ -5,6 +5,8 @@ Dimensions: R rows of a pass, d model width, L layers, V vocabulary. The loop kn
 `main`.
 """
 
+import common.threads  # noqa: F401  before torch
+
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -79,7 +81,7 @@ class Run:
         self.top = model.config.n_layers + 1
         self.length = min(len(prompt) + config.max_new_tokens, model.config.max_len)  # of the text, at most
         self.start, self.settled, self.text = len(prompt), len(prompt), list(prompt)  # the text: drafts included
-        self.ends, self.ended = {model.config.eos_id, *config.stop_tokens}, False
+        self.ends, self.ended = model.config.ends.union(config.stop_tokens), False
         self.early = 0  # tokens emitted since a pass last reached the top
         self.thresholds = config.thresholds(model.config)
         self.owe_head = config.verify or (self.thresholds.learns and config.fill == "parallel")  # early tokens, that is
@@ -186,7 +188,7 @@ def make_parser() -> Parser:
 def main() -> None:
     args = make_parser().parse_args()
     place = device_and_dtype(args)
-    model, tokenizer = load_checkpoint(args.checkpoint, *place)
+    model, tokenizer = load_checkpoint(args.checkpoint, *place, check=args.check)
     contrast = {"predict": "contrast"} if args.amateur else {}
     config, source = settings_of(args.checkpoint, args.thresholds, contrast | given(args, DecodeConfig))
     prompt, amateur = read_prompt(args.prompt, tokenizer), read_amateur(args.amateur, tokenizer, *place)

@@ -237,7 +237,7 @@ def main() -> None:
 
 def evaluate_all(args: argparse.Namespace, custom: dict, tasks: list[Task]) -> None:
     """Does with every task what the arguments ask for, prints it, and writes the files that they name."""
-    model, tokenizer = load_checkpoint(args.checkpoint, *device_and_dtype(args))
+    model, tokenizer = load_checkpoint(args.checkpoint, *device_and_dtype(args), check=args.check)
     if tokenizer is None:
         raise UserError(f"{args.checkpoint}: has no tokenizer, which these tasks need, being text; decode.py takes token ids")
     how = {"checkpoint": str(args.checkpoint), "checkpoint_id": digest(Path(args.checkpoint)), "split_of_data": args.split,

@@ -4,6 +4,8 @@ Dimensions: B batch, T time, N rows, d model width, H query heads, K key/value h
 Layers count from 1 to L; index 0 stands for the embedding. Positions count from 0.
 """
 
+import common.threads  # noqa: F401  before torch
+
 import functools
 import math
 import os
@@ -17,7 +19,8 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from common.config import option
 from common.errors import UserError
-from formats.checkpoint import fitting, read_checkpoint, read_tokenizer
+from formats.checkpoint import check_finite, check_size, fitting, read_checkpoint, read_tokenizer
+from formats.shape import check_shape, one_or_several
 from formats.weights import linear, rms_norm, store
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
@@ -41,7 +44,7 @@ class ModelConfig:
     classifiers: tuple[int, ...] = option((), "exit layers with a confidence classifier")
     exit_layers: tuple[int, ...] = option((), "layers that the model was trained to exit at")
     adapter_rank: int = option(0, "rank of the adapter before every norm in exit_norms; 0: no adapters")
-    eos_id: int | None = option(2, "token that ends a text; none: nothing does")
+    eos_id: tuple[int, ...] | int | None = option(2, "token that ends a text, or several; none: nothing does")
     head_dim: int | None = option(None, "width of a head, even; none: d_model / n_heads")
     activation: str = option("silu", "of the gated MLP: silu, or gelu_tanh (Gemma)")
     embedding_scale: float = option(1.0, "factor of the embeddings (Gemma: sqrt d_model)")
@@ -60,39 +63,20 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("exit_norms", "classifiers", "exit_layers", "global_layers", "rope_bands"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "max_len", "head_dim", "window"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
-        if self.adapter_rank < 0 or (self.adapter_rank and not self.exit_norms):
-            raise UserError(f"adapter_rank is {self.adapter_rank}; it must be at least 0, and above 0 only with exit_norms")
-        if self.head_dim is None:
-            if self.d_model % self.n_heads:
-                raise UserError(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}, or head_dim given")
-            object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
-        if self.head_dim % 2:
-            raise UserError(f"head_dim is {self.head_dim} (d_model / n_heads if not given); it must be even")
-        if self.n_heads % self.n_kv_heads:
-            raise UserError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
-        if self.activation not in ACTIVATIONS:
-            raise UserError(f"unknown activation {self.activation!r}; choose from {', '.join(ACTIVATIONS)}")
-        for name in ("query_scale", "attention_cap", "logit_cap", "local_rope_base", "rope_base", "rope_factor"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise UserError(f"{name} is {value}; it must be above 0")
-        if self.rope_bands and (len(self.rope_bands) != 3 or not 0 < self.rope_bands[0] < self.rope_bands[1]):
-            raise UserError(f"rope_bands is {self.rope_bands}; it must be low, high and length, low below high, or nothing")
-        for name in ("exit_norms", "classifiers", "exit_layers"):
-            check_layers(name, getattr(self, name), self.n_layers)
+        object.__setattr__(self, "eos_id", one_or_several(self.eos_id))
+        check_shape(self)
+        object.__setattr__(self, "head_dim", self.head_dim or self.d_model // self.n_heads)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The token ids that end a text."""
+        if self.eos_id is None:
+            return frozenset()
+        return frozenset(self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,))
 
     def slides(self, layer: int) -> bool:
         """Whether the layer has a window."""
         return self.window is not None and layer not in self.global_layers
-
-
-def check_layers(name: str, layers, n_layers: int) -> None:
-    """Raises ValueError unless every exit layer lies in 1..L-1 (layer L is not an exit: it is the full model)."""
-    bad = [layer for layer in layers if not 1 <= layer < n_layers]
-    if bad:
-        raise UserError(f"{name}: layer {bad[0]} is not an exit of a model of {n_layers} layers; choose from 1 to {n_layers - 1}")
 
 
 # ---------------------------------------------------------------- positions and attention
@@ -305,12 +289,11 @@ class Transformer(nn.Module):
         final norm. (N, d) -> (N, d)."""
         if layer not in self.config.exit_norms:
             return rms_norm(hidden, self.norm, self.config.norm_eps)
-        norm = self.exit_norms[str(layer)]
-        hidden = hidden.to(norm.dtype)  # in training heads may be finer than the blocks
         if self.config.adapter_rank:
             down, up = self.adapters[str(layer)]
+            hidden = hidden.to(down.dtype)  # in training heads may be finer than the blocks
             hidden = hidden + hidden @ down.T @ up
-        return rms_norm(hidden, norm, self.config.norm_eps)
+        return rms_norm(hidden, self.exit_norms[str(layer)], self.config.norm_eps)
 
     def score(self, normed: Tensor, weight: Tensor) -> Tensor:
         """Logits of the tokens whose rows of the unembedding are `weight` (n, d): norm_l(h_l) (N, d) -> (N, n)
@@ -330,7 +313,7 @@ class Transformer(nn.Module):
             raise UserError(f"layer {layer} has no confidence classifier (layers with one: {have}); train it, or ask another "
                             "confidence")
         w = self.classifiers[str(layer)]
-        return (self.exit_norm(hidden, layer) @ w[:-1] + w[-1]).float().sigmoid()
+        return (self.exit_norm(hidden, layer).to(w.dtype) @ w[:-1] + w[-1]).float().sigmoid()
 
     def head_flops(self, layer: int, n: int) -> int:
         """Floating-point operations of one row's head over n tokens: 2 a weight, those of the layer's adapter
@@ -351,14 +334,18 @@ class Transformer(nn.Module):
 
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
-                    form: str | None = None):
+                    form: str | None = None, check: bool = False):
     """Returns (model, tokenizer) ready to decode: tokenizer is a SentencePieceProcessor, or None if the file holds
-    none. `dtype` None: float32 on the CPU for float16 files (CPUs are slow at several rows in half precision), else
-    the file's own. `form`: how a CPU stores the weights (formats/weights.py; None: by its rule). Raises UserError."""
-    content, device = read_checkpoint(path), torch.device(device)
+    none. `dtype`, of the matrices (vectors keep at least the file's precision), None: float32 on the CPU for float16
+    files (CPUs are slow at several rows in half precision), else the file's own. `form`: how a CPU stores the weights
+    (formats/weights.py; None: by its rule). `check`: compare the file with its checksums first. Raises UserError."""
+    content, device = read_checkpoint(path, check), torch.device(device)
+    check_finite(path)
     with fitting(path):
+        config = ModelConfig(**content["config"])
+        check_size(content["weights"], config)
         with torch.device("meta"):
-            model = Transformer(ModelConfig(**content["config"])).eval()
+            model = Transformer(config).eval()
         model.load_state_dict(content["weights"], assign=True)
         blob = content["tokenizer"]
     tokenizer = None if blob is None else read_tokenizer(path, blob.numpy().tobytes(), model.config.vocab_size)
@@ -380,5 +367,6 @@ def adopt(model: Transformer, weights: dict[str, Tensor], device: torch.device, 
     for prefix, module in model.named_modules():
         for name, weight in module._parameters.items():
             if not weight.is_mkldnn:
-                new = weights[f"{prefix}.{name}" if prefix else name].to(device, dtype)
+                new = weights[f"{prefix}.{name}" if prefix else name]
+                new = new.to(device, dtype if new.dim() > 1 else torch.promote_types(new.dtype, dtype))
                 module._parameters[name] = nn.Parameter(new, requires_grad=False)

@@ -7,7 +7,8 @@ from common.errors import UserError
 from confidence import FUNCTIONS, SCHEDULES, resolve
 from decoding.prediction import AMATEURS, CONTRASTS, Contrast, Sampling
 from decoding.thresholds import THRESHOLDS, Constant
-from model import ModelConfig, check_layers
+from formats.shape import check_layers
+from model import ModelConfig
 
 EXITS, CONTRASTED, SAMPLED = "more about exits", "contrast", "more about sampling"  # groups of flags
 COLDEST = 1e-4  # temperature: below, float32 knows no other token than the best

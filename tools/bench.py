@@ -5,6 +5,8 @@
     python -m tools.bench --training                tokens a second of every training loss, beside a plain PyTorch model
 """
 
+import common.threads  # noqa: F401  before torch
+
 import argparse
 import itertools
 import math
@@ -268,7 +270,7 @@ def main() -> None:
             print_checks(model, args.device, exits, 512, args.repeat, 1)
         return
     before = peak_mib()
-    model, tokenizer = load_checkpoint(args.checkpoint, *device_and_dtype(args))
+    model, tokenizer = load_checkpoint(args.checkpoint, *device_and_dtype(args), check=args.check)
     ends, model.config = model.config, replace(model.config, eos_id=None)  # every run has the same length
     L, prompt, config = model.config.n_layers, [5] * PROMPT, DecodeConfig(max_new_tokens=64)
     generate(model, prompt, config)

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from evaluation.metrics import (
+    METRICS,
     ROUGE_VARIANTS,
-    SCORES,
-    _ptb_tokens,
     bleu,
     bootstrap,
     distinct,
@@ -22,6 +21,7 @@ from evaluation.metrics import (
     squad_f1,
     token_agreement,
 )
+from evaluation.tokens import ptb_tokens
 
 HYPOTHESES = [
     "The Punter is a kid-friendly pub near Café Rouge, under £20.",
@@ -170,7 +170,7 @@ def test_rouge_l_equals_coco_evaluation():
 )
 def test_tokens_equal_the_penn_treebank_tokenizer_of_coco_evaluation(text, tokens):
     # pycocoevalcap 1.2: PTBTokenizer (Stanford CoreNLP 3.4.1)
-    assert _ptb_tokens(text) == tokens.split()
+    assert ptb_tokens(text) == tokens.split()
 
 
 def test_rouge_l_f1_of_a_hand_worked_pair():
@@ -385,14 +385,14 @@ def test_bootstrap_interval_depends_on_the_seed_alone():
 
 def test_the_registry_names_every_score():
     rouges = [variant + suffix for suffix in ("", "_stem") for variant in ROUGE_VARIANTS]
-    assert set(SCORES) == {"bleu", "bleu_lower", "rougeL_coco", *rouges, "exact_match", "f1"}
+    assert set(METRICS) == {"bleu", "bleu_lower", "rougeL_coco", *rouges, "exact_match", "f1"}
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", METRICS)
 def test_every_registered_score_is_one_for_equal_texts_and_zero_for_strange_ones(name):
     texts = ["one two three four", "five six seven eight"]
-    assert SCORES[name](texts, [["nothing", texts[0]], [texts[1], ""]]) == pytest.approx(1.0, rel=1e-12)
-    assert SCORES[name](texts, [["", "none of these"], ["?!"]]) == 0.0
+    assert METRICS[name](texts, [["nothing", texts[0]], [texts[1], ""]]) == pytest.approx(1.0, rel=1e-12)
+    assert METRICS[name](texts, [["", "none of these"], ["?!"]]) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -406,7 +406,7 @@ def test_every_registered_score_is_one_for_equal_texts_and_zero_for_strange_ones
     ],
 )
 def test_registered_scores_are_those_of_the_corpus_or_means_over_texts(name, score):
-    assert SCORES[name](HYPOTHESES, REFERENCES) == pytest.approx(score(), rel=1e-12)
+    assert METRICS[name](HYPOTHESES, REFERENCES) == pytest.approx(score(), rel=1e-12)
 
 
 @pytest.mark.parametrize("variant", ROUGE_VARIANTS)
@@ -414,14 +414,14 @@ def test_registered_rouge_stems_where_its_name_says_so(variant):
     hypotheses, references = zip(*SUMMARIES)
     for stemming, name in ((False, variant), (True, f"{variant}_stem")):
         expected = np.mean([rouge(h, texts, stemming)[variant] for h, texts in SUMMARIES])
-        assert SCORES[name](hypotheses, references) == pytest.approx(expected, rel=1e-12)
+        assert METRICS[name](hypotheses, references) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("hypotheses, references", [([], []), (["a"], []), (["a"], [["a"], ["b"]]), (["a"], [[]]), (["a"], ["a"])])
 def test_every_registered_score_refuses_what_is_not_one_list_of_references_per_text(name, hypotheses, references):
     with pytest.raises(ValueError, match=r"need|give"):
-        SCORES[name](hypotheses, references)
+        METRICS[name](hypotheses, references)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import numpy as np
 
 from common.errors import UserError
 from evaluation.analysis import Views, auroc, calibration_error, divergences, look, reliability
-from evaluation.measure import pareto
-from evaluation.tasks import TITLES
+from evaluation.figures import pareto
+from evaluation.table import TITLES
 from training.runs import read_log
 
 

@@ -1,4 +1,4 @@
-"""Where a word ends: every published score cuts its texts in a way of its own, and a number can only be compared if that way is the same."""
+"""Where a word ends: every published score cuts its texts in a way of its own, and only numbers from one way can be compared."""
 
 import re
 import string

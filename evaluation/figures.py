@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from decoding.record import Counters
 from decoding.settings import DecodeConfig
 from evaluation.measure import Measured, confidence_share, encode_inputs, run_in_turns
-from evaluation.metrics import METRICS, bootstrap, distinct, first_difference, repetition, rouge_l_f1, token_agreement
+from evaluation.metrics import (
+    METRICS,
+    bootstrap,
+    distinct,
+    first_difference,
+    repetition,
+    resampled_sums,
+    rouge_l_f1,
+    token_agreement,
+)
 from evaluation.tasks import Task
 from formats.data import Example
 from model import Transformer
@@ -123,13 +132,17 @@ def speedup_interval(row: Measured, full: Measured, level: float = 0.95, seed: i
     tokens, full_tokens = np.array(lengths(row)), np.array(lengths(full))
     times, full_times = np.array(row.times), np.array(full.times)  # (prompts, repeats)
     prompts, repeats = times.shape
-    draw, values = np.random.default_rng(seed), []
-    for _ in range(RESAMPLES):
-        drawn = draw.integers(0, prompts, size=prompts)
-        turns = draw.integers(0, repeats, size=(prompts, repeats))
-        seconds = np.median(times[drawn[:, None], turns], axis=1).sum()
-        full_seconds = np.median(full_times[drawn[:, None], turns], axis=1).sum()
-        values.append((tokens[drawn].sum() / seconds) / (full_tokens[drawn].sum() / full_seconds))
+    draw = np.random.default_rng(seed)
+    drawn = draw.integers(0, prompts, size=(RESAMPLES, prompts))
+    turns = draw.integers(0, repeats, size=(RESAMPLES, prompts, repeats))
+    seconds = np.median(times[drawn[:, :, None], turns], axis=2).sum(1)
+    full_seconds = np.median(full_times[drawn[:, :, None], turns], axis=2).sum(1)
+    values = (tokens[drawn].sum(1) / seconds) / (full_tokens[drawn].sum(1) / full_seconds)
+    return interval(values, level)
+
+
+def interval(values, level: float = 0.95) -> list[float]:
+    """The quantiles between which the share `level` of the values lies."""
     return np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 
@@ -187,7 +200,7 @@ def quality_figures(task: Task, texts: list[str], references: list[list[str]]) -
     for name, metric in metrics_of(task):
         counts = metric.count(texts, references)
         scores[name] = metric.score(counts.sum(0))
-        intervals[name] = bootstrap(lambda rows, metric=metric: metric.score(rows.sum(0)), counts)
+        intervals[name] = interval([metric.score(sums) for sums in resampled_sums(counts)])
     return {"scores": scores, "scores_ci": intervals}
 
 
@@ -220,15 +233,12 @@ def quality_interval(task: Task, texts: list[str], full_texts: list[str], refere
     metrics = [metric for _, metric in metrics_of(task)]
     if not metrics:
         return bootstrap(np.mean, [rouge_l_f1(*pair) for pair in zip(texts, full_texts)], level=level)
-    counts = [metric.count(each, references) for each in (texts, full_texts) for metric in metrics]
-
-    def kept(*drawn: np.ndarray) -> float:
-        own, whole = drawn[: len(metrics)], drawn[len(metrics) :]
-        scores = [metric.score(rows.sum(0)) for metric, rows in zip(metrics, own)]
-        full_scores = [metric.score(rows.sum(0)) for metric, rows in zip(metrics, whole)]
-        return least_share(scores, full_scores)
-
-    return bootstrap(kept, *counts, level=level)
+    shares = []
+    for metric in metrics:
+        own = resampled_sums(metric.count(texts, references))
+        whole = resampled_sums(metric.count(full_texts, references))
+        shares.append([least_share([metric.score(a)], [metric.score(b)]) for a, b in zip(own, whole)])
+    return interval(np.min(shares, axis=0), level)
 
 
 @torch.inference_mode()

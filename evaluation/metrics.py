@@ -211,6 +211,14 @@ def bootstrap(statistic: Callable[..., float], *columns: Sequence, level=0.95, r
     return np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 
+def resampled_sums(counts: np.ndarray, resamples=1000, seed=0) -> np.ndarray:
+    """Sums over resamples of the rows of (texts, numbers), drawn with replacement: (resamples, numbers). Equal numbers of texts
+    are drawn alike, so that two rows of a table can be compared resample by resample."""
+    texts = len(counts)
+    times_drawn = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), size=resamples)
+    return times_drawn @ counts
+
+
 def _require_references(references: list[str]) -> None:
     if isinstance(references, str) or not references:
         raise UserError(f"got references {references!r}: give every hypothesis a list of at least 1 text")

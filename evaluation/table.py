@@ -17,8 +17,8 @@ from evaluation.tasks import Task, sample
 TITLES = {"bleu": "BLEU", "bleu_lower": "BLEU (lower case)", "rougeL_coco": "ROUGE-L (COCO)", "rougeL": "ROUGE-L",
           "rouge1_stem": "ROUGE-1 (stems)", "rouge2_stem": "ROUGE-2 (stems)", "rougeL_stem": "ROUGE-L (stems)",
           "rougeLsum_stem": "ROUGE-Lsum (stems)", "exact_match": "exact match", "f1": "F1"}
-LEGEND = """speed-up: over the full model, in brackets its 95 % interval over prompts and repeats; ideal: if layers
-were all that takes time; exit layer: mean over tokens; agreement: tokens that are the full model's.
+LEGEND = """speed-up: over the full model, in brackets its 95 % interval over prompts and repeats; ideal: if
+layers were all that takes time; exit layer: mean over tokens; agreement: tokens that are full's.
 More: --wide (all figures), --all (all rows), --limit and --repeat (closer figures), --help."""
 Cell = Callable[[dict], str]
 

@@ -2,8 +2,9 @@
 
 What is promised: of a function's threshold and of the static exit, with the layers chosen before on other inputs, candidates
 are walked from cautious to bold and the walk ends at the first that does not keep 99 % of every score of the full model at
-the lower end of its bootstrap interval. So the chance that a chosen row keeps less on inputs of the same source is about 5 %
-(about: a bootstrap is not exact, and less so on few inputs). The other pruning schedules and the copy fill share the chosen
+the lower end of its bootstrap interval. So the chance that a chosen row keeps less on inputs of the same source is about 5 %,
+given a few hundred inputs: a bootstrap does not know of losses that it has not met, and what is not met in n inputs may still
+happen in 3 of n. The other pruning schedules and the copy fill share the chosen
 layers and threshold without a promise of their own; verified rows keep everything anyway. Whether inputs of test are of the
 same source as those of dev, no margin can promise.
 """

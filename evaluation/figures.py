@@ -66,14 +66,17 @@ def summarize(model: Transformer, tokenizer, task: Task, examples: list[Example]
               full: Measured, asking: float | None) -> dict:
     """One row of --json, and of the table. asking: share of the time spent on it; None: not measured."""
     texts, full_texts = written(tokenizer, row), written(tokenizer, full)
+    references = [list(example.references) for example in examples]
     work = work_figures(row, model.config.n_layers)
     speed = speed_figures(row, full)
-    summary = {"task": task.name, "name": name, "config": asdict(row.config)}
+    summary = {"task": task.name, "name": name, "inputs": len(examples), "config": asdict(row.config)}
     summary |= speed | work
     summary["exit_efficiency"] = speed["speedup"] / work["ideal_speedup"]
     summary["confidence_time_share"] = asking
     summary |= likeness_figures(row, full, texts, full_texts)
-    summary |= quality_figures(task, texts, [list(example.references) for example in examples])
+    summary |= quality_figures(task, texts, references)
+    summary["kept"] = quality_kept(task, texts, full_texts, references)
+    summary["kept_ci"] = quality_interval(task, texts, full_texts, references)
     summary["perplexity"] = None if task.metrics else perplexity(model, row)
     summary["distinct_2"] = distinct(texts, 2)
     summary["repetition_4"] = mean(repetition(out.tokens) for out in row.outputs)
@@ -209,14 +212,9 @@ def metrics_of(task: Task) -> list[tuple]:
     return [(name, METRICS[metric]) for name, metric in task.metrics.items()]
 
 
-def quality(row: dict, full: dict) -> float:
+def quality_kept(task: Task, texts: list[str], full_texts: list[str], references: list[list[str]]) -> float:
     """How much of the full model's scores a row keeps: the least of their shares; of a task without scores, ROUGE-L to its
     texts."""
-    return row["rougeL_full"] if not full["scores"] else least_share(row["scores"].values(), full["scores"].values())
-
-
-def quality_estimate(task: Task, texts: list[str], full_texts: list[str], references: list[list[str]]) -> float:
-    """`quality` of texts."""
     if not task.metrics:
         return mean(rouge_l_f1(*pair) for pair in zip(texts, full_texts))
     return least_share(task.scores(texts, references).values(), task.scores(full_texts, references).values())
@@ -228,8 +226,8 @@ def least_share(scores, full_scores) -> float:
 
 
 def quality_interval(task: Task, texts: list[str], full_texts: list[str], references: list[list[str]],
-                     level: float) -> list[float]:
-    """Bootstrap interval of `quality_estimate` over the prompts, of both rows the same in every resample."""
+                     level: float = 0.95) -> list[float]:
+    """Bootstrap interval of `quality_kept` over the prompts, of both rows the same in every resample."""
     metrics = [metric for _, metric in metrics_of(task)]
     if not metrics:
         return bootstrap(np.mean, [rouge_l_f1(*pair) for pair in zip(texts, full_texts)], level=level)

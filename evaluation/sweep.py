@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.files import digest, whole_file
 from common.processes import processes, tell
 from decoding.settings import DecodeConfig
-from evaluation.figures import alike, evaluate, pareto, quality
+from evaluation.figures import alike, evaluate, pareto
 from evaluation.inputs import chosen_tasks, load_inputs, load_model, note, run_record
 from evaluation.measure import environment
 from evaluation.rows import custom_settings, demo_fields, exits_of, listed, own_setting, sources
@@ -24,6 +24,7 @@ from formats.data import Example
 
 AT_A_TIME = 4  # settings that are measured in turn with the full model, then kept
 ENTRY = '{"key": '  # how a result begins
+KIND = "rows with intervals"  # what a result holds; one of another kind is measured anew
 
 
 def main(args: argparse.Namespace) -> None:
@@ -75,7 +76,7 @@ def combinations(swept: dict[str, list[str]], model, base: DecodeConfig) -> dict
 
 def shown(rows: list[dict], task: Task, swept: dict[str, list[str]]) -> str:
     """The table with its Pareto front marked, and means over each of the fields that have several values."""
-    points = {row["name"]: (row["speedup"], quality(row, rows[0])) for row in rows}
+    points = {row["name"]: (row["speedup"], row["kept"]) for row in rows}
     best = pareto(points)
     marked = [{**row, "name": row["name"] + " *" * (row["name"] in best)} for row in rows]
     text = table(marked, task, wide=True)
@@ -144,7 +145,7 @@ def measured_or_known(model, tokenizer, task: Task, examples: list[Example], con
     setting, the examples, the place and `about` are; `about`, {name: value}, says where model and examples come from."""
     here = environment(model)
     place = {name: here[name] for name in PLACE}
-    keys = {name: digest(place, about, task, examples, asdict(config)) for name, config in configs.items()}
+    keys = {name: digest(KIND, place, about, task, examples, asdict(config)) for name, config in configs.items()}
     known = read_results(path)
     missing = [name for name in configs if keys[name] not in known]
     for start in range(0, len(missing), AT_A_TIME):

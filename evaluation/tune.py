@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.files import write_json
 from common.processes import processes
 from decoding.settings import DecodeConfig
-from evaluation.figures import quality_estimate, quality_interval, speed_figures, written
+from evaluation.figures import quality_interval, quality_kept, speed_figures, written
 from evaluation.inputs import chosen_tasks, load_inputs, load_model, run_record
 from evaluation.measure import encode_inputs, run_in_turns
 from evaluation.rows import exits_of, fields_that_differ, read_settings_file
@@ -139,7 +139,7 @@ def measure_candidates(model, tokenizer, task: Task, examples: list[Example], co
     tried = []
     for config, row in zip(configs, rows.values()):
         texts = written(tokenizer, row)
-        kept = quality_estimate(task, texts, full_texts, references)
+        kept = quality_kept(task, texts, full_texts, references)
         surely = quality_interval(task, texts, full_texts, references, LEVEL)[0]
         tried.append(Tried(config, speed_figures(row, full)["speedup"], kept, surely, title, len(examples)))
     return tried

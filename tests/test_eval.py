@@ -179,7 +179,7 @@ def test_tune_writes_settings_that_the_table_reads(checkpoint, tiny_model, monke
     wild = DecodeConfig(confidence="softmax", threshold=0.0, exit_layers=(1,), max_new_tokens=8)
     monkeypatch.setattr(tune, "candidates", lambda *_: [safe, wild])
     kept = lambda task, texts, full_texts, *_: 0.1 + 0.9 * (texts == full_texts)  # noqa: E731
-    monkeypatch.setattr(tune, "quality_estimate", kept)
+    monkeypatch.setattr(tune, "quality_kept", kept)
     monkeypatch.setattr(tune, "quality_interval", lambda *given: [kept(*given), 1.0])
     new = tmp_path / "new.json"
     run_command(monkeypatch, "tune", "--checkpoint", checkpoint, "--limit", 3, "--settings", new)
@@ -228,8 +228,8 @@ def test_the_margin_keeps_the_promise_on_other_inputs():
     for _ in range(50):
         texts = ["wrong" if draw.random() < 0.015 else "right" for _ in range(400)]
         asked = (task, texts, ["right"] * 400, [["right"]] * 400)
-        assert figures.quality_estimate(*asked) == pytest.approx(texts.count("right") / 400)
-        by_estimate += figures.quality_estimate(*asked) >= 0.99
+        assert figures.quality_kept(*asked) == pytest.approx(texts.count("right") / 400)
+        by_estimate += figures.quality_kept(*asked) >= 0.99
         by_margin += figures.quality_interval(*asked, level=0.9)[0] >= 0.99
     assert by_estimate > 7 and by_margin <= 2
 
@@ -240,7 +240,7 @@ def test_quality_is_resampled_in_pairs():
     texts, references = ["a b c d e", "a x c y e", "no"], [["a b c d e"], ["a b c d e"], ["yes"]]
     assert figures.quality_interval(task, texts, texts, references, level=0.9) == [1, 1]
     low, high = figures.quality_interval(task, ["a b c x y", *texts[1:]], texts, references, level=0.9)
-    assert low < figures.quality_estimate(task, ["a b c x y", *texts[1:]], texts, references) < high == 1
+    assert low < figures.quality_kept(task, ["a b c x y", *texts[1:]], texts, references) < high == 1
 
 
 def test_rows_take_turns_on_the_same_prompts(tiny_model, monkeypatch):
@@ -392,9 +392,10 @@ def test_the_pareto_front_by_hand():
 
 
 def test_quality_is_the_least_share_of_the_full_models_scores():
-    full, row = ({"scores": {"f1": f1, "rougeL": rouge}, "rougeL_full": 0.9} for f1, rouge in ((0.5, 0.8), (0.45, 0.8)))
-    assert figures.quality(row, full) == pytest.approx(0.9)
-    assert figures.quality({"scores": {}, "rougeL_full": 0.7}, {"scores": {}}) == 0.7
+    assert figures.least_share((0.45, 0.8), (0.5, 0.8)) == pytest.approx(0.9)
+    assert figures.least_share((0.3, 0.8), (0.0, 0.8)) == 1
+    stories = tasks.find_task("stories")
+    assert figures.quality_kept(stories, ["a b"], ["a c"], [["x"]]) == 0.5  # no scores: ROUGE-L to the full model's text
 
 
 @pytest.mark.parametrize("risk, threshold", [("consistency", 0.55), ("task", 0.0)])

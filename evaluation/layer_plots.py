@@ -29,7 +29,7 @@ def draw_confidence(plt, views: Views, styles: dict[str, dict], title: str):
 def draw_reliability(plt, views: Views, styles: dict[str, dict], title: str):
     """Of each function, over all layers, how often it is right at every confidence; dots as large as their share."""
     count = len(views.confidence)
-    figure, axes = plt.subplots(1, count, figsize=(4 * count, 4.6), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, count, figsize=(4 * count, 5.2), sharey=True, squeeze=False)
     for axis, (name, values) in zip(axes[0], views.confidence.items()):
         confidence, right = values.ravel(), views.agrees.ravel()
         centers, shares, counts = map(np.array, zip(*reliability(confidence, right)))
@@ -38,7 +38,8 @@ def draw_reliability(plt, views: Views, styles: dict[str, dict], title: str):
         axis.scatter(centers, shares, s=400 * counts / counts.sum() + 8, alpha=0.7, zorder=3, **styles[name])
         area = auroc(confidence, right)
         text = f"{name}\nECE {calibration_error(confidence, right):.3f}" + ("" if area is None else f", AUROC {area:.3f}")
-        axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", aspect="equal", title=text)
+        axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", title=text)
+        axis.set_box_aspect(1)
     axes[0][0].set(ylabel="agrees with the last layer")
     figure.suptitle(f"{title}: how often a confidence is right")
     return figure

@@ -194,7 +194,7 @@ def draw_speed(plt, rows: list[dict]):
     axis.plot(*zip(*front), color="0.7", linewidth=1, zorder=0, label="Pareto front")
     axis.set(xlabel="speed-up over the full model", ylabel="% of the full model's scores kept (the least of them)",
              title=f"{titled(rows)}: speed and quality, 95 % intervals over inputs")
-    axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), title="filled: verified")
+    axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), title="half filled: pruned\nfilled: verified")
     return figure
 
 
@@ -218,7 +218,7 @@ def draw_sweep(plt, rows: list[dict]):
     depth.axhline(rows[0]["avg_exit_layer"], color="k", linewidth=1, linestyle=":", label="full")
     for number, (name, members) in enumerate(lines.items()):
         members.sort(key=lambda row: row["config"][field])
-        style = {"color": plt.get_cmap("viridis")(0.85 * number / len(lines)), "marker": list(SHAPES.values())[number % 8]}
+        style = {"color": plt.get_cmap("viridis")(0.85 * number / len(lines)), "marker": "oDs^vPXh"[number % 8]}
         values = [row["config"][field] for row in members]
         bars = np.hstack([error_bars(row["kept"], row["kept_ci"]) for row in members])
         quality.errorbar(values, [100 * row["kept"] for row in members], yerr=100 * bars, label=name, capsize=2, **style)

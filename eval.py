@@ -41,8 +41,9 @@ def path(text: str) -> Path:
 def make_parser() -> Parser:
     parser = Parser(__doc__, usage="eval.py [FLAGS], or eval.py COMMAND [FLAGS]")
     commands = parser.add_subparsers(title="commands, in place of the table", dest="command", metavar="COMMAND")
-    for name, (text, add) in COMMANDS.items():
-        add(commands.add_parser(name, help=text, description=text, usage=f"eval.py {name} [FLAGS]"))
+    for name, (text, add_command_flags) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, usage=f"eval.py {name} [FLAGS]")
+        add_command_flags(command)
     add_table_flags(parser)
     return parser
 
@@ -50,22 +51,23 @@ def make_parser() -> Parser:
 def add_table_flags(parser: Parser) -> None:
     add_task_flags(parser, limit=60)
     rows = parser.add_mutually_exclusive_group()
-    rows.add_argument("--rows", metavar="NAMES", help=f"rows of the settings, comma-separated, or of {', '.join(RECIPES)}")
+    rows.add_argument("--rows", metavar="NAMES", help=f"rows of the settings, comma-separated, or {', '.join(RECIPES)}")
     rows.add_argument("--all", action="store_true", help="all rows of the settings")
     parser.add_argument("--wide", action="store_true", help="all figures, and the time of asking")
     add_measuring_flags(parser)
-    add_settings_flag(parser, "rows")
+    add_settings_flag(parser, "the rows")
     add_input_flags(parser)
     add_decoding_flags(parser, "with --confidence one row of your own, else changes to every row")
     parser.set_defaults(work=table.main)
 
 
 def add_sweep_flags(parser: Parser) -> None:
-    parser.add_argument("--over", nargs="+", action="append", metavar=("FIELD", "VALUE"), required=True,
-                        help="a setting and its values; given several times, every combination")
+    add = parser.add_argument
+    text = "a setting and its values; given several times, every combination"
+    add("--over", nargs="+", action="append", metavar=("FIELD", "VALUE"), required=True, help=text)
     add_task_flags(parser, limit=60)
-    parser.add_argument("--results", type=path, metavar="FILE", default=Path("sweep.jsonl"),
-                        help="of a sweep, which goes on from it (default: %(default)s)")
+    text = "where it goes on if it was cut off (default: %(default)s)"
+    add("--results", type=path, metavar="FILE", default="sweep.jsonl", help=text)
     add_measuring_flags(parser)
     add_input_flags(parser)
     add_decoding_flags(parser, "what every row starts from")
@@ -74,12 +76,12 @@ def add_sweep_flags(parser: Parser) -> None:
 
 def add_calibrate_flags(parser: Parser) -> None:
     add_task_flags(parser, limit=200)
-    parser.add_argument("--tolerance", type=float, default=0.05, help="largest expected loss (default: %(default)s)")
-    parser.add_argument("--error", type=float, default=0.05, help="chance allowed to be wrong about it (default: %(default)s)")
-    parser.add_argument("--risk", choices=("consistency", "task"), default="consistency",
-                        help="loss: 1 - ROUGE-L to the full model's text, or how much lower its score (default: %(default)s)")
-    parser.add_argument("--out", type=path, metavar="FILE", default=Path("thresholds.json"),
-                        help="the file written, for --thresholds (default: %(default)s)")
+    add = parser.add_argument
+    add("--tolerance", type=float, default=0.05, help="largest expected loss (default: %(default)s)")
+    add("--error", type=float, default=0.05, help="chance allowed to be wrong about it (default: %(default)s)")
+    text = "loss: 1 - ROUGE-L to the full model's text, or how much lower its score (default: %(default)s)"
+    add("--risk", choices=("consistency", "task"), default="consistency", help=text)
+    add("--out", type=path, metavar="FILE", default="thresholds.json", help="the file written (default: %(default)s)")
     add_input_flags(parser, split=False)
     add_decoding_flags(parser, "what is calibrated")
     parser.set_defaults(work=calibrate.main, split="dev", repeat=1)
@@ -87,7 +89,7 @@ def add_calibrate_flags(parser: Parser) -> None:
 
 def add_tune_flags(parser: Parser) -> None:
     add_task_flags(parser, limit=400)
-    add_settings_flag(parser, "rows, which is written")
+    add_settings_flag(parser, "the file written")
     add_input_flags(parser, split=False)
     parser.set_defaults(work=tune.main, split="dev", repeat=1)
 
@@ -99,34 +101,38 @@ def add_prompt_flags(parser: Parser) -> None:
 
 
 def add_task_flags(parser: Parser, limit: int) -> None:
-    known = ", ".join(TASKS)
-    parser.add_argument("--tasks", help=f"comma-separated, of {known}, or NAME=FILE (default: those of the settings)")
-    parser.add_argument("--limit", type=int, default=limit, help="inputs of each task, drawn by --seed; 0: all (default: %(default)s)")
+    text = f"comma-separated, of {', '.join(TASKS)}, or NAME=FILE (default: those of the settings)"
+    parser.add_argument("--tasks", help=text)
+    text = "inputs of each task, drawn by --seed; 0: all (default: %(default)s)"
+    parser.add_argument("--limit", type=int, default=limit, help=text)
     add_model_flags(parser, str(DEFAULT_CHECKPOINT))
 
 
 def add_measuring_flags(parser: Parser) -> None:
-    parser.add_argument("--repeat", type=int, default=1, help="times an input is decoded; the median counts (default: %(default)s)")
+    text = "times an input is decoded; the median counts (default: %(default)s)"
+    parser.add_argument("--repeat", type=int, default=1, help=text)
     parser.add_argument("--json", type=path, metavar="FILE", help="write all figures, per prompt too")
     parser.add_argument("--plot", type=path, metavar="FOLDER", help="draw pictures there (needs matplotlib)")
 
 
 def add_settings_flag(parser: Parser, what: str) -> None:
-    parser.add_argument("--settings", type=path, metavar="FILE", help=f"of the {what} (default: the checkpoint's name with .json)")
+    text = f"{what} (default: the checkpoint's name with .json)"
+    parser.add_argument("--settings", type=path, metavar="FILE", help=text)
 
 
 def add_input_flags(parser: Parser, split: bool = True) -> None:
-    group = parser.add_argument_group("inputs")
+    add = parser.add_argument_group("inputs").add_argument
     if split:
-        group.add_argument("--split", choices=("dev", "test"), default="test", help="default: %(default)s")
-    group.add_argument("--seed", type=int, default=argparse.SUPPRESS, help="of the draw of inputs, and of sampling (default: 0)")
-    group.add_argument("--shots", type=int, default=0, help="solved examples before every prompt (default: %(default)s)")
-    group.add_argument("--shot-file", metavar="FILE", help="where they come from (default: the task's training file)")
-    group.add_argument("--skip-bad", action="store_true", help="count and skip malformed lines of a data file")
+        add("--split", choices=("dev", "test"), default="test", help="default: %(default)s")
+    add("--seed", type=int, default=argparse.SUPPRESS, help="draws the inputs, and samples (default: 0)")
+    add("--shots", type=int, default=0, help="solved examples before every prompt (default: %(default)s)")
+    add("--shot-file", metavar="FILE", help="where they come from (default: the task's training file)")
+    add("--skip-bad", action="store_true", help="count and skip malformed lines of a data file")
 
 
 def add_decoding_flags(parser: Parser, what: str) -> None:
-    parser.add_argument("--thresholds", type=path, metavar="FILE", help="settings that calibrate wrote; flags outrank them")
+    text = "settings as calibrate writes them; flags outrank them"
+    parser.add_argument("--thresholds", type=path, metavar="FILE", help=text)
     add_flags(parser, DEMO, f"decoding: {what}", skip=("seed",))
 
 

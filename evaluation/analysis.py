@@ -1,5 +1,5 @@
-"""What every layer knows of the next token, and how well each confidence function tells: over texts that the full model has
-written."""
+"""What every layer knows of the next token, and how well each confidence function tells: over texts that the full model
+has written."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,16 +17,17 @@ BINS = 10  # of confidence, in reliability diagrams and the calibration error
 class Views:
     """What the layers 1 .. L-1 of a model see at n positions; arrays are (n, L - 1)."""
 
-    ranks: np.ndarray                    # of the last layer's token among all; 1 is the first
-    agrees: np.ndarray                   # whether the layer's own token is the last layer's
-    confidence: dict[str, np.ndarray]    # of each function
+    ranks: np.ndarray  # of the last layer's token among all; 1 is the first
+    agrees: np.ndarray  # whether the layer's own token is the last layer's
+    confidence: dict[str, np.ndarray]  # of each function
 
 
 @torch.inference_mode()
-def look(model: Transformer, texts: Iterable[tuple[list[int], list[int]]], functions: tuple[str, ...],
-         positions: int = 400) -> Views:
-    """Reads texts (prompt, output) at full depth, and asks every layer and function at the positions that gave the outputs,
-    the first `positions` of them; unpruned. Texts that are not needed for these are not read."""
+def look(
+    model: Transformer, texts: Iterable[tuple[list[int], list[int]]], functions: tuple[str, ...], positions: int = 400
+) -> Views:
+    """Reads texts (prompt, output) at full depth, and asks every layer and function at the positions that gave the
+    outputs, the first `positions` of them; unpruned. Texts that are not needed for these are not read."""
     L, ranks, agrees = model.config.n_layers, [], []
     confidence = {name: [] for name in functions}
     for prompt, output in texts:
@@ -77,14 +78,15 @@ def reliability(confidence: np.ndarray, right: np.ndarray) -> list[tuple[float, 
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Expected calibration error in [0, 1]: the mean distance of confidence and share right, over bins, weighted by count
-    (Naeini 2015)."""
+    """Expected calibration error in [0, 1]: the mean distance of confidence and share right, over bins, weighted by
+    count (Naeini 2015)."""
     distances = [count * abs(c - r) for c, r, count in reliability(confidence, right)]
     return sum(distances) / len(confidence)
 
 
 def auroc(confidence: np.ndarray, right: np.ndarray) -> float | None:
-    """Probability that a right answer has the higher confidence than a wrong one, ties counting half; None if all are right, or wrong."""
+    """Probability that a right answer has the higher confidence than a wrong one, ties counting half; None if all are
+    right, or wrong."""
     positives, negatives = right.sum(), (~right).sum()
     if not positives or not negatives:
         return None

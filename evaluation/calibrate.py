@@ -56,9 +56,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def two_sets(args: argparse.Namespace, task: Task) -> tuple[Task, dict[str, list[Example]]]:
-    """The examples to calibrate on, and others to check on. None of the first has been used by `tune`, which draws from the
-    rest of dev; each text is asked one question, since the guarantee is for independent inputs; and no text is in both
-    sets. Of a task of your own, which is a single file, both come from the part that tune leaves."""
+    """The examples to calibrate on, and others to check on. None of the first has been used by `tune`, which draws from
+    the rest of dev; each text is asked one question, since the guarantee is for independent inputs; and no text is in
+    both sets. Of a task of your own, which is a single file, both come from the part that tune leaves."""
     task, dev = load_inputs(args, task, "dev")
     if "{}" in task.file:
         fit = between(dev, TUNING_SHARE, 1)
@@ -69,12 +69,22 @@ def two_sets(args: argparse.Namespace, task: Task) -> tuple[Task, dict[str, list
         names = f"{task.file} (one part)", f"{task.file} (another part)"
     if not fit or not check:
         raise UserError(f"{task.file}: holds too little to calibrate on one part and check on another")
-    drawn = [sample(one_of_each_source(examples, args.draw_seed), args.limit, args.draw_seed) for examples in (fit, check)]
+    drawn = [
+        sample(one_of_each_source(examples, args.draw_seed), args.limit, args.draw_seed) for examples in (fit, check)
+    ]
     return task, dict(zip(names, drawn))
 
 
-def find_threshold(model, tokenizer, task: Task, sets: dict[str, list[Example]], config: DecodeConfig, risk: str,
-                   tolerance: float, error: float) -> tuple[float | None, dict]:
+def find_threshold(
+    model,
+    tokenizer,
+    task: Task,
+    sets: dict[str, list[Example]],
+    config: DecodeConfig,
+    risk: str,
+    tolerance: float,
+    error: float,
+) -> tuple[float | None, dict]:
     """The threshold that Learn then Test finds on the calibration examples, None if none passes; and how, held-out risk
     included. sets: examples by what they are, the first to calibrate on, the second to check on. risk: consistency,
     1 - ROUGE-L to the full model's text; or task, how much lower the task's first score is."""
@@ -122,13 +132,15 @@ def report(task: Task, threshold: float | None, provenance: dict) -> str:
     if threshold is None:
         return (
             f"{task.name}: no threshold keeps the {risk} below {tolerance} at error level {provenance['error']}. "
-            "These inputs have now been looked at: another tolerance, other exits or more inputs chosen in view of them "
-            "would have no guarantee on them. Settle these first, then calibrate once on inputs that were not used here "
-            f"({task.name}=FILE or file=FILE). Or use --verify, which changes no text and needs no threshold with a guarantee."
+            "These inputs have now been looked at: another tolerance, other exits or more inputs chosen in view of "
+            "them would have no guarantee on them. Settle these first, then calibrate once on inputs that were not "
+            f"used here ({task.name}=FILE or file=FILE). Or use --verify, which changes no text and so needs no guarantee."
         )
     held_out = provenance["held out"]
-    text = (f"{task.name}: threshold {threshold:g}; on {held_out['on']}, not used to find it, its {risk} is "
-            f"{held_out['risk']:.4f} (tolerance {tolerance}).")
+    text = (
+        f"{task.name}: threshold {threshold:g}; on {held_out['on']}, not used to find it, its {risk} is "
+        f"{held_out['risk']:.4f} (tolerance {tolerance})."
+    )
     if held_out["risk"] > tolerance:
         text += " Above it: the guarantee is for the mean over many inputs, of the same source as those calibrated on."
     return text

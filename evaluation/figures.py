@@ -34,8 +34,8 @@ RESAMPLES = 1000  # of the interval of the speed-up
 
 
 def baseline(config: DecodeConfig) -> DecodeConfig:
-    """The full model that a row is compared with: under the same length, prediction and sampling. A row without exits whose
-    tokens come from a contrast (DoLa, ACD) is compared with the model's own prediction."""
+    """The full model that a row is compared with: under the same length, prediction and sampling. A row without exits
+    whose tokens come from a contrast (DoLa, ACD) is compared with the model's own prediction."""
     return config.full() if config.confidence else replace(config, predict="own").full()
 
 
@@ -47,8 +47,15 @@ def alike(configs: dict[str, DecodeConfig]) -> list[dict[str, DecodeConfig]]:
     return list(groups.values())
 
 
-def evaluate(model, tokenizer, task: Task, examples: list[Example], configs: dict[str, DecodeConfig], repeat: int,
-             time_questions: bool = True) -> list[dict]:
+def evaluate(
+    model,
+    tokenizer,
+    task: Task,
+    examples: list[Example],
+    configs: dict[str, DecodeConfig],
+    repeat: int,
+    time_questions: bool = True,
+) -> list[dict]:
     """Rows of one task, first that of the full model, which is one for all of these configs (see `alike`). The share of
     time for asking is measured in a run of its own, on every third prompt."""
     prompts, configs = encode_inputs(model, tokenizer, task, examples, configs)
@@ -62,8 +69,16 @@ def evaluate(model, tokenizer, task: Task, examples: list[Example], configs: dic
     return summaries
 
 
-def summarize(model: Transformer, tokenizer, task: Task, examples: list[Example], name: str, row: Measured,
-              full: Measured, asking: float | None) -> dict:
+def summarize(
+    model: Transformer,
+    tokenizer,
+    task: Task,
+    examples: list[Example],
+    name: str,
+    row: Measured,
+    full: Measured,
+    asking: float | None,
+) -> dict:
     """One row of --json, and of the table. asking: share of the time spent on it; None: not measured."""
     texts, full_texts = written(tokenizer, row), written(tokenizer, full)
     references = [list(example.references) for example in examples]
@@ -94,11 +109,11 @@ def prompt_records(row: Measured, full: Measured, examples: list[Example], texts
     records = []
     seconds = row.seconds
     for i, (example, out) in enumerate(zip(examples, row.outputs)):
-        records.append({
-            "prompt": example.prompt, "references": example.references, "prompt_tokens": row.prompts[i], "text": texts[i],
-            "tokens": out.tokens, "exit_layers": out.exit_layers, "confidences": out.confidences, "seconds": seconds[i],
-            "first_token_s": row.first[i], "first_difference": first_difference(out.tokens, full.outputs[i].tokens),
-        })  # fmt: skip
+        record = {"prompt": example.prompt, "references": example.references, "prompt_tokens": row.prompts[i]}
+        record |= {"text": texts[i], "tokens": out.tokens, "exit_layers": out.exit_layers}
+        record |= {"confidences": out.confidences, "seconds": seconds[i], "first_token_s": row.first[i]}
+        record["first_difference"] = first_difference(out.tokens, full.outputs[i].tokens)
+        records.append(record)
     return records
 
 
@@ -111,8 +126,8 @@ def lengths(row: Measured) -> list[int]:
 
 
 def speed_figures(row: Measured, full: Measured) -> dict:
-    """Tokens a second over all prompts, in how many times the full model's, with its interval, and what the first token and
-    each later one took."""
+    """Tokens a second over all prompts, in how many times the full model's, with its interval, and what the first token
+    and each later one took."""
     speed, full_speed = (sum(lengths(each)) / sum(each.seconds) for each in (row, full))
     later = []
     for count, seconds, first in zip(lengths(row), row.seconds, row.first):
@@ -128,10 +143,10 @@ def speed_figures(row: Measured, full: Measured) -> dict:
 
 
 def speedup_interval(row: Measured, full: Measured, level: float = 0.95, seed: int = 0) -> list[float]:
-    """Bootstrap interval of the speed-up in two stages: prompts are drawn with replacement, then the repeats of each drawn
-    prompt, so that it covers both what prompts were asked and the noise of the clock. A repeat is drawn for both rows alike,
-    since they ran side by side. With one repeat the second stage is void. What changes the machine for the whole run is not
-    covered by any interval."""
+    """Bootstrap interval of the speed-up in two stages: prompts are drawn with replacement, then the repeats of each
+    drawn prompt, so that it covers both what prompts were asked and the noise of the clock. A repeat is drawn for both
+    rows alike, since they ran side by side. With one repeat the second stage is void. What changes the machine for the
+    whole run is not covered by any interval."""
     tokens, full_tokens = np.array(lengths(row)), np.array(lengths(full))
     times, full_times = np.array(row.times), np.array(full.times)  # (prompts, repeats)
     prompts, repeats = times.shape
@@ -180,7 +195,8 @@ def share(part: float, whole: float) -> float | None:
 
 
 def likeness_figures(row: Measured, full: Measured, texts: list[str], full_texts: list[str]) -> dict:
-    """How near the outputs are to the full model's: tokens position by position, whole texts, ROUGE-L F1 of the texts."""
+    """How near the outputs are to the full model's: tokens position by position, whole texts, ROUGE-L F1 of the
+    texts."""
     pairs = [(out.tokens, base.tokens) for out, base in zip(row.outputs, full.outputs)]
     differences = [first_difference(*pair) for pair in pairs]
     changed = [at for at in differences if at is not None]
@@ -213,8 +229,8 @@ def metrics_of(task: Task) -> list[tuple]:
 
 
 def quality_kept(task: Task, texts: list[str], full_texts: list[str], references: list[list[str]]) -> float:
-    """How much of the full model's scores a row keeps: the least of their shares; of a task without scores, ROUGE-L to its
-    texts."""
+    """How much of the full model's scores a row keeps: the least of their shares; of a task without scores, ROUGE-L to
+    its texts."""
     if not task.metrics:
         return mean(rouge_l_f1(*pair) for pair in zip(texts, full_texts))
     return least_share(task.scores(texts, references).values(), task.scores(full_texts, references).values())
@@ -225,8 +241,9 @@ def least_share(scores, full_scores) -> float:
     return min(score / whole if whole else 1.0 for score, whole in zip(scores, full_scores))
 
 
-def quality_interval(task: Task, texts: list[str], full_texts: list[str], references: list[list[str]],
-                     level: float = 0.95) -> list[float]:
+def quality_interval(
+    task: Task, texts: list[str], full_texts: list[str], references: list[list[str]], level: float = 0.95
+) -> list[float]:
     """Bootstrap interval of `quality_kept` over the prompts, of both rows the same in every resample."""
     metrics = [metric for _, metric in metrics_of(task)]
     if not metrics:
@@ -251,8 +268,8 @@ def perplexity(model: Transformer, row: Measured) -> float:
 
 
 def pareto(points: dict[str, tuple[float, float]]) -> set[str]:
-    """Names of the points (speed, quality) that no other beats: none is at least as fast and as good, and better in one of
-    the two."""
+    """Names of the points (speed, quality) that no other beats: none is at least as fast and as good, and better in one
+    of the two."""
 
     def beaten(point: tuple[float, float]) -> bool:
         return any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points.values())

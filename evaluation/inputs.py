@@ -1,4 +1,5 @@
-"""What every command of eval.py begins with: the model, the tasks, their inputs and solved examples; and what `prompt` shows."""
+"""What every command of eval.py begins with: the model, the tasks, their inputs and solved examples; and what `prompt`
+shows."""
 
 import argparse
 import sys
@@ -37,7 +38,9 @@ def load_model(args: argparse.Namespace) -> tuple[Transformer, object]:
     """The model and its tokenizer. Raises ValueError if it has none."""
     model, tokenizer = load_checkpoint(args.checkpoint, *device_and_dtype(args))
     if tokenizer is None:
-        raise UserError(f"{args.checkpoint}: has no tokenizer, which these tasks need, being text; decode.py takes token ids")
+        raise UserError(
+            f"{args.checkpoint}: has no tokenizer, which these tasks need, being text; decode.py takes token ids"
+        )
     return model, tokenizer
 
 
@@ -45,7 +48,13 @@ def run_record(args: argparse.Namespace, model: Transformer) -> dict:
     """How a run was made, which is said on stderr and kept beside its figures."""
     record = environment(model)
     record |= {"checkpoint": str(args.checkpoint), "checkpoint_id": digest(Path(args.checkpoint))}
-    record |= {"split_of_data": args.split, "limit": args.limit, "repeat": args.repeat, "seed": args.draw_seed, "shots": args.shots}
+    record |= {
+        "split_of_data": args.split,
+        "limit": args.limit,
+        "repeat": args.repeat,
+        "seed": args.draw_seed,
+        "shots": args.shots,
+    }
     note(", ".join(f"{name} {value}" for name, value in record.items()))
     return record
 
@@ -69,8 +78,10 @@ def load_inputs(args: argparse.Namespace, task: Task, split: str) -> tuple[Task,
         tell(f"{task.name}: {len(skipped)} malformed lines skipped")
     pairs = sum(len(example.references) for example in examples)
     if pairs > len(examples):
-        note(f"{task.name}: {pairs} pairs of prompt and reference are {len(examples)} inputs: the references of equal prompts "
-             "are put together")
+        note(
+            f"{task.name}: {pairs} pairs of prompt and reference are {len(examples)} inputs: "
+            "the references of equal prompts are put together"
+        )
     return task.with_shots(shots), [example for example in examples if example not in shots]
 
 
@@ -81,5 +92,10 @@ def show_prompts(args: argparse.Namespace) -> None:
     for task in tasks:
         task, examples = load_inputs(args, task, args.split)
         first = sample(examples, args.limit, args.draw_seed)[0]
-        lines = [f"--- {task.name}, {args.split}", task.text(first.prompt, tokenizer), "--- references", *first.references]
+        lines = [
+            f"--- {task.name}, {args.split}",
+            task.text(first.prompt, tokenizer),
+            "--- references",
+            *first.references,
+        ]
         tell("\n".join(lines))

@@ -9,8 +9,12 @@ def draw_ranks(plt, views: Views, title: str):
     """Rank of the last layer's token at every layer."""
     figure, axis = plt.subplots(figsize=(7, 4))
     axis.boxplot(list(views.ranks.T), whis=(1, 99), showfliers=False, medianprops={"color": "k", "linewidth": 2})
-    axis.set(yscale="log", xlabel="layer", ylabel="rank of the last layer's token",
-             title=f"{title}: {len(views.ranks)} positions (whiskers: 1 % and 99 %)")
+    axis.set(
+        yscale="log",
+        xlabel="layer",
+        ylabel="rank of the last layer's token",
+        title=f"{title}: {len(views.ranks)} positions (whiskers: 1 % and 99 %)",
+    )
     return figure
 
 
@@ -37,7 +41,9 @@ def draw_reliability(plt, views: Views, styles: dict[str, dict], title: str):
         axis.plot(centers, shares, color=styles[name]["color"], zorder=2)
         axis.scatter(centers, shares, s=400 * counts / counts.sum() + 8, alpha=0.7, zorder=3, **styles[name])
         area = auroc(confidence, right)
-        text = f"{name}\nECE {calibration_error(confidence, right):.3f}" + ("" if area is None else f", AUROC {area:.3f}")
+        text = f"{name}\nECE {calibration_error(confidence, right):.3f}" + (
+            "" if area is None else f", AUROC {area:.3f}"
+        )
         axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", title=text)
         axis.set_box_aspect(1)
     axes[0][0].set(ylabel="agrees with the last layer")

@@ -1,7 +1,7 @@
 """One run: every setting on every prompt, in turn, with its outputs and times; and where it was made.
 
-All rows share code, cache, dtype and prompts; they take turns prompt by prompt, so that a drift of the machine meets all
-alike.
+All rows share code, cache, dtype and prompts; they take turns prompt by prompt, so that a drift of the machine meets
+all alike.
 """
 
 import platform
@@ -39,7 +39,7 @@ class Measured:
     prompts: list[list[int]] = field(default_factory=list)
     outputs: list[Generation] = field(default_factory=list)
     times: list[list[float]] = field(default_factory=list)  # of each prompt, the seconds of every repeat
-    first: list[float] = field(default_factory=list)        # until its first token, the median of its repeats
+    first: list[float] = field(default_factory=list)  # until its first token, the median of its repeats
 
     @property
     def seconds(self) -> list[float]:
@@ -47,10 +47,11 @@ class Measured:
         return [median(repeats) for repeats in self.times]
 
 
-def run_in_turns(model: Transformer, prompts: list[list[int]], configs: dict[str, DecodeConfig], repeat: int,
-                 title: str) -> dict[str, Measured]:
-    """Decodes every prompt under every config, in turn, `repeat` times, after a warm-up. Several processes (torchrun) share
-    the prompts."""
+def run_in_turns(
+    model: Transformer, prompts: list[list[int]], configs: dict[str, DecodeConfig], repeat: int, title: str
+) -> dict[str, Measured]:
+    """Decodes every prompt under every config, in turn, `repeat` times, after a warm-up. Several processes (torchrun)
+    share the prompts."""
     rank, world = processes()
     for config in configs.values():
         generate(model, prompts[0], config)
@@ -112,7 +113,9 @@ def confidence_share(model: Transformer, prompts: list[list[int]], config: Decod
             started = time.perf_counter()
             exits = super().decided(threshold)
             asking += time.perf_counter() - started
-            if exits and self.flops.get(self.layer, 0) >= 2 * model.unembed.numel():  # a pruned head costs next to nothing
+            if (
+                exits and self.flops.get(self.layer, 0) >= 2 * model.unembed.numel()
+            ):  # a pruned head costs next to nothing
                 started = time.perf_counter()
                 model.head(self.hidden[-1][-1:], self.layer)
                 synchronize(model)
@@ -125,18 +128,21 @@ def confidence_share(model: Transformer, prompts: list[list[int]], config: Decod
     return max(0.0, asking - again) / (time.perf_counter() - started - again)
 
 
-def encode_inputs(model, tokenizer, task: Task, examples: list[Example],
-                  configs: dict[str, DecodeConfig]) -> tuple[list[list[int]], dict[str, DecodeConfig]]:
-    """Token ids of the prompts, cut on the left where they leave no room for an answer, and the configs with what ends an
-    answer."""
+def encode_inputs(
+    model, tokenizer, task: Task, examples: list[Example], configs: dict[str, DecodeConfig]
+) -> tuple[list[list[int]], dict[str, DecodeConfig]]:
+    """Token ids of the prompts, cut on the left where they leave no room for an answer, and the configs with what ends
+    an answer."""
     longest, stops = max(config.max_new_tokens for config in configs.values()), task.stop_tokens(tokenizer)
     if longest > model.config.max_len - 2:
         raise UserError(f"max_new_tokens is {longest}, of {model.config.max_len} positions; leave some to the prompt")
     room = model.config.max_len - longest
     prompts, cut = zip(*(task.encode(example.prompt, tokenizer, room) for example in examples))
     if any(cut):
-        tqdm.write(f"{task.name}: {sum(cut)} of {len(cut)} prompts lost their left to leave {longest} positions to answer",
-                   file=sys.stderr)
+        tqdm.write(
+            f"{task.name}: {sum(cut)} of {len(cut)} prompts lost their left to leave {longest} positions to answer",
+            file=sys.stderr,
+        )
     ending = {name: replace(config, stop_tokens=config.stop_tokens or stops) for name, config in configs.items()}
     return list(prompts), ending
 
@@ -175,8 +181,8 @@ def commit() -> str | None:
 
 
 def peak_memory(model: Transformer) -> int | None:
-    """The largest memory so far, in MiB: of the GPU that the model is on, or of this process; None where the system does
-    not tell (Windows)."""
+    """The largest memory so far, in MiB: of the GPU that the model is on, or of this process; None where the system
+    does not tell (Windows)."""
     if model.embedding.is_cuda:
         return torch.cuda.max_memory_allocated() >> 20
     if resource is None:

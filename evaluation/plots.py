@@ -1,7 +1,7 @@
 """Pictures of what was measured, from the rows of the table that they belong to. matplotlib is needed for this alone.
 
-Colours come from viridis and cividis, which colour-blind readers can tell apart, and never stand alone: shapes, fillings or
-numbers say the same.
+Colours come from viridis and cividis, which colour-blind readers can tell apart, and never stand alone: shapes,
+fillings or numbers say the same.
 """
 
 from collections import defaultdict
@@ -16,10 +16,23 @@ from evaluation.layer_plots import draw_confidence, draw_divergences, draw_ranks
 from training.runs import read_log
 
 ASKED = ("softmax", "weighted", "jsd")  # confidence functions whose judgement is drawn
-SHAPES = {"full": "*", "static": "D", "softmax": "o", "weighted": "s", "jsd": "^", "hidden": "v", "classifier": "P",
-          "entropy": "X"}
+SHAPES = {
+    "full": "*",
+    "static": "D",
+    "softmax": "o",
+    "weighted": "s",
+    "jsd": "^",
+    "hidden": "v",
+    "classifier": "P",
+    "entropy": "X",
+}
 SHADES = {"full": 0.0, "softmax": 0.1, "weighted": 0.5, "jsd": 0.75, "hidden": 0.3, "classifier": 0.6, "entropy": 0.85}
-FILLINGS = {"none": "none", "fixed": "left", "decaying": "bottom", "adaptive": "right"}  # of a shape, by pruning schedule
+FILLINGS = {
+    "none": "none",
+    "fixed": "left",
+    "decaying": "bottom",
+    "adaptive": "right",
+}  # of a shape, by pruning schedule
 
 
 def pyplot():
@@ -105,8 +118,8 @@ def zoom(training: list[tuple[int, float]], layers: dict) -> tuple[float, float]
 
 
 def draw_evaluation(folder: Path, rows: list[dict], model, tokenizer) -> list[Path]:
-    """Pictures of the rows of eval.py, and of what the layers of the model see in the texts that it wrote; returns the files.
-    Rows of a sweep, which keep no texts, give fewer."""
+    """Pictures of the rows of eval.py, and of what the layers of the model see in the texts that it wrote; returns the
+    files. Rows of a sweep, which keep no texts, give fewer."""
     plt = pyplot()
     folder.mkdir(parents=True, exist_ok=True)
     made = {}
@@ -186,21 +199,36 @@ def draw_speed(plt, rows: list[dict]):
         filled = "full" if config["verify"] or kind(row) == "full" else FILLINGS[config["prune"]]
         if config["fill"] == "copy":
             style["marker"] = "x"
-        axis.errorbar(row["speedup"], 100 * row["kept"], xerr=error_bars(row["speedup"], row["speedup_ci"]),
-                      yerr=100 * error_bars(row["kept"], row["kept_ci"]), label=row["name"], linestyle="", linewidth=0.8,
-                      markersize=12 if kind(row) == "full" else 8, fillstyle=filled, markerfacecoloralt="w", **style)
+        axis.errorbar(
+            row["speedup"],
+            100 * row["kept"],
+            xerr=error_bars(row["speedup"], row["speedup_ci"]),
+            yerr=100 * error_bars(row["kept"], row["kept_ci"]),
+            label=row["name"],
+            linestyle="",
+            linewidth=0.8,
+            markersize=12 if kind(row) == "full" else 8,
+            fillstyle=filled,
+            markerfacecoloralt="w",
+            **style,
+        )
     points = {row["name"]: (row["speedup"], 100 * row["kept"]) for row in rows}
     front = sorted(points[name] for name in pareto(points))
     axis.plot(*zip(*front), color="0.7", linewidth=1, zorder=0, label="Pareto front")
-    axis.set(xlabel="speed-up over the full model", ylabel="% of the full model's scores kept (the least of them)",
-             title=f"{titled(rows)}: speed and quality, 95 % intervals over inputs")
-    axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), title="half filled: pruned\nfilled: verified")
+    axis.set(
+        xlabel="speed-up over the full model",
+        ylabel="% of the full model's scores kept (the least of them)",
+        title=f"{titled(rows)}: speed and quality, 95 % intervals over inputs",
+    )
+    axis.legend(
+        fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), title="half filled: pruned\nfilled: verified"
+    )
     return figure
 
 
 def draw_sweep(plt, rows: list[dict]):
-    """Quality kept and exit layer against the swept number with the most values, a line for each combination of the others;
-    None if nothing swept can be an axis."""
+    """Quality kept and exit layer against the swept number with the most values, a line for each combination of the
+    others; None if nothing swept can be an axis."""
     configs = [row["config"] for row in rows[1:]]
     swept = [name for name in configs[0] if len({str(config[name]) for config in configs}) > 1]
     sizes = {}
@@ -221,7 +249,9 @@ def draw_sweep(plt, rows: list[dict]):
         style = {"color": plt.get_cmap("viridis")(0.85 * number / len(lines)), "marker": "oDs^vPXh"[number % 8]}
         values = [row["config"][field] for row in members]
         bars = np.hstack([error_bars(row["kept"], row["kept_ci"]) for row in members])
-        quality.errorbar(values, [100 * row["kept"] for row in members], yerr=100 * bars, label=name, capsize=2, **style)
+        quality.errorbar(
+            values, [100 * row["kept"] for row in members], yerr=100 * bars, label=name, capsize=2, **style
+        )
         depth.plot(values, [row["avg_exit_layer"] for row in members], label=name, **style)
     quality.set(xlabel=field, ylabel="% of the full model's scores kept", title=titled(rows))
     depth.set(xlabel=field, ylabel="average exit layer", title=titled(rows))
@@ -230,7 +260,8 @@ def draw_sweep(plt, rows: list[dict]):
 
 
 def draw_flops(plt, rows: list[dict]):
-    """Confidence FLOPs a token of each function by pruning schedule, as points: a logarithmic axis has no zero for bars."""
+    """Confidence FLOPs a token of each function by pruning schedule, as points: a logarithmic axis has no zero for
+    bars."""
     table = {}
     for row in rows:
         config = row["config"]
@@ -241,11 +272,22 @@ def draw_flops(plt, rows: list[dict]):
         return None
     figure, axis = plt.subplots(figsize=(6, 4))
     for number, (schedule, filling) in enumerate(FILLINGS.items()):
-        points = [(i + 0.12 * (number - 1.5), table[name, schedule]) for i, name in enumerate(functions)
-                  if (name, schedule) in table]
+        points = [
+            (i + 0.12 * (number - 1.5), table[name, schedule])
+            for i, name in enumerate(functions)
+            if (name, schedule) in table
+        ]
         if points:
-            axis.plot(*zip(*points), linestyle="", marker="o", markersize=10, fillstyle=filling, markerfacecoloralt="w",
-                      color=plt.get_cmap("viridis")(0.28 * number), label=schedule)
+            axis.plot(
+                *zip(*points),
+                linestyle="",
+                marker="o",
+                markersize=10,
+                fillstyle=filling,
+                markerfacecoloralt="w",
+                color=plt.get_cmap("viridis")(0.28 * number),
+                label=schedule,
+            )
     axis.set(yscale="log", ylabel="confidence FLOPs a token (logarithmic)", title=f"{titled(rows)}: what asking costs")
     axis.set_xlim(-0.5, len(functions) - 0.5)
     axis.set_xticks(range(len(functions)), functions)
@@ -264,7 +306,9 @@ def draw_exits(plt, rows: list[dict], number: int, tokenizer, n_layers: int):
         for at, (token, layer) in enumerate(zip(each["tokens"][:length], each["exit_layers"])):
             grid[i, at] = layer
             color = "w" if layer < 0.6 * n_layers else "k"
-            axis.text(at, i, f"{piece(tokenizer, token)}\n{layer}", ha="center", va="center", fontsize="x-small", color=color)
+            axis.text(
+                at, i, f"{piece(tokenizer, token)}\n{layer}", ha="center", va="center", fontsize="x-small", color=color
+            )
     image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=1, vmax=n_layers)
     axis.set(title=f"{rows[0]['task']}: exit layer of every token of one text")
     axis.grid(False)

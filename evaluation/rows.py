@@ -1,4 +1,5 @@
-"""Which settings are measured: those beside a checkpoint, the papers' recipes, or one of your own; and where each came from."""
+"""Which settings are measured: those beside a checkpoint, the papers' recipes, or one of your own; and where each came
+from."""
 
 import argparse
 import json
@@ -17,7 +18,8 @@ REMEDY = "choose some with `eval.py tune`, name recipes (--rows calm,free,layers
 
 
 def custom_settings(args: argparse.Namespace) -> dict:
-    """The fields of DecodeConfig given by flags and by --thresholds, the flags first. Raises ValueError for unusable ones."""
+    """The fields of DecodeConfig given by flags and by --thresholds, the flags first. Raises ValueError for unusable
+    ones."""
     custom = with_thresholds(args.thresholds, given(args, DecodeConfig))
     DecodeConfig(**custom)
     return custom
@@ -29,13 +31,21 @@ def own_setting(task: Task, custom: dict) -> DecodeConfig:
 
 
 def exits_of(config: DecodeConfig, model) -> dict[int, float]:
-    """Exit layers of a setting on a model, with their thresholds. Raises ValueError for layers that it does not have."""
+    """Exit layers of a setting on a model, with their thresholds. Raises ValueError for layers that it does not
+    have."""
     return config.exits(model.config.n_layers)
 
 
+def exit_layers_of(model) -> list[int]:
+    """The layers at which a model exits where nobody names others. Raises ValueError if it has none."""
+    if model.config.n_layers == 1:
+        raise UserError("this model has one layer, and so no exit")
+    return list(exits_of(DecodeConfig(confidence="softmax"), model))
+
+
 def choose_rows(args: argparse.Namespace, task: Task, model, custom: dict) -> dict[str, DecodeConfig]:
-    """What the table shows beside the full model: with --confidence one row of your own; with --rows those named, of the
-    settings or of the recipes; else the settings' main rows, or with --all all of them."""
+    """What the table shows beside the full model: with --confidence one row of your own; with --rows those named, of
+    the settings or of the recipes; else the settings' main rows, or with --all all of them."""
     if "confidence" in custom:
         config = own_setting(task, custom)
         exits_of(config, model)
@@ -50,15 +60,16 @@ def choose_rows(args: argparse.Namespace, task: Task, model, custom: dict) -> di
         return configs if args.all or not main else main
     unknown = [name for name in names if name not in configs and name not in recipes]
     if unknown:
-        raise UserError(f"{args.settings}: has no row {unknown[0]!r} for {task.name}; choose from "
-                        f"{', '.join(configs)}, or of the recipes from {', '.join(RECIPES)}")
+        raise UserError(
+            f"{args.settings}: has no row {unknown[0]!r} for {task.name}; choose from "
+            f"{', '.join(configs)}, or of the recipes from {', '.join(RECIPES)}"
+        )
     return {name: configs.get(name) or recipes[name] for name in names}
 
 
 def recipe_row(name: str, task: Task, model, custom: dict) -> DecodeConfig:
     """A recipe on a model, with the changes of the command line."""
-    everywhere = list(exits_of(DecodeConfig(confidence="softmax"), model))
-    fields = RECIPES[name].fields(model.config.n_layers, everywhere)
+    fields = RECIPES[name].fields(model.config.n_layers, exit_layers_of(model))
     return changed(DecodeConfig(max_new_tokens=task.max_new_tokens, **fields), custom)
 
 
@@ -73,7 +84,8 @@ def changed(config: DecodeConfig, custom: dict) -> DecodeConfig:
 
 
 def read_settings_file(path: Path) -> dict:
-    """The content of a settings file: by task, rows by name; {} if there is no file. Raises ValueError for another file."""
+    """The content of a settings file: by task, rows by name; {} if there is no file. Raises ValueError for another
+    file."""
     if not path.is_file():
         return {}
     try:
@@ -113,8 +125,8 @@ def read_settings(path: Path, task: Task, model, custom: dict) -> dict[str, Deco
 
 
 def sources(args: argparse.Namespace, origin: str) -> str:
-    """One line that says which settings are in force and from where; a source outranks those that follow it. origin: where
-    the rows themselves come from."""
+    """One line that says which settings are in force and from where; a source outranks those that follow it. origin:
+    where the rows themselves come from."""
     parts = []
     flags = given(args, DecodeConfig)
     if flags:

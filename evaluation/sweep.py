@@ -1,5 +1,5 @@
-"""`eval.py sweep`: every combination of some settings, measured beside the full model; kept in a file, so that a sweep goes on
-where it stopped."""
+"""`eval.py sweep`: every combination of some settings, measured beside the full model; kept in a file, so that a sweep
+goes on where it stopped."""
 
 import argparse
 import json
@@ -46,13 +46,17 @@ def main(args: argparse.Namespace) -> None:
         drawn = sample(examples, args.limit, args.draw_seed)
         for configs in alike(combinations(swept, model, own_setting(task, custom))):
             rows = measured_or_known(model, tokenizer, task, drawn, configs, args.repeat, args.results, about)
-            tell(f"\n{heading(args, task, len(drawn), len(examples))}, * on the Pareto front\n\n{shown(rows, task, swept)}")
+            tell(
+                f"\n{heading(args, task, len(drawn), len(examples))}, * on the Pareto front\n\n"
+                f"{shown(rows, task, swept)}"
+            )
             result["rows"] += rows
     finish(args, result, model, tokenizer)
 
 
 def swept_values(over: list[list[str]]) -> dict[str, list[str]]:
-    """The values of every field swept, as text. over: field, values. Raises ValueError for one without values, or twice."""
+    """The values of every field swept, as text. over: field, values. Raises ValueError for one without values, or
+    twice."""
     swept = {}
     for field, *values in over:
         name = field.replace("-", "_")
@@ -82,7 +86,9 @@ def shown(rows: list[dict], task: Task, swept: dict[str, list[str]]) -> str:
     text = table(marked, task, wide=True)
     several = [field for field, values in swept.items() if len(values) > 1]
     if len(several) > 1:
-        text += "\n\nmean ± deviation over what else was swept\n" + "\n".join(means(rows[1:], field) for field in several)
+        text += "\n\nmean ± deviation over what else was swept\n" + "\n".join(
+            means(rows[1:], field) for field in several
+        )
     return text
 
 
@@ -119,8 +125,8 @@ PLACE = ("device", "threads", "dtype", "processes")  # what makes two runs compa
 
 
 def read_results(path: Path) -> dict[str, list[dict]]:
-    """By key, the full model's row and that of a setting, from a file of results; a last one that was cut short is taken
-    away. Raises ValueError for a file that is something else."""
+    """By key, the full model's row and that of a setting, from a file of results; a last one that was cut short is
+    taken away. Raises ValueError for a file that is something else."""
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     if lines and not lines[-1].endswith(b"\n") and lines[-1].startswith(ENTRY.encode()[: len(lines[-1])]):
         lines.pop()
@@ -134,15 +140,26 @@ def read_results(path: Path) -> dict[str, list[dict]]:
             full, row = entry["rows"]
             known[entry["key"]] = [{**full}, {**row}]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{path}, line {number}: not a result of a sweep; name another file with --results") from None
+            raise UserError(
+                f"{path}, line {number}: not a result of a sweep; name another file with --results"
+            ) from None
     return known
 
 
-def measured_or_known(model, tokenizer, task: Task, examples: list[Example], configs: dict[str, DecodeConfig], repeat: int,
-                      path: Path, about: dict) -> list[dict]:
-    """Rows of all configs (which one full model serves), those that the results file has already taken from there; what is
-    measured is added to it, a few settings at a time, each time beside the full model. A row counts as the same if the
-    setting, the examples, the place and `about` are; `about`, {name: value}, says where model and examples come from."""
+def measured_or_known(
+    model,
+    tokenizer,
+    task: Task,
+    examples: list[Example],
+    configs: dict[str, DecodeConfig],
+    repeat: int,
+    path: Path,
+    about: dict,
+) -> list[dict]:
+    """Rows of all configs (which one full model serves), those that the results file has already taken from there; what
+    is measured is added to it, a few settings at a time, each time beside the full model. A row counts as the same if
+    the setting, the examples, the place and `about` are; `about`, {name: value}, says where model and examples come
+    from."""
     here = environment(model)
     place = {name: here[name] for name in PLACE}
     keys = {name: digest(KIND, place, about, task, examples, asdict(config)) for name, config in configs.items()}

@@ -14,9 +14,18 @@ from evaluation.measure import peak_memory
 from evaluation.rows import choose_rows, custom_settings, origin_of_rows, sources
 from evaluation.tasks import Task, sample
 
-TITLES = {"bleu": "BLEU", "bleu_lower": "BLEU (lower case)", "rougeL_coco": "ROUGE-L (COCO)", "rougeL": "ROUGE-L",
-          "rouge1_stem": "ROUGE-1 (stems)", "rouge2_stem": "ROUGE-2 (stems)", "rougeL_stem": "ROUGE-L (stems)",
-          "rougeLsum_stem": "ROUGE-Lsum (stems)", "exact_match": "exact match", "f1": "F1"}
+TITLES = {
+    "bleu": "BLEU",
+    "bleu_lower": "BLEU (lower case)",
+    "rougeL_coco": "ROUGE-L (COCO)",
+    "rougeL": "ROUGE-L",
+    "rouge1_stem": "ROUGE-1 (stems)",
+    "rouge2_stem": "ROUGE-2 (stems)",
+    "rougeL_stem": "ROUGE-L (stems)",
+    "rougeLsum_stem": "ROUGE-Lsum (stems)",
+    "exact_match": "exact match",
+    "f1": "F1",
+}
 LEGEND = """speed-up: over the full model, in brackets its 95 % interval over prompts and repeats; ideal: if
 layers were all that takes time; exit layer: mean over tokens; agreement: tokens that are full's.
 More: --wide (all figures), --all (all rows), --limit and --repeat (closer figures), --help."""
@@ -69,7 +78,10 @@ NARROW = ("tokens/s", "speed-up (95 %)", "ideal", "exit layer", "perplexity", "a
 
 def score_columns(task: Task) -> dict[str, Cell]:
     """A column for each score of a task, in points."""
-    return {TITLES[metric]: lambda row, name=name: f"{100 * row['scores'][name]:.1f}" for name, metric in task.metrics.items()}
+    return {
+        TITLES[metric]: lambda row, name=name: f"{100 * row['scores'][name]:.1f}"
+        for name, metric in task.metrics.items()
+    }
 
 
 def columns_of(task: Task, wide: bool) -> dict[str, Cell]:
@@ -112,7 +124,9 @@ def main(args: argparse.Namespace) -> None:
     """`python eval.py`: the full model beside the rows of every task."""
     custom = custom_settings(args)
     if "confidence" in custom and (args.rows is not None or args.all):
-        raise UserError("--rows and --all choose among the settings, --confidence makes a row of its own; give one of them")
+        raise UserError(
+            "--rows and --all choose among the settings, --confidence makes a row of its own; give one of them"
+        )
     check_outputs(args)
     tasks = chosen_tasks(args)
     model, tokenizer = load_model(args)

@@ -12,7 +12,7 @@ from formats.data import Example
 from formats.tokenizer import SEP, encode_prompt
 
 OPENING, OPENINGS = 40, 30  # words of a story that a continuation begins with; about so many from a book
-TUNING_SHARE = 0.5          # of the texts of dev, or of a single file; calibration draws from the others
+TUNING_SHARE = 0.5  # of the texts of dev, or of a single file; calibration draws from the others
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Task:
     """One kind of input and what counts as a good output."""
 
     name: str
-    metrics: dict[str, str]       # of each score its name in metrics.METRICS; the first is the one to keep
-    file: str                     # "{}" stands for dev or test
-    template: str = "{}"          # of a prompt, for models whose tokenizer has no separator; ends where the answer begins
-    one_line: bool = True         # such a model's answer ends with its line
+    metrics: dict[str, str]  # of each score its name in metrics.METRICS; the first is the one to keep
+    file: str  # "{}" stands for dev or test
+    template: str = "{}"  # of a prompt, for models whose tokenizer has no separator; ends where the answer begins
+    one_line: bool = True  # such a model's answer ends with its line
     max_new_tokens: int = 100
-    openings: bool = False        # prompts are the first words of a text's paragraphs
-    shots: str = ""               # solved examples before the prompt, in the template
+    openings: bool = False  # prompts are the first words of a text's paragraphs
+    shots: str = ""  # solved examples before the prompt, in the template
 
     def text(self, prompt: str, tokenizer) -> str:
         """The prompt as the model gets it."""
@@ -104,8 +104,8 @@ def read_task(task: Task, split: str, skipped: list[str] | None = None) -> list[
 
 
 def openings(path: str | Path, skipped: list[str] | None = None) -> list[Example]:
-    """The first words of paragraphs of at least twice as many, far apart, and what follows them there. Raises ValueError
-    if there is none."""
+    """The first words of paragraphs of at least twice as many, far apart, and what follows them there. Raises
+    ValueError if there is none."""
     examples = []
     for _, text in data.read_pairs(path, skipped):
         paragraphs = [line.split() for line in text.splitlines()]
@@ -135,8 +135,8 @@ def source(example: Example) -> str:
 
 
 def between(examples: list[Example], low: float, high: float) -> list[Example]:
-    """The examples whose source falls from `low` to below `high` on a fixed scale from 0 to 1. All questions on one text
-    fall together, whatever the seed and the file that they come from, so disjoint stretches never share a text."""
+    """The examples whose source falls from `low` to below `high` on a fixed scale from 0 to 1. All questions on one
+    text fall together, whatever the seed and the file that they come from, so disjoint stretches never share a text."""
 
     def place(example: Example) -> float:
         return int.from_bytes(hashlib.sha256(source(example).encode()).digest()[:6], "big") / 2**48

@@ -1,4 +1,5 @@
-"""Where a word ends: every published score cuts its texts in a way of its own, and only numbers from one way can be compared."""
+"""Where a word ends: every published score cuts its texts in a way of its own, and only numbers from one way can be
+compared."""
 
 import re
 import string
@@ -18,7 +19,8 @@ def squad_tokens(text: str) -> list[str]:
 
 
 def mteval_tokens(text: str, lowercase: bool) -> list[str]:
-    """NIST's mteval-v13a tokens: ASCII punctuation stands alone, save for points and commas in numbers, hyphens and apostrophes."""
+    """NIST's mteval-v13a tokens: ASCII punctuation stands alone, save for points and commas in numbers, hyphens and
+    apostrophes."""
     text = (text.lower() if lowercase else text).rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
         text = text.replace(entity, character)
@@ -30,17 +32,23 @@ def mteval_tokens(text: str, lowercase: bool) -> list[str]:
 
 
 _CLITIC = r"n't\b|'(?:s|m|d|ll|re|ve)\b"
-_PTB_SPLIT = re.compile(rf"(?<=\w)(?:{_CLITIC})|(?<=\bcan)not\b|(?<=\b(?:gon|wan))na\b|(?<=\bgot)ta\b|(?<=\b(?:gim|lem))me\b")
-_PTB_TOKEN = re.compile(rf"""
+_PTB_SPLIT = re.compile(
+    rf"(?<=\w)(?:{_CLITIC})|(?<=\bcan)not\b|(?<=\b(?:gon|wan))na\b|(?<=\bgot)ta\b|(?<=\b(?:gim|lem))me\b"
+)
+_PTB_TOKEN = re.compile(
+    rf"""
     {_CLITIC}
     | \b(?:mr|mrs|ms|dr|prof|st|mt|jr|vs|etc)\. | (?:\b[a-z]\.){{2,}}  # abbreviations keep their points
     | \d+(?:[.,:]\d+)+                                             # 1,000 or 30.99 or 12:45
     | \w+(?:[-'/]\w+)*                                            # words and hyphenated words, 20-25, o'clock
     | [#$%&+=@*]                                                  # symbols are tokens, punctuation is dropped
-""", re.VERBOSE)
+""",
+    re.VERBOSE,
+)
 
 
 def ptb_tokens(text: str) -> list[str]:
-    """Penn Treebank tokens as COCO evaluation makes them: "It's under £20, isn't it?" gives it 's under # 20 is n't it."""
+    """Penn Treebank tokens as COCO evaluation makes them: "It's under £20, isn't it?" gives it 's under # 20 is n't
+    it."""
     text = text.lower().replace("’", "'").replace("£", "#")  # CoreNLP writes pounds as #
     return _PTB_TOKEN.findall(_PTB_SPLIT.sub(r" \g<0>", text))

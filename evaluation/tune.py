@@ -1,11 +1,12 @@
-"""`eval.py tune`: chooses the rows of the table on dev, with a margin, and writes them to the settings beside the checkpoint.
+"""`eval.py tune`: chooses the rows of the table on dev, with a margin, and writes them to the settings beside the
+checkpoint.
 
-What is promised: of a function's threshold and of the static exit, with the layers chosen before on other inputs, candidates
-are walked from cautious to bold and the walk ends at the first that does not keep 99 % of every score of the full model at
-the lower end of its bootstrap interval. So the chance that a chosen row keeps less on inputs of the same source is about 5 %,
-given a few hundred inputs: a bootstrap does not know of losses that it has not met, and what is not met in n inputs may still
-happen in 3 of n. The other pruning schedules and the copy fill share the chosen
-layers and threshold without a promise of their own; verified rows keep everything anyway. Whether inputs of test are of the
+What is promised: of a function's threshold and of the static exit, with the layers chosen before on other inputs,
+candidates are walked from cautious to bold and the walk ends at the first that does not keep 99 % of every score of the
+full model at the lower end of its bootstrap interval. So the chance that a chosen row keeps less on inputs of the same
+source is about 5 %, given a few hundred inputs: a bootstrap does not know of losses that it has not met, and what is
+not met in n inputs may still happen in 3 of n. The other pruning schedules and the copy fill share the chosen layers
+and threshold without a promise of their own; verified rows keep everything anyway. Whether inputs of test are of the
 same source as those of dev, no margin can promise.
 """
 
@@ -23,19 +24,31 @@ from decoding.settings import DecodeConfig
 from evaluation.figures import quality_interval, quality_kept, speed_figures, written
 from evaluation.inputs import chosen_tasks, load_inputs, load_model, run_record
 from evaluation.measure import encode_inputs, run_in_turns
-from evaluation.rows import exits_of, fields_that_differ, read_settings_file
+from evaluation.rows import exit_layers_of, fields_that_differ, read_settings_file
 from evaluation.table import check_file
 from evaluation.tasks import TUNING_SHARE, Task, between, one_of_each_source, sample
 from formats.data import Example
 
 LOSS_ALLOWED = 0.01  # how much of the full model's scores a setting may lose
-LEVEL = 0.9          # of the interval whose lower end must keep the rest: 5 % lie below it
-FIRST = 60           # inputs on which layers and drafts are chosen; thresholds are chosen on the others
-SHARES = ((1 / 4,), (1 / 3,), (1 / 2,), (1 / 4, 1 / 2), (1 / 3, 2 / 3), (1 / 2, 2 / 3), (1 / 3, 1 / 2, 2 / 3))  # of the depth
+LEVEL = 0.9  # of the interval whose lower end must keep the rest: 5 % lie below it
+FIRST = 60  # inputs on which layers and drafts are chosen; thresholds are chosen on the others
+SHARES = (
+    (1 / 4,),
+    (1 / 3,),
+    (1 / 2,),
+    (1 / 4, 1 / 2),
+    (1 / 3, 2 / 3),
+    (1 / 2, 2 / 3),
+    (1 / 3, 1 / 2, 2 / 3),
+)  # of the depth
 DRAFTS = ((1 / 6,), (1 / 4,), (1 / 3,), (1 / 4, 1 / 2))  # exit sets of verified mode, whose early tokens are drafts
 COARSE, FINE = (0.6, 0.3), (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # thresholds, from cautious to bold
 LOOSE, OWED = (0.6, 0.4, 0.2), (8, 16)  # verified mode: thresholds, bounds of the owed rows
-PRUNING = {"none": {"prune": "none"}, "decaying": {"prune": "decaying"}, "adaptive": {"prune": "adaptive", "prune_k": 512}}
+PRUNING = {
+    "none": {"prune": "none"},
+    "decaying": {"prune": "decaying"},
+    "adaptive": {"prune": "adaptive", "prune_k": 512},
+}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -52,9 +65,15 @@ def main(args: argparse.Namespace) -> None:
         if not drawn:
             raise UserError(f"{task.file}: holds too little to tune on one part of it")
         settings[task.name] = tune(model, tokenizer, task, drawn)
-        provenance = {"inputs": len(drawn), "of": "dev (the part that calibrate does not use)", "seed": args.draw_seed,
-                      "kept": 1 - LOSS_ALLOWED, "level": LEVEL, "checkpoint_id": record["checkpoint_id"],
-                      "commit": record["commit"]}
+        provenance = {
+            "inputs": len(drawn),
+            "of": "dev (the part that calibrate does not use)",
+            "seed": args.draw_seed,
+            "kept": 1 - LOSS_ALLOWED,
+            "level": LEVEL,
+            "checkpoint_id": record["checkpoint_id"],
+            "commit": record["commit"],
+        }
         settings.setdefault("provenance", {})[task.name] = provenance
     if processes()[0] == 0:
         write_json(args.settings, settings)
@@ -63,13 +82,15 @@ def main(args: argparse.Namespace) -> None:
 def tune(model, tokenizer, task: Task, examples: list[Example]) -> dict[str, dict]:
     """Settings of every row, as the fields that differ from DecodeConfig's defaults. On some of the examples, the exit
     layers that serve softmax and the drafts of verified mode; on the others, a static exit and, for these layers, the
-    threshold of each function."""
+    threshold of each function. Up to FIRST examples are too few to be parted: then all serve both."""
     step = math.ceil(len(examples) / FIRST)
     some = examples[::step]
+    exits = exit_layers_of(model)
     others = [example for i, example in enumerate(examples) if i % step] or some
 
-    def try_out(inputs: list[Example], name: str, layers: tuple[int, ...] | None = None, verify: bool = False) -> list[Tried]:
-        exits = list(exits_of(DecodeConfig(confidence="softmax"), model))
+    def try_out(
+        inputs: list[Example], name: str, layers: tuple[int, ...] | None = None, verify: bool = False
+    ) -> list[Tried]:
         configs = candidates(model.config.n_layers, exits, task.max_new_tokens, name, layers, verify)
         return measure_candidates(model, tokenizer, task, inputs, configs, f"{task.name}, {name}{' verified' * verify}")
 
@@ -88,11 +109,12 @@ def tune(model, tokenizer, task: Task, examples: list[Example]) -> dict[str, dic
     return {name: fields_that_differ(config, default) for name, config in chosen.items()}
 
 
-def candidates(n_layers: int, exits: list[int], length: int, name: str, layers: tuple[int, ...] | None,
-               verify: bool) -> list[DecodeConfig]:
-    """What is tried, answers of at most `length` tokens, from cautious to bold: every `static` exit; to choose layers, exit
-    sets under few thresholds; given `layers`, many thresholds; for verified mode, exit sets of drafts, thresholds and
-    bounds. All but static exits keep 64 candidates. exits: the layers that may be chosen."""
+def candidates(
+    n_layers: int, exits: list[int], length: int, name: str, layers: tuple[int, ...] | None, verify: bool
+) -> list[DecodeConfig]:
+    """What is tried, answers of at most `length` tokens, from cautious to bold: every `static` exit; to choose layers,
+    exit sets under few thresholds; given `layers`, many thresholds; for verified mode, exit sets of drafts, thresholds
+    and bounds. All but static exits keep 64 candidates. exits: the layers that may be chosen."""
     base = DecodeConfig(confidence="softmax", threshold=0.0, max_new_tokens=length)
     if name == "static":
         return [replace(base, exit_layers=(layer,)) for layer in reversed(exits)]
@@ -128,8 +150,9 @@ class Tried:
     inputs: int
 
 
-def measure_candidates(model, tokenizer, task: Task, examples: list[Example], configs: list[DecodeConfig],
-                       title: str) -> list[Tried]:
+def measure_candidates(
+    model, tokenizer, task: Task, examples: list[Example], configs: list[DecodeConfig], title: str
+) -> list[Tried]:
     """Every candidate on the examples, in turn with the full model."""
     labelled = {"full": configs[0].full()} | {str(number): config for number, config in enumerate(configs)}
     prompts, stopping = encode_inputs(model, tokenizer, task, examples, labelled)
@@ -154,8 +177,8 @@ def fastest(tried: list[Tried]) -> DecodeConfig:
 
 
 def boldest(tried: list[Tried]) -> DecodeConfig:
-    """Walks from cautious to bold until one does not surely keep the scores, and takes the fastest of those before it; if
-    the first fails, the first, which then promises nothing."""
+    """Walks from cautious to bold until one does not surely keep the scores, and takes the fastest of those before it;
+    if the first fails, the first, which then promises nothing."""
     passed = []
     for each in tried:
         if each.surely < 1 - LOSS_ALLOWED:
@@ -163,8 +186,10 @@ def boldest(tried: list[Tried]) -> DecodeConfig:
         passed.append(each)
     if passed:
         return told(max(passed, key=lambda each: each.speedup))
-    tqdm.write(f"{tried[0].title}: {tried[0].inputs} inputs are too few to be sure that even the most cautious candidate keeps "
-               f"{1 - LOSS_ALLOWED:.0%}; taken all the same")
+    tqdm.write(
+        f"{tried[0].title}: {tried[0].inputs} inputs are too few to be sure that even the most cautious candidate "
+        f"keeps {1 - LOSS_ALLOWED:.0%}; taken all the same"
+    )
     return told(tried[0])
 
 
@@ -172,6 +197,8 @@ def told(each: Tried) -> DecodeConfig:
     """The setting of a candidate, after saying why it was taken."""
     config = each.config
     bound = f", at most {config.max_owed} owed," if config.verify else ""
-    tqdm.write(f"{each.title}: exits {config.exit_layers}, threshold {config.threshold}{bound} keep {each.kept:.1%}, surely "
-               f"{each.surely:.1%}, at {each.speedup:.2f} times the full model's speed on {each.inputs} inputs")
+    tqdm.write(
+        f"{each.title}: exits {config.exit_layers}, threshold {config.threshold}{bound} keep {each.kept:.1%}, surely "
+        f"{each.surely:.1%}, at {each.speedup:.2f} times the full model's speed on {each.inputs} inputs"
+    )
     return config

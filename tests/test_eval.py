@@ -21,7 +21,7 @@ from evaluation import calibrate, figures, tasks, tune
 from evaluation import measure as measuring
 from evaluation import sweep as sweeping
 from evaluation.recipes import RECIPES
-from evaluation.rows import read_settings
+from evaluation.rows import exit_layers_of, read_settings
 from formats.checkpoint import save_checkpoint
 from formats.data import read_pairs, task_file
 from formats.tokenizer import train_tokenizer
@@ -128,14 +128,22 @@ def test_recipes_are_rows_on_any_checkpoint(checkpoint, monkeypatch, capsys, tmp
     assert rows["calm"]["config"]["exit_layers"] is None
 
 
+def test_a_model_of_one_layer_has_nothing_to_exit_at(tiny_model):
+    with pytest.raises(ValueError, match="has one layer, and so no exit"):
+        exit_layers_of(tiny_model(n_layers=1))
+
+
 def test_one_line_says_which_settings_are_in_force_and_from_where(checkpoint, monkeypatch, capsys, tmp_path):
     (tmp_path / "t.json").write_text('{"confidence": "jsd", "threshold": 0.3}')
     base = ("--checkpoint", checkpoint, "--limit", 1, "--tasks", "e2e")
-    for words, line in (((), f"settings: {tmp_path}/tiny.json, beside the checkpoint"),
-                        (("--settings", checkpoint.with_suffix(".json"), "--max-owed", 3),
-                         f"settings: flags (max_owed 3), over {tmp_path}/tiny.json"),
-                        (("--thresholds", tmp_path / "t.json", "--min-layer", 2),
-                         f"settings: flags (min_layer 2), over {tmp_path}/t.json (confidence jsd, threshold 0.3), over decode.py's")):
+    for words, line in (
+        ((), f"settings: {tmp_path}/tiny.json, beside the checkpoint"),
+        (("--settings", checkpoint.with_suffix(".json"), "--max-owed", 3), f"settings: flags (max_owed 3), over {tmp_path}/tiny.json"),
+        (
+            ("--thresholds", tmp_path / "t.json", "--min-layer", 2),
+            f"settings: flags (min_layer 2), over {tmp_path}/t.json (confidence jsd, threshold 0.3), over decode.py's",
+        ),
+    ):
         run_command(monkeypatch, *base, *words)
         found = [each for each in capsys.readouterr().err.splitlines() if each.startswith("settings: ")]
         assert len(found) == 1 and found[0].startswith(line)
@@ -150,8 +158,10 @@ def test_a_row_of_your_own_is_what_decode_would_do(checkpoint, monkeypatch, tmp_
 
 
 def test_it_runs_where_there_is_no_module_resource(checkpoint):
-    code = ("import sys; sys.modules['resource'] = None; import eval, types; from evaluation.measure import peak_memory; "
-            "print(peak_memory(types.SimpleNamespace(embedding=types.SimpleNamespace(is_cuda=False))))")
+    code = (
+        "import sys; sys.modules['resource'] = None; import eval, types; from evaluation.measure import peak_memory; "
+        "print(peak_memory(types.SimpleNamespace(embedding=types.SimpleNamespace(is_cuda=False))))"
+    )
     folder = Path(evaluation.__file__).parent
     ended = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert ended.stdout == "None\n", ended.stderr
@@ -605,10 +615,11 @@ def test_a_mistake_ends_in_one_line_and_status_2(mistake, checkpoint, monkeypatc
 
 
 UNUSABLE = ["{", "[]", '{"e2e": {}}', '{"translation": {"a": {"threshold": 3}}}', '{"translation": {"a": {"colour": 3}}}',
-            '{"translation": {"a": {"exit_layers": ["b"]}}}', '{"translation": [1]}', '{"translation": {"a": 5}}']  # fmt: skip
+            '{"translation": {"a": {"exit_layers": ["b"]}}}', '{"translation": [1]}', '{"translation": {"a": 5}}',
+            "[" * 100000, '{"translation": ' + "9" * 5000 + "}"]  # fmt: skip
 
 
-@pytest.mark.parametrize("content", UNUSABLE)
+@pytest.mark.parametrize("content", UNUSABLE, ids=range(len(UNUSABLE)))
 def test_unusable_settings_are_refused(tmp_path, content, tiny_model):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(ValueError, match=r"a\.json: not usable as settings of translation"):

@@ -39,14 +39,20 @@ REFERENCES = [  # a different number for every input
 ]
 FIRST_REFERENCES = [texts[:1] for texts in REFERENCES]
 SUMMARIES = [  # hypothesis, references: a line is a sentence
-    ("The miller's daughters were running to the river.\nThe river had risen.",
-     ["A miller and his daughter run to the rivers.\nThe rivers rise quickly."]),
-    ("Anna asks Ben for 2 tickets.\nBen has only one ticket left.\nThey will meet at 7:30.",
-     ["Ben has one ticket left.\nAnna asked for two tickets.", "Anna and Ben are meeting at 7:30 because of the tickets."]),
+    (
+        "The miller's daughters were running to the river.\nThe river had risen.",
+        ["A miller and his daughter run to the rivers.\nThe rivers rise quickly."],
+    ),
+    (
+        "Anna asks Ben for 2 tickets.\nBen has only one ticket left.\nThey will meet at 7:30.",
+        ["Ben has one ticket left.\nAnna asked for two tickets.", "Anna and Ben are meeting at 7:30 because of the tickets."],
+    ),
     ("d a c b e\nc b a d", ["a b c d\nb a d c e", "e d c b a\na c b d"]),
     ("the cafés, the CAFÉS, the cafés", ["The café closes; the cafes close."]),
-    ("The king gave the fox gold, the fox gave the king a general's relational hopefulness.",
-     ["The fox was given gold by hopeful kings.\nA general relation of foxes and kings."]),
+    (
+        "The king gave the fox gold, the fox gave the king a general's relational hopefulness.",
+        ["The fox was given gold by hopeful kings.\nA general relation of foxes and kings."],
+    ),
 ]
 TEXT_SCORES = {  # text against text, so that the properties below hold for all of them
     "bleu": lambda hypothesis, reference: bleu([hypothesis], [[reference]]),
@@ -269,20 +275,26 @@ def test_rouge_splits_words_at_letters_beyond_a_to_z():
 @pytest.mark.parametrize(
     "stemming, expected",
     [
-        (False, [
-            [0.3076923076923077, 0.08333333333333333, 0.3076923076923077, 0.3076923076923077],
-            [0.5714285714285714, 0.23076923076923078, 0.35714285714285715, 0.5714285714285714],
-            [1.0, 0.5, 0.6666666666666666, 0.8888888888888888],
-            [0.4, 0.15384615384615385, 0.4, 0.4],
-            [0.3225806451612903, 0.1379310344827586, 0.3225806451612903, 0.3225806451612903],
-        ]),
-        (True, [
-            [0.6153846153846154, 0.4166666666666667, 0.6153846153846154, 0.6153846153846154],
-            [0.6428571428571429, 0.30769230769230765, 0.4, 0.6428571428571429],
-            [1.0, 0.5, 0.6666666666666666, 0.8888888888888888],
-            [0.4, 0.15384615384615385, 0.4, 0.4],
-            [0.6451612903225806, 0.20689655172413796, 0.45161290322580644, 0.45161290322580644],
-        ]),
+        (
+            False,
+            [
+                [0.3076923076923077, 0.08333333333333333, 0.3076923076923077, 0.3076923076923077],
+                [0.5714285714285714, 0.23076923076923078, 0.35714285714285715, 0.5714285714285714],
+                [1.0, 0.5, 0.6666666666666666, 0.8888888888888888],
+                [0.4, 0.15384615384615385, 0.4, 0.4],
+                [0.3225806451612903, 0.1379310344827586, 0.3225806451612903, 0.3225806451612903],
+            ],
+        ),
+        (
+            True,
+            [
+                [0.6153846153846154, 0.4166666666666667, 0.6153846153846154, 0.6153846153846154],
+                [0.6428571428571429, 0.30769230769230765, 0.4, 0.6428571428571429],
+                [1.0, 0.5, 0.6666666666666666, 0.8888888888888888],
+                [0.4, 0.15384615384615385, 0.4, 0.4],
+                [0.6451612903225806, 0.20689655172413796, 0.45161290322580644, 0.45161290322580644],
+            ],
+        ),
     ],
 )
 def test_rouge_equals_the_rouge_score_package(stemming, expected):

@@ -56,7 +56,7 @@ def add_table_flags(parser: Parser) -> None:
     parser.add_argument("--wide", action="store_true", help="all figures, and the time of asking")
     add_measuring_flags(parser)
     add_settings_flag(parser, "the rows")
-    add_input_flags(parser)
+    add_model_and_input_flags(parser)
     add_decoding_flags(parser, "with --confidence one row of your own, else changes to every row")
     parser.set_defaults(work=table.main)
 
@@ -69,7 +69,7 @@ def add_sweep_flags(parser: Parser) -> None:
     text = "where it goes on if it was cut off (default: %(default)s)"
     add("--results", type=path, metavar="FILE", default="sweep.jsonl", help=text)
     add_measuring_flags(parser)
-    add_input_flags(parser)
+    add_model_and_input_flags(parser)
     add_decoding_flags(parser, "what every row starts from")
     parser.set_defaults(work=sweep.main)
 
@@ -82,7 +82,7 @@ def add_calibrate_flags(parser: Parser) -> None:
     text = "loss: 1 - ROUGE-L to the full model's text, or how much lower its score (default: %(default)s)"
     add("--risk", choices=("consistency", "task"), default="consistency", help=text)
     add("--out", type=path, metavar="FILE", default="thresholds.json", help="the file written (default: %(default)s)")
-    add_input_flags(parser, split=False)
+    add_model_and_input_flags(parser, split=False)
     add_decoding_flags(parser, "what is calibrated")
     parser.set_defaults(work=calibrate.main, split="dev", repeat=1)
 
@@ -90,13 +90,13 @@ def add_calibrate_flags(parser: Parser) -> None:
 def add_tune_flags(parser: Parser) -> None:
     add_task_flags(parser, limit=400)
     add_settings_flag(parser, "the file written")
-    add_input_flags(parser, split=False)
+    add_model_and_input_flags(parser, split=False)
     parser.set_defaults(work=tune.main, split="dev", repeat=1)
 
 
 def add_prompt_flags(parser: Parser) -> None:
     add_task_flags(parser, limit=0)
-    add_input_flags(parser)
+    add_model_and_input_flags(parser)
     parser.set_defaults(work=inputs.show_prompts, repeat=1)
 
 
@@ -105,7 +105,6 @@ def add_task_flags(parser: Parser, limit: int) -> None:
     parser.add_argument("--tasks", help=text)
     text = "inputs of each task, drawn by --seed; 0: all (default: %(default)s)"
     parser.add_argument("--limit", type=int, default=limit, help=text)
-    add_model_flags(parser, str(DEFAULT_CHECKPOINT))
 
 
 def add_measuring_flags(parser: Parser) -> None:
@@ -120,7 +119,8 @@ def add_settings_flag(parser: Parser, what: str) -> None:
     parser.add_argument("--settings", type=path, metavar="FILE", help=text)
 
 
-def add_input_flags(parser: Parser, split: bool = True) -> None:
+def add_model_and_input_flags(parser: Parser, split: bool = True) -> None:
+    add_model_flags(parser, str(DEFAULT_CHECKPOINT))
     add = parser.add_argument_group("inputs").add_argument
     if split:
         add("--split", choices=("dev", "test"), default="test", help="default: %(default)s")

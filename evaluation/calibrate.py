@@ -11,12 +11,12 @@ from common.processes import processes, tell
 from decoding.settings import DecodeConfig
 from evaluation.figures import written
 from evaluation.inputs import chosen_tasks, load_inputs, load_model, note, run_record
-from evaluation.learn_then_test import walk
+from evaluation.learn_then_test import fewest, walk
 from evaluation.measure import encode_inputs, run_in_turns
 from evaluation.metrics import METRICS, rouge_l_f1
-from evaluation.rows import custom_settings, demo_fields, exits_of, fields_that_differ, listed, own_setting, sources
+from evaluation.rows import custom_settings, exits_of, fields_that_differ, own_origin, own_setting, sources
 from evaluation.table import check_file
-from evaluation.tasks import TUNING_SHARE, Task, between, one_of_each_source, sample
+from evaluation.tasks import TUNING_SHARE, Task, between, one_of_each_source, sample, source
 from formats.data import Example
 
 CHECK_SHARE = (1 + TUNING_SHARE) / 2  # of a single file: from here on inputs to check on; below, those to calibrate on
@@ -25,25 +25,15 @@ CHECK_SHARE = (1 + TUNING_SHARE) / 2  # of a single file: from here on inputs to
 def main(args: argparse.Namespace) -> None:
     """Finds a threshold, says what was found, and writes it. Ends with status 1 if no threshold passes."""
     custom = custom_settings(args)
-    if custom.get("layer_thresholds"):
-        raise UserError("layer_thresholds outranks the threshold that is to be found; leave it out")
-    if custom.get("confidence", "softmax") is None:
-        raise UserError("calibrate needs a confidence function; confidence is none")
-    if not (0 < args.tolerance < 1 and 0 < args.error < 1):
-        raise UserError(f"tolerance is {args.tolerance}, error {args.error}; both must lie between 0 and 1")
     check_file(args.out)
     tasks = chosen_tasks(args)
-    if len(tasks) != 1:
-        names = ",".join(task.name for task in tasks)
-        raise UserError(f"calibrate finds a threshold for one task; choose it with --tasks (here: {names})")
-    if args.risk == "task" and not tasks[0].metrics:
-        raise UserError(f"task {tasks[0].name} has no score; calibrate with --risk consistency")
+    check_flags(args, custom, tasks)
     model, tokenizer = load_model(args)
     record = run_record(args, model)
     task, sets = two_sets(args, tasks[0])
     config = own_setting(task, custom)
-    note(sources(args, f"decode.py's defaults ({listed(demo_fields())})"))
-    note(f"exit layers {','.join(map(str, exits_of(config, model)))}")
+    exits_of(config, model)
+    note(sources(args, own_origin(custom, model)))
     threshold, provenance = find_threshold(model, tokenizer, task, sets, config, args.risk, args.tolerance, args.error)
     tell(report(task, threshold, provenance))
     if threshold is None:
@@ -55,6 +45,21 @@ def main(args: argparse.Namespace) -> None:
     tell(f"wrote {args.out}")
 
 
+def check_flags(args: argparse.Namespace, custom: dict, tasks: list[Task]) -> None:
+    """Raises ValueError for what cannot be calibrated."""
+    if custom.get("layer_thresholds"):
+        raise UserError("layer_thresholds outranks the threshold that is to be found; leave it out")
+    if custom.get("confidence", "softmax") is None:
+        raise UserError("calibrate needs a confidence function; confidence is none")
+    if not (0 < args.tolerance < 1 and 0 < args.error < 1):
+        raise UserError(f"tolerance is {args.tolerance}, error {args.error}; both must lie between 0 and 1")
+    if len(tasks) != 1:
+        names = ",".join(task.name for task in tasks)
+        raise UserError(f"calibrate finds a threshold for one task; choose it with --tasks (here: {names})")
+    if args.risk == "task" and not tasks[0].metrics:
+        raise UserError(f"task {tasks[0].name} has no score; calibrate with --risk consistency")
+
+
 def two_sets(args: argparse.Namespace, task: Task) -> tuple[Task, dict[str, list[Example]]]:
     """The examples to calibrate on, and others to check on. None of the first has been used by `tune`, which draws from
     the rest of dev; each text is asked one question, since the guarantee is for independent inputs; and no text is in
@@ -62,16 +67,21 @@ def two_sets(args: argparse.Namespace, task: Task) -> tuple[Task, dict[str, list
     task, dev = load_inputs(args, task, "dev")
     if "{}" in task.file:
         fit = between(dev, TUNING_SHARE, 1)
-        check = load_inputs(args, task, "test")[1]
+        seen = {source(example) for example in fit}
+        check = [example for example in load_inputs(args, task, "test")[1] if source(example) not in seen]
         names = "dev (what tune leaves of it)", "test"
     else:
         fit, check = between(dev, TUNING_SHARE, CHECK_SHARE), between(dev, CHECK_SHARE, 1)
         names = f"{task.file} (one part)", f"{task.file} (another part)"
     if not fit or not check:
         raise UserError(f"{task.file}: holds too little to calibrate on one part and check on another")
-    drawn = [
-        sample(one_of_each_source(examples, args.draw_seed), args.limit, args.draw_seed) for examples in (fit, check)
-    ]
+    drawn = [sample(one_of_each_source(part, args.draw_seed), args.limit, args.draw_seed) for part in (fit, check)]
+    needed = fewest(args.tolerance, args.error)
+    if len(drawn[0]) < needed:  # known before any is looked at, so another try is allowed
+        raise UserError(
+            f"{len(drawn[0])} inputs cannot prove a risk below {args.tolerance} at error level {args.error}, whatever "
+            f"their losses; take at least {needed} (--limit, or another file), or a higher --tolerance or --error"
+        )
     return task, dict(zip(names, drawn))
 
 

@@ -60,6 +60,11 @@ def p_value(losses: list[float], tolerance: float) -> float:
     return min(1.0, hoeffding, bentkus)
 
 
+def fewest(tolerance: float, error: float) -> int:
+    """How many prompts without any loss pass: with fewer, nothing can. That is known before any is looked at."""
+    return math.ceil(math.log(error) / math.log1p(-tolerance) - 1e-9)
+
+
 def xlogx(a: float, b: float) -> float:
     """a log(a / b), 0 for a = 0."""
     return a * math.log(a / b) if a else 0.0

@@ -145,18 +145,23 @@ def listed(fields: dict) -> str:
     return ", ".join(words)
 
 
-def origin_of_rows(args: argparse.Namespace, custom: dict) -> str:
+def origin_of_rows(args: argparse.Namespace, custom: dict, model) -> str:
     """Where the rows of the table come from, in words."""
     if "confidence" in custom:
-        return f"decode.py's defaults ({listed(demo_fields())}; exits none: where the checkpoint was trained to exit)"
+        return own_origin(custom, model)
     if args.rows and set(args.rows.split(",")) <= set(RECIPES):
         return "the recipes in evaluation/recipes.py"
     return f"{args.settings}, beside the checkpoint" if args.beside else str(args.settings)
 
 
-def demo_fields() -> dict:
-    """What decode.py does by itself, beyond DecodeConfig's defaults."""
-    return fields_that_differ(DEMO, DecodeConfig())
+def own_origin(custom: dict, model) -> str:
+    """Where a setting of your own begins, in words, the model's exit layers among it unless others are named."""
+    fields = fields_that_differ(DEMO, DecodeConfig())
+    fields.pop("max_new_tokens", None)  # the task's
+    words = f"decode.py's defaults ({listed(fields)})"
+    if custom.get("exit_layers") is None:
+        words += f" and the model's exit layers {','.join(map(str, exit_layers_of(model)))}"
+    return words
 
 
 def fields_that_differ(config: DecodeConfig, base: DecodeConfig) -> dict:

@@ -17,7 +17,7 @@ from decoding.settings import DecodeConfig
 from evaluation.figures import alike, evaluate, pareto
 from evaluation.inputs import chosen_tasks, load_inputs, load_model, note, run_record
 from evaluation.measure import environment
-from evaluation.rows import custom_settings, demo_fields, exits_of, listed, own_setting, sources
+from evaluation.rows import custom_settings, exits_of, own_origin, own_setting, sources
 from evaluation.table import check_file, check_outputs, finish, heading, table
 from evaluation.tasks import Task, sample
 from formats.data import Example
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     record = run_record(args, model)
     about = {name: record[name] for name in ABOUT}
     result = {"environment": record, "rows": []}
-    note(sources(args, f"decode.py's defaults ({listed(demo_fields())})"))
+    note(sources(args, own_origin(custom, model)))
     for task in tasks:
         task, examples = load_inputs(args, task, args.split)
         drawn = sample(examples, args.limit, args.draw_seed)

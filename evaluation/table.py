@@ -131,7 +131,7 @@ def main(args: argparse.Namespace) -> None:
     tasks = chosen_tasks(args)
     model, tokenizer = load_model(args)
     result = {"environment": run_record(args, model), "rows": []}
-    note(sources(args, origin_of_rows(args, custom)))
+    note(sources(args, origin_of_rows(args, custom, model)))
     for task in tasks:
         task, examples = load_inputs(args, task, args.split)
         drawn = sample(examples, args.limit, args.draw_seed)

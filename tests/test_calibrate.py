@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from evaluation.learn_then_test import CANDIDATES, binomial_cdf, p_value, walk
+from evaluation.learn_then_test import CANDIDATES, binomial_cdf, fewest, p_value, walk
 
 
 def test_the_binomial_is_exact():
@@ -25,6 +25,12 @@ def test_p_values_by_hand():
     assert bentkus < hoeffding and p_value(values, 0.1) == pytest.approx(bentkus)
     spread = [0.02] * 100  # the same mean: the bound knows no more
     assert p_value(spread, 0.1) == pytest.approx(bentkus)
+
+
+@pytest.mark.parametrize("tolerance, error", [(0.05, 0.05), (0.1, 0.1), (0.5, 0.25), (0.2, 0.01)])
+def test_with_fewer_prompts_nothing_passes(tolerance, error):
+    enough = fewest(tolerance, error)
+    assert p_value([0.0] * enough, tolerance) <= error * (1 + 1e-9) and p_value([0.0] * (enough - 1), tolerance) > error
 
 
 @pytest.mark.parametrize("losses, tolerance", [([], 0.1), ([0.1, 1.2], 0.1), ([-0.1], 0.1), ([math.nan], 0.1), ([0.1], 0.0), ([0.1], 1.0)])

@@ -441,12 +441,13 @@ def test_tuning_calibration_and_its_check_use_different_inputs_and_texts(checkpo
     lines = [json.dumps({"context": f"text {i // 3}", "question": f"q{i}?", "answers": ["x"]}) for i in range(120)]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
     words = ("--checkpoint", checkpoint, "--tasks", f"file={tmp_path}/mine.jsonl", "--limit", 0)
+    proving = ("--tolerance", 0.5, "--error", 0.5)
     tuned = []
     monkeypatch.setattr(tune, "tune", lambda model, tokenizer, task, examples: tuned.extend(examples) or {})
     run_command(monkeypatch, "tune", *words, "--settings", tmp_path / "s.json", "--seed", 1)
     provenance = json.loads((tmp_path / "s.json").read_text())["provenance"]["mine"]
     assert provenance["inputs"] == len(tuned) and "calibrate does not use" in provenance["of"] and provenance["seed"] == 1
-    sets = asked_to_calibrate(monkeypatch, *words, "--out", tmp_path / "t.json", "--seed", 2)
+    sets = asked_to_calibrate(monkeypatch, *words, *proving, "--out", tmp_path / "t.json", "--seed", 2)
     texts = [[tasks.source(example) for example in each] for each in (tuned, *sets.values())]
     assert [len(set(each)) for each in texts] == [len(each) for each in texts]  # one question for each text
     assert sum(map(len, texts)) == len({text for each in texts for text in each}) == 40 and min(map(len, texts)) > 3
@@ -471,13 +472,14 @@ def test_a_held_out_risk_above_the_tolerance_is_said():
     assert report(tasks.find_task("e2e"), 0.5, provenance).endswith("is 0.0500 (tolerance 0.1).")
 
 
-def test_calibration_says_when_nothing_passes(checkpoint, monkeypatch, tmp_path, capsys):
-    """Four inputs prove nothing."""
+def test_calibration_says_when_nothing_passes_and_advises_nothing_that_voids_the_guarantee(checkpoint, monkeypatch, tmp_path, capsys):
+    """Where every layer is always sure, even the most cautious threshold exits at once, into another text."""
+    monkeypatch.setitem(FUNCTIONS, "sure", lambda trace, layer: trace.logits(layer).max() * 0 + 1)
     with pytest.raises(SystemExit) as end:
-        base = ("--checkpoint", checkpoint, "--tasks", "e2e", "--limit", 4)
-        run_command(monkeypatch, "calibrate", *base, "--out", tmp_path / "t.json")
+        base = ("--checkpoint", checkpoint, "--tasks", "e2e", "--limit", 20, "--tolerance", 0.2, "--error", 0.2)
+        run_command(monkeypatch, "calibrate", *base, "--confidence", "sure", "--out", tmp_path / "t.json")
     said = capsys.readouterr().out
-    assert end.value.code == 1 and "no threshold keeps the consistency risk below 0.05" in said
+    assert end.value.code == 1 and "no threshold keeps the consistency risk below 0.2" in said
     assert "raise --tolerance" not in said and "calibrate once on inputs that were not used here" in said
     assert not (tmp_path / "t.json").exists()
 
@@ -543,6 +545,7 @@ MISTAKES = {
     "--tasks=squad": "task squad needs its file: squad=FILE",
     "--tasks=squad=missing.json": "missing.json: no such data file",
     "--shots=-1": "shots -1; at least 0, 1 and 0",
+    "calibrate --tasks e2e --limit 4": "4 inputs cannot prove a risk below 0.05 at error level 0.05, whatever their losses; take at",
     "calibrate --tasks e2e --tolerance 1": "both must lie between 0 and 1",
     "--tolerance=0.1": "unrecognized arguments: --tolerance=0.1",
     "calibrate --tasks e2e --json x.json": "unrecognized arguments: --json x.json",

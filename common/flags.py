@@ -23,10 +23,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors, for `run` to print in one line, whose help shows the module's
     text as it is, and which takes no shortened flags: a new one would change what they mean."""
 
-    def __init__(self, description: str):
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+    def __init__(self, description: str, **options):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False, **options)
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")

@@ -106,9 +106,9 @@ def use_threads(count: int | None) -> None:
 
 @functools.cache  # said once
 def warn_if_busy() -> None:
-    """One line on stderr if more processes want to run than there are cores (the average of a minute, where the system
-    has one)."""
-    if not hasattr(os, "getloadavg") or os.environ.get("RANK", "0") != "0":
+    """One line on stderr, where that is a terminal, if more processes want to run than there are cores (the average of
+    a minute, where the system has one)."""
+    if not sys.stderr.isatty() or not hasattr(os, "getloadavg") or os.environ.get("RANK", "0") != "0":
         return
     load, cores = os.getloadavg()[0], os.cpu_count()
     if load > cores:

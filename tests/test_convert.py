@@ -189,7 +189,7 @@ def test_the_command_converts_and_decode_takes_and_prints_token_ids(tiny_model, 
     words = ("--prompt", "1,7,3", "--max-new-tokens", "5", "--confidence", "none")
     command(monkeypatch, decode.main, "--checkpoint", tmp_path / "out.pt", *words)
     shown, out = capsys.readouterr(), decode.generate(model, [1, 7, 3], decode.DecodeConfig(max_new_tokens=5))
-    assert [int(word) for word in shown.out.split("\n")[0].split()] == out.tokens
+    assert [int(word) for word in shown.out.split("\n")[1].split()] == out.tokens
     assert "token ids" in shown.err
 
 

@@ -568,7 +568,7 @@ MISTAKES = {
     "--tasks stories=plain.txt --confidence jsd": "plain.txt: has no paragraph of 80 words",
     "--tasks file=/{x}.jsonl": "/{x}.jsonl: no such data file",
     "--max-new-tokens 255 --tasks e2e": "max_new_tokens is 255, of 256 positions",
-    "--settings list.json": "list.json: not settings by task",
+    "--settings list.json": "list.json: holds no JSON object, so it is not usable as settings by task",
     "--settings plain.txt": "plain.txt: not JSON",
     "tune --settings plain.txt": "plain.txt: not JSON",
     "--plot plain.txt": "plain.txt: is a file; give another name",

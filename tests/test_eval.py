@@ -574,7 +574,7 @@ MISTAKES = {
     "--plot plain.txt": "plain.txt: is a file; give another name",
     "--json .": ".: is a folder; give another name",
     "sweep --results tiny.pt --over threshold 0.5": "tiny.pt, line 1: not a result of a sweep",
-    "calibrate --thresholds list.json --tasks e2e": "list.json: not usable as thresholds",
+    "calibrate --thresholds list.json --tasks e2e": "list.json: holds no JSON object, so it is not usable as thresholds",
     "calibrate --tasks e2e --confidence none": "needs a confidence function",
     "calibrate --tasks stories --risk task": "task stories has no score; calibrate with --risk consistency",
     "calibrate --tasks e2e --exit-layers 2 --layer-thresholds 0.5": "layer_thresholds outranks the threshold",

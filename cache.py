@@ -3,6 +3,8 @@
 Dimensions: R rows of a pass, S positions seen, d model width, H query heads, K key/value heads, C width of a head.
 """
 
+import common.threads  # noqa: F401  before torch
+
 import torch
 from torch import Tensor
 

@@ -5,6 +5,8 @@ Dimensions: R rows of a pass, d model width, L layers, V vocabulary. The loop kn
 `main`.
 """
 
+import common.threads  # noqa: F401  before torch
+
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -16,7 +18,8 @@ import torch
 
 from cache import KVCache
 from common.errors import run as run_command
-from common.flags import Parser, add_flags, add_model_flags, device_and_dtype, given
+from common.files import check_replaceable
+from common.flags import Parser, add_flags, add_model_flags, given, loading
 from confidence import Trace, resolve
 from decoding.checks import check_amateur, check_prompt
 from decoding.choosing import COMMAND, settings_of, variants
@@ -25,7 +28,7 @@ from decoding.display import difference, read_amateur, read_prompt, show
 from decoding.page import Page
 from decoding.prediction import Companion, Predictor
 from decoding.record import Counters, Generation, Token
-from decoding.replay import Recorder
+from decoding.replay import Recorder, recorded
 from decoding.settings import DecodeConfig
 from decoding.shortlist import Shortlist
 from decoding.verification import verified
@@ -53,7 +56,8 @@ def run_pass(model: Transformer, cache: KVCache, tokens: list[int], trace: Trace
     full forward pass. Without tokens, what is owed is paid."""
     first, stop = cache.filled[0], cache.filled[0] + len(tokens)
     cache.filled[0] = stop
-    x = model.embed(torch.tensor(tokens, dtype=torch.int64, device=cache.hidden.device))  # (R, d): positions first .. stop - 1
+    ids = torch.tensor(tokens, dtype=torch.int64, device=cache.hidden.device)
+    x = model.embed(ids)  # (R, d), the positions first .. stop - 1
     trace.hidden.append(x)
     for layer, block in enumerate(model.blocks, 1):
         first, x = cache.join(layer, first, x)
@@ -82,7 +86,7 @@ class Run:
         self.top = model.config.n_layers + 1
         self.length = min(len(prompt) + config.max_new_tokens, model.config.max_len)  # of the text, at most
         self.start, self.settled, self.text = len(prompt), len(prompt), list(prompt)  # the text: drafts included
-        self.ends, self.ended = {model.config.eos_id, *config.stop_tokens}, False
+        self.ends, self.ended = model.config.ends.union(config.stop_tokens), False
         self.early = 0  # tokens emitted since a pass last reached the top
         self.thresholds = config.thresholds(model.config)
         self.owe_head = config.verify or (self.thresholds.learns and config.fill == "parallel")  # early tokens, that is
@@ -98,7 +102,7 @@ class Run:
         self.shortlist = Shortlist(model, config.shortlist, self.length) if config.shortlist else None
         self.new_trace = partial(trace_type, model, confidence, *pruning, config.premature_layers, self.shortlist)
         self.prompt = list(prompt)
-        if config.fill == "copy" and config.confidence and len(prompt) > 1:  # a prompt gets exact keys and values (CALM)
+        if config.fill == "copy" and config.confidence and len(prompt) > 1:  # CALM: a prompt gets exact ones
             self.advance(prompt[:-1], {})
             self.prompt = prompt[-1:]
 
@@ -161,15 +165,6 @@ def stream(model: Transformer, prompt: list[int], config: DecodeConfig, counters
     yield from verified(run) if config.verify else plain(run)
 
 
-def recorded(model: Transformer, prompt: list[int], config: DecodeConfig, amateur: Transformer | None = None) -> Recorder:
-    """Decodes one prompt, and remembers the run for a page."""
-    recorder = Recorder()
-    tokens = stream(model, prompt, config, recorder, recorder.trace, amateur)
-    for _ in recorder.watch(tokens, len(prompt)):
-        pass
-    return recorder
-
-
 def generate(model: Transformer, prompt: list[int], config: DecodeConfig = DecodeConfig(),
              trace_type: type[Trace] = Trace, amateur: Transformer | None = None) -> Generation:
     """Decodes one prompt; see `stream` for what it raises."""
@@ -184,16 +179,20 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("--prompt", required=True,
                         help="text; token ids, separated by commas, where the checkpoint has no tokenizer")
-    parser.add_argument("--compare", metavar="NAMES", help="show several settings, and where each first differs from the full "
-                        "model: confidence functions or full, each with changes, as in softmax,jsd+threshold=0.5,softmax+verify")
+    parser.add_argument("--compare", metavar="NAMES",
+                        help="show several settings, and where each first differs from the full model: confidence "
+                             "functions or full, with changes, as in softmax,jsd+threshold=0.5,softmax+verify")
     parser.add_argument("--trace", metavar="FILE",
                         help="write one JSON line per token: id, text, exit layer, confidences, time, ..")
-    parser.add_argument("--html", metavar="FILE", help="write a page that shows the run beside the full model's: every token by its "
-                        "exit layer, what each layer would have said, the staircase pass by pass")
-    parser.add_argument("--staircase", action="store_true", help="after every token print filled: 4×13 12×7 are 13 positions "
-                        "in layers 1 to 4, 7 in 5 to 12")
-    parser.add_argument("--thresholds", metavar="FILE", help="JSON file of settings, as calibration writes it; flags outrank it")
-    parser.add_argument("--amateur", metavar="CHECKPOINT", help="a second, weaker model to contrast with (Contrastive Decoding)")
+    parser.add_argument("--html", metavar="FILE",
+                        help="write a page that shows the run beside the full model's: every token by its exit layer, "
+                             "what each layer would have said, the staircase pass by pass")
+    parser.add_argument("--staircase", action="store_true",
+                        help="after every token print filled: 4×13 12×7 are 13 positions in layers 1 to 4, 7 in 5 to 12")
+    parser.add_argument("--thresholds", metavar="FILE",
+                        help="JSON file of settings, as calibration writes it; flags outrank it")
+    parser.add_argument("--amateur", metavar="CHECKPOINT",
+                        help="a second, weaker model to contrast with (Contrastive Decoding)")
     add_model_flags(parser, DEFAULT_CHECKPOINT)
     add_flags(parser, COMMAND, "decoding")
     return parser
@@ -201,19 +200,22 @@ def make_parser() -> Parser:
 
 def main() -> None:
     args = make_parser().parse_args()
-    place = device_and_dtype(args)
-    model, tokenizer = load_checkpoint(args.checkpoint, *place)
+    options = loading(args)
+    model, tokenizer = load_checkpoint(args.checkpoint, **options)
     contrast = {"predict": "contrast"} if args.amateur else {}
     config, source = settings_of(args.checkpoint, args.thresholds, contrast | given(args, DecodeConfig))
-    prompt, amateur = read_prompt(args.prompt, tokenizer), read_amateur(args.amateur, tokenizer, *place)
+    prompt, amateur = read_prompt(args.prompt, tokenizer), read_amateur(args.amateur, tokenizer, options)
     configs = variants(config, args.compare) if args.compare else {"": config}
     check_prompt(prompt, model)
     for each in configs.values():
         each.exits(model.config)  # a mistake there leaves an old trace file alone
-    runs = {}  # for the page
+    if args.html:
+        check_replaceable(args.html)
+    full, runs = Recorder(), {}
     if args.compare or args.html:
-        generate(model, prompt, replace(config.full(), max_new_tokens=4), amateur=amateur)  # warms up: the first is slow
-        runs["full model"] = config.full(), recorded(model, prompt, config.full(), amateur)
+        generate(model, prompt, replace(config.full(), max_new_tokens=4), amateur=amateur)  # warms up
+        full = recorded(stream, model, prompt, config.full(), amateur)
+        runs["full model"] = config.full(), full
     print(f"settings: {config.describe(model.config)} ({source})", file=sys.stderr)
     print(args.prompt)
     with open(args.trace, "w", encoding="utf-8") if args.trace else nullcontext() as trace:
@@ -224,8 +226,7 @@ def main() -> None:
             tokens = recorder.watch(stream(model, prompt, each, recorder, recorder.trace, amateur), len(prompt))
             ids = show(tokens, tokenizer, model.config.n_layers, recorder, trace, args.staircase)
             if name:
-                full = [token.id for token in runs["full model"][1].settled]
-                print(f"{difference(ids, full, tokenizer)}\n")
+                print(f"{difference(ids, [token.id for token in full.settled], tokenizer)}\n")
             if each.confidence or each.full() != config.full():
                 runs[name or each.confidence] = each, recorder
     if args.html:

@@ -4,6 +4,8 @@ Dimensions: B batch, T time, N rows, d model width, H query heads, K key/value h
 Layers count from 1 to L; index 0 stands for the embedding. Positions count from 0.
 """
 
+import common.threads  # noqa: F401  before torch
+
 import functools
 import math
 import os
@@ -17,8 +19,9 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from common.config import option
 from common.errors import UserError
-from formats.checkpoint import fitting, read_checkpoint, read_tokenizer
-from formats.weights import linear, rms_norm, store
+from formats.checkpoint import check_finite, check_size, fitting, read_checkpoint, read_tokenizer
+from formats.shape import check_shape, one_or_several
+from formats.weights import adopt, linear, rms_norm, store
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
@@ -41,7 +44,7 @@ class ModelConfig:
     classifiers: tuple[int, ...] = option((), "exit layers with a confidence classifier")
     exit_layers: tuple[int, ...] = option((), "layers that the model was trained to exit at")
     adapter_rank: int = option(0, "rank of the adapter before every norm in exit_norms; 0: no adapters")
-    eos_id: int | None = option(2, "token that ends a text; none: nothing does")
+    eos_id: tuple[int, ...] | int | None = option(2, "token that ends a text, or several; none: nothing does")
     head_dim: int | None = option(None, "width of a head, even; none: d_model / n_heads")
     activation: str = option("silu", "of the gated MLP: silu, or gelu_tanh (Gemma)")
     embedding_scale: float = option(1.0, "factor of the embeddings (Gemma: sqrt d_model)")
@@ -50,49 +53,31 @@ class ModelConfig:
     post_norms: bool = option(False, "norm what attention and MLP add, too (Gemma 2 and 3)")
     attention_cap: float | None = option(None, "soft cap of q k (Gemma 2); none: no cap")
     logit_cap: float | None = option(None, "soft cap of the logits (Gemma 2); none: no cap")
-    window: int | None = option(None, "newest positions, its own included, that a position sees (Mistral 0.1, Gemma 2 and 3); none: all")
+    window: int | None = option(None, "newest positions, its own included, that a position sees (Mistral 0.1, Gemma 2 "
+                                      "and 3); none: all")
     global_layers: tuple[int, ...] = option((), "layers that see all positions in spite of a window")
     local_rope_base: float | None = option(None, "rope_base of the layers with a window (Gemma 3); none: the same")
     rope_factor: float = option(1.0, "divides the rotary frequencies, but for those of local_rope_base")
-    rope_bands: tuple[float, ...] = option((), "Llama 3: low, high and length; rope_factor divides fully what turns less than low times in "
-                                               "length positions, not at all what turns more than high times")  # fmt: skip
+    rope_bands: tuple[float, ...] = option((), "Llama 3: low, high and length; rope_factor divides fully what turns "
+                                               "less than low times in length positions, not what turns more than high")
 
     def __post_init__(self):
         for name in ("exit_norms", "classifiers", "exit_layers", "global_layers", "rope_bands"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "max_len", "head_dim", "window"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
-        if self.adapter_rank < 0 or (self.adapter_rank and not self.exit_norms):
-            raise UserError(f"adapter_rank is {self.adapter_rank}; it must be at least 0, and above 0 only with exit_norms")
-        if self.head_dim is None:
-            if self.d_model % self.n_heads:
-                raise UserError(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}, or head_dim given")
-            object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
-        if self.head_dim % 2:
-            raise UserError(f"head_dim is {self.head_dim} (d_model / n_heads if not given); it must be even")
-        if self.n_heads % self.n_kv_heads:
-            raise UserError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
-        if self.activation not in ACTIVATIONS:
-            raise UserError(f"unknown activation {self.activation!r}; choose from {', '.join(ACTIVATIONS)}")
-        for name in ("query_scale", "attention_cap", "logit_cap", "local_rope_base", "rope_base", "rope_factor"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise UserError(f"{name} is {value}; it must be above 0")
-        if self.rope_bands and (len(self.rope_bands) != 3 or not 0 < self.rope_bands[0] < self.rope_bands[1]):
-            raise UserError(f"rope_bands is {self.rope_bands}; it must be low, high and length, low below high, or nothing")
-        for name in ("exit_norms", "classifiers", "exit_layers"):
-            check_layers(name, getattr(self, name), self.n_layers)
+        object.__setattr__(self, "eos_id", one_or_several(self.eos_id))
+        check_shape(self)
+        object.__setattr__(self, "head_dim", self.head_dim or self.d_model // self.n_heads)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The token ids that end a text."""
+        if self.eos_id is None:
+            return frozenset()
+        return frozenset(self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,))
 
     def slides(self, layer: int) -> bool:
         """Whether the layer has a window."""
         return self.window is not None and layer not in self.global_layers
-
-
-def check_layers(name: str, layers, n_layers: int) -> None:
-    """Raises ValueError unless every exit layer lies in 1..L-1 (layer L is not an exit: it is the full model)."""
-    bad = [layer for layer in layers if not 1 <= layer < n_layers]
-    if bad:
-        raise UserError(f"{name}: layer {bad[0]} is not an exit of a model of {n_layers} layers; choose from 1 to {n_layers - 1}")
 
 
 # ---------------------------------------------------------------- positions and attention
@@ -103,7 +88,7 @@ def rope_table(config: ModelConfig) -> Tensor:
     where layers with a window have a base of their own (theirs is the last)."""
     exponent = -torch.arange(config.head_dim // 2, dtype=torch.float64) / (config.head_dim // 2)
     frequency = config.rope_base**exponent
-    if config.rope_factor != 1:  # Llama 3: slowed for long texts (llama-models, `apply_scaling`); without bands all alike
+    if config.rope_factor != 1:  # slowed for long texts, as in Llama 3 (llama-models, `apply_scaling`); or all alike
         kept = torch.zeros_like(frequency)  # share of the frequency that is not slowed
         if config.rope_bands:
             low, high, length = config.rope_bands
@@ -118,7 +103,7 @@ def rope_table(config: ModelConfig) -> Tensor:
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1)
 
 
-def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """(B T, (H + 2K) C) -> q (B, H, T, C), k and v (B, K, T, C), q and k rotated, the pairs being (i, i + C/2).
     rope: cos and signed sin of the T positions, (T, C) each."""
     H, K, C = config.n_heads, config.n_kv_heads, config.head_dim
@@ -129,7 +114,7 @@ def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: tuple[Tensor
     return qk[:, :H], qk[:, H:], v
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: ModelConfig, causal: bool = False) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: ModelConfig, causal=False) -> Tensor:
     """softmax(q k * query_scale) v where `mask` (.., T, S) allows, or everywhere: q (B, H, T, C), k and v (B, K, S, C)
     -> (B T, H C)."""
     if config.attention_cap is None:
@@ -238,7 +223,8 @@ class Transformer(nn.Module):
         self.adapters = nn.ParameterDict()  # (2, rank, d): down, then up, which starts at zero, so as the identity
         if config.adapter_rank:
             self.adapters.update({str(layer): torch.zeros(2, config.adapter_rank, d) for layer in config.exit_norms})
-        self.classifiers = nn.ParameterDict({str(layer): torch.zeros(d + 1) for layer in config.classifiers})  # w, then b
+        classifiers = {str(layer): torch.zeros(d + 1) for layer in config.classifiers}  # w, then b
+        self.classifiers = nn.ParameterDict(classifiers)
         self.register_buffer("rope", rope_table(config), persistent=False)
         self.initialize()
 
@@ -305,12 +291,11 @@ class Transformer(nn.Module):
         final norm. (N, d) -> (N, d)."""
         if layer not in self.config.exit_norms:
             return rms_norm(hidden, self.norm, self.config.norm_eps)
-        norm = self.exit_norms[str(layer)]
-        hidden = hidden.to(norm.dtype)  # in training heads may be finer than the blocks
         if self.config.adapter_rank:
             down, up = self.adapters[str(layer)]
+            hidden = hidden.to(down.dtype)  # in training heads may be finer than the blocks
             hidden = hidden + hidden @ down.T @ up
-        return rms_norm(hidden, norm, self.config.norm_eps)
+        return rms_norm(hidden, self.exit_norms[str(layer)], self.config.norm_eps)
 
     def score(self, normed: Tensor, weight: Tensor) -> Tensor:
         """Logits of the tokens whose rows of the unembedding are `weight` (n, d): norm_l(h_l) (N, d) -> (N, n)
@@ -327,38 +312,28 @@ class Transformer(nn.Module):
         (N, d) -> (N,) float32. Raises UserError if this layer has none."""
         if layer not in self.config.classifiers:
             have = ", ".join(map(str, self.config.classifiers)) or "none"
-            raise UserError(f"layer {layer} has no confidence classifier (layers with one: {have}); train it, or ask another "
-                            "confidence")
+            raise UserError(f"layer {layer} has no confidence classifier (layers with one: {have}); train it, or ask "
+                            "another confidence")
         w = self.classifiers[str(layer)]
-        return (self.exit_norm(hidden, layer) @ w[:-1] + w[-1]).float().sigmoid()
-
-    def head_flops(self, layer: int, n: int) -> int:
-        """Floating-point operations of one row's head over n tokens: 2 a weight, those of the layer's adapter
-        included."""
-        rank = self.config.adapter_rank if layer in self.config.exit_norms else 0
-        return 2 * self.config.d_model * (n + 2 * rank)
-
-    def block_flops(self, first: int, stop: int) -> int:
-        """Floating-point operations of one block on the positions first .. stop - 1: 2 a weight and row, 4 H C a row
-        and position seen (without a window)."""
-        c = self.config
-        weights = c.d_model * (2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 3 * c.d_ff)
-        seen = (first + 1 + stop) * (stop - first) // 2
-        return 2 * weights * (stop - first) + 4 * c.n_heads * c.head_dim * seen
+        return (self.exit_norm(hidden, layer).to(w.dtype) @ w[:-1] + w[-1]).float().sigmoid()
 
 
 # ---------------------------------------------------------------- from a file
 
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
-                    form: str | None = None):
+                    form: str | None = None, check: bool = False):
     """Returns (model, tokenizer) ready to decode: tokenizer is a SentencePieceProcessor, or None if the file holds
-    none. `dtype` None: float32 on the CPU for float16 files (CPUs are slow at several rows in half precision), else
-    the file's own. `form`: how a CPU stores the weights (formats/weights.py; None: by its rule). Raises UserError."""
-    content, device = read_checkpoint(path), torch.device(device)
+    none. `dtype`, of the matrices (vectors keep at least the file's precision), None: float32 on the CPU for float16
+    files (CPUs are slow at several rows in half precision), else the file's own. `form`: how a CPU stores the weights
+    (formats/weights.py; None: by its rule). `check`: compare the file with its checksums first. Raises UserError."""
+    content, device = read_checkpoint(path, check), torch.device(device)
+    check_finite(path)
     with fitting(path):
+        config = ModelConfig(**content["config"])
+        check_size(content["weights"], config)
         with torch.device("meta"):
-            model = Transformer(ModelConfig(**content["config"])).eval()
+            model = Transformer(config).eval()
         model.load_state_dict(content["weights"], assign=True)
         blob = content["tokenizer"]
     tokenizer = None if blob is None else read_tokenizer(path, blob.numpy().tobytes(), model.config.vocab_size)
@@ -373,12 +348,3 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu",
             del content, blob
             adopt(model, read_checkpoint(path)["weights"], device, dtype)
     return model, tokenizer
-
-
-def adopt(model: Transformer, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
-    """Gives the model all weights that are not packed, one by one, so that only one lies twice in memory."""
-    for prefix, module in model.named_modules():
-        for name, weight in module._parameters.items():
-            if not weight.is_mkldnn:
-                new = weights[f"{prefix}.{name}" if prefix else name].to(device, dtype)
-                module._parameters[name] = nn.Parameter(new, requires_grad=False)

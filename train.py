@@ -12,6 +12,8 @@ more while a step runs: 18 GB for 1B weights. With --recompute, the states betwe
 small beside that; so are logits (training/chunked.py).
 """
 
+import common.threads  # noqa: F401  before torch
+
 import math
 import time
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common.errors import UserError, run
-from common.flags import Parser, add_flags, given
+from common.flags import Parser, add_flags, add_thread_flag, given, use_threads, warn_if_busy
 from common.plugins import name_and_file
 from common.processes import process_group, processes, tell, total
 from model import ModelConfig, Transformer
@@ -158,6 +160,7 @@ def make_parser() -> Parser:
     add("--out", default="runs/default", metavar="FOLDER", help="for checkpoint, log and model (default: %(default)s)")
     add("--overwrite", action="store_true", help="start anew, even if --out holds a training or a model")
     add("--plot", type=Path, metavar="LOG", help="draw the curves of a log.jsonl beside it, and end (needs matplotlib)")
+    add_thread_flag(parser)
     add_flags(parser, TrainConfig(), "what to train")
     add_flags(parser, ModelConfig(), "shape of the model; with --init, that of the checkpoint", skip=("exit_layers",))
     return parser
@@ -170,6 +173,8 @@ def main() -> None:
 
         print(f"wrote {draw_training(args.plot)}")
         return
+    use_threads(args.threads)
+    warn_if_busy()
     config = TrainConfig(**given(args, TrainConfig))
     with process_group(config.device):
         run_training(config, shape_from(config, given(args, ModelConfig)), Path(args.out), args.overwrite)

@@ -1,1 +1,3 @@
-"""What every command shares: settings as flags, errors for users, files written whole, several processes."""
+"""What every command shares: settings as flags, errors for users, files written whole, threads, several processes."""
+
+import common.threads  # noqa: F401  before torch

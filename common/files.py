@@ -1,4 +1,4 @@
-"""Files written whole or not at all; short names for what lies in files."""
+"""Files written whole or not at all; JSON that somebody else wrote; short names for what lies in files."""
 
 import contextlib
 import hashlib
@@ -7,17 +7,42 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.errors import UserError
+
 
 @contextlib.contextmanager
-def whole_file(path) -> Iterator[str]:
-    """Gives a temporary name to write to; renames it to `path` at the end, so that the file is written whole or not at all."""
-    part = f"{os.fspath(path)}.part"
+def whole_file(path: str | os.PathLike) -> Iterator[str]:
+    """Gives a temporary name to write to; renames it to `path` at the end, so that the file is written whole or not at
+    all.
+
+    A symbolic link stays one: the file that it points to is written. Raises UserError for a path that is there and no
+    regular file (a folder, a device, a FIFO), and for a full disk; OSError, which names the file, where nothing may be
+    written.
+    """
+    path = os.path.realpath(path)
+    check_replaceable(path)
+    part = f"{path}.part"
     try:
+        open(part, "wb").close()  # says at once, and with the name, if it may not be written
         yield part
         os.replace(part, path)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise UserError(f"{path}: could not be written ({error.strerror}); what was there is kept") from None
     finally:
         if os.path.exists(part):
             os.remove(part)
+
+
+def check_replaceable(path: str | os.PathLike) -> None:
+    """Raises UserError unless `path` is a regular file, or nothing yet in a folder that exists."""
+    path = os.path.realpath(path)
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: is no regular file, and nothing else is replaced; give another name")
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        raise UserError(f"{path}: there is no folder {folder} to write to")
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -26,7 +51,39 @@ def write_json(path: Path, content: dict) -> None:
         Path(part).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_json(path: str | os.PathLike, what: str) -> dict:
+    """The object in a JSON file, which is to be used as `what` (in words). Raises UserError for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; it was to be used as {what}")
+    content = parse_json(path.read_bytes(), str(path))
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object, so it is not usable as {what}")
+    return content
+
+
+def parse_json(text: str | bytes, where: str, **options):
+    """The value of a JSON text that comes from `where` (a file, perhaps a line of it); `options` are those of
+    json.loads. Raises UserError for what is none, and for what Python's reader gives up: too deep, or an integer of
+    thousands of digits."""
+    try:
+        return json.loads(text, **options)
+    except json.JSONDecodeError as error:
+        reason = error.msg
+    except UnicodeDecodeError:
+        reason = "bytes that are not UTF-8"
+    except RecursionError:
+        reason = "nested too deep"
+    except ValueError as error:  # Python reads no integer of more than 4,300 digits
+        reason = str(error).split(";")[0]
+    raise UserError(f"{where}: not JSON ({reason})")
+
+
 def digest(*parts) -> str:
     """A short name for these values; for the content of files given as Path, by their size and time of change."""
-    state = [(str(part), part.stat().st_size, part.stat().st_mtime_ns) if isinstance(part, Path) else part for part in parts]
+    state = []
+    for part in parts:
+        if isinstance(part, Path):
+            part = (str(part), part.stat().st_size, part.stat().st_mtime_ns)
+        state.append(part)
     return hashlib.sha256(repr(state).encode()).hexdigest()[:16]

@@ -6,6 +6,7 @@ L layers, T positions, V vocabulary, d model width.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -34,12 +35,13 @@ class Page:
         self.passes: list[Pass] = []
         self.shown: set[int] = set()  # token ids
 
-    def add(self, title: str, prompt: list[int], runs: dict[str, tuple[DecodeConfig, Recorder]]) -> None:
+    def add(self, title: str, prompt: list[int], runs: dict[str, tuple[DecodeConfig, Recorder]],
+            references: Sequence[str] = ()) -> None:
         """A prompt, its text or name as `title`, and what became of it under several settings, the first of which is
-        the full model."""
+        the full model. `references`: right answers."""
         full = next(iter(runs.values()))[1].settled
         rows = [self.run(name, config, recorder, prompt, full) for name, (config, recorder) in runs.items()]
-        self.inputs.append({"title": title, "prompt": prompt, "runs": rows})
+        self.inputs.append({"title": title, "prompt": prompt, "runs": rows, "references": list(references)})
         self.shown.update(prompt)
 
     def run(self, name: str, config: DecodeConfig, recorder: Recorder, prompt: list[int], full: list[Token]) -> dict:

@@ -4,7 +4,7 @@ given a Trace and Counters that also take notes.
 L layers; step L + 1 is the head over the vocabulary. Positions count from 0, passes too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from cache import KVCache
 from confidence import Trace
 from decoding.record import Counters, Token
+from decoding.settings import DecodeConfig
 from model import Transformer
 
 
@@ -146,3 +147,12 @@ class Recorder(Counters):
             yield token
             self._started += perf_counter() - left
         self.close_pass()
+
+
+def recorded(stream: Callable[..., Iterator[Token]], model: Transformer, prompt: list[int], config: DecodeConfig,
+             amateur: Transformer | None = None) -> Recorder:
+    """Decodes one prompt with decode.stream, and remembers the run."""
+    recorder = Recorder()
+    for _ in recorder.watch(stream(model, prompt, config, recorder, recorder.trace, amateur), len(prompt)):
+        pass
+    return recorder

@@ -1,12 +1,12 @@
 """Text in, batches out: the readers of every data format, prompts and completions.
 
-A document is [bos] prompt [sep] completion [eos], learned on the completion only; plain text has no prompt and is learned whole.
+A document is [bos] prompt [sep] completion [eos], learned on the completion only; plain text has no prompt and is
+learned whole.
 """
 
 import csv
 import gzip
 import io
-import json
 import lzma
 import re
 import zlib
@@ -15,13 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import parse_json
 
 HERE = Path(__file__).parent.parent
-FILES = {"translation": "data/translation/{}.tsv.xz", "e2e": "data/e2e/{}.csv.xz", "fairytaleqa": "data/fairytaleqa/{}.jsonl.xz",
-         "stories": "data/stories/{}.jsonl.xz"}  # fmt: skip
+FILES = {
+    "translation": "data/translation/{}.tsv.xz",
+    "e2e": "data/e2e/{}.csv.xz",
+    "fairytaleqa": "data/fairytaleqa/{}.jsonl.xz",
+    "stories": "data/stories/{}.jsonl.xz",
+}
 SUMMARY = "{dialogue}\nSummary:\n"                              # the prompts of SAMSum,
 QUESTION = "{context}\nQuestion: {question}\nAnswer:\n"        # SQuAD and FairytaleQA
-SURROGATE = re.compile("[\ud800-\udfff]")  # half of a letter, which UTF-8 cannot write
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a letter, or what stands for a byte that is not UTF-8
+NOT_UTF8 = "bytes that are not UTF-8, or half a letter"
 
 
 @dataclass(frozen=True)
@@ -46,101 +52,158 @@ def locate(path: str) -> str:
 
 # ---------------------------------------------------------------- readers
 
+Found = tuple[str, str] | UserError  # a pair, or what is wrong with it
+
 
 def open_text(path: str | Path) -> io.TextIOBase:
-    """Opens a text file, compressed (.xz, .gz) or not, as UTF-8, with or without a byte-order mark."""
+    """Opens a text file, compressed (.xz, .gz) or not, as UTF-8, with or without a byte-order mark. Bytes that are not
+    UTF-8 come as surrogates, so that they spoil no more than their line."""
     opener = {".xz": lzma.open, ".gz": gzip.open}.get(Path(path).suffix, open)
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
+    return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def read_pairs(path: str | Path, skipped: list[str] | None = None) -> Iterator[tuple[str, str]]:
-    """Yields (prompt, completion) from a file, its format told by its ending: .csv with the columns mr,ref (E2E NLG), .tsv with
-    source and target (translation), .jsonl with a record a line, .json with a list of records or SQuAD's layout, and .txt as one text.
-    Records: see `from_record`. Raises ValueError naming the file, and the line where there is one, for what is malformed, not UTF-8,
-    or empty; given a list, malformed lines are noted there instead, and skipped."""
-    kind = Path(path).with_suffix("").suffix if Path(path).suffix in (".xz", ".gz") else Path(path).suffix
+    """Yields (prompt, completion) from a file, its format told by its ending: .csv with the columns mr and ref (E2E
+    NLG), .tsv with source and target (translation), .jsonl with a record a line, .json with a list of records or
+    SQuAD's layout, and .txt as one text. Records: see `from_record`. Raises UserError naming the file, and the line
+    where there is one, for what is malformed, not UTF-8, or empty; given a list, malformed lines are noted there
+    instead, and skipped."""
+    inner = Path(path)
+    if inner.suffix in (".xz", ".gz"):
+        inner = inner.with_suffix("")
     readers = {".csv": _read_csv, ".tsv": _read_tsv, ".jsonl": _read_jsonl, ".json": _read_json, ".txt": _read_txt}
-    if kind not in readers:
-        raise UserError(f"{path}: unknown kind of data file; its name must end in {', '.join(readers)} (then .xz or .gz if compressed)")
+    if inner.suffix not in readers:
+        endings = f"{', '.join(readers)} (then .xz or .gz if compressed)"
+        raise UserError(f"{path}: unknown kind of data file; its name must end in {endings}")
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such data file")
     count = 0
     try:
         with open_text(path) as file:
-            for found in readers[kind](file, path):
-                if isinstance(found, ValueError):
-                    if skipped is None:
-                        raise found
-                    skipped.append(str(found))
-                else:
+            for found in readers[inner.suffix](file, path):
+                if not isinstance(found, UserError):
                     count += 1
                     yield found
-    except (UnicodeDecodeError, csv.Error, lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+                elif skipped is None:
+                    raise found
+                else:
+                    skipped.append(str(found))
+    except (csv.Error, lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path}: not readable after {count} records: {error}") from None
     if not count:
         raise UserError(f"{path}: holds no data")
 
 
-def _pair(where: str, prompt, completion) -> tuple[str, str] | ValueError:
-    """What a reader yields: the pair, or what is wrong with it. Only a text has an empty prompt."""
-    if is_text(prompt) and is_text(completion):
-        return prompt, completion
-    return UserError(f"{where}: needs two non-empty texts, prompt and completion")
+def _pair(where: str, prompt, completion) -> Found:
+    """A prompt and its completion, or what is wrong with them. Only a text has an empty prompt."""
+    if not is_text(prompt) or not is_text(completion):
+        return UserError(f"{where}: needs two non-empty texts, prompt and completion")
+    if SURROGATE.search(prompt) or SURROGATE.search(completion):
+        return UserError(f"{where}: holds {NOT_UTF8}")
+    return prompt, completion
+
+
+def _text(where: str, text) -> Found:
+    """A text without a prompt, or what is wrong with it."""
+    if not is_text(text):
+        return UserError(f"{where}: needs a non-empty text")
+    if SURROGATE.search(text):
+        return UserError(f"{where}: holds {NOT_UTF8}")
+    return "", text
 
 
 def is_text(value) -> bool:
-    """Whether it is a text that is not empty and can be written as UTF-8."""
-    return isinstance(value, str) and bool(value.strip()) and not SURROGATE.search(value)
+    """Whether it is a text with something in it."""
+    return isinstance(value, str) and bool(value.strip())
 
 
-def _read_csv(file, path):
+def _read_csv(file, path) -> Iterator[Found]:
     rows = csv.reader(file, strict=True)
-    if next(rows, None) != ["mr", "ref"]:
-        raise UserError(f"{path}, line 1: the header must be mr,ref")
-    for row in rows:
-        yield _columns(row, f"{path}, line {rows.line_num}")
+    header = next(rows, [])
+    if "mr" not in header or "ref" not in header:
+        raise UserError(f"{path}, line 1: the header must name the columns mr and ref (E2E NLG)")
+    prompt, completion = header.index("mr"), header.index("ref")
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield UserError(f"{path}, line {rows.line_num}: not CSV ({error})")
+            continue
+        where = f"{path}, line {rows.line_num}"
+        if len(row) != len(header):
+            yield UserError(f"{where}: has {len(row)} columns; {len(header)} are needed")
+        else:
+            yield _pair(where, row[prompt], row[completion])
 
 
-def _read_tsv(file, path):
+def _read_tsv(file, path) -> Iterator[Found]:
     for number, line in enumerate(file, 1):
-        yield _columns(line.rstrip("\r\n").split("\t"), f"{path}, line {number}")
+        row, where = line.rstrip("\r\n").split("\t"), f"{path}, line {number}"
+        if len(row) != 2:
+            yield UserError(f"{where}: has {len(row)} columns; 2 are needed")
+        else:
+            yield _pair(where, *row)
 
 
-def _columns(row: list[str], where: str) -> tuple[str, str] | ValueError:
-    return _pair(where, *row) if len(row) == 2 else UserError(f"{where}: has {len(row)} columns; 2 are needed")
-
-
-def _read_jsonl(file, path):
+def _read_jsonl(file, path) -> Iterator[Found]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            yield UserError(f"{path}, line {number}: not JSON ({error.msg})")
+            row = parse_json(line, where)
+        except UserError as error:
+            yield error
             continue
-        yield from from_record(row, f"{path}, line {number}")
+        yield from from_record(row, where)
 
 
-def _read_json(file, path):
+def _read_json(file, path) -> Iterator[Found]:
+    content = parse_json(file.read(), str(path))
     try:
-        content = json.load(file)
-        rows = content if isinstance(content, list) else [
-            {"context": paragraph["context"], **question}
-            for article in content["data"] for paragraph in article["paragraphs"] for question in paragraph["qas"]
-        ]  # fmt: skip
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: neither a list of records nor in SQuAD's layout ({type(error).__name__}: {error})") from None
+        rows = content if isinstance(content, list) else squad_records(content)
+    except (KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: neither a list of records nor in SQuAD's layout ({reason})") from None
     for number, row in enumerate(rows, 1):
         yield from from_record(row, f"{path}, record {number}")
 
 
-def from_record(row, where: str) -> Iterator[tuple[str, str] | ValueError]:
-    """(prompt, completion) for every completion of a JSON record: `text`, whose prompt is ""; `prompt` with `completion` or a list of
-    `references`; `dialogue` and `summary` (SAMSum); `context`, `question` and `answers`, texts, [{"text": …}] or {"text": […]}
-    (FairytaleQA, SQuAD)."""
-    row = row if isinstance(row, dict) else {}
-    row = {key: value.replace("\r\n", "\n") if isinstance(value, str) else value for key, value in row.items()}
+def squad_records(content: dict) -> list[dict]:
+    """The questions of a file in SQuAD's layout, each with its context."""
+    records = []
+    for article in content["data"]:
+        for paragraph in article["paragraphs"]:
+            for question in paragraph["qas"]:
+                records.append({"context": paragraph["context"], **question})
+    return records
+
+
+def _read_txt(file, path) -> Iterator[Found]:
+    text = file.read()
+    found = SURROGATE.search(text)
+    if found:
+        line = text.count("\n", 0, found.start()) + 1
+        raise UserError(f"{path}, line {line}: holds {NOT_UTF8}")
+    if text.strip():
+        yield "", text
+
+
+# ---------------------------------------------------------------- records
+
+
+def from_record(row, where: str) -> Iterator[Found]:
+    """(prompt, completion) for every completion of a JSON record: `text`, whose prompt is ""; `prompt` with
+    `completion` or a list of `references`; `dialogue` and `summary` (SAMSum); `context`, `question` and `answers`,
+    texts, [{"text": …}] or {"text": […]} (FairytaleQA, SQuAD). A question that is marked as having no answer (SQuAD
+    2.0) gives none."""
+    row = {name: _unix(value) for name, value in row.items()} if isinstance(row, dict) else {}
     if "text" in row:
-        yield ("", row["text"]) if is_text(row["text"]) else UserError(f"{where}: needs a non-empty text")
+        yield _text(where, row["text"])
+        return
+    if is_unanswerable(row):
         return
     if "dialogue" in row:
         form, parts, targets = SUMMARY, ["dialogue"], [row.get("summary")]
@@ -150,15 +213,30 @@ def from_record(row, where: str) -> Iterator[tuple[str, str] | ValueError]:
         form, parts, targets = "{prompt}", ["prompt"], row.get("references") or [row.get("completion")]
     values = {part: row.get(part) for part in parts}
     prompt = form.format(**values) if all(map(is_text, values.values())) else None
-    targets = targets.get("text") if isinstance(targets, dict) else targets
-    for target in targets if targets and isinstance(targets, list) else [None]:
-        yield _pair(where, prompt, target.get("text") if isinstance(target, dict) else target)
+    if isinstance(targets, dict):
+        targets = targets.get("text")
+    if not targets or not isinstance(targets, list):
+        targets = [None]
+    for target in targets:
+        if isinstance(target, dict):
+            target = target.get("text")
+        yield _pair(where, prompt, target)
 
 
-def _read_txt(file, path):
-    text = file.read()
-    if text.strip():
-        yield "", text
+def _unix(value):
+    """A text with the line ends of Unix; anything else as it is."""
+    return value.replace("\r\n", "\n") if isinstance(value, str) else value
+
+
+def is_unanswerable(row: dict) -> bool:
+    """Whether a question is marked as having no answer: by SQuAD 2.0's own file, or by an empty list beside its
+    starts."""
+    answers = row.get("answers")
+    empty = isinstance(answers, dict) and answers.get("text") == []
+    return "question" in row and (row.get("is_impossible") is True or empty)
+
+
+# ---------------------------------------------------------------- whole files
 
 
 @dataclass(frozen=True)
@@ -168,12 +246,19 @@ class Corpus:
     files: tuple[str, ...]
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        return (pair for file in self.files for pair in read_pairs(file))
+        for file in self.files:
+            yield from read_pairs(file)
 
 
 def read_examples(path: str | Path, skipped: list[str] | None = None) -> list[Example]:
-    """The distinct prompts of a file in their order, each with all of its references. Raises and skips as `read_pairs` does."""
+    """The distinct prompts of a file in their order, each with all of its references. Raises and skips as `read_pairs`
+    does."""
     groups: dict[str, list[str]] = {}
     for prompt, completion in read_pairs(path, skipped):
         groups.setdefault(prompt, []).append(completion)
     return [Example(prompt, tuple(references)) for prompt, references in groups.items()]
+
+
+def merged(examples: list[Example]) -> int:
+    """How many completions of a file were for a prompt that came before, and so became one more reference to it."""
+    return sum(len(example.references) - 1 for example in examples)

@@ -3,7 +3,7 @@
 import io
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import sentencepiece as spm
 
@@ -14,38 +14,52 @@ LINE = 10_000  # characters of a line that are trained on together; sentencepiec
 
 
 def train_tokenizer(pairs: Iterable[tuple[str, str]], vocab_size: int) -> bytes:
-    """A sentencepiece model, trained line by line: BPE, every byte representable, characters left as they are, runs of spaces made one;
-    with a separator if there are prompts. The pairs are gone through twice. Raises ValueError if there is too little text, and what
-    reading the pairs raises."""
-    model, asked = io.BytesIO(), any([bool(prompt) for prompt, _ in pairs])  # all are read here: sentencepiece would hide an error
-    lines = (line[at : at + LINE] for pair in pairs for text in pair for line in text.splitlines() if line.strip()
-             for at in range(0, len(line), LINE))  # fmt: skip
+    """A sentencepiece model, trained line by line: BPE, every byte representable, characters left as they are, runs of
+    spaces made one; with a separator if there are prompts. The pairs are gone through twice. Raises UserError if there
+    is too little text, and what reading the pairs raises."""
+    prompted = [bool(prompt) for prompt, _ in pairs]  # all are read here: sentencepiece would hide an error
+    model = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
-            character_coverage=0.9995, normalization_rule_name="identity", user_defined_symbols=[SEP] if asked else [],
-            num_threads=os.cpu_count(), max_sentence_length=65536, minloglevel=2,
-        )
+            sentence_iterator=lines_of(pairs), model_writer=model, vocab_size=vocab_size, model_type="bpe",
+            byte_fallback=True, character_coverage=0.9995, normalization_rule_name="identity",
+            user_defined_symbols=[SEP] if any(prompted) else [], num_threads=os.cpu_count(), max_sentence_length=65536,
+            minloglevel=2,
+        )  # fmt: skip
     except RuntimeError as error:
-        raise UserError(f"no tokenizer of {vocab_size} pieces from this text: {str(error).splitlines()[-1]}") from None
+        reason = str(error).splitlines()[-1]
+        raise UserError(f"no tokenizer of {vocab_size} pieces from this text: {reason}") from None
     return model.getvalue()
+
+
+def lines_of(pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """All lines of prompts and completions, long ones in parts."""
+    for pair in pairs:
+        for text in pair:
+            for line in text.splitlines():
+                if line.strip():
+                    yield from (line[at : at + LINE] for at in range(0, len(line), LINE))
 
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces (sentencepiece_model.proto)
 
 
-def build_tokenizer(tokens: list[str], scores: list[float], types: list[int], unk: int, bos: int | None, eos: int | None,
-                    prefix: bool) -> bytes:
-    """A sentencepiece BPE model of these pieces, as the bytes of a ModelProto (sentencepiece_model.proto). Text is taken as it is, spaces
-    become ▁, with `prefix` one is put before the text, and what has no piece goes by bytes."""
+def build_tokenizer(
+    tokens: list[str], scores: list[float], types: list[int], unk: int, bos: int | None, eos: int | None, prefix: bool
+) -> bytes:
+    """A sentencepiece BPE model of these pieces, as the bytes of a ModelProto (sentencepiece_model.proto). Text is
+    taken as it is, spaces become ▁, with `prefix` one is put before the text, and what has no piece goes by bytes."""
     pieces, types = [token.replace(" ", "▁").encode() for token in tokens], list(types)
     types[unk] = UNKNOWN
-    model = b"".join(_field(1, _field(1, p) + _field(2, float(s)) + _field(3, int(t))) for p, s, t in zip(pieces, scores, types))
+    parts = []
+    for piece, score, kind in zip(pieces, scores, types):
+        parts.append(_field(1, _field(1, piece) + _field(2, float(score)) + _field(3, int(kind))))
     trainer = _field(3, 2) + _field(4, len(pieces)) + _field(35, BYTE in types)  # BPE, size, byte fallback
-    for number, at in enumerate((unk, bos, eos, None)):  # unk, bos, eos, pad: by id, and by name; one that does not exist is not found
-        trainer += _field(40 + number, -1 if at is None else at) + _field(45 + number, b"(none)" if at is None else pieces[at])
-    normalizer = _field(1, b"identity") + _field(3, prefix) + _field(4, False) + _field(5, True)  # keeps runs of spaces, as ▁
-    return model + _field(2, trainer) + _field(3, normalizer)
+    for number, at in enumerate((unk, bos, eos, None)):  # unk, bos, eos, pad: by id and by name, (none) is not found
+        trainer += _field(40 + number, -1 if at is None else at)
+        trainer += _field(45 + number, b"(none)" if at is None else pieces[at])
+    normalizer = _field(1, b"identity") + _field(3, prefix) + _field(4, False) + _field(5, True)  # keeps runs of ▁
+    return b"".join(parts) + _field(2, trainer) + _field(3, normalizer)
 
 
 def _field(number: int, value: bytes | float | int) -> bytes:
@@ -66,6 +80,16 @@ def _varint(value: int) -> bytes:
 
 
 def encode_prompt(tokenizer: spm.SentencePieceProcessor, prompt: str) -> list[int]:
-    """[bos] prompt [sep], each only where the tokenizer has one."""
+    """[bos] prompt [sep], each only where the tokenizer has one. Raises UserError for a prompt that UTF-8 cannot
+    write."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # what the shell gave as other bytes comes as surrogates
+        raise UserError(f"the prompt {prompt!r:.40} holds bytes that are not UTF-8; give it in UTF-8") from None
     bos, sep = tokenizer.bos_id(), tokenizer.piece_to_id(SEP)
-    return [*([bos] if bos >= 0 else []), *tokenizer.encode(prompt), *([sep] if sep != tokenizer.unk_id() else [])]
+    ids = tokenizer.encode(prompt)
+    if bos >= 0:
+        ids = [bos, *ids]
+    if sep != tokenizer.unk_id():
+        ids = [*ids, sep]
+    return ids

@@ -1,184 +1,38 @@
-"""Every layout, written here in tiny form from a known model, gives that model back; damaged ones give their error."""
+"""Every layout, written in tiny form from a known model, gives that model back."""
 
-import io
-import json
 import math
-import struct
 import sys
 from functools import partial
 
 import pytest
-import sentencepiece as spm
 import torch
 
 import convert
 import decode
 from common.errors import run
 from convert import model_config
-from formats.sources import read_safetensors
-from formats.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, build_tokenizer, encode_prompt
-from model import Transformer, load_checkpoint
+from model import load_checkpoint
+from tests.public import (
+    FAMILIES,
+    GGUF,
+    LLAMA,
+    SANDWICH,
+    convert_and_compare,
+    hf_config,
+    hf_tensors,
+    named,
+    safetensors,
+    write_hf,
+    write_llama2c,
+    write_meta,
+    write_safetensors,
+)
 
 
 @pytest.fixture
 def tiny_model(tiny_model):
     """Public checkpoints have no classifiers."""
     return partial(tiny_model, classifiers=())
-
-
-LLAMA = {"tie_embeddings": False, "head_dim": 8, "eos_id": 2}
-SANDWICH = {"head_dim": 6, "activation": "gelu_tanh", "embedding_scale": math.sqrt(32), "post_norms": True, "window": 4, "eos_id": 1}
-FAMILIES = {
-    "llama": LLAMA,
-    "llama tied": {**LLAMA, "tie_embeddings": True, "rope_factor": 8.0, "rope_bands": (1.0, 4.0, 32.0)},
-    "mistral": {**LLAMA, "window": 5},
-    "gemma": {"head_dim": 6, "activation": "gelu_tanh", "embedding_scale": math.sqrt(32), "eos_id": 1},
-    "gemma2": {**SANDWICH, "global_layers": (2, 4), "attention_cap": 50.0, "logit_cap": 30.0, "query_scale": 0.25},
-    "gemma3_text": {**SANDWICH, "global_layers": (3,), "qk_norm": True, "local_rope_base": 100.0, "rope_factor": 8.0},
-}
-TOKENS = torch.randint(0, 50, (1, 12), generator=torch.Generator().manual_seed(0))
-HF = {"attn_norm": "input_layernorm", "out": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm", "down": "mlp.down_proj",
-      "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
-      "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}  # fmt: skip
-HF_SANDWICH = {"mlp_norm": "pre_feedforward_layernorm", "attn_post_norm": "post_attention_layernorm",
-               "mlp_post_norm": "post_feedforward_layernorm"}  # fmt: skip
-META = {"attn_norm": "attention_norm", "out": "attention.wo", "mlp_norm": "ffn_norm", "down": "feed_forward.w2", "q": "attention.wq",
-        "k": "attention.wk", "v": "attention.wv", "gate": "feed_forward.w1", "up": "feed_forward.w3"}  # fmt: skip
-GGUF = {"attn_norm": "attn_norm", "out": "attn_output", "mlp_norm": "ffn_norm", "down": "ffn_down", "q": "attn_q", "k": "attn_k",
-        "v": "attn_v", "gate": "ffn_gate", "up": "ffn_up", "attn_post_norm": "post_attention_norm", "mlp_post_norm": "post_ffw_norm",
-        "q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}  # fmt: skip
-
-
-# ---------------------------------------------------------------- writers
-
-
-def named(model: Transformer, block: dict, layer: str, outer: tuple[str, str, str], interleaved: bool = False) -> dict[str, torch.Tensor]:
-    """The model's weights under other names, the fused ones in parts."""
-    c, out = model.config, {}
-    q, k, ff = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.d_ff
-    for name, weight in model.state_dict().items():
-        _, _, rest = name.partition("blocks.")
-        if not rest:
-            out[dict(zip(("embedding", "norm", "unembedding"), outer))[name] + ".weight"] = weight
-            continue
-        number, kind = rest.split(".")
-        sizes = {"qkv": (("q", q), ("k", k), ("v", k)), "gate_up": (("gate", ff), ("up", ff))}.get(kind, ((kind, len(weight)),))
-        for (part, _), rows in zip(sizes, weight.split([size for _, size in sizes])):
-            if interleaved and part in ("q", "k"):  # row i of a head goes to 2i, row i + C/2 to 2i + 1
-                heads = rows.view(-1, c.head_dim, rows.shape[1])
-                rows = torch.empty_like(heads)
-                rows[:, 0::2], rows[:, 1::2] = heads.chunk(2, dim=1)
-                rows = rows.flatten(0, 1)
-            out[f"{layer}.{number}.{block[part]}.weight"] = rows.contiguous()
-    return out
-
-
-def hf_tensors(model: Transformer, family: str) -> dict[str, torch.Tensor]:
-    block = HF | (HF_SANDWICH if model.config.post_norms else {})
-    tensors = named(model, block, "model.layers", ("model.embed_tokens", "model.norm", "lm_head"))
-    return {name: tensor - 1 if family.startswith("gemma") and "norm" in name else tensor for name, tensor in tensors.items()}
-
-
-def hf_config(model: Transformer, family: str) -> dict:
-    c = model.config
-    words = {
-        "model_type": family, "vocab_size": c.vocab_size, "hidden_size": c.d_model, "num_hidden_layers": c.n_layers,
-        "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_kv_heads, "head_dim": c.head_dim, "intermediate_size": c.d_ff,
-        "max_position_embeddings": c.max_len, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_base,
-        "tie_word_embeddings": c.tie_embeddings, "eos_token_id": [c.eos_id, 9], "sliding_window": c.window,
-    }  # fmt: skip
-    if family in ("gemma2", "gemma3_text"):
-        words |= {"query_pre_attn_scalar": c.query_scale**-2 if c.query_scale else c.head_dim,
-                  "sliding_window_pattern": c.global_layers[0], "attn_logit_softcapping": c.attention_cap,
-                  "final_logit_softcapping": c.logit_cap, "rope_local_base_freq": c.local_rope_base}  # fmt: skip
-    if c.rope_bands:
-        low, high, length = c.rope_bands
-        words["rope_scaling"] = {"rope_type": "llama3", "factor": c.rope_factor, "low_freq_factor": low, "high_freq_factor": high,
-                                 "original_max_position_embeddings": length}  # fmt: skip
-    elif c.rope_factor != 1:
-        words["rope_scaling"] = {"rope_type": "linear", "factor": c.rope_factor}
-    return words
-
-
-def safetensors(tensors: dict[str, torch.Tensor]) -> tuple[dict, bytes]:
-    """Header and data."""
-    header, data = {"__metadata__": {"format": "pt"}}, b""
-    for name, tensor in tensors.items():
-        raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-        kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[tensor.dtype]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(raw)]}
-        data += raw
-    return header, data
-
-
-def write_safetensors(path, header: dict | bytes, data: bytes, length: int | None = None) -> None:
-    header = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + data)
-
-
-def write_hf(folder, model: Transformer, family: str = "llama", kind: str = "safetensors", shards: int = 1, dtype=torch.float32) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hf_config(model, family)))
-    tensors = {name: tensor.to(dtype) for name, tensor in hf_tensors(model, family).items()}
-    stem, ending = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
-    places = {}
-    for shard in range(shards):
-        part = dict(list(tensors.items())[shard::shards])
-        name = f"{stem}-{shard}.{ending}" if shards > 1 else f"{stem}.{ending}"
-        places |= dict.fromkeys(part, name)
-        if kind == "safetensors":
-            write_safetensors(folder / name, *safetensors(part))
-        else:
-            torch.save(part, folder / name)
-    if shards > 1:
-        (folder / f"{stem}.{ending}.index.json").write_text(json.dumps({"weight_map": places}))
-
-
-def write_meta(folder, model: Transformer, shards: int, rows: bool = False) -> None:
-    """`rows`: the embedding is cut by rows, as in Llama 3."""
-    c = model.config
-    folder.mkdir(exist_ok=True)
-    params = {"dim": c.d_model, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads, "norm_eps": c.norm_eps}
-    (folder / "params.json").write_text(json.dumps({**params, "vocab_size": -1, "rope_theta": c.rope_base}))
-    tensors = named(model, META, "layers", ("tok_embeddings", "norm", "output"), interleaved=True)
-    for shard in range(shards):
-        part = {"rope.freqs": torch.ones(4)}
-        for name, tensor in tensors.items():
-            columns = name.endswith(("wo.weight", "w2.weight")) or (name.startswith("tok") and not rows)
-            part[name] = tensor.chunk(shards, int(columns))[shard].clone() if tensor.dim() > 1 else tensor
-        torch.save(part, folder / f"consolidated.0{shard}.pth")
-
-
-def write_llama2c(path, model: Transformer, version: int) -> None:
-    c = model.config
-    tensors = named(model, META, "layers", ("tok_embeddings", "norm", "output"), interleaved=True)
-    every = lambda kind: [tensors[f"layers.{i}.{kind}.weight"] for i in range(c.n_layers)]  # noqa: E731
-    attention, mlp = [f"attention.w{x}" for x in "qkvo"], [f"feed_forward.w{x}" for x in "123"]
-    tail = [] if c.tie_embeddings else [tensors["output.weight"]]
-    numbers = (c.d_model, c.d_ff, c.n_layers, c.n_heads, c.n_kv_heads)
-    if version == 0:
-        header = struct.pack("<7i", *numbers, c.vocab_size if c.tie_embeddings else -c.vocab_size, c.max_len)
-        weights = [tensors["tok_embeddings.weight"]]
-        for kind in ("attention_norm", *attention, "ffn_norm", *mlp):
-            weights += every(kind)
-        weights += [tensors["norm.weight"], torch.zeros(c.max_len * c.head_dim), *tail]
-    else:
-        header = struct.pack("<Ii7iB", 0x616B3432, 1, *numbers, c.vocab_size, c.max_len, c.tie_embeddings).ljust(256, b"\0")
-        weights = [*every("attention_norm"), *every("ffn_norm"), tensors["norm.weight"], tensors["tok_embeddings.weight"]]
-        for kind in (*attention, *mlp):
-            weights += every(kind)
-        weights += tail
-    path.write_bytes(header + b"".join(weight.numpy().tobytes() for weight in weights))
-
-
-def convert_and_compare(path, model: Transformer, tmp_path, exact: bool = False, **options) -> str:
-    """Converts, loads and compares configuration and logits; returns the report."""
-    report = convert.convert(path, tmp_path / "out.pt", **options)
-    loaded, _ = load_checkpoint(tmp_path / "out.pt", dtype=torch.float32)
-    different = {name for name in vars(model.config) if getattr(loaded.config, name) != getattr(model.config, name)}
-    assert different <= ({"eos_id", "max_len", "norm_eps"} if not exact else set()), different
-    torch.testing.assert_close(loaded(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-4)
-    return report
 
 
 # ---------------------------------------------------------------- every layout
@@ -224,7 +78,13 @@ def test_llama2c_files(tiny_model, tmp_path, version, tied):
 
 GGUF_SHAPES = {
     "llama": LLAMA,
-    "llama 3": {**LLAMA, "tie_embeddings": True, "rope_base": 5e5, "rope_factor": 8.0, "rope_bands": (1.0, 4.0, 8192.0)},
+    "llama 3": {
+        **LLAMA,
+        "tie_embeddings": True,
+        "rope_base": 5e5,
+        "rope_factor": 8.0,
+        "rope_bands": (1.0, 4.0, 8192.0),
+    },
     "gemma3": {**SANDWICH, "qk_norm": True, "local_rope_base": 10000.0, "n_layers": 7, "global_layers": (6,)},
 }
 
@@ -235,40 +95,57 @@ def test_gguf_files(tiny_model, tmp_path, family):
     model = tiny_model(4, **GGUF_SHAPES[family])
     c, arch = model.config, family.split()[0]
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", arch)
-    for add, value in ((writer.add_block_count, c.n_layers), (writer.add_embedding_length, c.d_model), (writer.add_head_count, c.n_heads),
-                       (writer.add_head_count_kv, c.n_kv_heads), (writer.add_feed_forward_length, c.d_ff),
-                       (writer.add_context_length, c.max_len), (writer.add_layer_norm_rms_eps, c.norm_eps),
-                       (writer.add_key_length, c.head_dim), (writer.add_rope_freq_base, c.rope_base)):  # fmt: skip
-        add(value)
+    writer.add_block_count(c.n_layers)
+    writer.add_embedding_length(c.d_model)
+    writer.add_head_count(c.n_heads)
+    writer.add_head_count_kv(c.n_kv_heads)
+    writer.add_feed_forward_length(c.d_ff)
+    writer.add_context_length(c.max_len)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_key_length(c.head_dim)
+    writer.add_rope_freq_base(c.rope_base)
+    writer.add_eos_token_id(2)
+    writer.add_eot_token_id(9)
     if c.window:
         writer.add_sliding_window(c.window)
-    for name, tensor in named(model, GGUF, "blk", ("token_embd", "output_norm", "output"), interleaved=arch == "llama").items():
+    tensors = named(model, GGUF, "blk", ("token_embd", "output_norm", "output"), interleaved=arch == "llama")
+    for name, tensor in tensors.items():
         writer.add_tensor(name, tensor.numpy())
-    if c.rope_bands:  # what the frequencies of the four pairs, 1, 0.0376, 0.00141 and 0.0000532, are divided by: the third turns 1.84 times
+    if c.rope_bands:  # what the frequencies of the four pairs are divided by: the third turns 1.84 times
         smooth = (8192 * 5e5**-0.5 / (2 * math.pi) - 1) / 3
         writer.add_tensor("rope_freqs.weight", torch.tensor([1, 1, 1 / (smooth + (1 - smooth) / 8), 8]).numpy())
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        write()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     report = convert_and_compare(tmp_path / "model.gguf", model, tmp_path)
     assert "without a tokenizer: decode.py takes and prints token ids" in report
+    assert load_checkpoint(tmp_path / "out.pt")[0].config.ends == {2, 9}  # of a text, and of a turn
 
 
 def test_newer_and_nested_configurations_say_the_same(tiny_model):
-    """transformers 5 puts rope_theta and rope_scaling into rope_parameters and lists the kind of every layer; a Gemma 3 with images holds
-    the text's configuration inside its own."""
+    """transformers 5 puts rope_theta and rope_scaling into rope_parameters and lists the kind of every layer; a Gemma 3
+    with images holds the text's configuration inside its own."""
     words = hf_config(tiny_model(0, **FAMILIES["gemma3_text"]), "gemma3_text")
     old = model_config(words, None)
     new = {name: value for name, value in words.items() if not name.startswith(("rope_", "sliding_window_"))}
     new["layer_types"] = [f"{'full' if layer == 3 else 'sliding'}_attention" for layer in range(1, 6)]
-    new["rope_parameters"] = {"sliding_attention": {"rope_type": "default", "rope_theta": words["rope_local_base_freq"]},
-                              "full_attention": {"rope_theta": words["rope_theta"], **words["rope_scaling"]}}  # fmt: skip
+    sliding = {"rope_type": "default", "rope_theta": words["rope_local_base_freq"]}
+    whole = {"rope_theta": words["rope_theta"], **words["rope_scaling"]}
+    new["rope_parameters"] = {"sliding_attention": sliding, "full_attention": whole}
     assert model_config(new, None) == old
     assert model_config({"model_type": "gemma3", "text_config": words}, None) == old
 
 
 def test_gemma_3_as_published():
     """Sizes that its config.json leaves out, and every sixth layer without a window."""
-    words = {"hidden_size": 1152, "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 6912, "sliding_window": 512}
+    words = {
+        "hidden_size": 1152,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "intermediate_size": 6912,
+        "sliding_window": 512,
+    }
     config = model_config({"model_type": "gemma3_text", **words}, None)
     assert (config.head_dim, config.rope_base, config.local_rope_base, config.max_len) == (256, 1e6, 1e4, 8192)
     assert config.global_layers == (6, 12, 18, 24) and config.query_scale is None
@@ -283,7 +160,9 @@ def test_only_the_text_of_a_model_for_images_is_taken(tiny_model, tmp_path):
     assert "skipped: vision_tower.encoder.layers.#.fc1" in convert_and_compare(tmp_path / "hf", model, tmp_path)
 
 
-@pytest.mark.parametrize(("dtype", "stored"), [(None, torch.bfloat16), (torch.float16, torch.float16), (torch.float32, torch.float32)])
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [(None, torch.bfloat16), (torch.float16, torch.float16), (torch.float32, torch.float32)]
+)
 def test_dtypes(tiny_model, tmp_path, dtype, stored):
     """Matrices have the dtype asked for, else the source's; vectors stay float32, so that w + 1 loses nothing."""
     model = tiny_model(1, **FAMILIES["gemma"])
@@ -292,220 +171,6 @@ def test_dtypes(tiny_model, tmp_path, dtype, stored):
     weights = torch.load(tmp_path / "out.pt", weights_only=True)["weights"]
     assert {weight.dtype for weight in weights.values() if weight.dim() > 1} == {stored}
     assert torch.equal(weights["norm"], (model.norm - 1).bfloat16().float() + 1)
-
-
-# ---------------------------------------------------------------- damaged safetensors
-
-A = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
-DAMAGE = {
-    "empty": (b"", b"", None, "cut short"),
-    "header beyond the file": (A, bytes(16), 10**6, "cut short"),
-    "oversized header": (A, bytes(16), 2**63, "cut short"),
-    "header that is no JSON": (b"{no", b"", None, "not JSON"),
-    "header that is no object": (b"[]", b"", None, "no JSON object"),
-    "a name twice": (b'{"a": 1, "a": 2}', b"", None, "occurs twice"),
-    "truncated data": (A, bytes(12), None, "need 16 bytes of data, the file has 12"),
-    "too much data": (A, bytes(20), None, "need 16 bytes of data, the file has 20"),
-    "negative offset": ({"a": {**A["a"], "data_offsets": [-16, 0]}}, bytes(16), None, "at least 0"),
-    "negative shape": ({"a": {**A["a"], "shape": [-2, -2]}}, bytes(16), None, "at least 0"),
-    "offsets that are no integers": ({"a": {**A["a"], "data_offsets": [0, 16.0]}}, bytes(16), None, "integers"),
-    "one offset": ({"a": {**A["a"], "data_offsets": [16]}}, bytes(16), None, "takes 16 bytes"),
-    "wrong size": ({"a": {**A["a"], "data_offsets": [0, 12]}}, bytes(12), None, "takes 16 bytes"),
-    "overlap": ({**A, "b": {**A["a"], "data_offsets": [8, 24]}}, bytes(24), None, "b begins at byte 8, where 16 was expected"),
-    "gap": ({**A, "b": {**A["a"], "data_offsets": [20, 36]}}, bytes(36), None, "b begins at byte 20, where 16 was expected"),
-    "unknown dtype": ({"a": {**A["a"], "dtype": "F8_E4M3"}}, bytes(16), None, "a is of dtype F8_E4M3"),
-    "entry that is no object": ({"a": 3}, bytes(16), None, "a is of dtype None"),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_safetensors_file_is_refused(tmp_path, kind):
-    header, data, length, message = DAMAGE[kind]
-    write_safetensors(tmp_path / "a.safetensors", header, data, length)
-    if kind == "empty":
-        (tmp_path / "a.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=message) as error:
-        read_safetensors(tmp_path / "a.safetensors")
-    assert "\n" not in str(error.value) and "a.safetensors" in str(error.value)
-
-
-def test_data_that_are_not_aligned_are_read(tmp_path):
-    tensors = {"a": torch.arange(3, dtype=torch.bfloat16), "b": torch.arange(4.0)}
-    header, data = safetensors(tensors)
-    for pad in range(4):
-        write_safetensors(tmp_path / "a.safetensors", json.dumps(header).encode() + b" " * pad, data)
-        for name, stored in read_safetensors(tmp_path / "a.safetensors").items():
-            assert torch.equal(next(iter(stored.pieces())), tensors[name])
-
-
-# ---------------------------------------------------------------- what does not fit
-
-
-def spoil(folder, kind: str) -> None:
-    """Damages a Hugging Face folder of three safetensors files."""
-    config, first = json.loads((folder / "config.json").read_text()), folder / "model-0.safetensors"
-    raw = first.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
-    extra = {"dtype": "F32", "shape": [1], "data_offsets": [len(data), len(data) + 4]}
-    if kind == "unknown tensor":
-        write_safetensors(first, {**header, "model.layers.0.self_attn.q_proj.bias": extra}, data + bytes(4))
-    elif kind == "layer too many":
-        write_safetensors(first, {**header, "model.layers.7.mlp.up_proj.weight": extra}, data + bytes(4))
-    elif kind == "missing tensor":
-        name = list(header)[-1]
-        stop = header.pop(name)["data_offsets"][0]
-        write_safetensors(first, header, data[:stop])
-    elif kind == "missing file":
-        first.unlink()
-    elif kind == "path in the index":
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
-    elif kind == "no JSON":
-        (folder / "config.json").write_text("{")
-    elif kind == "no weights":
-        for file in folder.glob("model*"):
-            file.unlink()
-    else:
-        changes = {"shape": {"intermediate_size": 64}, "family": {"model_type": "bert"}, "activation": {"hidden_act": "relu"},
-                   "rope": {"rope_scaling": {"type": "yarn", "factor": 2}}, "size": {"hidden_size": None}, "kind": {"vocab_size": "many"}}
-        (folder / "config.json").write_text(json.dumps({**config, **changes[kind]}))
-
-
-@pytest.mark.parametrize(("kind", "message"), [
-    ("unknown tensor", "unknown tensor model.layers.0.self_attn.q_proj.bias"), ("layer too many", "unknown tensor model.layers.7.mlp.up_p"),
-    ("missing tensor", r"tensor \S+\.weight is missing"), ("missing file", "model-0.safetensors: named in"),
-    ("path in the index", "no weight_map"), ("no JSON", "not JSON"), ("no weights", "neither"),
-    ("shape", r"_proj.weight has the shape \[48, 32\], but by the configuration \[64, 32\]"), ("family", "unknown model_type 'bert'"),
-    ("activation", "relu"), ("rope", "yarn"), ("size", "hf"), ("kind", "hf"),
-])  # fmt: skip
-def test_what_does_not_fit_is_named_and_leaves_the_old_file(tiny_model, tmp_path, kind, message):
-    write_hf(tmp_path / "hf", tiny_model(1, **LLAMA), "llama", "safetensors", 3)
-    (tmp_path / "out.pt").write_text("old")
-    spoil(tmp_path / "hf", kind)
-    with pytest.raises(ValueError, match=message) as error:
-        convert.convert(tmp_path / "hf", tmp_path / "out.pt")
-    assert "\n" not in str(error.value)
-    assert (tmp_path / "out.pt").read_text() == "old" and not list(tmp_path.glob("*.part"))
-
-
-def test_a_failure_while_writing_leaves_the_old_file(tiny_model, tmp_path, monkeypatch):
-    write_hf(tmp_path / "hf", tiny_model(1, **LLAMA))
-    (tmp_path / "out.pt").write_text("old")
-    monkeypatch.setattr(convert, "fill", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        convert.convert(tmp_path / "hf", tmp_path / "out.pt")
-    assert (tmp_path / "out.pt").read_text() == "old" and not list(tmp_path.glob("*.part"))
-
-
-def test_a_full_disk_is_seen_before(tiny_model, tmp_path, monkeypatch):
-    write_hf(tmp_path / "hf", tiny_model(1, **LLAMA))
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(OSError, match="make room"):
-        convert.convert(tmp_path / "hf", tmp_path / "out.pt")
-
-
-@pytest.mark.parametrize(("content", "message"), [
-    (None, "no such file"), (b"", "no checkpoint"), (b"GGUF" + bytes(40), "GGUF"), (b"x" * 500, "neither GGUF"),
-    (struct.pack("<Ii", 0x616B3432, 2).ljust(300, b"\0"), "int8"),
-])  # fmt: skip
-def test_foreign_files_are_refused(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "in").write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
-        convert.convert(tmp_path / "in", tmp_path / "out.pt")
-    assert "\n" not in str(error.value)
-
-
-def test_a_torch_file_that_runs_code_is_refused(tiny_model, tmp_path):
-    write_hf(tmp_path / "hf", tiny_model(1, **LLAMA), kind="torch")
-    torch.save({"a": print}, tmp_path / "hf" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="not a readable torch file of weights"):
-        convert.convert(tmp_path / "hf", tmp_path / "out.pt")
-
-
-def test_max_len_is_the_models_at_most(tiny_model, tmp_path):
-    write_hf(tmp_path / "hf", tiny_model(1, **LLAMA))
-    convert.convert(tmp_path / "hf", tmp_path / "out.pt", max_len=32)
-    assert load_checkpoint(tmp_path / "out.pt")[0].config.max_len == 32
-    with pytest.raises(ValueError, match="--max-len is 65, but the model was made for 64 positions"):
-        convert.convert(tmp_path / "hf", tmp_path / "out.pt", max_len=65)
-
-
-# ---------------------------------------------------------------- tokenizers
-
-TEXTS = ["Grüße aus dem Café, señor!", "👍🏽 ok 🧑‍🚀", "日本語と中文 한국어", "a\nb\n\n\nc\n", "  two   three    spaces ", "\ttab",
-         "x<b>y</b>", " ", "the cat"]  # fmt: skip
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["prefix", "no prefix"])
-def original(request) -> spm.SentencePieceProcessor:
-    """A sentencepiece model as Llama's (with a space put before the text) or Gemma's (without)."""
-    out, lines = io.BytesIO(), ["the cat sat on the mat, and two cats sat too", "Grüße aus dem Café", "a cat is a cat is a cat"] * 5
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=out, vocab_size=320, model_type="bpe", byte_fallback=True, minloglevel=2,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=request.param,
-        user_defined_symbols=["<b>", "▁▁", "▁▁▁", "\n"], hard_vocab_limit=False,
-    )  # fmt: skip
-    return spm.SentencePieceProcessor(model_proto=out.getvalue())
-
-
-def described(sp: spm.SentencePieceProcessor) -> tuple[list[str], list[float], list[int]]:
-    """Tokens, scores and types as a GGUF file has them: spaces in user-defined tokens are written as such."""
-    ids = range(sp.vocab_size())
-    user = {sp.piece_to_id(piece) for piece in ("<b>", "▁▁", "▁▁▁", "\n")}
-    tests = ((sp.is_unknown, UNKNOWN), (sp.is_control, CONTROL), (sp.is_byte, BYTE), (user.__contains__, USER_DEFINED))
-    types = [next((kind for test, kind in tests if test(i)), NORMAL) for i in ids]
-    tokens = [sp.id_to_piece(i).replace("▁", " ") if i in user else sp.id_to_piece(i) for i in ids]
-    return tokens, [sp.get_score(i) for i in ids], types
-
-
-def test_the_rebuilt_tokenizer_equals_the_original(original):
-    tokens, scores, types = described(original)
-    prefix = original.encode("cat", out_type=str)[0].startswith("▁")
-    rebuilt = spm.SentencePieceProcessor(model_proto=build_tokenizer(tokens, scores, types, 0, 1, 2, prefix))
-    for text in TEXTS:
-        ids = original.encode(text)
-        assert rebuilt.encode(text) == ids
-        assert rebuilt.decode(ids) == original.decode(ids) == text
-    assert (rebuilt.bos_id(), rebuilt.eos_id(), rebuilt.unk_id(), rebuilt.pad_id()) == (1, 2, 0, -1)
-    assert encode_prompt(rebuilt, "cat") == [1, *original.encode("cat")]
-
-
-def test_a_tokenizer_without_bos_puts_none(original):
-    tokens, scores, types = described(original)
-    rebuilt = spm.SentencePieceProcessor(model_proto=build_tokenizer(tokens, scores, types, 0, None, 2, True))
-    assert rebuilt.bos_id() == -1 and encode_prompt(rebuilt, "cat") == rebuilt.encode("cat")
-
-
-@pytest.mark.parametrize("original", [True], indirect=True, ids=["prefix"])
-@pytest.mark.parametrize("beside", ["tokenizer.bin", "tokenizer.model", None])
-def test_the_tokenizer_of_llama2c(tiny_model, tmp_path, original, beside):
-    model = tiny_model(3, **{**LLAMA, "vocab_size": original.vocab_size()})
-    write_llama2c(tmp_path / "model.bin", model, 0)
-    exported = struct.pack("<i", 20)  # tokenizer.py of llama2.c
-    for i in range(original.vocab_size()):
-        piece = {1: "\n<s>\n", 2: "\n</s>\n"}.get(i, original.id_to_piece(i)).replace("▁", " ").encode()
-        exported += struct.pack("<fi", original.get_score(i), len(piece)) + piece
-    if beside:
-        (tmp_path / beside).write_bytes(exported if beside.endswith("bin") else original.serialized_model_proto())
-    report = convert.convert(tmp_path / "model.bin", tmp_path / "out.pt")
-    _, tokenizer = load_checkpoint(tmp_path / "out.pt")
-    if beside is None:
-        assert tokenizer is None and "no tokenizer, unless --tokenizer" in report
-        return
-    for text in ["the cat sat", "Grüße aus dem Café, señor!", "👍🏽"]:
-        assert tokenizer.encode(text) == original.encode(text)
-    assert (tokenizer.bos_id(), tokenizer.eos_id()) == (1, 2)
-
-
-def test_a_tokenizer_that_does_not_fit_is_refused(tiny_model, tmp_path, original):
-    write_hf(tmp_path / "hf", tiny_model(1, **LLAMA))
-    for content, message in ((original.serialized_model_proto(), "pieces, the model only 50"), (b"\x0a\x05damaged", "is damaged")):
-        (tmp_path / "hf" / "tokenizer.model").write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            convert.convert(tmp_path / "hf", tmp_path / "out.pt")
-    (tmp_path / "hf" / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # Llama 3's is byte-level BPE
-    assert "byte-level BPE" in convert.convert(tmp_path / "hf", tmp_path / "out.pt")
 
 
 # ---------------------------------------------------------------- the command line
@@ -524,13 +189,16 @@ def test_the_command_converts_and_decode_takes_and_prints_token_ids(tiny_model, 
     words = ("--prompt", "1,7,3", "--max-new-tokens", "5", "--confidence", "none")
     command(monkeypatch, decode.main, "--checkpoint", tmp_path / "out.pt", *words)
     shown, out = capsys.readouterr(), decode.generate(model, [1, 7, 3], decode.DecodeConfig(max_new_tokens=5))
-    assert [int(word) for word in shown.out.split("\n")[0].split()] == out.tokens
+    assert [int(word) for word in shown.out.split("\n")[1].split()] == out.tokens
     assert "token ids" in shown.err
 
 
 def test_a_mistake_ends_in_one_line_and_status_2(tmp_path, monkeypatch, capsys):
-    for words in ([tmp_path / "none", tmp_path / "out.pt"], [tmp_path, tmp_path / "out.pt"], [tmp_path, tmp_path / "no" / "out.pt"],
-                  [tmp_path, tmp_path / "out.pt", "--dtype", "int8"], [tmp_path]):  # fmt: skip
+    out = tmp_path / "out.pt"
+    for words in (
+        [tmp_path / "none", out], [tmp_path, out], [tmp_path, tmp_path / "no" / "out.pt"],
+        [tmp_path, out, "--dtype", "int8"], [tmp_path],
+    ):  # fmt: skip
         with pytest.raises(SystemExit) as exit_:
             command(monkeypatch, convert.main, *words)
         assert exit_.value.code == 2 and capsys.readouterr().err.count("\n") == 1

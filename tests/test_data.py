@@ -1,9 +1,11 @@
-"""Data: every format and its mistakes, the tokenizer, and the promise of packing: each document once an epoch, its completion learned."""
+"""Data: every format and its mistakes, the tokenizer, and the promise of packing: each document once an epoch, its
+completion learned."""
 
 import gzip
 import itertools
 import json
 import lzma
+import os
 import re
 import sys
 from collections import Counter
@@ -12,9 +14,10 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 
+from common.errors import UserError
 from formats import data
 from formats.checkpoint import load_tokenizer, save_checkpoint
-from formats.data import Example, read_examples, read_pairs, task_file
+from formats.data import Example, merged, read_examples, read_pairs, task_file
 from formats.tokenizer import SEP, build_tokenizer, encode_prompt, train_tokenizer
 from tools import prepare as preparing
 from training import batches as batching
@@ -55,7 +58,8 @@ def short_pairs(tokenizer):
 
 
 def learned_document(tokenizer, prompt: str, completion: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Inputs and targets of one document, from the definition: [bos] prompt [sep] completion [eos], learned after [sep]."""
+    """Inputs and targets of one document, from the definition: [bos] prompt [sep] completion [eos], learned after
+    [sep]."""
     before = [tokenizer.bos_id(), *tokenizer.encode(prompt), tokenizer.piece_to_id(SEP)]
     after = [*tokenizer.encode(completion), tokenizer.eos_id()]
     return tuple((before + after)[:-1]), tuple([-1] * (len(before) - 1) + after)
@@ -84,11 +88,18 @@ def epochs(array, count: int, seed: int = 0, rows: int = 3) -> list[list]:
 
 # ---------------------------------------------------------------- readers
 
-PAIRS = [("name[Café Größe]", "Ein Café, „groß“ 😀"), ("漢字, two", 'she said "no"'), ("name[Café Größe]", "second reference")]
+PAIRS = [
+    ("name[Café Größe]", "Ein Café, „groß“ 😀"),
+    ("漢字, two", 'she said "no"'),
+    ("name[Café Größe]", "second reference"),
+]
 FILES = {
-    ".csv": 'mr,ref\nname[Café Größe],"Ein Café, „groß“ 😀"\r\n"漢字, two","she said ""no"""\nname[Café Größe],second reference\n',
+    ".csv": 'mr,ref\nname[Café Größe],"Ein Café, „groß“ 😀"\r\n"漢字, two","she said ""no"""\n'
+            "name[Café Größe],second reference\n",
     ".tsv": "\r\n".join("\t".join(pair) for pair in PAIRS),
-    ".jsonl": "\n".join(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) for prompt, text in PAIRS),
+    ".jsonl": "\n".join(
+        json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) for prompt, text in PAIRS
+    ),
 }
 
 
@@ -98,7 +109,10 @@ def test_every_format_gives_the_same_pairs_compressed_or_not(tmp_path, kind, end
     path = tmp_path / f"some.data{kind}{ending}"
     path.write_bytes(COMPRESS[ending](FILES[kind].encode()))
     assert list(read_pairs(path)) == list(read_pairs(str(path))) == PAIRS
-    assert read_examples(path) == [Example(PAIRS[0][0], (PAIRS[0][1], PAIRS[2][1])), Example(PAIRS[1][0], (PAIRS[1][1],))]
+    assert read_examples(path) == [
+        Example(PAIRS[0][0], (PAIRS[0][1], PAIRS[2][1])),
+        Example(PAIRS[1][0], (PAIRS[1][1],)),
+    ]
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
@@ -108,7 +122,9 @@ def test_plain_text_is_one_document_without_a_prompt_and_kept_as_it_is(tmp_path,
 
 
 def test_jsonl_may_list_several_references(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "references": ["one", "two"], "id": 7}\n{"prompt": "q", "completion": "three"}\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "p", "references": ["one", "two"], "id": 7}\n{"prompt": "q", "completion": "three"}\n'
+    )
     assert read_examples(tmp_path / "a.jsonl") == [Example("p", ("one", "two")), Example("q", ("three",))]
 
 
@@ -124,25 +140,37 @@ def test_json_lines_may_hold_texts(tmp_path):
     ("space.tsv", "a\tb\nc\t \n", "line 2: needs two non-empty texts"),
     ("one.csv", 'mr,ref\na,"b\nb"\nc\n', "line 4: has 1 columns; 2 are needed"),
     ("half.csv", "mr,ref\n,b\n", "line 2: needs two non-empty texts"),
-    ("header.csv", "meaning,text\na,b\n", "line 1: the header must be mr,ref"),
+    ("header.csv", "meaning,text\na,b\n", "line 1: the header must name the columns mr and ref"),
+    ("wide.csv", "mr,ref,fixed\na,b\n", "line 2: has 2 columns; 3 are needed"),
     ("bad.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n', "line 2: not JSON"),
     ("list.jsonl", '["a", "b"]\n', "line 1: needs two non-empty texts"),
     ("no_prompt.jsonl", '{"completion": "b"}\n', "line 1: needs two non-empty texts"),
     ("no_answer.jsonl", '{"prompt": "a"}\n', "line 1: needs two non-empty texts"),
     ("number.jsonl", '{"prompt": "a", "completion": 3}\n', "line 1: needs two non-empty texts"),
     ("string.jsonl", '{"prompt": "a", "references": "bc"}\n', "line 1: needs two non-empty texts"),
-    ("empty.csv", "", "line 1: the header must be mr,ref"),
+    ("empty.csv", "", "line 1: the header must name the columns mr and ref"),
     ("header_only.csv", "mr,ref\n", "holds no data"),
     ("empty.tsv", "", "holds no data"),
     ("empty.jsonl", "", "holds no data"),
     ("empty.txt", " \n", "holds no data"),
-    ("latin1.tsv", "Größe\tsize\n".encode("latin-1"), "not readable after 0 records"),
+    ("latin1.tsv", "a\tb\nGröße\tsize\n".encode("latin-1"), "line 2: holds bytes that are not UTF-8"),
+    ("latin1.csv", "mr,ref\na,b\nc,Größe\n".encode("latin-1"), "line 3: holds bytes that are not UTF-8"),
+    ("latin1.jsonl", '{"text": "a"}\n{"text": "Größe"}\n'.encode("latin-1"), "line 2: holds bytes that are not UTF-8"),
+    ("latin1.json", '[{"text": "a"}, {"text": "Größe"}]'.encode("latin-1"), "record 2: holds bytes that are not UTF-8"),
+    ("latin1.txt", "a\nb\nGröße".encode("latin-1"), "line 3: holds bytes that are not UTF-8"),
+    ("utf16.tsv", "a\tb\n".encode("utf-16"), "line 1: holds bytes that are not UTF-8"),
+    ("deep.jsonl", '{"text": "a"}\n' + "[" * 100_000 + "\n", "line 2: not JSON (nested too deep)"),
+    ("long.jsonl", '{"text": "a"}\n{"text": ' + "1" * 5000 + "}\n", "line 2: not JSON (Exceeds the limit (4300"),
+    ("deep.json", "[" * 100_000, "deep.json: not JSON (nested too deep)"),
+    ("long.json", "1" * 5000, "long.json: not JSON (Exceeds the limit (4300"),
     ("truncated.tsv.xz", lzma.compress(b"a\tb\n" * 9)[:-20], "not readable"),
     ("truncated.tsv.gz", gzip.compress(b"a\tb\n" * 9)[:-10], "not readable"),
     ("plain.tsv.xz", "a\tb\n", "not readable after 0 records"),
     ("plain.tsv.gz", "a\tb\n", "not readable after 0 records"),
     ("corrupt.tsv.gz", gzip.compress(bytes(range(32, 127)) * 99)[:40] + b"?" * 40, "not readable"),
-    ("quote.csv", 'mr,ref\na,"b\nc,d\n', "not readable after 0 records"),
+    ("quote.csv", 'mr,ref\na,"b\nc,d\n', "line 3: not CSV (unexpected end of data)"),
+    ("inner.csv", 'mr,ref\na,"b"c\nc,d\n', "line 2: not CSV ("),
+    ("header_quote.csv", '"mr"x,ref\n', "not readable after 0 records"),
     ("data.yaml", "{}", "unknown kind of data file; its name must end in .csv, .tsv, .jsonl, .json, .txt"),
     ("data.xz", "", "unknown kind of data file"),
 ])  # fmt: skip
@@ -153,10 +181,46 @@ def test_a_malformed_file_is_named_in_one_line_with_what_is_wrong(tmp_path, name
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
+MIXED = {
+    ".tsv": b"a\tb\nGr\xf6\xdfe\tx\nc\td\n",
+    ".csv": b'mr,ref\na,b\nGr\xf6\xdfe,x\n"one" two,x\nc,d\n',
+    ".jsonl": b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xf6", "completion": "x"}\n' + b"[" * 100_000
+              + b'\n{"a": ' + b"1" * 5000 + b'}\n{"prompt": "c", "completion": "d"}\n',
+    ".json": b'[{"prompt": "a", "completion": "b"}, {"prompt": "\xf6", "completion": "x"}, '
+             b'{"prompt": "c", "completion": "d"}]',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_bad_line_is_skipped_alone_where_that_is_asked_for(tmp_path, kind, ending):
+    path, skipped = tmp_path / f"mixed{kind}{ending}", []
+    path.write_bytes(COMPRESS[ending](MIXED[kind]))
+    assert list(read_pairs(path, skipped)) == [("a", "b"), ("c", "d")]
+    assert len(skipped) == {".csv": 2, ".jsonl": 3}.get(kind, 1)
+    assert all(re.match(rf".*mixed{kind}{ending}, (line|record) \d: ", line) and "\n" not in line for line in skipped)
+
+
+def test_columns_of_e2e_are_found_by_name(tmp_path):
+    """The cleaned set has mr,ref,fixed,orig_mr."""
+    (tmp_path / "a.csv").write_text('mr,ref,fixed,orig_mr\na,"b, c",True,x\n')
+    (tmp_path / "b.csv").write_text("fixed,ref,mr\nTrue,b,a\n")
+    assert list(read_pairs(tmp_path / "a.csv")) == [("a", "b, c")]
+    assert list(read_pairs(tmp_path / "b.csv")) == [("a", "b")]
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: None])
+def test_what_is_no_file_of_data_is_said_to_be_none(tmp_path, make):
+    make(tmp_path / "a.tsv")
+    with pytest.raises(UserError, match=r"a\.tsv: no such data file"):
+        list(read_pairs(tmp_path / "a.tsv"))
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_embedded_files_are_found_from_anywhere_and_share_no_prompt(task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train, dev, test = ({example.prompt for example in read_examples(task_file(task, split))} for split in ("train", "dev", "test"))
+    sets = [read_examples(task_file(task, split)) for split in ("train", "dev", "test")]
+    train, dev, test = ({example.prompt for example in examples} for examples in sets)
     assert min(len(dev), len(test)) > 500 and len(train) > 4000
     assert not train & dev and not train & test and not dev & test
 
@@ -165,13 +229,17 @@ def test_the_command_counts_prompts_and_completions(tmp_path, monkeypatch, capsy
     (tmp_path / "a.tsv").write_text("p\tone\nq\tone two three\np\tone two\n")
     monkeypatch.setattr("sys.argv", ["prepare.py", str(tmp_path / "a.tsv")])
     preparing.main()
-    assert "2 prompts, 3 completions, 2 words each (at most 3)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 prompts, 3 completions, 2 words each (at most 3); 1 for a prompt that came before\n" in said
+    assert merged(read_examples(tmp_path / "a.tsv")) == 1
 
 
 # ---------------------------------------------------------------- the tokenizer
 
 
-@pytest.mark.parametrize("text", ["Café naïve £20", "Größe, äöüß", "👩‍🚀 🎉", "漢字かな 한국어", "two\nlines\tand a tab", "e\u0301 ﬁ ① x²"])
+@pytest.mark.parametrize(
+    "text", ["Café naïve £20", "Größe, äöüß", "👩‍🚀 🎉", "漢字かな 한국어", "two\nlines\tand a tab", "e\u0301 ﬁ ① x²"]
+)
 def test_the_tokenizer_represents_every_text(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and tokenizer.unk_id() not in ids
@@ -183,6 +251,11 @@ def test_a_prompt_is_encoded_between_bos_and_one_separator(tokenizer, monkeypatc
     assert encode_prompt(tokenizer, "Hallo du!") == [tokenizer.bos_id(), *tokenizer.encode("Hallo du!"), sep]
     monkeypatch.setattr("formats.tokenizer.SEP", "<a piece that it lacks>")
     assert encode_prompt(tokenizer, "Hallo du!") == [tokenizer.bos_id(), *tokenizer.encode("Hallo du!")]
+
+
+def test_a_prompt_that_is_not_utf8_is_one_line(tokenizer):
+    with pytest.raises(UserError, match=r"the prompt 'a\\udcff' holds bytes that are not UTF-8"):
+        encode_prompt(tokenizer, b"a\xff".decode(errors="surrogateescape"))
 
 
 @pytest.mark.parametrize("size", [10, 100_000])
@@ -312,7 +385,7 @@ def test_a_tasks_own_format_becomes_prompts_and_references(name, content, expect
 @pytest.mark.parametrize("content, said", [
     ('{"data": [{}]}', "squad.json: neither a list of records nor in SQuAD's layout (KeyError: 'paragraphs')"),
     ('{"data": 3}', "neither a list of records nor in SQuAD's layout"),
-    ("{", "neither a list of records nor in SQuAD's layout"),
+    ("{", "squad.json: not JSON (Expecting property name"),
     ('[{"dialogue": "a", "summary": "b"}, {"dialogue": "a"}]', "squad.json, record 2: needs two non-empty texts"),
     ('[{"question": "a", "context": "b", "answers": []}]', "record 1: needs two non-empty texts"),
 ])  # fmt: skip
@@ -334,7 +407,8 @@ def test_the_command_prepares_files_that_batches_read(tmp_path, monkeypatch, cap
     with pytest.raises(ValueError, match=r"e2e.npy: is there already; give another --out, or --overwrite"):
         preparing.main()
     assert f"{len(pairs):,} documents, {len(records):,} tokens" in said and isinstance(records, np.memmap)
-    assert sum((batch.targets >= 0).sum() for batch in batches(records, 4, 300, seed=None)) == (records["flags"] & LEARN > 0).sum()
+    learned = sum((batch.targets >= 0).sum() for batch in batches(records, 4, 300, seed=None))
+    assert learned == (records["flags"] & LEARN > 0).sum()
     with pytest.raises(ValueError, match="it was made for length 300"):
         read_prepared(out, tokenizer, 200)
     with pytest.raises(ValueError, match=r"make it anew with python -m tools\.prepare"):
@@ -370,7 +444,10 @@ def test_what_is_wrong_with_a_file_is_said_by_training_a_tokenizer_too(tmp_path)
 
 def test_documents_of_a_tokenizer_without_a_start_have_none_and_one_without_an_end_is_refused(tmp_path):
     pieces, kinds = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁a", "b"], [2, 3, *[6] * 256, 1, 1]
-    build = lambda eos: spm.SentencePieceProcessor(model_proto=build_tokenizer(pieces, [0.0] * 260, kinds, 0, None, eos, True))  # noqa: E731
+
+    def build(eos: int | None) -> spm.SentencePieceProcessor:
+        return spm.SentencePieceProcessor(model_proto=build_tokenizer(pieces, [0.0] * 260, kinds, 0, None, eos, True))
+
     stats = batching.tokenize([("", "ab"), ("a", "b")], build(1), tmp_path / "x.npy", 20)
     records = np.load(tmp_path / "x.npy")
     assert stats["documents"] == 2 and list(np.flatnonzero(records["flags"] & START)) == [0, 3]
@@ -387,11 +464,35 @@ def test_damaged_prepared_files_are_said_to_be(content, tmp_path):
 
 
 @pytest.mark.parametrize("record", [
-    {"question": "q", "answers": ["a"]}, {"dialogue": None, "summary": "s"}, {"prompt": "\ud800", "completion": "c"},
+    {"question": "q", "answers": ["a"]}, {"dialogue": None, "summary": "s"}, {"prompt": " ", "completion": "c"},
 ])  # fmt: skip
 def test_a_record_that_lacks_a_part_is_malformed(record):
     (found,) = data.from_record(record, "here")
     assert str(found) == "here: needs two non-empty texts, prompt and completion"
+
+
+def test_half_a_letter_is_no_text():
+    for record in (
+        {"prompt": "\ud800", "completion": "c"},
+        {"text": "a\udfff"},
+        {"context": "\ud800", "question": "q", "answers": ["a"]},
+    ):
+        (found,) = data.from_record(record, "here")
+        assert str(found) == "here: holds bytes that are not UTF-8, or half a letter"
+
+
+def test_questions_without_an_answer_are_left_out(tmp_path):
+    """SQuAD 2.0 as it is published, and with its answers in lists side by side."""
+    squad = json.loads(json.dumps(SQUAD))
+    squad["data"][0]["paragraphs"][0]["qas"].append(
+        {"id": "2", "question": "Who lost it?", "answers": [], "is_impossible": True}
+    )
+    (tmp_path / "squad.json").write_text(json.dumps(squad))
+    assert read_examples(tmp_path / "squad.json") == [Example(*ASKED)]
+    asked = {"context": "c", "question": "q", "answers": {"text": [], "answer_start": []}}
+    assert list(data.from_record(asked, "here")) == []
+    (found,) = data.from_record({**asked, "answers": []}, "here")  # not marked: malformed
+    assert isinstance(found, UserError)
 
 
 def test_answers_come_in_every_layout():

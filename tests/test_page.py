@@ -3,18 +3,20 @@ and a browser shows it."""
 
 import json
 import sys
+from functools import partial
 from itertools import count
 
 import pytest
 from browser import Browser, find_chromium
 
 import decode
-from decode import Run, generate, recorded
+from decode import Run, generate
 from decoding.display import steps
 from decoding.page import Page, first_difference, row_times, script_json
-from decoding.replay import Pass
+from decoding.replay import Pass, recorded
 from decoding.settings import DecodeConfig
 
+recorded = partial(recorded, decode.stream)
 PROMPT = [1, 7, 3, 9]
 EARLY = {"max_new_tokens": 24, "confidence": "softmax", "exit_layers": (1, 2, 4)}
 SETTINGS = {
@@ -174,7 +176,7 @@ def test_filled_takes_few_characters():
 
 def test_the_command_prints_the_staircase_and_writes_the_page(tiny_model, monkeypatch, tmp_path, capsys):
     model = tiny_model(8)
-    monkeypatch.setattr(decode, "load_checkpoint", lambda *_: (model, None))
+    monkeypatch.setattr(decode, "load_checkpoint", lambda *_, **__: (model, None))
     flags = ["--prompt", "1,7,3,9", "--exit-layers", "1,2,4", "--threshold", "0.1", "--max-new-tokens", "9", "--prune", "none"]
     monkeypatch.setattr(sys, "argv", ["decode.py", *flags, "--staircase", "--html", str(tmp_path / "page.html")])
     decode.main()
@@ -393,10 +395,11 @@ def test_several_prompts_are_chosen_from_a_list(browser, tiny_model, tmp_path):
     model = tiny_model(8)
     page, _ = page_of(model, ["full", "lossy"])
     other = recorded(model, [5, 6], SETTINGS["full"])
-    page.add("another prompt", [5, 6], {"full": (SETTINGS["full"], other)})
+    page.add("another prompt", [5, 6], {"full": (SETTINGS["full"], other)}, references=["<b>right</b>"])
     page.write(tmp_path / "page.html")
     browser.open(tmp_path / "page.html")
     browser.run("x = document.getElementById('input'); x.value = 1; x.onchange()")
     assert browser.run("document.getElementById('prompt').textContent") == "another prompt"
+    assert browser.run("document.getElementById('references').innerText") == "Reference: <b>right</b>"
     assert read(browser, "'.filled li[data-step]' => +x.dataset.filled") == other.filled[::-1]
     assert browser.errors == []

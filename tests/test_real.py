@@ -1,6 +1,6 @@
-"""Real checkpoints against their references, by hand: skipped unless EARLY_EXIT_REAL names a folder with *.gguf files (the Llama family
-and Gemma), and perhaps *.txt to tokenize. It needs gguf, transformers, accelerate and llama-cpp-python, some GB of memory, and a minute
-a file:
+"""Real checkpoints against their references, by hand: skipped unless EARLY_EXIT_REAL names a folder with *.gguf files
+(the Llama family and Gemma), and perhaps *.txt to tokenize. It needs gguf, transformers, accelerate and
+llama-cpp-python, some GB of memory, and a minute a file:
 
     EARLY_EXIT_REAL=FOLDER python -m pytest tests/test_real.py -s
 """
@@ -31,7 +31,9 @@ def english(count: int) -> list[str]:
     return [text for _, text in read_pairs(DATA / "e2e" / "train.csv.xz")][:count]
 
 
-@pytest.fixture(scope="module", params=sorted(Path(FOLDER).glob("*.gguf")) if FOLDER else [], ids=lambda path: path.stem)
+@pytest.fixture(
+    scope="module", params=sorted(Path(FOLDER).glob("*.gguf")) if FOLDER else [], ids=lambda path: path.stem
+)
 def case(request, tmp_path_factory):
     """(GGUF file, our model in float32, our tokenizer or None, token ids of a text, logits of our full pass)."""
     torch.set_num_threads(os.cpu_count())
@@ -43,7 +45,8 @@ def case(request, tmp_path_factory):
     else:
         from transformers import AutoTokenizer
 
-        tokens = AutoTokenizer.from_pretrained(FOLDER, gguf_file=request.param.name)("\n".join(english(100)))["input_ids"]
+        reference = AutoTokenizer.from_pretrained(FOLDER, gguf_file=request.param.name)
+        tokens = reference("\n".join(english(100)))["input_ids"]
     tokens = tokens[:POSITIONS]
     assert len(tokens) == POSITIONS
     with torch.inference_mode():
@@ -61,7 +64,9 @@ def test_logits_and_greedy_text_equal_those_of_transformers(case):
     from transformers import AutoModelForCausalLM
 
     path, model, _, tokens, logits = case
-    reference = AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager").eval()
+    reference = AutoModelForCausalLM.from_pretrained(
+        FOLDER, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     with torch.inference_mode():
         compare(f"{path.stem}, transformers", logits, reference(torch.tensor([tokens])).logits[0].float())
         prompt = torch.tensor([tokens[:600]])
@@ -71,14 +76,17 @@ def test_logits_and_greedy_text_equal_those_of_transformers(case):
 
 
 def test_logits_equal_those_of_llama_cpp(case, tmp_path):
-    """llama.cpp on the same weights, dequantized, with a float32 cache. It looks GELU up in a table of half-precision numbers (ggml's
-    GGML_GELU_FP16), which moves Gemma's logits by some 0.03; built without the table it meets the tolerance."""
+    """llama.cpp on the same weights, dequantized, with a float32 cache. It looks GELU up in a table of half-precision
+    numbers (ggml's GGML_GELU_FP16), which moves Gemma's logits by some 0.03; built without the table it meets the
+    tolerance."""
     import llama_cpp
 
     path, model, _, tokens, logits = case
     dequantize(path, tmp_path / "float32.gguf")
-    reference = llama_cpp.Llama(str(tmp_path / "float32.gguf"), n_ctx=1024, n_batch=1024, n_ubatch=1024, logits_all=True, verbose=False,
-                                type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, flash_attn=False)  # fmt: skip
+    reference = llama_cpp.Llama(
+        str(tmp_path / "float32.gguf"), n_ctx=1024, n_batch=1024, n_ubatch=1024, logits_all=True, verbose=False,
+        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, flash_attn=False,
+    )  # fmt: skip
     reference.eval(tokens)
     tolerance = 0.1 if model.config.activation == "gelu_tanh" else TOLERANCE
     compare(f"{path.stem}, llama.cpp", logits, torch.from_numpy(reference.scores[:POSITIONS]).float(), tolerance)
@@ -96,8 +104,10 @@ def dequantize(path: Path, out: Path) -> None:
             writer.add_key_value(name, field.contents(), field.types[0], inner)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        write()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def test_the_tokenizer_equals_that_of_llama_cpp(case):
@@ -107,9 +117,21 @@ def test_the_tokenizer_equals_that_of_llama_cpp(case):
     if tokenizer is None:
         pytest.skip("byte-level BPE")
     reference = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
-    hard = ["Grüße, Café", "👍🏽 emoji 🧑‍🚀", "日本語 中文 한국어", "a\nb\n\n\nc\n", "  two   three    spaces ", "\ttab", "<b>x</b> ⟨?⟩"]
+    hard = [
+        "Grüße, Café",
+        "👍🏽 emoji 🧑‍🚀",
+        "日本語 中文 한국어",
+        "a\nb\n\n\nc\n",
+        "  two   three    spaces ",
+        "\ttab",
+        "<b>x</b> ⟨?⟩",
+    ]
     german = [text for text, _ in read_pairs(DATA / "translation" / "train.tsv.xz")][:2000]
-    files = [paragraph for file in sorted(Path(FOLDER).glob("*.txt")) for paragraph in re.split("(?<=\n\n)", file.read_text("utf-8"))]
+    files = [
+        paragraph
+        for file in sorted(Path(FOLDER).glob("*.txt"))
+        for paragraph in re.split("(?<=\n\n)", file.read_text("utf-8"))
+    ]
     for text in [*hard, *english(2000), *german, *files]:
         ids = tokenizer.encode(text)
         assert ids == reference.tokenize(text.encode(), add_bos=False, special=False), text[:100]
@@ -130,8 +152,8 @@ def read_speed() -> float:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("path", sorted(Path(FOLDER).glob("*.gguf")) if FOLDER else [], ids=lambda path: path.stem)
 def test_speed_is_printed_beside_that_of_transformers_and_llama_cpp(path, dtype, tmp_path):
-    """64 greedy tokens after 32, in turn, medians of five turns; llama.cpp on the file as it is, quantized. The first two have the same
-    weights and dtype."""
+    """64 greedy tokens after 32, in turn, medians of five turns; llama.cpp on the file as it is, quantized. The first
+    two have the same weights and dtype."""
     import llama_cpp
     from transformers import AutoModelForCausalLM
 
@@ -165,6 +187,8 @@ def test_speed_is_printed_beside_that_of_transformers_and_llama_cpp(path, dtype,
     speed = {name: NEW / median(values) for name, values in times.items()}
     weights = sum(weight.numel() * weight.element_size() for block in model.blocks for weight in block.parameters())
     share = (weights + model.unembed.nbytes) * speed["this project"] / read_speed()
-    print(f"{path.stem}, {dtype}, {os.cpu_count()} threads: {', '.join(f'{name} {value:.1f}' for name, value in speed.items())} tokens/s; "
-          f"{speed['this project'] / speed['transformers']:.2f} times transformers, {share:.0%} of what memory gives")  # fmt: skip
+    figures = ", ".join(f"{name} {value:.1f}" for name, value in speed.items())
+    ratio = speed["this project"] / speed["transformers"]
+    print(f"{path.stem}, {dtype}, {os.cpu_count()} threads: {figures} tokens/s")
+    print(f"{ratio:.2f} times transformers, {share:.0%} of what memory gives")
     torch.set_num_threads(1)

@@ -12,8 +12,9 @@ from common.files import digest, whole_file
 from common.processes import by_first
 from formats.checkpoint import fitting, load_tokenizer, read_checkpoint, read_tokenizer
 from formats.data import Corpus
+from formats.shape import check_layers
 from formats.tokenizer import train_tokenizer
-from model import ModelConfig, Transformer, check_layers
+from model import ModelConfig, Transformer
 from training.batches import describe, prepare_file, read_prepared
 from training.settings import TrainConfig
 
@@ -82,7 +83,7 @@ def find_data(config: TrainConfig, shape: ModelConfig, folder: Path) -> tuple[by
     """As `load_data`, for one process. Raises UserError for a tokenizer that does not fit the model."""
     tokenizer = prepare_tokenizer(config, folder, shape.vocab_size)
     end = read_tokenizer(config.tokenizer or config.init or folder, tokenizer, shape.vocab_size).eos_id()
-    if config.train == "all" and end != shape.eos_id:
+    if config.train == "all" and end not in shape.ends:
         raise UserError(f"eos_id is {shape.eos_id}, but the tokenizer ends texts with {end}; give --eos-id {end}")
     dev = {file: prepare_data((file,), tokenizer, folder, config.length) for file in config.dev}
     return tokenizer, prepare_data(config.data, tokenizer, folder, config.length), dev

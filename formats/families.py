@@ -1,0 +1,230 @@
+"""The families of public models: what their config.json means in our terms, and what they call their tensors.
+
+A new family needs an entry in FAMILIES; what is new about its blocks, a field of ModelConfig that `config_fields`
+fills.
+"""
+
+import math
+import re
+
+from common.errors import UserError
+
+MAX_LEN = 8192  # positions kept unless asked for more: the rotary table takes memory for each
+
+# What a config.json may leave out, by model_type (the defaults of transformers' configuration classes).
+LLAMA = {
+    "rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+    "eos_token_id": 2,
+}  # fmt: skip
+MISTRAL = {**LLAMA, "num_key_value_heads": 8, "sliding_window": 4096}
+GEMMA = {**LLAMA, "head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True, "eos_token_id": 1}
+GEMMA_2 = {
+    **GEMMA, "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+    "sliding_window_pattern": 2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+GEMMA_3 = {
+    **GEMMA_2, "vocab_size": 262208, "max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+    "sliding_window_pattern": 6, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+}  # fmt: skip
+FAMILIES = {"llama": LLAMA, "mistral": MISTRAL, "gemma": GEMMA, "gemma2": GEMMA_2, "gemma3_text": GEMMA_3}
+
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+COUNTS = (
+    *NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "sliding_window_pattern",
+)  # fmt: skip
+NUMBERS = (
+    "rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar", "attn_logit_softcapping",
+    "final_logit_softcapping",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------- the configuration
+
+
+def config_fields(words: dict, max_len: int | None) -> dict:
+    """The fields of ModelConfig that a config.json means. Raises UserError for a family that is not known, and for what
+    is missing, of the wrong type or not supported."""
+    if words.get("model_type") == "gemma3":  # with images: the text's configuration lies inside
+        words = {**words, **table(words, "text_config"), "model_type": "gemma3_text"}
+    family = words.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UserError(f"unknown model_type {family!r:.40}; known are {', '.join(FAMILIES)}")
+    stated = words.get("max_position_embeddings")
+    words = {**FAMILIES[family], **words}
+    check_words(words)
+    if stated and max_len is not None and max_len > stated:
+        raise UserError(f"--max-len is {max_len}, but the model was made for {stated} positions")
+    gemma = family.startswith("gemma")
+    d_model, n_layers, n_heads = (words[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    head_dim = words.get("head_dim") or d_model // n_heads
+    scalar = words.get("query_pre_attn_scalar")
+    return {
+        "vocab_size": words["vocab_size"],
+        "n_layers": n_layers,
+        "d_model": d_model,
+        "n_heads": n_heads,
+        "n_kv_heads": words.get("num_key_value_heads") or n_heads,
+        "head_dim": head_dim,
+        "d_ff": words["intermediate_size"],
+        "max_len": min(words["max_position_embeddings"], MAX_LEN) if max_len is None else max_len,
+        "norm_eps": words["rms_norm_eps"],
+        "tie_embeddings": words["tie_word_embeddings"],
+        "eos_id": end_ids(words["eos_token_id"]),
+        "activation": activation(words, gemma),
+        "embedding_scale": math.sqrt(d_model) if gemma else 1.0,
+        "query_scale": scalar**-0.5 if scalar and scalar != head_dim else None,
+        "qk_norm": family == "gemma3_text",
+        "post_norms": family in ("gemma2", "gemma3_text"),
+        "attention_cap": words.get("attn_logit_softcapping"),
+        "logit_cap": words.get("final_logit_softcapping"),
+        **windows(words, n_layers),
+        **rotation(words, local=family == "gemma3_text"),
+    }
+
+
+def check_words(words: dict) -> None:
+    """Raises UserError for sizes that are missing, and for values that are no number where there must be one."""
+    for name in NEEDED:
+        if words.get(name) is None:
+            raise UserError(f"the configuration lacks {name!r}")
+    for name in COUNTS:
+        value = words.get(name)
+        if value is not None and not (type(value) is int and 1 <= value < 2**31):
+            raise UserError(f"{name} is {value!r:.40}; it must be a whole number above 0")
+    for name in NUMBERS:
+        value = words.get(name)
+        if value is not None and not is_positive(value):
+            raise UserError(f"{name} is {value!r:.40}; it must be a number above 0")
+
+
+def is_positive(value) -> bool:
+    """Whether it is a number above 0 and finite."""
+    return type(value) in (int, float) and 0 < value < 1e300
+
+
+def table(words: dict, name: str) -> dict:
+    """The object of this name in a configuration, {} if there is none. Raises UserError for anything else."""
+    value = words.get(name) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"{name} is {value!r:.40}; it must be an object")
+    return value
+
+
+def end_ids(value) -> tuple | int | None:
+    """The ids that end a text, each once: of one, of a list, or of nothing."""
+    if not isinstance(value, list):
+        return value
+    return tuple(token for at, token in enumerate(value) if token not in value[:at])
+
+
+def activation(words: dict, gemma: bool) -> str:
+    """Gemma's is GELU-tanh, whatever its first config.json called it."""
+    name = words.get("hidden_act", "silu")
+    if gemma:
+        name = words.get("hidden_activation") or "gelu_pytorch_tanh"
+    known = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+    if not isinstance(name, str) or name not in known:
+        raise UserError(f"unknown activation {name!r:.40}; known are {', '.join(known)}")
+    return known[name]
+
+
+def windows(words: dict, n_layers: int) -> dict:
+    """The fields on sliding windows: by the kinds of layers listed, else every so many layers one without, else all
+    with one."""
+    if words.get("sliding_window") is None:
+        return {}
+    if words.get("use_bidirectional_attention"):
+        raise UserError("use_bidirectional_attention is set: an embedding model, which cannot decode")
+    kinds, every = words.get("layer_types"), words.get("sliding_window_pattern")
+    layers = range(1, n_layers + 1)
+    if kinds:
+        if not isinstance(kinds, list) or len(kinds) != n_layers:
+            raise UserError(f"layer_types is {kinds!r:.40}; it must be a list of {n_layers} kinds, one a layer")
+        whole = [layer for layer in layers if kinds[layer - 1] == "full_attention"]
+    else:
+        whole = [layer for layer in layers if every and layer % every == 0]
+    return {"window": words["sliding_window"], "global_layers": tuple(whole)}
+
+
+def rotation(words: dict, local: bool) -> dict:
+    """The fields on rotary embedding: rope_theta and rope_scaling, or rope_parameters, which hold both, perhaps for
+    each kind of layer."""
+    whole = table(words, "rope_parameters")
+    sliding = table(whole, "sliding_attention")
+    if "full_attention" in whole:
+        whole = table(whole, "full_attention")
+    scaling = table(words, "rope_scaling") or whole
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise UserError(f"rope_scaling {kind!r:.40} is not supported; known are default, linear and llama3")
+    bands = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings") if kind == "llama3" else ()
+    fields = {
+        "rope_base": positive(whole, "rope_theta", words["rope_theta"]),
+        "rope_factor": 1.0 if kind == "default" else positive(scaling, "factor"),
+        "rope_bands": tuple(positive(scaling, name) for name in bands),
+    }
+    if local:
+        fields["local_rope_base"] = positive(sliding, "rope_theta", words["rope_local_base_freq"])
+    return fields
+
+
+def positive(words: dict, name: str, default: float | None = None) -> float:
+    """A number above 0 from a part of the configuration. Raises UserError."""
+    value = words.get(name, default)
+    if not is_positive(value):
+        raise UserError(f"{name} is {value!r:.40}; it must be a number above 0")
+    return float(value)
+
+
+# ---------------------------------------------------------------- names
+
+BLOCK = ("attn_norm", "q", "k", "v", "out", "mlp_norm", "gate", "up", "down")
+HF = (
+    "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+META = (
+    "attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo", "ffn_norm",
+    "feed_forward.w1", "feed_forward.w3", "feed_forward.w2",
+)  # fmt: skip
+GGUF = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+HF_QK = {"self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm"}
+HF_SANDWICH = {
+    "post_attention_layernorm": "attn_post_norm", "pre_feedforward_layernorm": "mlp_norm",
+    "post_feedforward_layernorm": "mlp_post_norm",
+}  # fmt: skip
+GGUF_NORMS = {
+    "post_attention_norm": "attn_post_norm", "post_ffw_norm": "mlp_post_norm",
+    "attn_q_norm": "q_norm", "attn_k_norm": "k_norm",
+}  # fmt: skip
+SKIPPED = re.compile(r"rotary_emb\.inv_freq|rope\.freqs|rope_freqs|vision_tower\.|multi_modal_projector\.")
+
+
+def name_table(names: str, post_norms: bool) -> dict[str, str]:
+    """Their names -> ours, without .weight, # for the number of a block, from 0. What lies fused in ours goes by its
+    parts: q, k, v; gate, up."""
+    if names == "hf":
+        prefix, outer = "model.layers", ("model.embed_tokens", "model.norm", "lm_head")
+        block = dict(zip(HF, BLOCK)) | HF_QK
+        if post_norms:
+            block |= HF_SANDWICH
+    elif names == "meta":
+        prefix, outer = "layers", ("tok_embeddings", "norm", "output")
+        block = dict(zip(META, BLOCK))
+    else:
+        prefix, outer = "blk", ("token_embd", "output_norm", "output")
+        block = dict(zip(GGUF, BLOCK)) | GGUF_NORMS
+    table = dict(zip(outer, ("embedding", "norm", "unembedding")))
+    for theirs, ours in block.items():
+        table[f"{prefix}.#.{theirs}"] = f"blocks.#.{ours}"
+    return table
+
+
+def pattern(name: str) -> str:
+    """A tensor's name as the table has it: without .weight, # for the number of a block, and of a model for images too
+    only the text's."""
+    for prefix in ("language_model.model.", "model.language_model."):
+        name = name.replace(prefix, "model.")
+    name = name.replace("language_model.", "")
+    return re.sub(r"\.\d+\.", ".#.", name.removesuffix(".weight"), count=1)

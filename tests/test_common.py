@@ -1,0 +1,234 @@
+"""What every command shares: files written whole, JSON of others, errors in one line, flags and their groups,
+threads."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import errors, flags
+from common.config import option
+from common.errors import UserError, run
+from common.files import parse_json, read_json, whole_file, write_json
+from common.flags import Parser, add_flags, add_model_flags, loading
+
+HERE = Path(__file__).parent.parent
+
+
+# ---------------------------------------------------------------- files
+
+
+def write(path, text: str) -> None:
+    with whole_file(path) as part:
+        Path(part).write_text(text)
+
+
+def test_a_link_stays_one_and_the_file_that_it_points_to_is_written(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "file")
+    write(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "file").read_text() == "new"
+    (tmp_path / "dangling").symlink_to(tmp_path / "real" / "other")
+    write(tmp_path / "dangling", "new")
+    assert (tmp_path / "dangling").is_symlink() and (tmp_path / "real" / "other").read_text() == "new"
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "to null").symlink_to("/dev/null")
+    for path in (tmp_path / "fifo", tmp_path / "folder", tmp_path / "loop", tmp_path / "to null", "/dev/null", ""):
+        with pytest.raises(UserError, match="is no regular file, and nothing else is replaced"):
+            write(path, "new")
+    assert not Path("/dev/null").is_file() and (tmp_path / "fifo").is_fifo() and not list(tmp_path.glob("*.part"))
+
+
+def test_where_nothing_may_be_written_is_said_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"there is no folder .*none to write to"):
+        write(tmp_path / "none" / "file", "new")
+    (tmp_path / "file.part").mkdir()  # stands for a folder that is read-only, which root may write to
+    with pytest.raises(OSError, match=r"file\.part"):
+        write(tmp_path / "file", "new")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path):
+    (tmp_path / "file").write_text("old")
+    said = pytest.raises(UserError, match=r"could not be written \(No space left")
+    with said as error, whole_file(tmp_path / "file"), open("/dev/full", "w") as full:
+        full.write("new")
+    assert "\n" not in str(error.value) and (tmp_path / "file").read_text() == "old"
+
+
+BAD_JSON = {
+    "not JSON": (b"{", "not JSON"),
+    "too deep": (b"[" * 100_000, "nested too deep"),
+    "a long integer": (b'{"a": ' + b"1" * 5000 + b"}", "4300"),
+    "not UTF-8": (b'{"a": "\xff"}', "bytes that are not UTF-8"),
+    "no object": (b"[1]", "holds no JSON object"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_JSON)
+def test_json_that_cannot_be_used_is_one_line_that_names_the_file(tmp_path, kind):
+    content, message = BAD_JSON[kind]
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        read_json(tmp_path / "a.json", "settings")
+    assert str(error.value).startswith(str(tmp_path / "a.json")) and "\n" not in str(error.value)
+
+
+def test_json_is_read_as_it_was_written_and_must_be_a_file(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [1, "ö"]})
+    assert read_json(tmp_path / "a.json", "settings") == parse_json('{"a": [1, "ö"]}', "here") == {"a": [1, "ö"]}
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match="no such file; it was to be used as settings"):
+            read_json(path, "settings")
+
+
+# ---------------------------------------------------------------- errors
+
+
+def failing(error: Exception):
+    def main() -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("error", [
+    UserError("a mistake"), FileNotFoundError(2, "not there", "some file"), OSError(28, "No space left on device"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+])  # fmt: skip
+def test_what_a_user_can_mend_is_one_line_and_status_2(error, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run(failing(error))
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), TypeError("ours"), OSError("ours"), RuntimeError("ours")])
+def test_every_other_exception_is_a_traceback(error):
+    with pytest.raises(type(error), match="ours"):
+        run(failing(error))
+
+
+def test_a_status_stays_and_ctrl_c_is_130():
+    for error, status in ((SystemExit(1), 1), (KeyboardInterrupt(), 130)):
+        with pytest.raises(SystemExit) as exit_:
+            run(failing(error))
+        assert exit_.value.code == status
+
+
+def test_other_systems_are_refused_by_commands_and_not_by_imports(monkeypatch, capsys):
+    monkeypatch.setattr(errors.sys, "platform", "win32")
+    with pytest.raises(SystemExit):
+        run(lambda: None)
+    assert capsys.readouterr().err == "error: the system win32 is not supported; Linux and macOS are\n"
+
+
+# ---------------------------------------------------------------- flags
+
+
+@dataclass(frozen=True)
+class Settings:
+    first: int = option(1, "a first")
+    rare: float = option(2.0, "a rare one", group="rare ones")
+    second: tuple[int, ...] = option((3, 4), "a second")
+    exotic: bool = option(False, "an exotic one", group="exotic ones")
+    odd: str | None = option(None, "an odd one", group="rare ones")
+
+
+def test_flags_stand_in_groups_in_the_order_of_the_fields():
+    parser = Parser("text")
+    add_flags(parser, Settings(), "main")
+    said = parser.format_help()
+    order = ["main:", "--first", "--second", "rare ones:", "--rare", "--odd", "exotic ones:", "--exotic"]
+    places = [said.rindex(word) for word in order]
+    assert places == sorted(places) and "a second (default: 3,4)" in said
+    assert flags.given(parser.parse_args(["--second", "5", "--odd", "none"]), Settings) == {"second": (5,), "odd": None}
+
+
+def test_shortened_flags_are_refused():
+    parser = Parser("text")
+    add_flags(parser, Settings(), "main")
+    with pytest.raises(UserError, match="unrecognized arguments: --fir"):
+        parser.parse_args(["--fir", "5"])
+
+
+def parsed(*words: str):
+    parser = Parser("text")
+    add_model_flags(parser, "some.pt")
+    return parser.parse_args(words)
+
+
+@pytest.fixture
+def threads():
+    """The number of threads, put back at the end."""
+    before = torch.get_num_threads()
+    yield before
+    torch.set_num_threads(before)
+
+
+def test_threads_are_set_as_asked_and_left_alone_otherwise(threads):
+    assert loading(parsed()) == {"device": "cpu", "dtype": None, "form": None, "check": False} and torch.get_num_threads() == threads
+    assert loading(parsed("--threads", "3", "--dtype", "bf16"))["dtype"] == torch.bfloat16
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--threads", "0"), "threads is 0; it must be between 1 and 1024"),
+    (("--threads", "1000000"), "threads is 1000000"),
+    (("--dtype", "int3"), "unknown dtype 'int3'"),
+    (("--device", "mps"), "device 'mps' is not there to use; supported are cpu and cuda"),
+    (("--device", "cpu:x"), "is not there"), (("--device", ""), "is not there to use"),
+])  # fmt: skip
+def test_what_the_machine_cannot_be_is_refused(words, message, threads):
+    with pytest.raises(UserError, match=message):
+        loading(parsed(*words))
+
+
+@pytest.mark.parametrize("load, said", [(os.cpu_count(), 0), (os.cpu_count() + 0.1, 1)])
+def test_a_busy_machine_is_warned_of_once(load, said, monkeypatch, capsys):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    flags.warn_if_busy.cache_clear()
+    for _ in range(2):
+        loading(parsed())
+    assert capsys.readouterr().err.count("warning: this machine is busy") == said
+    monkeypatch.delattr(os, "getloadavg")
+    flags.warn_if_busy.cache_clear()
+    loading(parsed())
+
+
+# ---------------------------------------------------------------- how threads wait
+
+
+@pytest.mark.parametrize("variables, count", [
+    ({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None"),
+])  # fmt: skip
+@pytest.mark.parametrize("module", ["model", "confidence", "decode", "eval", "train", "convert", "tools.bench"])
+def test_threads_spin_little_unless_the_user_says_otherwise(module, variables, count):
+    """Seen from within torch's place: what an imported torch would find."""
+    code = f"""
+import os, sys
+class Torch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            os._exit(0)
+sys.meta_path.insert(0, Torch())
+import {module}
+"""
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    out = subprocess.run(
+        [sys.executable, "-c", code], env={**clean, **variables}, cwd=HERE, capture_output=True, text=True
+    )
+    assert out.stdout.strip() == count

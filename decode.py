@@ -188,7 +188,7 @@ def make_parser() -> Parser:
                         help="write a page that shows the run beside the full model's: every token by its exit layer, "
                              "what each layer would have said, the staircase pass by pass")
     parser.add_argument("--staircase", action="store_true",
-                        help="after every token print filled: 4×13 12×7 are 13 positions in layers 1 to 4, 7 in 5 to 12")
+                        help="after every token print filled: 4×13 12×7 is 13 positions in layers 1 to 4, 7 in 5 to 12")
     parser.add_argument("--thresholds", metavar="FILE",
                         help="JSON file of settings, as calibration writes it; flags outrank it")
     parser.add_argument("--amateur", metavar="CHECKPOINT",

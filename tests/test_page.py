@@ -126,7 +126,7 @@ def page_of(model, names, tokenizer=None, title="the prompt", prompt=PROMPT):
 def test_the_lens_tells_what_the_exits_saw_of_rolled_back_drafts_too(tiny_model, name):
     """Greedy tokens are the best at the layer that they came from, in the table that is computed after the run, with
     the confidence that the run had."""
-    page, recorders = page_of(tiny_model(8), ["full", name])
+    page, _ = page_of(tiny_model(8), ["full", name])
     run = page.content()["inputs"][0]["runs"][1]
     assert name not in ("verified", "verified, bounded") or any(token["lost"] for token in run["tokens"])
     for token in run["tokens"]:
@@ -299,7 +299,8 @@ def test_every_token_names_its_exit_layer_and_lost_drafts_are_struck_through(ope
     for index, name in enumerate(NAMES):
         emitted = recorders[name].emitted
         labels = browser.run(f"[...document.querySelectorAll('.run')[{index}].querySelectorAll('.token')].map(x => x.ariaLabel)")
-        assert [f"exit layer {each.token.exit_layer}" in label for each, label in zip(emitted, labels, strict=True)] == [True] * len(emitted)
+        for each, label in zip(emitted, labels, strict=True):
+            assert f"exit layer {each.token.exit_layer}" in label
         choose(browser, index)
         browser.press("End")
         lost = browser.run(f"[...document.querySelectorAll('.run')[{index}].querySelectorAll('.token')]"

@@ -106,7 +106,24 @@ def test_the_clock_of_a_run_stands_still_while_a_token_is_shown(monkeypatch, tin
     assert times == sorted(times) and 0 < times[-1] < 1000
 
 
-def test_the_time_of_a_block_leaves_out_the_question_before_it():
+def test_the_time_of_a_block_leaves_out_the_question_before_it(monkeypatch, tiny_model):
+    """Again a clock that ticks when it is read; a question takes 1,000 ticks."""
+    clock, asked = count(), [0]
+    monkeypatch.setattr("decoding.replay.perf_counter", lambda: next(clock) + asked[0])
+
+    def slow(trace, layer):
+        asked[0] += 1000
+        return 0.5
+
+    config = DecodeConfig(max_new_tokens=3, confidence=slow, exit_layers=(1, 2, 4), threshold=0.9)
+    passes = recorded(tiny_model(0), PROMPT, config).passes
+    assert asked[0] == 9000 and len(passes) == 3
+    for each in passes:
+        assert sorted(each.block_seconds) == [1, 2, 3, 4, 5]
+        assert 0 < max(each.block_seconds.values()) < 1000
+
+
+def test_times_of_blocks_are_told_by_their_rows():
     times = row_times([Pass([0, 0, 0, 0], 4, 2, {}, {1: 0.5, 2: 0.7}), Pass([4, 4, 0, 0], 5, 2, {}, {1: 0.1, 2: 0.9})])
     assert times == [(1, 0.1, 1), (4, 0.6, 2), (5, 0.9, 1)]
 
@@ -200,7 +217,7 @@ def embedded(path):
 
 
 EVIL = '</script><script>window.broken = 1</script><img src=x onerror="window.broken = 2">&amp;<!--'
-NAMES = ["full", "lossy", "verified, bounded", "copied", "pruned"]
+NAMES = ["full", "lossy", "verified, bounded", "copied", "pruned", "verified, drawn"]
 
 
 class Letters:
@@ -301,6 +318,9 @@ def test_every_token_names_its_exit_layer_and_lost_drafts_are_struck_through(ope
         labels = browser.run(f"[...document.querySelectorAll('.run')[{index}].querySelectorAll('.token')].map(x => x.ariaLabel)")
         for each, label in zip(emitted, labels, strict=True):
             assert f"exit layer {each.token.exit_layer}" in label
+        texts = browser.run(f"[...document.querySelectorAll('.run')[{index}].querySelectorAll('.token')]"
+                            ".map(x => +x.firstChild.textContent)")
+        assert texts == [each.token.id for each in emitted]
         choose(browser, index)
         browser.press("End")
         lost = browser.run(f"[...document.querySelectorAll('.run')[{index}].querySelectorAll('.token')]"
@@ -317,6 +337,8 @@ def test_the_first_difference_from_the_full_model_is_marked(opened):
                              ".map((x, i) => x.classList.contains('differs') ? i : -1).filter(i => i >= 0)")
         place = first_difference(texts[name], texts["full"])
         assert marked == ([] if place is None else [place])
+    place, drawn = first_difference(texts["verified, drawn"], texts["full"]), recorders["verified, drawn"].emitted
+    assert any(each.rolled_back for each in drawn[: place + 1])
     assert first_difference(texts["lossy"], texts["full"]) is not None
     assert first_difference(texts["verified, bounded"], texts["full"]) is None
 
@@ -338,6 +360,24 @@ def test_by_keyboard_a_token_shows_its_layers_and_enter_its_pass(opened):
     assert best == 25
     browser.press("Enter")
     assert browser.run("document.getElementById('pass').textContent").startswith(f"Pass {third.made + 1} ")
+
+
+def test_the_text_grows_with_the_passes(opened):
+    """What a later pass makes is pale; a draft not yet judged is outlined; the newest token is the one selected."""
+    browser, recorders = opened
+    index = NAMES.index("verified, bounded")
+    emitted, passes = recorders["verified, bounded"].emitted, recorders["verified, bounded"].passes
+    choose(browser, index)
+    for k in range(len(passes)):
+        marks = browser.run(f"[...document.querySelectorAll('.run')[{index}].querySelectorAll('.token')].map(x => "
+                            "['later', 'draft', 'lost'].filter(kind => x.classList.contains(kind)).join())")
+        for each, mark in zip(emitted, marks, strict=True):
+            draft = "draft" if each.settled > k else "lost" if each.rolled_back else ""
+            assert mark == ("later" if each.made > k else draft)
+        selected = read(browser, "'.token[aria-selected=true]' => +x.dataset.at")
+        made = [at for at, each in enumerate(emitted) if each.made == k]
+        assert not made or selected == made
+        browser.press("ArrowRight")
 
 
 def test_play_goes_on_by_itself_and_pauses(opened):

@@ -7,7 +7,8 @@ from itertools import groupby
 from torch import Tensor
 
 from confidence import Trace
-from model import Transformer
+from decoding.flops import block_flops, blocks_of_head
+from model import ModelConfig, Transformer
 
 
 @dataclass
@@ -48,11 +49,18 @@ class Counters:
             runs = len(list(layers)) if first < stop else 0
             self.block_runs += runs
             self.block_rows += runs * (stop - first)
-            self.block_flops += runs * model.block_flops(first, stop)
+            self.block_flops += runs * block_flops(model.config, first, stop)
         if layer > L:
             self.deep_passes += 1
             self.deep_rows += stop - before[L]
         self.confidence_flops += sum(flops for head, flops in trace.flops.items() if head != layer)
+
+    def ideal_speedup(self, shape: ModelConfig, shortlist: bool) -> float:
+        """The steps of the staircase that the full model runs for so many tokens, over those that were run. With a
+        shortlist the head over the vocabulary is one of them, as many blocks as its weights make; without one every
+        question reads these weights, and none is saved."""
+        head = blocks_of_head(shape) if shortlist else 0
+        return (shape.n_layers + head) * self.tokens / (self.block_runs + head * self.deep_passes)
 
     def add_miss(self, trace: Trace, token: int | None) -> None:
         """Whether the full model's token was among the candidates that were asked over."""
@@ -79,5 +87,5 @@ class Generation:
     def of(cls, tokens: Iterable[Token], counters: Counters) -> "Generation":
         """What `stream` yields, with the counters that it was given."""
         tokens = list(tokens)
-        ids, layers, confidences = [t.id for t in tokens], [t.exit_layer for t in tokens], [t.confidences for t in tokens]
-        return cls(ids, layers, confidences, counters)
+        ids, layers = [token.id for token in tokens], [token.exit_layer for token in tokens]
+        return cls(ids, layers, [token.confidences for token in tokens], counters)

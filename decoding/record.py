@@ -18,11 +18,16 @@ class Token:
 
     id: int
     exit_layer: int                    # L: from the full model, or from the shortlist after all blocks
-    confidences: dict[int, float]      # of each layer asked
-    thresholds: dict[int, float]       # that they had to reach
-    amateurs: dict[int, int]           # exit layer -> the layer that it was contrasted with
     probs: Tensor | None = None        # (V,) what a draft was drawn from, if it was sampled
     rolled_back: tuple[int, ...] = ()  # verified mode: the drafts that this token replaced
+    confidences: dict[int, float] = field(default_factory=dict)  # of each layer asked
+    thresholds: dict[int, float] = field(default_factory=dict)   # that they had to reach
+    amateurs: dict[int, int] = field(default_factory=dict)       # exit layer -> the layer it was contrasted with
+
+    def explain(self, trace: Trace) -> None:
+        """Takes over what the trace of its position tells."""
+        self.confidences, self.thresholds = trace.confidences, trace.thresholds
+        self.amateurs = {**self.amateurs, **trace.amateurs}
 
 
 @dataclass

@@ -193,7 +193,7 @@ def test_filled_takes_few_characters():
 
 def test_the_command_prints_the_staircase_and_writes_the_page(tiny_model, monkeypatch, tmp_path, capsys):
     model = tiny_model(8)
-    monkeypatch.setattr(decode, "load_checkpoint", lambda *_, **__: (model, None))
+    monkeypatch.setattr("decoding.command.load_checkpoint", lambda *_, **__: (model, None))
     flags = ["--prompt", "1,7,3,9", "--exit-layers", "1,2,4", "--threshold", "0.1", "--max-new-tokens", "9", "--prune", "none"]
     monkeypatch.setattr(sys, "argv", ["decode.py", *flags, "--staircase", "--html", str(tmp_path / "page.html")])
     decode.main()

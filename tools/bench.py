@@ -28,7 +28,9 @@ from cache import KVCache
 from common.errors import UserError, run
 from common.flags import Parser, add_model_flags, loading, read_dtype
 from confidence import FUNCTIONS, Trace
-from decode import DEFAULT_CHECKPOINT, copy_up, generate, run_pass
+from decode import generate, run_pass
+from decoding.choosing import DEFAULT_CHECKPOINT
+from decoding.copying import copy_up
 from decoding.record import Counters
 from decoding.settings import DecodeConfig
 from formats.data import read_examples, task_file

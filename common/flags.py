@@ -79,8 +79,9 @@ def add_model_flags(parser: argparse.ArgumentParser, checkpoint) -> None:
     parser.add_argument(
         "--dtype", help=f"{', '.join(DTYPES)} (default: the file's own; float32 where a float16 file meets a CPU)"
     )
-    text = "how a CPU stores them: plain, or packed by oneDNN (default: by the rule in formats/weights.py)"
-    parser.add_argument("--weights", help=text)
+    parser.add_argument(
+        "--weights", help="how a CPU stores them: plain, or packed by oneDNN (default: see formats/weights.py)"
+    )
     add_thread_flag(parser)
 
 

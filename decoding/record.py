@@ -7,8 +7,8 @@ from itertools import groupby
 from torch import Tensor
 
 from confidence import Trace
-from decoding.flops import block_flops
-from model import Transformer
+from decoding.flops import block_flops, blocks_of_head
+from model import ModelConfig, Transformer
 
 
 @dataclass
@@ -17,11 +17,16 @@ class Token:
 
     id: int
     exit_layer: int                    # L: from the full model, or from the shortlist after all blocks
-    confidences: dict[int, float]      # of each layer asked
-    thresholds: dict[int, float]       # that they had to reach
-    amateurs: dict[int, int]           # exit layer -> the layer that it was contrasted with
     probs: Tensor | None = None        # (V,) what a draft was drawn from, if it was sampled
     rolled_back: tuple[int, ...] = ()  # verified mode: the drafts that this token replaced
+    confidences: dict[int, float] = field(default_factory=dict)  # of each layer asked
+    thresholds: dict[int, float] = field(default_factory=dict)   # that they had to reach
+    amateurs: dict[int, int] = field(default_factory=dict)       # exit layer -> the layer it was contrasted with
+
+    def explain(self, trace: Trace) -> None:
+        """Takes over what the trace of its position tells."""
+        self.confidences, self.thresholds = trace.confidences, trace.thresholds
+        self.amateurs = {**self.amateurs, **trace.amateurs}
 
 
 @dataclass
@@ -54,6 +59,13 @@ class Counters:
             self.deep_passes += 1
             self.deep_rows += stop - before[L]
         self.confidence_flops += sum(flops for head, flops in trace.flops.items() if head != layer)
+
+    def ideal_speedup(self, shape: ModelConfig, shortlist: bool) -> float:
+        """The steps of the staircase that the full model runs for so many tokens, over those that were run. With a
+        shortlist the head over the vocabulary is one of them, as many blocks as its weights make; without one every
+        question reads these weights, and none is saved."""
+        head = blocks_of_head(shape) if shortlist else 0
+        return (shape.n_layers + head) * self.tokens / (self.block_runs + head * self.deep_passes)
 
     def add_miss(self, trace: Trace, token: int | None) -> None:
         """Whether the full model's token was among the candidates that were asked over."""

@@ -115,7 +115,7 @@ def test_the_parts_of_the_missing_efficiency_by_hand():
     spent = work(config, 10, 20, {"one row": 2.0, "the prompt": 1.6, "several rows": 1.8, "questions": 1.5, "head": 0.5,
                                   "the rest": 0.6},
                  {"one row": 10, "the prompt": 4, "several rows": 6, "questions": 15, "head": 5}, given=5)
-    figures = bench_split.split(full, spent, 4)
+    figures = bench_split.split(full, spent, ModelConfig(n_layers=4))
     assert figures["speed-up"] == pytest.approx(10 / 8) and figures["ideal"] == 2
     assert figures["efficiency"] == pytest.approx(5 / 8)
     assert figures["questions"] == pytest.approx((1.5 - 5 * 0.1) / 8)

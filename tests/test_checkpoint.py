@@ -226,8 +226,20 @@ def test_a_file_filled_through_memory_is_sealed(tmp_path):
 def test_a_text_ends_at_the_first_of_its_ends(tiny_model):
     model, config = tiny_model(6), DecodeConfig(max_new_tokens=20, temperature=2.0)
     text = generate(model, [3, 1, 4], config).tokens
-    third, fifth = text[2], text[4]
-    assert len(text) == 20 and third not in text[:2] and fifth not in text[:4]
-    for ends, length in (((third, fifth), 3), ((fifth, third), 3), (fifth, 5), ((), 20)):
+    one, two = [token for token in dict.fromkeys(text) if token not in text[:2]][:2]  # in the order of the text
+    early, late = text.index(one) + 1, text.index(two) + 1
+    assert len(text) == 20 and 2 < early < late
+    for ends, length in (((one, two), early), ((two, one), early), (two, late), ((), 20)):
         model.config = replace(model.config, eos_id=ends)
         assert generate(model, [3, 1, 4], config).tokens == text[:length]
+
+
+@pytest.mark.parametrize("entry", ["provenance", "training"])
+@pytest.mark.parametrize("loss, exits", [("rotate", (1, 3)), ("none", ())])
+def test_a_file_whose_config_tells_no_exits_has_those_of_its_training(tiny_model, tmp_path, entry, loss, exits):
+    """As files were written before: the exit layers stand among the training's settings."""
+    save_checkpoint(tmp_path / "model.pt", tiny_model(0), None, **{entry: {"config": {"loss": loss, "exits": (1, 3)}}})
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    del content["config"]["exit_layers"]
+    torch.save(content, tmp_path / "model.pt")
+    assert load_checkpoint(tmp_path / "model.pt")[0].config.exit_layers == exits

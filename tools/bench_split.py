@@ -41,7 +41,7 @@ from evaluation.inputs import load_model
 from evaluation.measure import Measured, encode_inputs, synchronize
 from evaluation.rows import default_tasks, read_settings
 from evaluation.tasks import TASKS, read_task, sample
-from model import Transformer
+from model import ModelConfig, Transformer
 
 SETTINGS, INPUTS = ("softmax", "verified"), 8  # rows of the settings beside the checkpoint; inputs of each task
 # Kinds of segments: block runs of one row, of several, and of the prompt's; heads of passes to the top; and questions.
@@ -181,10 +181,10 @@ def measure(model: Transformer, prompts: list[list[int]], configs: dict[str, Dec
 # ---------------------------------------------------------------- telling apart
 
 
-def split(full: Spent, spent: Spent, n_layers: int) -> dict[str, float]:
+def split(full: Spent, spent: Spent, shape: ModelConfig) -> dict[str, float]:
     """Speed-up, ideal speed-up and efficiency of a setting, and the parts of what is missing up to 1: they and the
     efficiency add up to 1."""
-    ideal = work_figures(Measured(spent.config, outputs=spent.outputs), n_layers)["ideal_speedup"]
+    ideal = work_figures(Measured(spent.config, outputs=spent.outputs), shape)["ideal_speedup"]
     one = full.mean(ONE)
     missing = spent.token - full.token / ideal  # seconds
     parts = {
@@ -215,7 +215,7 @@ def print_split(args: argparse.Namespace) -> None:
         spent = measure(model, prompts, configs, args.repeat)
         full = spent.pop("full")
         for name, each in spent.items():
-            print_row(f"{task.name} {name}", split(full, each, model.config.n_layers))
+            print_row(f"{task.name} {name}", split(full, each, model.config))
 
 
 def print_row(name: str, figures: dict[str, float]) -> None:

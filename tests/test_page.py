@@ -98,7 +98,7 @@ def test_the_clock_of_a_run_stands_still_while_a_token_is_shown(monkeypatch, tin
     nothing."""
     clock, lost = count(), [0]
     monkeypatch.setattr("decoding.replay.perf_counter", lambda: next(clock) + lost[0])
-    recorder = decode.Recorder()
+    recorder = Recorder()
     tokens = decode.stream(tiny_model(8), PROMPT, SETTINGS["lossy"], recorder, recorder.trace)
     for _ in recorder.watch(tokens, len(PROMPT)):
         lost[0] += 1000

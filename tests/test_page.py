@@ -13,7 +13,7 @@ import decode
 from decode import Run, generate
 from decoding.display import steps
 from decoding.page import Page, first_difference, row_times, script_json
-from decoding.replay import Pass, recorded
+from decoding.replay import Pass, Recorder, recorded
 from decoding.settings import DecodeConfig
 
 recorded = partial(recorded, decode.stream)

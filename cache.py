@@ -27,6 +27,7 @@ class KVCache:
         self.hidden = model.embedding.new_empty(length, self.config.d_model)
         self.filled = [0] * (self.config.n_layers + 2)
         self._slides = [False] + [self.config.slides(layer) for layer in range(1, self.config.n_layers + 1)]
+        self._rotates = [True] + [self.config.rotates(layer) for layer in range(1, self.config.n_layers + 1)]
         self._span, self._views = None, {}
 
     def owed(self, layer: int, stop: int) -> Tensor:
@@ -56,7 +57,7 @@ class KVCache:
         first = self.filled[layer]
         stop = self.filled[layer] = first + qkv.shape[0]
         start, rope, mask = self._view(first, stop, self._slides[layer])
-        q, k, v = split_heads(qkv, 1, self.config, rope)
+        q, k, v = split_heads(qkv, 1, self.config, rope if self._rotates[layer] else None)
         keys, values = self.keys[layer - 1], self.values[layer - 1]
         keys[:, :, first:stop] = k
         values[:, :, first:stop] = v

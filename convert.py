@@ -3,12 +3,14 @@
     python convert.py SOURCE out.pt --dtype bf16
 
 SOURCE is a Hugging Face folder (config.json with *.safetensors or pytorch_model*.bin), a folder of Meta's (params.json
-with consolidated.*.pth), a .bin of llama2.c, or a GGUF file (with the package gguf): the Llama family (Llama,
-TinyLlama, OpenLLaMA, Mistral, CodeLlama, LayerSkip) and Gemma 1, 2 and 3. Tensors stream one by one from file to file.
+with consolidated.*.pth), a .bin of llama2.c, or a GGUF file (with the package gguf): the Llama family (Llama 1
+to 3.3, TinyLlama, OpenLLaMA, CodeLlama, LayerSkip, SmolLM, SmolLM3), Mistral, Qwen 2, 2.5 and 3, and Gemma 1, 2 and 3
+(docs/checkpoints.md). Tensors stream one by one from file to file.
 """
 
 import common.threads  # noqa: F401  before torch
 
+import math
 import mmap
 import os
 import re
@@ -78,7 +80,8 @@ def shapes_of(config: ModelConfig, tensors: dict) -> dict[str, Tensor]:
 
 # ---------------------------------------------------------------- which tensor goes where
 
-PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # what lies fused in ours
+PARTS = {"qkv": ("q", "k", "v"), "qkv_bias": ("q_bias", "k_bias", "v_bias"), "gate_up": ("gate", "up")}  # what lies fused in ours
+ROTATED = ("q", "k", "q_bias", "k_bias")
 
 
 def parts_of(name: str) -> list[str]:
@@ -91,13 +94,12 @@ def place(name: str, weights: dict[str, Tensor], config: ModelConfig) -> Tensor:
     """Where the tensor or part of our `name` goes: a weight, or some rows of a fused one."""
     block, _, part = name.rpartition(".")
     q, kv, ff = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.d_ff
-    if part in ("q", "k", "v"):
-        rows = dict(zip("qkv", weights[f"{block}.qkv"].split((q, kv, kv))))
-    elif part in ("gate", "up"):
-        rows = dict(zip(("gate", "up"), weights[f"{block}.gate_up"].split((ff, ff))))
-    else:
-        return weights[name]
-    return rows[part]
+    sizes = {"qkv": (q, kv, kv), "qkv_bias": (q, kv, kv), "gate_up": (ff, ff)}
+    for fused, parts in PARTS.items():
+        if part in parts:
+            rows = weights[f"{block}.{fused}"].split(sizes[fused])
+            return rows[parts.index(part)]
+    return weights[name]
 
 
 def match(source: Source, config: ModelConfig, shapes: dict[str, Tensor]) -> tuple[dict[str, str], list[str]]:
@@ -123,7 +125,8 @@ def match(source: Source, config: ModelConfig, shapes: dict[str, Tensor]) -> tup
             raise UserError(f"{theirs} is of {stored.dtype}; only {known} can be converted")
     missing = needed - set(found)
     if missing:
-        raise UserError(f"tensor {their_name(min(missing), table)}.weight is missing")
+        name = their_name(min(missing), table)
+        raise UserError(f"tensor {name if name.endswith('.bias') else name + '.weight'} is missing")
     return found, skipped
 
 
@@ -155,7 +158,8 @@ def fill(target: Tensor, stored: Stored, half: int | None, plus_one: bool) -> No
         if plus_one:
             part.copy_(piece.float() + 1)
         elif half:
-            part.view(-1, 2, half, part.shape[1]).copy_(piece.view(-1, half, 2, piece.shape[1]).transpose(1, 2))
+            width = math.prod(part.shape[1:])  # 1 for a bias
+            part.view(-1, 2, half, width).copy_(piece.view(-1, half, 2, width).transpose(1, 2))
         else:
             part.copy_(piece)
         at += size
@@ -171,7 +175,7 @@ def copy_weights(
     with tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True, desc=title) as bar:
         for ours, theirs in found.items():
             target, kind = place(ours, weights, config), ours.rpartition(".")[2]
-            half = config.head_dim // 2 if source.interleaved and kind in ("q", "k") else None
+            half = config.head_dim // 2 if source.interleaved and kind in ROTATED else None
             plus_one = gemma and source.names == "hf" and "norm" in kind
             fill(target, source.tensors[theirs], half, plus_one)
             if not torch.stack(torch.aminmax(target)).isfinite().all():

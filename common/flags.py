@@ -23,10 +23,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors, for `run` to print in one line, whose help shows the module's
     text as it is, and which takes no shortened flags: a new one would change what they mean."""
 
-    def __init__(self, description: str):
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+    def __init__(self, description: str, **options):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False, **options)
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -107,9 +106,9 @@ def use_threads(count: int | None) -> None:
 
 @functools.cache  # said once
 def warn_if_busy() -> None:
-    """One line on stderr if more processes want to run than there are cores (the average of a minute, where the system
-    has one)."""
-    if not hasattr(os, "getloadavg") or os.environ.get("RANK", "0") != "0":
+    """One line on stderr, where that is a terminal, if more processes want to run than there are cores (the average of
+    a minute, where the system has one)."""
+    if not sys.stderr.isatty() or not hasattr(os, "getloadavg") or os.environ.get("RANK", "0") != "0":
         return
     load, cores = os.getloadavg()[0], os.cpu_count()
     if load > cores:

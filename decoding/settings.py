@@ -118,7 +118,6 @@ class DecodeConfig:
     def exits(self, shape: ModelConfig) -> dict[int, float]:
         """The layers at which this model may exit, with their thresholds. Raises UserError for one that it does not
         have, and if none is left."""
-        shape = ModelConfig(n_layers=shape) if isinstance(shape, int) else shape
         L, layers = shape.n_layers, self.exit_layers
         beyond = (L,) if self.shortlist else ()  # after all blocks, but not the head over the vocabulary
         if layers is None:

@@ -1,121 +1,156 @@
-"""A threshold with a guarantee: Learn then Test (Angelopoulos 2021), as CALM uses it (Schuster 2022, section 4).
+"""`eval.py calibrate`: a threshold with a guarantee for one task, found as CALM finds it (Schuster 2022, section 4)."""
 
-With probability of at least 1 - error over the draw of the calibration prompts, the expected loss at the chosen threshold is at most the
-tolerance, on prompts from the same source.
-"""
-
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+import argparse
+import sys
+from dataclasses import asdict, replace
+from statistics import fmean
 
 from common.errors import UserError
-from common.processes import tell
+from common.files import write_json
+from common.processes import processes, tell
 from decoding.settings import DecodeConfig
-from evaluation.measure import encode_inputs, measure
-from evaluation.metrics import rouge_l_f1
-from evaluation.tasks import Task
+from evaluation.figures import written
+from evaluation.inputs import chosen_tasks, load_inputs, load_model, note, run_record
+from evaluation.learn_then_test import fewest, walk
+from evaluation.measure import encode_inputs, run_in_turns
+from evaluation.metrics import METRICS, rouge_l_f1
+from evaluation.rows import custom_settings, exits_of, fields_that_differ, own_origin, own_setting, sources
+from evaluation.table import check_file
+from evaluation.tasks import TUNING_SHARE, Task, between, one_of_each_source, sample, source
 from formats.data import Example
 
-CANDIDATES = tuple(step / 20 for step in range(20, -1, -1))  # thresholds, from cautious to bold
+CHECK_SHARE = (1 + TUNING_SHARE) / 2  # of a single file: from here on inputs to check on; below, those to calibrate on
 
 
-@dataclass(frozen=True)
-class Tested:
-    """One threshold, its mean loss on the calibration prompts, and how likely so small a mean is if the true one is above the tolerance."""
-
-    threshold: float
-    risk: float
-    p_value: float
-
-
-def calibrate(losses: Callable[[float], list[float]], tolerance: float, error: float,
-              candidates: tuple[float, ...] = CANDIDATES) -> tuple[float | None, list[Tested]]:  # fmt: skip
-    """The last of the candidates, walked in their order until one fails, whose risk is significantly below the tolerance (fixed-sequence
-    testing: a failure ends the walk, so that no correction for many tests is due); None if the first fails. And all that were tested.
-    losses(threshold): the loss in [0, 1] on every calibration prompt."""
-    chosen, tested = None, []
-    for threshold in candidates:
-        values = losses(threshold)
-        tested.append(Tested(threshold, sum(values) / len(values), p_value(values, tolerance)))
-        if tested[-1].p_value > error:
-            break
-        chosen = threshold
-    return chosen, tested
-
-
-def p_value(losses: list[float], tolerance: float) -> float:
-    """Hoeffding-Bentkus: for independent losses in [0, 1] whose expectation exceeds the tolerance, the probability of a mean as small as
-    theirs is at most min(exp(-n h(min(r, t), t)), e P(Binomial(n, t) <= ceil(n r))), h(a, b) = a log(a/b) + (1-a) log((1-a)/(1-b))
-    (Bates 2021, section 3.1). Raises ValueError for no losses, losses outside [0, 1] and a tolerance outside (0, 1)."""
-    n = len(losses)
-    if not n or not 0 < tolerance < 1 or not all(0 <= loss <= 1 for loss in losses):
-        raise UserError(f"{n} losses from {min(losses, default=0)} to {max(losses, default=0)}, tolerance {tolerance}: losses, at least "
-                         "one, must lie in 0 to 1, and the tolerance between")  # fmt: skip
-    risk = sum(losses) / n
-    a = min(risk, tolerance)
-    hoeffding = math.exp(-n * (xlogx(a, tolerance) + xlogx(1 - a, 1 - tolerance)))
-    bentkus = math.e * binomial_cdf(math.ceil(n * risk - 1e-9), n, tolerance)
-    return min(1.0, hoeffding, bentkus)
+def main(args: argparse.Namespace) -> None:
+    """Finds a threshold, says what was found, and writes it. Ends with status 1 if no threshold passes."""
+    custom = custom_settings(args)
+    check_file(args.out)
+    tasks = chosen_tasks(args)
+    check_flags(args, custom, tasks)
+    model, tokenizer = load_model(args)
+    record = run_record(args, model)
+    task, sets = two_sets(args, tasks[0])
+    config = own_setting(args, task, custom)
+    exits_of(config, model)
+    note(sources(args, own_origin(args, custom, model)))
+    threshold, provenance = find_threshold(model, tokenizer, task, sets, config, args.risk, args.tolerance, args.error)
+    tell(report(task, threshold, provenance))
+    if threshold is None:
+        sys.exit(1)
+    if processes()[0] == 0:
+        settings = {"confidence": config.confidence} | fields_that_differ(config, DecodeConfig())
+        settings |= {"threshold": threshold, "provenance": provenance | record | {"task": task.name}}
+        write_json(args.out, settings)
+    tell(f"wrote {args.out}")
 
 
-def xlogx(a: float, b: float) -> float:
-    """a log(a / b), 0 for a = 0."""
-    return a * math.log(a / b) if a else 0.0
+def check_flags(args: argparse.Namespace, custom: dict, tasks: list[Task]) -> None:
+    """Raises ValueError for what cannot be calibrated."""
+    if custom.get("layer_thresholds"):
+        raise UserError("layer_thresholds outranks the threshold that is to be found; leave it out")
+    if custom.get("confidence", "softmax") is None:
+        raise UserError("calibrate needs a confidence function; confidence is none")
+    if not (0 < args.tolerance < 1 and 0 < args.error < 1):
+        raise UserError(f"tolerance is {args.tolerance}, error {args.error}; both must lie between 0 and 1")
+    if len(tasks) != 1:
+        names = ",".join(task.name for task in tasks)
+        raise UserError(f"calibrate finds a threshold for one task; choose it with --tasks (here: {names})")
+    if args.risk == "task" and not tasks[0].metrics:
+        raise UserError(f"task {tasks[0].name} has no score; calibrate with --risk consistency")
 
 
-def binomial_cdf(k: int, n: int, p: float) -> float:
-    """P(Binomial(n, p) <= k)."""
-    terms = (math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
-             for i in range(min(k, n) + 1))  # fmt: skip
-    return min(1.0, sum(map(math.exp, terms)))
+def two_sets(args: argparse.Namespace, task: Task) -> tuple[Task, dict[str, list[Example]]]:
+    """The examples to calibrate on, and others to check on. None of the first has been used by `tune`, which draws from
+    the rest of dev; each text is asked one question, since the guarantee is for independent inputs; and no text is in
+    both sets. Of a task of your own, which is a single file, both come from the part that tune leaves."""
+    task, dev = load_inputs(args, task, "dev")
+    if "{}" in task.file:
+        fit = between(dev, TUNING_SHARE, 1)
+        seen = {source(example) for example in fit}
+        check = [example for example in load_inputs(args, task, "test")[1] if source(example) not in seen]
+        names = "dev (what tune leaves of it)", "test"
+    else:
+        fit, check = between(dev, TUNING_SHARE, CHECK_SHARE), between(dev, CHECK_SHARE, 1)
+        names = f"{task.file} (one part)", f"{task.file} (another part)"
+    if not fit or not check:
+        raise UserError(f"{task.file}: holds too little to calibrate on one part and check on another")
+    drawn = [sample(one_of_each_source(part, args.draw_seed), args.limit, args.draw_seed) for part in (fit, check)]
+    needed = fewest(args.tolerance, args.error)
+    if len(drawn[0]) < needed:  # known before any is looked at, so another try is allowed
+        raise UserError(
+            f"{len(drawn[0])} inputs cannot prove a risk below {args.tolerance} at error level {args.error}, whatever "
+            f"their losses; take at least {needed} (--limit, or another file), or a higher --tolerance or --error"
+        )
+    return task, dict(zip(names, drawn))
 
 
-# ---------------------------------------------------------------- on a model
-
-
-def find_threshold(model, tokenizer, task: Task, sets: dict[str, list[Example]], config: DecodeConfig, risk: str, tolerance: float,
-                   error: float) -> tuple[float | None, dict]:  # fmt: skip
-    """The threshold that Learn then Test finds on the calibration examples, None if none passes; and how, held-out risk included. sets:
-    examples by what they are, the first to calibrate on, the second to check on. risk: consistency, 1 - ROUGE-L to the full model's text;
-    or task, how much lower the task's first score is."""
-    full: dict[str, list[str]] = {}
-    name = next(iter(task.scores)) if risk == "task" else "consistency"
-    both = {"full": config.full(), "early": config}
-    ready = {which: encode_inputs(model, tokenizer, task, examples, both) for which, examples in sets.items()}
+def find_threshold(
+    model,
+    tokenizer,
+    task: Task,
+    sets: dict[str, list[Example]],
+    config: DecodeConfig,
+    risk: str,
+    tolerance: float,
+    error: float,
+) -> tuple[float | None, dict]:
+    """The threshold that Learn then Test finds on the calibration examples, None if none passes; and how, held-out risk
+    included. sets: examples by what they are, the first to calibrate on, the second to check on. risk: consistency,
+    1 - ROUGE-L to the full model's text; or task, how much lower the task's first score is."""
+    fit, check = sets
+    name = next(iter(task.metrics)) if risk == "task" else "consistency"
+    both = {"early": config, "full": config.full()}
+    encoded = {which: encode_inputs(model, tokenizer, task, examples, both) for which, examples in sets.items()}
+    full: dict[str, list[str]] = {}  # the full model's texts of a set, which it decodes once
 
     def losses(threshold: float, which: str) -> list[float]:
-        """The loss of every example; the full model decodes a set once."""
-        prompts, configs = ready[which]
-        configs = configs | {"early": replace(configs["early"], threshold=threshold)}
-        if which in full:
-            del configs["full"]
-        rows = measure(model, prompts, configs, 1, f"{task.name}, {which}, threshold {threshold:g}")
-        texts = {label: [tokenizer.decode(out.tokens).strip() for out in row.outputs] for label, row in rows.items()}
-        early, exact = texts["early"], full.setdefault(which, texts.get("full"))
+        """The loss of every example of a set."""
+        prompts, ending = encoded[which]
+        configs = {"early": replace(ending["early"], threshold=threshold)}
+        if which not in full:
+            configs["full"] = ending["full"]
+        rows = run_in_turns(model, prompts, configs, 1, f"{task.name}, {which}, threshold {threshold:g}")
+        if which not in full:
+            full[which] = written(tokenizer, rows["full"])
+        early = written(tokenizer, rows["early"])
         if risk == "consistency":
-            return [1 - rouge_l_f1(*pair) for pair in zip(early, exact)]
-        scores = [[task.score([text], [list(each.references)])[name] for text, each in zip(some, sets[which])] for some in (early, exact)]
-        return [max(0.0, whole - part) for part, whole in zip(*scores)]
+            return [1 - rouge_l_f1(*pair) for pair in zip(early, full[which])]
+        metric = METRICS[task.metrics[name]]
+        lost = []
+        for text, whole, example in zip(early, full[which], sets[which]):
+            references = [list(example.references)]
+            lost.append(max(0.0, metric([whole], references) - metric([text], references)))
+        return lost
 
-    fit, check = sets
-    threshold, tested = calibrate(lambda threshold: losses(threshold, fit), tolerance, error)
+    threshold, tested = walk(lambda threshold: losses(threshold, fit), tolerance, error)
     for each in tested:
         tell(f"threshold {each.threshold:g}: risk {each.risk:.4f}, p {each.p_value:.4f}")
-    provenance = {"tolerance": tolerance, "error": error, "risk": risk, "loss": name, "calibrated on": f"{len(sets[fit])} inputs of {fit}",
-                  "tested": [asdict(each) for each in tested]}  # fmt: skip
+    provenance = {"tolerance": tolerance, "error": error, "risk": risk, "loss": name}
+    provenance["calibrated on"] = f"{len(sets[fit])} inputs of {fit}"
+    provenance["tested"] = [asdict(each) for each in tested]
     if threshold is not None:
         held_out = losses(threshold, check)
-        provenance["held out"] = {"on": f"{len(held_out)} inputs of {check}", "risk": sum(held_out) / len(held_out)}
+        provenance["held out"] = {"on": f"{len(held_out)} inputs of {check}", "risk": fmean(held_out)}
     return threshold, provenance
 
 
 def report(task: Task, threshold: float | None, provenance: dict) -> str:
-    """What calibration found, in words."""
+    """What calibration found, in words. After a failure it advises only what leaves a guarantee a guarantee: the inputs
+    have been looked at, so whatever is chosen in view of them must be tested on others."""
     risk, tolerance = f"{provenance['risk']} risk", provenance["tolerance"]
     if threshold is None:
-        return (f"{task.name}: no threshold keeps the {risk} below {tolerance} at error level {provenance['error']}; raise --tolerance, "
-                "take more inputs (--limit), other exits, or --verify, which changes nothing")  # fmt: skip
+        return (
+            f"{task.name}: no threshold keeps the {risk} below {tolerance} at error level {provenance['error']}. "
+            "These inputs have now been looked at: another tolerance, other exits or more inputs chosen in view of "
+            "them would have no guarantee on them. Settle these first, then calibrate once on inputs that were not "
+            f"used here ({task.name}=FILE or file=FILE). Or use --verify, which changes no text and so needs no guarantee."
+        )
     held_out = provenance["held out"]
-    above = " Above it: the guarantee is for the mean over many inputs, of the same source as those calibrated on."
-    return (f"{task.name}: threshold {threshold:g}; on {held_out['on']}, not used to find it, its {risk} is {held_out['risk']:.4f} "
-            f"(tolerance {tolerance})." + above * (held_out["risk"] > tolerance))  # fmt: skip
+    text = (
+        f"{task.name}: threshold {threshold:g}; on {held_out['on']}, not used to find it, its {risk} is "
+        f"{held_out['risk']:.4f} (tolerance {tolerance})."
+    )
+    if held_out["risk"] > tolerance:
+        text += " Above it: the guarantee is for the mean over many inputs, of the same source as those calibrated on."
+    return text

@@ -1,56 +1,95 @@
-"""How good is a generated text? BLEU, ROUGE, and answers against human references; variety; agreement with the full model's output.
+"""How good is a generated text? BLEU, ROUGE, and answers against human references; variety; agreement with the full
+model's output.
 
-Standard library and NumPy only. Every score lies in [0, 1], higher is better but for repetition; multiply by 100 for the usual points.
+Standard library and NumPy only. Every score lies in [0, 1], higher is better but for repetition; multiply by 100 for
+the usual points.
 """
 
 import math
-import re
-import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from itertools import chain, zip_longest
-from statistics import fmean
 
 import numpy as np
 
 from common.errors import UserError
-from evaluation.stemmer import stem
+from evaluation.tokens import mteval_tokens, ptb_tokens, rouge_lines, squad_tokens
 
 MAX_ORDER = 4  # BLEU-4 counts 1-grams to 4-grams
 COCO_BETA = 1.2  # weight of recall against precision in COCO's ROUGE-L
 ROUGE_VARIANTS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
-def bleu(hypotheses: list[str], references: list[list[str]], lowercase: bool = False) -> float:
-    """Corpus BLEU-4 in [0, 1], equal to sacrebleu's default corpus_bleu (13a tokens, exponential smoothing) divided by 100.
+@dataclass(frozen=True)
+class Metric:
+    """A score of many texts that follows from sums over them, so that the score of a resample of the texts costs one
+    sum.
 
-    BP * exp(mean over n = 1..4 of log p_n), with p_n the share of hypothesis n-grams found in the references, each counted at
-    most as often as in the one reference that has it most often. BP = exp(1 - r / h) if the hypotheses' total length h is below r,
-    the total of the reference lengths closest to each hypothesis (the shorter on ties). The k-th order without a match counts
-    1 / 2^k matches; without any match, or without any 4-gram, the score is 0. Inputs may have different numbers of references:
-    do not pad them with empty texts, which would count as references of length 0.
-
-    Sources: Papineni et al. 2002; smoothing and tokens as in NIST's mteval-v13a. With lowercase=True, the BLEU of the E2E challenge.
-    Raises ValueError for no hypotheses, for lists of different length, and for an input without a reference.
+    counts: (text, its references) -> numbers, always equally many. score: their sums over the texts -> [0, 1].
     """
-    _require_pairs(hypotheses, references)
-    matches, totals = [0] * MAX_ORDER, [0] * MAX_ORDER
-    hypothesis_length = reference_length = 0
-    for hypothesis, texts in zip(hypotheses, references):
-        _require_references(texts)
-        tokens = _mteval_tokens(hypothesis, lowercase)
-        reference_tokens = [_mteval_tokens(text, lowercase) for text in texts]
-        hypothesis_length += len(tokens)
-        reference_length += min((abs(len(r) - len(tokens)), len(r)) for r in reference_tokens)[1]
-        for n in range(1, MAX_ORDER + 1):
-            counts = _ngrams(tokens, n)
-            limits = Counter()
-            for r in reference_tokens:
-                limits |= _ngrams(r, n)  # union of multisets: the maximum over references
-            matches[n - 1] += (counts & limits).total()
-            totals[n - 1] += counts.total()
 
+    counts: Callable[[str, list[str]], Sequence[float]]
+    score: Callable[[np.ndarray], float]
+
+    def count(self, hypotheses: list[str], references: list[list[str]]) -> np.ndarray:
+        """The numbers of every text: (texts, numbers). Raises ValueError for no texts, and for lists of different
+        length."""
+        if not hypotheses or len(hypotheses) != len(references):
+            raise UserError(
+                f"got {len(hypotheses)} hypotheses and {len(references)} lists of references: need equal numbers, "
+                "at least 1"
+            )
+        return np.array([self.counts(*pair) for pair in zip(hypotheses, references)], dtype=float)
+
+    def __call__(self, hypotheses: list[str], references: list[list[str]]) -> float:
+        return self.score(self.count(hypotheses, references).sum(0))
+
+
+def mean_of(score: Callable[[str, list[str]], float]) -> Metric:
+    """The mean over texts of a score of one text."""
+    return Metric(lambda text, references: (score(text, references), 1), lambda sums: float(sums[0] / sums[1]))
+
+
+def bleu(hypotheses: list[str], references: list[list[str]], lowercase: bool = False) -> float:
+    """Corpus BLEU-4 in [0, 1], equal to sacrebleu's default corpus_bleu (13a tokens, exponential smoothing) divided by
+    100.
+
+    BP * exp(mean over n = 1..4 of log p_n), with p_n the share of hypothesis n-grams found in the references, each
+    counted at most as often as in the one reference that has it most often. BP = exp(1 - r / h) if the hypotheses'
+    total length h is below r, the total of the reference lengths closest to each hypothesis (the shorter on ties). The
+    k-th order without a match counts 1 / 2^k matches; without any match, or without any 4-gram, the score is 0. Inputs
+    may have different numbers of references: do not pad them with empty texts, which would count as references of
+    length 0.
+
+    Sources: Papineni et al. 2002; smoothing and tokens as in NIST's mteval-v13a. With lowercase=True, the BLEU of the
+    E2E challenge. Raises ValueError for no hypotheses, for lists of different length, and for an input without a
+    reference.
+    """
+    return METRICS["bleu_lower" if lowercase else "bleu"](hypotheses, references)
+
+
+def bleu_counts(hypothesis: str, references: list[str], lowercase: bool) -> list[int]:
+    """What BLEU adds up over texts: matching n-grams and n-grams, each for n = 1..4, and the lengths h and r."""
+    _require_references(references)
+    tokens = mteval_tokens(hypothesis, lowercase)
+    reference_tokens = [mteval_tokens(text, lowercase) for text in references]
+    matches, totals = [], []
+    for n in range(1, MAX_ORDER + 1):
+        counts = _ngrams(tokens, n)
+        limits = Counter()
+        for r in reference_tokens:
+            limits |= _ngrams(r, n)  # union of multisets: the maximum over references
+        matches.append((counts & limits).total())
+        totals.append(counts.total())
+    _, closest = min((abs(len(r) - len(tokens)), len(r)) for r in reference_tokens)
+    return [*matches, *totals, len(tokens), closest]
+
+
+def bleu_score(sums: np.ndarray) -> float:
+    """BLEU from the sums of `bleu_counts`."""
+    matches, totals = sums[:MAX_ORDER], sums[MAX_ORDER : 2 * MAX_ORDER]
+    hypothesis_length, reference_length = sums[2 * MAX_ORDER :]
     if not any(matches) or not all(totals):
         return 0.0
     log_precision, credit = 0.0, 1.0
@@ -62,17 +101,18 @@ def bleu(hypotheses: list[str], references: list[list[str]], lowercase: bool = F
 
 
 def rouge_l(hypothesis: str, references: list[str]) -> float:
-    """ROUGE-L of one text in [0, 1] as in COCO caption evaluation, which the E2E challenge used; a corpus scores the mean over texts.
+    """ROUGE-L of one text in [0, 1] as in COCO caption evaluation, which the E2E challenge used; a corpus scores the
+    mean over texts.
 
-    With P = max over references of LCS / hypothesis length, R = max over references of LCS / reference length and beta = 1.2:
-    (1 + beta^2) P R / (R + beta^2 P). P and R may come from different references. LCS is the longest common subsequence of
-    the lower-cased Penn Treebank tokens without punctuation. Two texts without tokens count as equal.
+    With P = max over references of LCS / hypothesis length, R = max over references of LCS / reference length and beta
+    = 1.2: (1 + beta^2) P R / (R + beta^2 P). P and R may come from different references. LCS is the longest common
+    subsequence of the lower-cased Penn Treebank tokens without punctuation. Two texts without tokens count as equal.
 
     Sources: Lin 2004; Chen et al. 2015 (pycocoevalcap). Raises ValueError for no references.
     """
     _require_references(references)
-    tokens = _ptb_tokens(hypothesis) or [""]  # as in COCO, no tokens are one empty token, which matches only another one
-    reference_tokens = [_ptb_tokens(text) or [""] for text in references]
+    tokens = ptb_tokens(hypothesis) or [""]  # as in COCO, no tokens are one empty token, which matches only another one
+    reference_tokens = [ptb_tokens(text) or [""] for text in references]
     common = [_lcs_length(tokens, r) for r in reference_tokens]
     precision = max(common) / len(tokens)
     recall = max(c / len(r) for c, r in zip(common, reference_tokens))
@@ -80,7 +120,8 @@ def rouge_l(hypothesis: str, references: list[str]) -> float:
 
 
 def rouge_l_f1(hypothesis: str, reference: str) -> float:
-    """ROUGE-L F1 in [0, 1] of an early-exit text against the full model's text, equal to the rouge_score package's rougeL.
+    """ROUGE-L F1 in [0, 1] of an early-exit text against the full model's text, equal to the rouge_score package's
+    rougeL.
 
     2 P R / (P + R) with P = LCS / hypothesis length and R = LCS / reference length, on lower-cased runs of a-z and 0-9.
     One exception to rouge_score: identical texts score 1 even where no such run is left. Source: Lin 2004.
@@ -88,47 +129,54 @@ def rouge_l_f1(hypothesis: str, reference: str) -> float:
     return 1.0 if hypothesis == reference else rouge(hypothesis, [reference], variants=["rougeL"])["rougeL"]
 
 
-def rouge(hypothesis: str, references: list[str], stemming: bool = False, variants: Sequence[str] = ROUGE_VARIANTS) -> dict[str, float]:
-    """ROUGE of one text, every variant's F1 in [0, 1] equal to the rouge_score package's; of several references, the best of each.
+def rouge(
+    hypothesis: str, references: list[str], stemming: bool = False, variants: Sequence[str] = ROUGE_VARIANTS
+) -> dict[str, float]:
+    """ROUGE of one text, every variant's F1 in [0, 1] equal to the rouge_score package's; of several references, the
+    best of each.
 
-    2 P R / (P + R), with P the share of the hypothesis' tokens that match and R that of the reference's. rouge1 and rouge2 count
-    n-grams for tokens, each at most as often as in the other text. rougeL matches the longest common subsequence. rougeLsum, where
-    sentences are lines, matches per reference sentence the union of what its LCS with each hypothesis sentence covers. Tokens are
-    lower-cased runs of a-z and 0-9; stemming takes those of more than three letters to their stems. A text without tokens scores 0.
+    2 P R / (P + R), with P the share of the hypothesis' tokens that match and R that of the reference's. rouge1 and
+    rouge2 count n-grams for tokens, each at most as often as in the other text. rougeL matches the longest common
+    subsequence. rougeLsum, where sentences are lines, matches per reference sentence the union of what its LCS with
+    each hypothesis sentence covers. Tokens are lower-cased runs of a-z and 0-9; stemming takes those of more than three
+    letters to their stems. A text without tokens scores 0.
 
     Source: Lin 2004. Raises ValueError for no references and for a variant that is none of the four.
     """
     _require_references(references)
     if unknown := set(variants) - set(ROUGE_VARIANTS):
         raise UserError(f"got variants {sorted(unknown)}: choose among {', '.join(ROUGE_VARIANTS)}")
-    lines = _rouge_lines(hypothesis, stemming)
-    reference_lines = [_rouge_lines(text, stemming) for text in references]
+    lines = rouge_lines(hypothesis, stemming)
+    reference_lines = [rouge_lines(text, stemming) for text in references]
     return {variant: max(_rouge_f1(variant, lines, r) for r in reference_lines) for variant in variants}
 
 
 def squad_exact_match(hypothesis: str, references: list[str]) -> float:
-    """1 if an answer equals one of the references, else 0, as in the official evaluation of SQuAD v1.1; a corpus scores the mean.
+    """1 if an answer equals one of the references, else 0, as in the official evaluation of SQuAD v1.1; a corpus scores
+    the mean.
 
-    Case, ASCII punctuation, the words a, an and the, and the amount of white space do not count. Source: Rajpurkar et al. 2016.
-    Raises ValueError for no references.
+    Case, ASCII punctuation, the words a, an and the, and the amount of white space do not count. Source: Rajpurkar et
+    al. 2016. Raises ValueError for no references.
     """
     _require_references(references)
-    return float(any(_squad_tokens(hypothesis) == _squad_tokens(text) for text in references))
+    return float(any(squad_tokens(hypothesis) == squad_tokens(text) for text in references))
 
 
 def squad_f1(hypothesis: str, references: list[str]) -> float:
     """Best F1 in [0, 1] of an answer's tokens over the references, as in the official evaluation of SQuAD v1.1.
 
-    Tokens are the words that squad_exact_match compares, in any order, each counted at most as often as in the other text. Without
-    a common token it is 0, even for two texts that have no tokens, which match exactly. Raises ValueError for no references.
+    Tokens are the words that squad_exact_match compares, in any order, each counted at most as often as in the other
+    text. Without a common token it is 0, even for two texts that have no tokens, which match exactly. Raises ValueError
+    for no references.
     """
     _require_references(references)
-    counts = Counter(_squad_tokens(hypothesis))
-    return max(_overlap_f1(counts, Counter(_squad_tokens(text))) for text in references)
+    counts = Counter(squad_tokens(hypothesis))
+    return max(_overlap_f1(counts, Counter(squad_tokens(text))) for text in references)
 
 
 def distinct(texts: list[str], n: int) -> float:
-    """Variety, distinct-n in [0, 1]: different n-grams over all n-grams of all texts, of lower-cased tokens between white space.
+    """Variety, distinct-n in [0, 1]: different n-grams over all n-grams of all texts, of lower-cased tokens between
+    white space.
 
     After Li et al. 2016, who divide by the number of tokens. 0 without any n-gram. Raises ValueError for n below 1.
     """
@@ -141,7 +189,8 @@ def distinct(texts: list[str], n: int) -> float:
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """rep-4 in [0, 1), lower is better: the share of a sequence's 4-grams that occurred in it before, 0 for fewer than 4 tokens.
+    """rep-4 in [0, 1), lower is better: the share of a sequence's 4-grams that occurred in it before, 0 for fewer than
+    4 tokens.
 
     1 - different 4-grams / 4-grams, the seq-rep-4 of Welleck et al. 2020.
     """
@@ -150,7 +199,8 @@ def repetition(tokens: Sequence[int]) -> float:
 
 
 def token_agreement(tokens: Sequence[int], full_tokens: Sequence[int]) -> float:
-    """Share in [0, 1] of positions with the same token in both sequences, over the longer one's length; 1 for two empty ones."""
+    """Share in [0, 1] of positions with the same token in both sequences, over the longer one's length; 1 for two empty
+    ones."""
     longest = max(len(tokens), len(full_tokens))
     return sum(a == b for a, b in zip(tokens, full_tokens)) / longest if longest else 1.0
 
@@ -160,25 +210,34 @@ def first_difference(tokens: Sequence[int], full_tokens: Sequence[int]) -> int |
     return next((i for i, (a, b) in enumerate(zip_longest(tokens, full_tokens)) if a != b), None)
 
 
-def bootstrap(statistic: Callable[..., float], *columns: Sequence[float], level=0.95, resamples=1000, seed=0) -> list[float]:
-    """Percentile bootstrap interval [low, high] of `statistic(*columns)`, the columns' rows being drawn together, with replacement.
+def bootstrap(statistic: Callable[..., float], *columns: Sequence, level=0.95, resamples=1000, seed=0) -> list[float]:
+    """Percentile bootstrap interval [low, high] of `statistic(*columns)`, the columns' rows being drawn together, with
+    replacement.
 
-    The (1 - level) / 2 and (1 + level) / 2 quantiles of the statistic over the resamples (Efron 1979); the same seed gives the same
-    interval. Raises ValueError for no rows and for a level outside (0, 1).
+    A column holds a number, or an array, for each row. The interval is from the (1 - level) / 2 to the (1 + level) / 2
+    quantile of the statistic over the resamples (Efron 1979); the same seed gives the same interval. Raises ValueError
+    for no rows and for a level outside (0, 1).
     """
-    table = np.asarray(columns, dtype=float)  # (columns, rows)
-    if table.size == 0:
+    arrays = [np.asarray(column, dtype=float) for column in columns]
+    rows = len(arrays[0])
+    if rows == 0:
         raise UserError("got no values: give at least 1 row")
     if not 0 < level < 1:
         raise UserError(f"level is {level}: choose a share between 0 and 1, such as 0.95")
-    draws = np.random.default_rng(seed).integers(0, table.shape[1], size=(resamples, table.shape[1]))
-    values = [statistic(*table[:, draw]) for draw in draws]
+    draw = np.random.default_rng(seed)
+    values = []
+    for _ in range(resamples):
+        drawn = draw.integers(0, rows, size=rows)
+        values.append(statistic(*(array[drawn] for array in arrays)))
     return np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 
-def _require_pairs(hypotheses: list[str], references: list[list[str]]) -> None:
-    if not hypotheses or len(hypotheses) != len(references):
-        raise UserError(f"got {len(hypotheses)} hypotheses and {len(references)} lists of references: need equal numbers, at least 1")
+def resampled_sums(counts: np.ndarray, resamples=1000, seed=0) -> np.ndarray:
+    """Sums over resamples of the rows of (texts, numbers), drawn with replacement: (resamples, numbers). Equal numbers
+    of texts are drawn alike, so that two rows of a table can be compared resample by resample."""
+    texts = len(counts)
+    times_drawn = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), size=resamples)
+    return times_drawn @ counts
 
 
 def _require_references(references: list[str]) -> None:
@@ -222,7 +281,8 @@ def _lcs_length(a: list[str], b: list[str]) -> int:
 
 
 def _lcs_positions(a: list[str], b: list[str]) -> set[int]:
-    """Positions in a of one longest common subsequence: of several, the one that rouge_score finds, from the ends of both texts."""
+    """Positions in a of one longest common subsequence: of several, the one that rouge_score finds, from the ends of
+    both texts."""
     rows, found = _lcs_rows(a, b), set()
     i, j = len(a) - 1, len(b) - 1
     while i >= 0 and j >= 0:
@@ -234,12 +294,6 @@ def _lcs_positions(a: list[str], b: list[str]) -> set[int]:
         else:
             j -= 1
     return found
-
-
-def _rouge_lines(text: str, stemming: bool) -> list[list[str]]:
-    """The tokens of each line."""
-    lines = [re.findall("[a-z0-9]+", line) for line in text.lower().split("\n")]
-    return [[stem(token) if len(token) > 3 else token for token in line] for line in lines] if stemming else lines
 
 
 def _rouge_f1(variant: str, lines: list[list[str]], reference_lines: list[list[str]]) -> float:
@@ -259,55 +313,17 @@ def _rouge_f1(variant: str, lines: list[list[str]], reference_lines: list[list[s
     return _f_measure(common / len(tokens), common / len(reference_tokens), beta=1.0)
 
 
-def _squad_tokens(text: str) -> list[str]:
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return re.sub(r"\b(?:an?|the)\b", " ", text).split()
+def rouge_metric(variant: str, stemming: bool) -> Metric:
+    return mean_of(lambda text, references: rouge(text, references, stemming, [variant])[variant])
 
 
-def _mteval_tokens(text: str, lowercase: bool) -> list[str]:
-    """NIST's mteval-v13a tokens: ASCII punctuation stands alone, save for points and commas in numbers, hyphens and apostrophes."""
-    text = (text.lower() if lowercase else text).rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
-    for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
-        text = text.replace(entity, character)
-    text = re.sub(r"([{-~[-` -&(-+:-@/])", r" \1 ", f" {text} ")
-    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)
-    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)
-    text = re.sub(r"([0-9])(-)", r"\1 \2 ", text)
-    return text.split()
-
-
-_CLITIC = r"n't\b|'(?:s|m|d|ll|re|ve)\b"
-_PTB_SPLIT = re.compile(rf"(?<=\w)(?:{_CLITIC})|(?<=\bcan)not\b|(?<=\b(?:gon|wan))na\b|(?<=\bgot)ta\b|(?<=\b(?:gim|lem))me\b")
-_PTB_TOKEN = re.compile(rf"""
-    {_CLITIC}
-    | \b(?:mr|mrs|ms|dr|prof|st|mt|jr|vs|etc)\. | (?:\b[a-z]\.){{2,}}  # abbreviations keep their points
-    | \d+(?:[.,:]\d+)+                                             # 1,000 or 30.99 or 12:45
-    | \w+(?:[-'/]\w+)*                                            # words and hyphenated words, 20-25, o'clock
-    | [#$%&+=@*]                                                  # symbols are tokens, punctuation is dropped
-""", re.VERBOSE)
-
-
-def _ptb_tokens(text: str) -> list[str]:
-    """Penn Treebank tokens as COCO evaluation makes them: "It's under £20, isn't it?" gives it 's under # 20 is n't it."""
-    text = text.lower().replace("’", "'").replace("£", "#")  # CoreNLP writes pounds as #
-    return _PTB_TOKEN.findall(_PTB_SPLIT.sub(r" \g<0>", text))
-
-
-def _mean(score: Callable[[str, list[str]], float], hypotheses: list[str], references: list[list[str]]) -> float:
-    _require_pairs(hypotheses, references)
-    return fmean(map(score, hypotheses, references))
-
-
-def _rouge(variant: str, stemming: bool, hypothesis: str, references: list[str]) -> float:
-    return rouge(hypothesis, references, stemming, [variant])[variant]
-
-
-SCORES: dict[str, Callable[[list[str], list[list[str]]], float]] = {  # all hypotheses, each one's references -> score in [0, 1]
-    "bleu": bleu,
-    "bleu_lower": partial(bleu, lowercase=True),
-    "rougeL_coco": partial(_mean, rouge_l),
-    **{variant: partial(_mean, partial(_rouge, variant, False)) for variant in ROUGE_VARIANTS},
-    **{f"{variant}_stem": partial(_mean, partial(_rouge, variant, True)) for variant in ROUGE_VARIANTS},
-    "exact_match": partial(_mean, squad_exact_match),
-    "f1": partial(_mean, squad_f1),
+METRICS: dict[str, Metric] = {
+    "bleu": Metric(lambda text, references: bleu_counts(text, references, lowercase=False), bleu_score),
+    "bleu_lower": Metric(lambda text, references: bleu_counts(text, references, lowercase=True), bleu_score),
+    "rougeL_coco": mean_of(rouge_l),
+    "exact_match": mean_of(squad_exact_match),
+    "f1": mean_of(squad_f1),
 }
+for _variant in ROUGE_VARIANTS:
+    METRICS[_variant] = rouge_metric(_variant, stemming=False)
+    METRICS[f"{_variant}_stem"] = rouge_metric(_variant, stemming=True)

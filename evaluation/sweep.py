@@ -1,70 +1,184 @@
-"""Sweeps: every combination of some settings, measured beside the full model; kept in a file, so that a sweep goes on where it stopped."""
+"""`eval.py sweep`: every combination of some settings, measured beside the full model; kept in a file, so that a sweep
+goes on where it stopped."""
 
+import argparse
 import json
-from dataclasses import asdict
+from collections import defaultdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
+from statistics import mean, pstdev
 
 from common.config import read_field
 from common.errors import UserError
 from common.files import digest, whole_file
-from common.processes import processes
+from common.processes import processes, tell
 from decoding.settings import DecodeConfig
-from evaluation.measure import environment, evaluate
-from evaluation.tasks import Task
+from evaluation.figures import alike, evaluate, pareto
+from evaluation.inputs import chosen_tasks, load_inputs, load_model, note, run_record
+from evaluation.measure import environment
+from evaluation.rows import custom_settings, exits_of, own_origin, own_setting, sources
+from evaluation.table import check_file, check_outputs, finish, heading, table
+from evaluation.tasks import Task, sample
 from formats.data import Example
 
 AT_A_TIME = 4  # settings that are measured in turn with the full model, then kept
 ENTRY = '{"key": '  # how a result begins
+KIND = "rows with intervals"  # what a result holds; one of another kind is measured anew
 
 
-def combinations(sweeps: list[list[str]], n_layers: int, base: dict) -> dict[str, DecodeConfig]:
-    """Every combination of the values swept, named by them; sweeps: field, values. Raises ValueError for one that cannot be."""
-    choices = [[(field.replace("-", "_"), text) for text in texts] for field, *texts in sweeps]
+def main(args: argparse.Namespace) -> None:
+    """A table of every combination for each task, with its Pareto front."""
+    custom = custom_settings(args)
+    swept = swept_values(args.over)
+    if "threshold" in swept and custom.get("layer_thresholds"):
+        raise UserError("layer_thresholds outranks the threshold that is swept; leave it out")
+    check_outputs(args)
+    check_file(args.results)
+    tasks = chosen_tasks(args)
+    model, tokenizer = load_model(args)
+    record = run_record(args, model)
+    about = {name: record[name] for name in ABOUT}
+    result = {"environment": record, "rows": []}
+    note(sources(args, own_origin(args, custom, model)))
+    for task in tasks:
+        task, examples = load_inputs(args, task, args.split)
+        drawn = sample(examples, args.limit, args.draw_seed)
+        for configs in alike(combinations(swept, model, own_setting(args, task, custom))):
+            rows = measured_or_known(model, tokenizer, task, drawn, configs, args.repeat, args.results, about)
+            tell(
+                f"\n{heading(args, task, len(drawn), len(examples))}, * on the Pareto front\n\n"
+                f"{shown(rows, task, swept)}"
+            )
+            result["rows"] += rows
+    finish(args, result, model, tokenizer)
+
+
+def swept_values(over: list[list[str]]) -> dict[str, list[str]]:
+    """The values of every field swept, as text. over: field, values. Raises ValueError for one without values, or
+    twice."""
+    swept = {}
+    for field, *values in over:
+        name = field.replace("-", "_")
+        if not values or name in swept:
+            raise UserError(f"--over {field}: give it once, with all of its values")
+        swept[name] = values
+    return swept
+
+
+def combinations(swept: dict[str, list[str]], model, base: DecodeConfig) -> dict[str, DecodeConfig]:
+    """Every combination of the values swept, named by them. Raises ValueError for one that cannot be."""
     configs = {}
-    for picks in product(*choices):
-        config = DecodeConfig(**{**base, **{field: read_field(DecodeConfig, field, text) for field, text in picks}})
-        config.exits(n_layers)
-        configs[" ".join(f"{field}={text}" for field, text in picks)] = config
+    for texts in product(*swept.values()):
+        picks = dict(zip(swept, texts))
+        fields = {field: read_field(DecodeConfig, field, text) for field, text in picks.items()}
+        config = replace(base, **fields)
+        exits_of(config, model)
+        configs[" ".join(f"{field}={text}" for field, text in picks.items())] = config
     return configs
 
 
+def shown(rows: list[dict], task: Task, swept: dict[str, list[str]]) -> str:
+    """The table with its Pareto front marked, and means over each of the fields that have several values."""
+    points = {row["name"]: (row["speedup"], row["kept"]) for row in rows}
+    best = pareto(points)
+    marked = [{**row, "name": row["name"] + " *" * (row["name"] in best)} for row in rows]
+    text = table(marked, task, wide=True)
+    several = [field for field, values in swept.items() if len(values) > 1]
+    if len(several) > 1:
+        text += "\n\nmean ± deviation over what else was swept\n" + "\n".join(
+            means(rows[1:], field) for field in several
+        )
+    return text
+
+
+def means(rows: list[dict], field: str) -> str:
+    """Of a sweep's rows, for every value of one field, mean ± standard deviation over all others."""
+    groups = defaultdict(list)
+    for row in rows:
+        value = row["config"][field]
+        if isinstance(value, (list, tuple)):  # a list, where the row has been in a file
+            value = ",".join(map(str, value))
+        groups[str(value)].append(row)
+    figures = {
+        "speed-up": lambda row: row["speedup"],
+        "exit layer": lambda row: row["avg_exit_layer"],
+        "confidence MFLOPs": lambda row: row["confidence_flops_per_token"] / 1e6,
+        "agreement": lambda row: row["agreement"],
+    }
+    for name in rows[0]["scores"]:
+        figures[name] = lambda row, name=name: 100 * row["scores"][name]
+    lines = []
+    for value, members in groups.items():
+        cells = []
+        for title, get in figures.items():
+            values = [get(row) for row in members]
+            cells.append(f"{title} {mean(values):.3g} ± {pstdev(values):.2g}")
+        lines.append(f"{field} {value} ({len(members)} rows): {', '.join(cells)}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the file of results
+
+ABOUT = ("checkpoint", "checkpoint_id", "split_of_data", "limit", "repeat", "seed", "shots")  # where rows come from
+PLACE = ("device", "threads", "dtype", "processes")  # what makes two runs comparable
+
+
 def read_results(path: Path) -> dict[str, list[dict]]:
-    """By key, the full model's row and that of a setting, from a file of results; a last one that was cut short is taken away. Raises
-    ValueError for a file that is something else."""
-    known, number = {}, 0
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        cut = bool(lines) and not lines[-1].endswith("\n") and lines[-1].startswith(ENTRY[: len(lines[-1])])
-        whole = lines[: len(lines) - cut]
-        for number, line in enumerate(whole, 1):  # noqa: B007
-            entry = json.loads(line)
-            known[entry["key"]] = entry["rows"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}, line {number}: not a result of a sweep; name another file with --results") from None
-    if cut and processes()[0] == 0:
-        with whole_file(path) as part:
-            Path(part).write_text("".join(whole), encoding="utf-8")
+    """By key, the full model's row and that of a setting, from a file of results; a last one that was cut short is
+    taken away. Raises ValueError for a file that is something else."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    if lines and not lines[-1].endswith(b"\n") and lines[-1].startswith(ENTRY.encode()[: len(lines[-1])]):
+        lines.pop()
+        if processes()[0] == 0:
+            with whole_file(path) as part:
+                Path(part).write_bytes(b"".join(lines))
+    known = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line.decode("utf-8"))
+            full, row = entry["rows"]
+            known[entry["key"]] = [{**full}, {**row}]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(
+                f"{path}, line {number}: not a result of a sweep; name another file with --results"
+            ) from None
     return known
 
 
-def sweep(model, tokenizer, task: Task, examples: list[Example], configs: dict[str, DecodeConfig], repeat: int, path: Path,
-          about: dict) -> list[dict]:  # fmt: skip
-    """Rows of all configs (which one full model serves), those that the results file has already taken from there; what is measured is
-    added to it, a few settings at a time, each time beside the full model. A row counts as the same if the setting, the examples, the
-    place that `environment` tells (but for versions) and `about` are; `about`, {name: value}, says where model and examples come from."""
+def measured_or_known(
+    model,
+    tokenizer,
+    task: Task,
+    examples: list[Example],
+    configs: dict[str, DecodeConfig],
+    repeat: int,
+    path: Path,
+    about: dict,
+) -> list[dict]:
+    """Rows of all configs (which one full model serves), those that the results file has already taken from there; what
+    is measured is added to it, a few settings at a time, each time beside the full model. A row counts as the same if
+    the setting, the examples, the place and `about` are; `about`, {name: value}, says where model and examples come
+    from."""
     here = environment(model)
-    place = {name: here[name] for name in ("device", "threads", "dtype", "processes")}
-    keys = {name: digest(place, about, task, examples, asdict(config)) for name, config in configs.items()}
+    place = {name: here[name] for name in PLACE}
+    keys = {name: digest(KIND, place, about, task, examples, asdict(config)) for name, config in configs.items()}
     known = read_results(path)
     missing = [name for name in configs if keys[name] not in known]
     for start in range(0, len(missing), AT_A_TIME):
         part = {name: configs[name] for name in missing[start : start + AT_A_TIME]}
         full, *rows = evaluate(model, tokenizer, task, examples, part, repeat)
         for row in rows:
-            known[keys[row["name"]]] = [{name: value for name, value in each.items() if name != "prompts"} for each in (full, row)]
+            known[keys[row["name"]]] = [without_prompts(full), without_prompts(row)]
         if processes()[0] == 0:
             with open(path, "a", encoding="utf-8") as file:
                 for name in part:
-                    file.write(json.dumps({"key": keys[name], "environment": here | about, "rows": known[keys[name]]}) + "\n")
-    return [known[keys[next(iter(configs))]][0], *(known[keys[name]][1] | {"name": name} for name in configs)]
+                    entry = {"key": keys[name], "environment": here | about, "rows": known[keys[name]]}
+                    file.write(json.dumps(entry) + "\n")
+    first = keys[next(iter(configs))]
+    rows = [known[key][1] | {"name": name} for name, key in keys.items()]
+    return [known[first][0], *rows]
+
+
+def without_prompts(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name != "prompts"}

@@ -27,6 +27,17 @@ def test_views_by_hand(tiny_model):
                 assert values[row, layer - 1] == pytest.approx(float(FUNCTIONS[name](trace, layer)), abs=1e-5)
 
 
+def test_texts_that_are_not_used_are_not_read(tiny_model, monkeypatch):
+    """Four positions: all three of the first text, one of the second, of which no more is read than that one needs."""
+    model, read = tiny_model(), []
+    original = model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda tokens: read.append(tokens.tolist()[0]) or original(tokens))
+    texts = [([1, 2, 3], [4, 5, 6]), ([7, 8], [9, 10]), ([1], [2]), ([3], [4])]
+    assert len(look(model, texts, ("softmax",), positions=4).ranks) == 4
+    assert read == [[1, 2, 3, 4, 5], [7, 8]]
+    assert len(look(model, texts, ("softmax",), positions=100).ranks) == 7
+
+
 def test_divergences_lie_in_their_range_and_are_nothing_for_equal_layers(tiny_model):
     model = tiny_model()
     found = divergences(model, [1, 2, 3], [4, 5])

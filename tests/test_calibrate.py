@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from evaluation.calibrate import CANDIDATES, binomial_cdf, calibrate, p_value
+from evaluation.learn_then_test import CANDIDATES, binomial_cdf, fewest, p_value, walk
 
 
 def test_the_binomial_is_exact():
@@ -27,6 +27,12 @@ def test_p_values_by_hand():
     assert p_value(spread, 0.1) == pytest.approx(bentkus)
 
 
+@pytest.mark.parametrize("tolerance, error", [(0.05, 0.05), (0.1, 0.1), (0.5, 0.25), (0.2, 0.01)])
+def test_with_fewer_prompts_nothing_passes(tolerance, error):
+    enough = fewest(tolerance, error)
+    assert p_value([0.0] * enough, tolerance) <= error * (1 + 1e-9) and p_value([0.0] * (enough - 1), tolerance) > error
+
+
 @pytest.mark.parametrize("losses, tolerance", [([], 0.1), ([0.1, 1.2], 0.1), ([-0.1], 0.1), ([math.nan], 0.1), ([0.1], 0.0), ([0.1], 1.0)])
 def test_what_is_no_loss_is_said_so(losses, tolerance):
     with pytest.raises(ValueError, match="must lie in 0 to 1"):
@@ -35,10 +41,10 @@ def test_what_is_no_loss_is_said_so(losses, tolerance):
 
 def test_the_walk_stops_at_the_first_failure_though_a_later_one_would_pass():
     risks = {1.0: 0.0, 0.9: 0.0, 0.8: 0.5, 0.7: 0.0}
-    chosen, tested = calibrate(lambda threshold: [risks[threshold]] * 200, 0.05, 0.05, tuple(risks))
+    chosen, tested = walk(lambda threshold: [risks[threshold]] * 200, 0.05, 0.05, tuple(risks))
     assert chosen == 0.9 and [each.threshold for each in tested] == [1.0, 0.9, 0.8]
-    assert calibrate(lambda threshold: [0.5] * 200, 0.05, 0.05)[0] is None
-    assert calibrate(lambda threshold: [0.0] * 200, 0.05, 0.05)[0] == CANDIDATES[-1] == 0.0
+    assert walk(lambda threshold: [0.5] * 200, 0.05, 0.05)[0] is None
+    assert walk(lambda threshold: [0.0] * 200, 0.05, 0.05)[0] == CANDIDATES[-1] == 0.0
 
 
 def test_the_guarantee_holds_over_many_random_splits():
@@ -55,7 +61,7 @@ def test_the_guarantee_holds_over_many_random_splits():
     exceeded, found = 0, []
     for _ in range(400):
         some = draw.choices(people, k=150)
-        chosen, _ = calibrate(lambda threshold, some=some: [loss(person, threshold) for person in some], tolerance, error, thresholds)
+        chosen, _ = walk(lambda threshold, some=some: [loss(person, threshold) for person in some], tolerance, error, thresholds)
         exceeded += chosen is not None and true[chosen] > tolerance
         found.append(chosen)
     assert exceeded <= 58

@@ -198,6 +198,7 @@ def test_what_the_machine_cannot_be_is_refused(words, message, threads):
 @pytest.mark.parametrize("load, said", [(os.cpu_count(), 0), (os.cpu_count() + 0.1, 1)])
 def test_a_busy_machine_is_warned_of_once(load, said, monkeypatch, capsys):
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     flags.warn_if_busy.cache_clear()
     for _ in range(2):
         device_and_dtype(parsed())

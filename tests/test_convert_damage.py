@@ -228,7 +228,8 @@ CONFIGS = [
     ({"quantization_config": {"quant_method": "awq"}}, "the weights are quantized .awq."),
     ({"sliding_window": 4, "layer_types": ["linear_attention"] * 5}, "layer_types has 'linear_attention'"),
     ({"model_type": "qwen2"}, "tensor model.layers.0.self_attn.k_proj.bias is missing"),
-    ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "2"}, "max_window_layers is '2'"),
+    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": "2"},
+     "max_window_layers is '2'"),
     ({"model_type": "smollm3", "no_rope_layers": [1, 0, 2, 1, 1]}, "no_rope_layers is"),
     ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers is"),
 ]

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from evaluation.metrics import (
+    METRICS,
     ROUGE_VARIANTS,
-    SCORES,
-    _ptb_tokens,
     bleu,
     bootstrap,
     distinct,
@@ -22,6 +21,7 @@ from evaluation.metrics import (
     squad_f1,
     token_agreement,
 )
+from evaluation.tokens import ptb_tokens
 
 HYPOTHESES = [
     "The Punter is a kid-friendly pub near Café Rouge, under £20.",
@@ -39,14 +39,20 @@ REFERENCES = [  # a different number for every input
 ]
 FIRST_REFERENCES = [texts[:1] for texts in REFERENCES]
 SUMMARIES = [  # hypothesis, references: a line is a sentence
-    ("The miller's daughters were running to the river.\nThe river had risen.",
-     ["A miller and his daughter run to the rivers.\nThe rivers rise quickly."]),
-    ("Anna asks Ben for 2 tickets.\nBen has only one ticket left.\nThey will meet at 7:30.",
-     ["Ben has one ticket left.\nAnna asked for two tickets.", "Anna and Ben are meeting at 7:30 because of the tickets."]),
+    (
+        "The miller's daughters were running to the river.\nThe river had risen.",
+        ["A miller and his daughter run to the rivers.\nThe rivers rise quickly."],
+    ),
+    (
+        "Anna asks Ben for 2 tickets.\nBen has only one ticket left.\nThey will meet at 7:30.",
+        ["Ben has one ticket left.\nAnna asked for two tickets.", "Anna and Ben are meeting at 7:30 because of the tickets."],
+    ),
     ("d a c b e\nc b a d", ["a b c d\nb a d c e", "e d c b a\na c b d"]),
     ("the cafés, the CAFÉS, the cafés", ["The café closes; the cafes close."]),
-    ("The king gave the fox gold, the fox gave the king a general's relational hopefulness.",
-     ["The fox was given gold by hopeful kings.\nA general relation of foxes and kings."]),
+    (
+        "The king gave the fox gold, the fox gave the king a general's relational hopefulness.",
+        ["The fox was given gold by hopeful kings.\nA general relation of foxes and kings."],
+    ),
 ]
 TEXT_SCORES = {  # text against text, so that the properties below hold for all of them
     "bleu": lambda hypothesis, reference: bleu([hypothesis], [[reference]]),
@@ -170,7 +176,7 @@ def test_rouge_l_equals_coco_evaluation():
 )
 def test_tokens_equal_the_penn_treebank_tokenizer_of_coco_evaluation(text, tokens):
     # pycocoevalcap 1.2: PTBTokenizer (Stanford CoreNLP 3.4.1)
-    assert _ptb_tokens(text) == tokens.split()
+    assert ptb_tokens(text) == tokens.split()
 
 
 def test_rouge_l_f1_of_a_hand_worked_pair():
@@ -269,20 +275,26 @@ def test_rouge_splits_words_at_letters_beyond_a_to_z():
 @pytest.mark.parametrize(
     "stemming, expected",
     [
-        (False, [
-            [0.3076923076923077, 0.08333333333333333, 0.3076923076923077, 0.3076923076923077],
-            [0.5714285714285714, 0.23076923076923078, 0.35714285714285715, 0.5714285714285714],
-            [1.0, 0.5, 0.6666666666666666, 0.8888888888888888],
-            [0.4, 0.15384615384615385, 0.4, 0.4],
-            [0.3225806451612903, 0.1379310344827586, 0.3225806451612903, 0.3225806451612903],
-        ]),
-        (True, [
-            [0.6153846153846154, 0.4166666666666667, 0.6153846153846154, 0.6153846153846154],
-            [0.6428571428571429, 0.30769230769230765, 0.4, 0.6428571428571429],
-            [1.0, 0.5, 0.6666666666666666, 0.8888888888888888],
-            [0.4, 0.15384615384615385, 0.4, 0.4],
-            [0.6451612903225806, 0.20689655172413796, 0.45161290322580644, 0.45161290322580644],
-        ]),
+        (
+            False,
+            [
+                [0.3076923076923077, 0.08333333333333333, 0.3076923076923077, 0.3076923076923077],
+                [0.5714285714285714, 0.23076923076923078, 0.35714285714285715, 0.5714285714285714],
+                [1.0, 0.5, 0.6666666666666666, 0.8888888888888888],
+                [0.4, 0.15384615384615385, 0.4, 0.4],
+                [0.3225806451612903, 0.1379310344827586, 0.3225806451612903, 0.3225806451612903],
+            ],
+        ),
+        (
+            True,
+            [
+                [0.6153846153846154, 0.4166666666666667, 0.6153846153846154, 0.6153846153846154],
+                [0.6428571428571429, 0.30769230769230765, 0.4, 0.6428571428571429],
+                [1.0, 0.5, 0.6666666666666666, 0.8888888888888888],
+                [0.4, 0.15384615384615385, 0.4, 0.4],
+                [0.6451612903225806, 0.20689655172413796, 0.45161290322580644, 0.45161290322580644],
+            ],
+        ),
     ],
 )
 def test_rouge_equals_the_rouge_score_package(stemming, expected):
@@ -385,14 +397,14 @@ def test_bootstrap_interval_depends_on_the_seed_alone():
 
 def test_the_registry_names_every_score():
     rouges = [variant + suffix for suffix in ("", "_stem") for variant in ROUGE_VARIANTS]
-    assert set(SCORES) == {"bleu", "bleu_lower", "rougeL_coco", *rouges, "exact_match", "f1"}
+    assert set(METRICS) == {"bleu", "bleu_lower", "rougeL_coco", *rouges, "exact_match", "f1"}
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", METRICS)
 def test_every_registered_score_is_one_for_equal_texts_and_zero_for_strange_ones(name):
     texts = ["one two three four", "five six seven eight"]
-    assert SCORES[name](texts, [["nothing", texts[0]], [texts[1], ""]]) == pytest.approx(1.0, rel=1e-12)
-    assert SCORES[name](texts, [["", "none of these"], ["?!"]]) == 0.0
+    assert METRICS[name](texts, [["nothing", texts[0]], [texts[1], ""]]) == pytest.approx(1.0, rel=1e-12)
+    assert METRICS[name](texts, [["", "none of these"], ["?!"]]) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -406,7 +418,7 @@ def test_every_registered_score_is_one_for_equal_texts_and_zero_for_strange_ones
     ],
 )
 def test_registered_scores_are_those_of_the_corpus_or_means_over_texts(name, score):
-    assert SCORES[name](HYPOTHESES, REFERENCES) == pytest.approx(score(), rel=1e-12)
+    assert METRICS[name](HYPOTHESES, REFERENCES) == pytest.approx(score(), rel=1e-12)
 
 
 @pytest.mark.parametrize("variant", ROUGE_VARIANTS)
@@ -414,14 +426,14 @@ def test_registered_rouge_stems_where_its_name_says_so(variant):
     hypotheses, references = zip(*SUMMARIES)
     for stemming, name in ((False, variant), (True, f"{variant}_stem")):
         expected = np.mean([rouge(h, texts, stemming)[variant] for h, texts in SUMMARIES])
-        assert SCORES[name](hypotheses, references) == pytest.approx(expected, rel=1e-12)
+        assert METRICS[name](hypotheses, references) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("hypotheses, references", [([], []), (["a"], []), (["a"], [["a"], ["b"]]), (["a"], [[]]), (["a"], ["a"])])
 def test_every_registered_score_refuses_what_is_not_one_list_of_references_per_text(name, hypotheses, references):
     with pytest.raises(ValueError, match=r"need|give"):
-        SCORES[name](hypotheses, references)
+        METRICS[name](hypotheses, references)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 
 from decode import DEFAULT_CHECKPOINT, generate
 from decoding.settings import DecodeConfig
+from evaluation.rows import MAIN, read_settings
 from evaluation.tasks import find_task
-from evaluation.tune import read_settings
 from formats.tokenizer import encode_prompt
 from model import load_checkpoint
 
@@ -64,8 +64,8 @@ def test_the_embedded_model_is_small_and_plain():
 @pytest.mark.parametrize("task", ["translation", "e2e"])
 def test_the_embedded_settings_fit_the_embedded_model(task):
     model, _ = load_checkpoint(DEFAULT_CHECKPOINT)
-    rows = read_settings(DEFAULT_CHECKPOINT.with_suffix(".json"), find_task(task), model.config.n_layers, {})
-    assert {name.split()[0] for name in rows} == {"static", "softmax", "weighted", "jsd"} and len(rows) == 13
+    rows = read_settings(DEFAULT_CHECKPOINT.with_suffix(".json"), find_task(task), model, {})
+    assert set(MAIN) <= set(rows) and {name.split()[0] for name in rows} == set(MAIN) and len(rows) == 13
 
 
 def test_the_embedded_model_translates_and_describes():

@@ -66,8 +66,8 @@ def test_embedded_tasks_are_there_and_score_their_references_fully(name):
         examples = read_task(task, split)
         assert len(examples) >= 15 and all(example.prompt and example.references for example in examples)
     references = [list(example.references) for example in examples[:20]]
-    scores = task.score([texts[0] for texts in references], references)
-    assert list(scores) == list(task.scores) and all(score > 0.99 for score in scores.values())
+    scores = task.scores([texts[0] for texts in references], references)
+    assert list(scores) == list(task.metrics) and all(score > 0.99 for score in scores.values())
 
 
 def test_a_file_of_your_own(tmp_path):
@@ -76,8 +76,8 @@ def test_a_file_of_your_own(tmp_path):
     mine, chat = find_task(f"file={tmp_path}/mine.jsonl"), find_task(f"samsum={tmp_path}/chat.jsonl")
     assert (mine.name, read_task(mine, "test")) == ("mine", [Example("p", ("a", "b"))])
     assert read_task(chat, "dev") == [Example("A: hi\nSummary:\n", ("s",))]
-    assert list(chat.scores) == ["rougeL", "rouge1", "rouge2", "rougeLsum"] and set(chat.scores.values()) == {
-        f"{name}_stem" for name in chat.scores}  # fmt: skip
+    assert list(chat.metrics) == ["rougeL", "rouge1", "rouge2", "rougeLsum"] and set(chat.metrics.values()) == {
+        f"{name}_stem" for name in chat.metrics}  # fmt: skip
 
 
 def test_openings_are_the_first_words_of_long_paragraphs_far_apart(tmp_path):
@@ -95,8 +95,8 @@ def test_a_sample_keeps_the_order_and_is_the_same_for_the_same_seed():
     assert sample(examples, 0, 3) == sample(examples, 60, 3) == examples
 
 
-def test_every_score_of_every_task_exists_and_has_a_title():
-    from evaluation.metrics import SCORES
-    from evaluation.tasks import TITLES
+def test_every_metric_of_every_task_exists_and_has_a_title():
+    from evaluation.metrics import METRICS
+    from evaluation.table import TITLES
 
-    assert {name for task in TASKS.values() for name in task.scores.values()} <= set(SCORES) & set(TITLES)
+    assert {name for task in TASKS.values() for name in task.metrics.values()} <= set(METRICS) & set(TITLES)

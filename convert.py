@@ -40,8 +40,8 @@ from model import ModelConfig, Transformer
 
 
 def open_source(path: Path, tokenizer: Path | None = None) -> Source:
-    """Recognizes a checkpoint by its content. `tokenizer` takes the place of the one in it or beside it. Raises
-    UserError for what is none of the known layouts, or damaged."""
+    """Recognizes a checkpoint by its content. `tokenizer` takes the place of the one in it or beside it; of the name
+    none, there is none. Raises UserError for what is none of the known layouts, or damaged."""
     if (path / "config.json").is_file():
         source = open_hf(path)
     elif (path / "params.json").is_file():
@@ -55,7 +55,10 @@ def open_source(path: Path, tokenizer: Path | None = None) -> Source:
         source = open_gguf(path) if magic == b"GGUF" else open_llama2c(path)
     else:
         raise UserError(f"{path}: no such file or folder")
-    if tokenizer is not None:
+    if tokenizer is None:
+        source.tokenizer, missing = source.find_tokenizer()
+        source.note = "; ".join(note for note in (source.note, missing) if note)
+    elif str(tokenizer) != "none":
         source.tokenizer = read_tokenizer_file(tokenizer)
     return source
 
@@ -202,9 +205,9 @@ def convert(
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if source.tokenizer is not None:
-        processor = read_tokenizer(path, source.tokenizer, config.vocab_size)
-        if config.eos_id is None and processor.eos_id() >= 0:
-            config = replace(config, eos_id=processor.eos_id())
+        tokens = read_tokenizer(path, source.tokenizer, config.vocab_size)
+        if config.eos_id is None:
+            config = replace(config, eos_id=tokens.ends)
     if dtype is None:
         own = source.tensors[found["embedding"]].dtype
         dtype = own if own in STORED else torch.float32
@@ -279,7 +282,7 @@ def make_parser() -> Parser:
     parser.add_argument("out", type=Path, metavar="OUT", help="file to write")
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)} (default: the source's own; float32 for GGUF)")
     parser.add_argument("--max-len", type=int, help=f"positions (default: the model's, at most {MAX_LEN})")
-    kinds = "sentencepiece model or llama2.c tokenizer.bin"
+    kinds = "sentencepiece model, tokenizer.json, file of ranks, llama2.c tokenizer.bin, or none"
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help=f"{kinds} (default: SOURCE's)")
     add_thread_flag(parser)
     return parser

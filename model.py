@@ -348,8 +348,8 @@ class Transformer(nn.Module):
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
                     form: str | None = None, check: bool = False):
-    """Returns (model, tokenizer) ready to decode: tokenizer is a SentencePieceProcessor, or None if the file holds
-    none. `dtype`, of the matrices (vectors keep at least the file's precision), None: float32 on the CPU for float16
+    """Returns (model, tokenizer) ready to decode: tokenizer is one of formats/tokenizer.py, or None if the file
+    holds none. `dtype`, of the matrices (vectors keep at least the file's precision), None: float32 on the CPU for float16
     files (CPUs are slow at several rows in half precision), else the file's own. `form`: how a CPU stores the weights
     (formats/weights.py; None: by its rule). `check`: compare the file with its checksums first. Raises UserError."""
     content, device = read_checkpoint(path, check), torch.device(device)

@@ -9,7 +9,7 @@ from common.errors import UserError
 from evaluation.metrics import METRICS
 from formats import data
 from formats.data import Example
-from formats.tokenizer import SEP, encode_prompt
+from formats.tokenizer import encode_prompt
 
 OPENING, OPENINGS = 40, 30  # words of a story that a continuation begins with; about so many from a book
 TUNING_SHARE = 0.5  # of the texts of dev, or of a single file; calibration draws from the others
@@ -30,7 +30,7 @@ class Task:
 
     def text(self, prompt: str, tokenizer) -> str:
         """The prompt as the model gets it."""
-        bare = has_separator(tokenizer) and not self.shots
+        bare = tokenizer.separator is not None and not self.shots
         return prompt if bare else self.shots + self.template.format(prompt)
 
     def encode(self, prompt: str, tokenizer, room: int) -> tuple[list[int], bool]:
@@ -42,10 +42,9 @@ class Task:
 
     def stop_tokens(self, tokenizer) -> tuple[int, ...]:
         """Pieces that end an answer, besides the end of text: those with a line end, where an answer is one line."""
-        if not self.one_line or has_separator(tokenizer):
+        if not self.one_line or tokenizer.separator is not None:
             return ()
-        pieces = [tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size())]
-        return tuple(i for i, piece in enumerate(pieces) if "\n" in piece or piece == "<0x0A>")
+        return tuple(id for id in range(tokenizer.size) if "\n" in tokenizer.piece(id))
 
     def scores(self, texts: list[str], references: list[list[str]]) -> dict[str, float]:
         """Every score of the task, each in [0, 1]."""
@@ -70,10 +69,6 @@ TASKS = {
     "samsum": Task("samsum", SUMMARY, "", max_new_tokens=60),
     "file": Task("file", {"rougeL": "rougeL", "bleu": "bleu"}, "", "{}\n"),
 }
-
-
-def has_separator(tokenizer) -> bool:
-    return tokenizer.piece_to_id(SEP) != tokenizer.unk_id()
 
 
 def find_task(name: str) -> Task:

@@ -49,8 +49,7 @@ def open_gguf(path: Path) -> Source:
     if "rope_freqs.weight" in tensors:  # Llama 3: what every frequency is divided by, at most the factor
         (divisors,) = tensors["rope_freqs.weight"].pieces()
         config["rope_scaling"] = {**BANDS, "factor": float(divisors.max())}
-    tokenizer, note = gguf_tokenizer(path, fields)
-    return Source("GGUF", config, "gguf", tensors, family in INTERLEAVED, tokenizer, note)
+    return Source("GGUF", config, "gguf", tensors, family in INTERLEAVED, partial(gguf_tokenizer, path, fields))
 
 
 def read_gguf(path: Path) -> tuple[dict, list[tuple]]:

@@ -1,6 +1,7 @@
 """Hugging Face folders: config.json with *.safetensors or else pytorch_model*.bin, one or several, with an index or
 without."""
 
+from functools import partial
 from pathlib import Path
 
 from common.errors import UserError
@@ -25,9 +26,8 @@ def open_hf(folder: Path) -> Source:
                     raise UserError(f"{file}: {name} is in another file, too; keep one set of files")
                 tensors[name] = stored
         if files:
-            tokenizer, note = find_tokenizer(folder)
             layout = f"Hugging Face folder, {len(files)} {kind} file(s)"
-            return Source(layout, config, "hf", tensors, False, tokenizer, note)
+            return Source(layout, config, "hf", tensors, False, partial(find_tokenizer, folder))
     raise UserError(f"{folder}: has a config.json, but neither *.safetensors nor pytorch_model*.bin")
 
 

@@ -14,8 +14,8 @@ import torch
 
 import convert
 from common.errors import UserError
+from formats.pieces import CONTROL, NORMAL, UNKNOWN, build_tokenizer
 from formats.tensors import read_safetensors
-from formats.tokenizer import CONTROL, NORMAL, UNKNOWN, build_tokenizer
 from model import load_checkpoint
 from tests.public import (
     LLAMA,

@@ -41,7 +41,7 @@ def case(request, tmp_path_factory):
     print(convert(request.param, out, torch.float32))
     model, tokenizer = load_checkpoint(out)
     if tokenizer:
-        tokens = [tokenizer.bos_id(), *tokenizer.encode("\n".join(english(100)))]
+        tokens = [tokenizer.begin, *tokenizer.encode("\n".join(english(100)))]
     else:
         from transformers import AutoTokenizer
 

@@ -4,17 +4,17 @@ import json
 from dataclasses import replace
 
 import pytest
-import sentencepiece as spm
 
 from decode import generate
 from decoding.settings import DecodeConfig
 from evaluation.tasks import OPENING, TASKS, find_task, openings, read_task, sample
 from formats.data import Example, read_pairs, task_file
-from formats.tokenizer import train_tokenizer
+from formats.pieces import train_tokenizer
+from formats.tokenizer import SentencePiece
 
 
-def tokenizer_of(pairs) -> spm.SentencePieceProcessor:
-    return spm.SentencePieceProcessor(model_proto=train_tokenizer(pairs, 350))
+def tokenizer_of(pairs) -> SentencePiece:
+    return SentencePiece(train_tokenizer(pairs, 350))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_solved_examples_come_before_every_prompt(without):
 def test_a_long_prompt_loses_its_left_but_not_its_start(with_separator):
     task = find_task("translation")
     whole, cut = task.encode("eins zwei drei vier", with_separator, 99)
-    assert not cut and whole[0] == with_separator.bos_id()
+    assert not cut and whole[0] == with_separator.begin
     short, cut = task.encode("eins zwei drei vier", with_separator, 5)
     assert cut and short == [whole[0], *whole[-4:]]
 

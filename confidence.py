@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.plugins import find_function, name_and_file
+from decoding.flops import head_flops
 from model import Transformer
 
 ALPHA = 0.1  # plausibility: tokens of at least this share of the largest probability (Li 2022, section 3.2)
@@ -118,7 +119,7 @@ class Trace:
             parts = [self.model.score(rows, weight) for weight in self._weights]
             logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # (m, n)
             self._logits.update(zip(missing, logits.unbind()))
-            self.flops.update({layer: self.model.head_flops(layer, self.n) for layer in missing})
+            self.flops.update({layer: head_flops(self.model.config, layer, self.n) for layer in missing})
         return [self._logits[layer] for layer in layers]
 
     def token(self, index: int | Tensor) -> int | Tensor:

@@ -255,7 +255,8 @@ def report(
         if value != getattr(default, name):
             settings.append(f"{name} {value}")
     renamed = [f"{pattern(theirs)} -> {re.sub(r'[.][0-9]+[.]', '.#.', ours)}" for ours, theirs in found.items()]
-    tokenizer = "with its tokenizer" if source.tokenizer else "without a tokenizer: decode.py takes and prints token ids"
+    without = "without a tokenizer: decode.py takes and prints token ids"
+    tokenizer = "with its tokenizer" if source.tokenizer else without
     lines = [
         f"read {path}: {source.layout}, {len(source.tensors)} tensors, {source.config['model_type']}",
         source.note,

@@ -17,7 +17,7 @@ import torch
 
 from cache import KVCache
 from common.errors import run as run_command
-from common.flags import Parser, add_flags, add_model_flags, device_and_dtype, given
+from common.flags import Parser, add_flags, add_model_flags, given, loading
 from confidence import Trace, resolve
 from decoding.checks import check_amateur, check_prompt
 from decoding.choosing import COMMAND, settings_of, variants
@@ -52,7 +52,8 @@ def run_pass(model: Transformer, cache: KVCache, tokens: list[int], trace: Trace
     full forward pass. Without tokens, what is owed is paid."""
     first, stop = cache.filled[0], cache.filled[0] + len(tokens)
     cache.filled[0] = stop
-    x = model.embed(torch.tensor(tokens, dtype=torch.int64, device=cache.hidden.device))  # (R, d): positions first .. stop - 1
+    ids = torch.tensor(tokens, dtype=torch.int64, device=cache.hidden.device)
+    x = model.embed(ids)  # (R, d), the positions first .. stop - 1
     trace.hidden.append(x)
     for layer, block in enumerate(model.blocks, 1):
         first, x = cache.join(layer, first, x)
@@ -97,7 +98,7 @@ class Run:
         self.shortlist = Shortlist(model, config.shortlist, self.length) if config.shortlist else None
         self.new_trace = partial(trace_type, model, confidence, *pruning, config.premature_layers, self.shortlist)
         self.prompt = list(prompt)
-        if config.fill == "copy" and config.confidence and len(prompt) > 1:  # a prompt gets exact keys and values (CALM)
+        if config.fill == "copy" and config.confidence and len(prompt) > 1:  # CALM: a prompt gets exact ones
             self.advance(prompt[:-1], {})
             self.prompt = prompt[-1:]
 
@@ -174,12 +175,15 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("--prompt", required=True,
                         help="text; token ids, separated by commas, where the checkpoint has no tokenizer")
-    parser.add_argument("--compare", metavar="NAMES", help="show several settings, and where each first differs from the full "
-                        "model: confidence functions or full, each with changes, as in softmax,jsd+threshold=0.5,softmax+verify")
+    parser.add_argument("--compare", metavar="NAMES",
+                        help="show several settings, and where each first differs from the full model: confidence "
+                             "functions or full, with changes, as in softmax,jsd+threshold=0.5,softmax+verify")
     parser.add_argument("--trace", metavar="FILE",
                         help="write one JSON line per token: id, text, exit layer, confidences, time, ..")
-    parser.add_argument("--thresholds", metavar="FILE", help="JSON file of settings, as calibration writes it; flags outrank it")
-    parser.add_argument("--amateur", metavar="CHECKPOINT", help="a second, weaker model to contrast with (Contrastive Decoding)")
+    parser.add_argument("--thresholds", metavar="FILE",
+                        help="JSON file of settings, as calibration writes it; flags outrank it")
+    parser.add_argument("--amateur", metavar="CHECKPOINT",
+                        help="a second, weaker model to contrast with (Contrastive Decoding)")
     add_model_flags(parser, DEFAULT_CHECKPOINT)
     add_flags(parser, COMMAND, "decoding")
     return parser
@@ -187,11 +191,11 @@ def make_parser() -> Parser:
 
 def main() -> None:
     args = make_parser().parse_args()
-    place = device_and_dtype(args)
-    model, tokenizer = load_checkpoint(args.checkpoint, *place, check=args.check)
+    options = loading(args)
+    model, tokenizer = load_checkpoint(args.checkpoint, **options)
     contrast = {"predict": "contrast"} if args.amateur else {}
     config, source = settings_of(args.checkpoint, args.thresholds, contrast | given(args, DecodeConfig))
-    prompt, amateur = read_prompt(args.prompt, tokenizer), read_amateur(args.amateur, tokenizer, *place)
+    prompt, amateur = read_prompt(args.prompt, tokenizer), read_amateur(args.amateur, tokenizer, options)
     configs = variants(config, args.compare) if args.compare else {"": config}
     check_prompt(prompt, model)
     for each in configs.values():

@@ -21,7 +21,7 @@ from common.config import option
 from common.errors import UserError
 from formats.checkpoint import check_finite, check_size, fitting, read_checkpoint, read_tokenizer
 from formats.shape import check_shape, one_or_several
-from formats.weights import linear, rms_norm, store
+from formats.weights import adopt, linear, rms_norm, store
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
@@ -54,13 +54,14 @@ class ModelConfig:
     post_norms: bool = option(False, "norm what attention and MLP add, too (Gemma 2 and 3)")
     attention_cap: float | None = option(None, "soft cap of q k (Gemma 2); none: no cap")
     logit_cap: float | None = option(None, "soft cap of the logits (Gemma 2); none: no cap")
-    window: int | None = option(None, "newest positions, its own included, that a position sees (Mistral 0.1, Gemma 2 and 3); none: all")
+    window: int | None = option(None, "newest positions, its own included, that a position sees (Mistral 0.1, Gemma 2 "
+                                      "and 3); none: all")
     global_layers: tuple[int, ...] = option((), "layers that see all positions in spite of a window")
     local_rope_base: float | None = option(None, "rope_base of the layers with a window (Gemma 3); none: the same")
     unrotated_layers: tuple[int, ...] = option((), "layers whose queries and keys know no positions (SmolLM3)")
     rope_factor: float = option(1.0, "divides the rotary frequencies, but for those of local_rope_base")
-    rope_bands: tuple[float, ...] = option((), "Llama 3: low, high and length; rope_factor divides fully what turns less than low times in "
-                                               "length positions, not at all what turns more than high times")  # fmt: skip
+    rope_bands: tuple[float, ...] = option((), "Llama 3: low, high and length; rope_factor divides fully what turns "
+                                               "less than low times in length positions, not what turns more than high")
 
     def __post_init__(self):
         for name in ("exit_norms", "classifiers", "exit_layers", "global_layers", "unrotated_layers", "rope_bands"):
@@ -93,7 +94,7 @@ def rope_table(config: ModelConfig) -> Tensor:
     where layers with a window have a base of their own (theirs is the last)."""
     exponent = -torch.arange(config.head_dim // 2, dtype=torch.float64) / (config.head_dim // 2)
     frequency = config.rope_base**exponent
-    if config.rope_factor != 1:  # Llama 3: slowed for long texts (llama-models, `apply_scaling`); without bands all alike
+    if config.rope_factor != 1:  # slowed for long texts, as in Llama 3 (llama-models, `apply_scaling`); or all alike
         kept = torch.zeros_like(frequency)  # share of the frequency that is not slowed
         if config.rope_bands:
             low, high, length = config.rope_bands
@@ -108,8 +109,7 @@ def rope_table(config: ModelConfig) -> Tensor:
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1)
 
 
-def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: tuple[Tensor, Tensor] | None
-                ) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
     """(B T, (H + 2K) C) -> q (B, H, T, C), k and v (B, K, T, C), q and k rotated, the pairs being (i, i + C/2).
     rope: cos and signed sin of the T positions, (T, C) each; None: they stay as they are."""
     H, K, C = config.n_heads, config.n_kv_heads, config.head_dim
@@ -122,7 +122,7 @@ def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: tuple[Tensor
     return qk[:, :H], qk[:, H:], v
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: ModelConfig, causal: bool = False) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: ModelConfig, causal=False) -> Tensor:
     """softmax(q k * query_scale) v where `mask` (.., T, S) allows, or everywhere: q (B, H, T, C), k and v (B, K, S, C)
     -> (B T, H C)."""
     if config.attention_cap is None:
@@ -235,7 +235,8 @@ class Transformer(nn.Module):
         self.adapters = nn.ParameterDict()  # (2, rank, d): down, then up, which starts at zero, so as the identity
         if config.adapter_rank:
             self.adapters.update({str(layer): torch.zeros(2, config.adapter_rank, d) for layer in config.exit_norms})
-        self.classifiers = nn.ParameterDict({str(layer): torch.zeros(d + 1) for layer in config.classifiers})  # w, then b
+        classifiers = {str(layer): torch.zeros(d + 1) for layer in config.classifiers}  # w, then b
+        self.classifiers = nn.ParameterDict(classifiers)
         self.register_buffer("rope", rope_table(config), persistent=False)
         self.initialize()
 
@@ -323,24 +324,10 @@ class Transformer(nn.Module):
         (N, d) -> (N,) float32. Raises UserError if this layer has none."""
         if layer not in self.config.classifiers:
             have = ", ".join(map(str, self.config.classifiers)) or "none"
-            raise UserError(f"layer {layer} has no confidence classifier (layers with one: {have}); train it, or ask another "
-                            "confidence")
+            raise UserError(f"layer {layer} has no confidence classifier (layers with one: {have}); train it, or ask "
+                            "another confidence")
         w = self.classifiers[str(layer)]
         return (self.exit_norm(hidden, layer).to(w.dtype) @ w[:-1] + w[-1]).float().sigmoid()
-
-    def head_flops(self, layer: int, n: int) -> int:
-        """Floating-point operations of one row's head over n tokens: 2 a weight, those of the layer's adapter
-        included."""
-        rank = self.config.adapter_rank if layer in self.config.exit_norms else 0
-        return 2 * self.config.d_model * (n + 2 * rank)
-
-    def block_flops(self, first: int, stop: int) -> int:
-        """Floating-point operations of one block on the positions first .. stop - 1: 2 a weight and row, 4 H C a row
-        and position seen (without a window)."""
-        c = self.config
-        weights = c.d_model * (2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 3 * c.d_ff)
-        seen = (first + 1 + stop) * (stop - first) // 2
-        return 2 * weights * (stop - first) + 4 * c.n_heads * c.head_dim * seen
 
 
 # ---------------------------------------------------------------- from a file
@@ -373,13 +360,3 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu",
             del content, blob
             adopt(model, read_checkpoint(path)["weights"], device, dtype)
     return model, tokenizer
-
-
-def adopt(model: Transformer, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
-    """Gives the model all weights that are not packed, one by one, so that only one lies twice in memory."""
-    for prefix, module in model.named_modules():
-        for name, weight in module._parameters.items():
-            if not weight.is_mkldnn:
-                new = weights[f"{prefix}.{name}" if prefix else name]
-                new = new.to(device, dtype if new.dim() > 1 else torch.promote_types(new.dtype, dtype))
-                module._parameters[name] = nn.Parameter(new, requires_grad=False)

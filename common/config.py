@@ -16,7 +16,8 @@ def option(default, text: str, group: str = ""):
 
 
 def reader(kind) -> Callable[[str], object]:
-    """Text -> a value of `kind`: int, float, str, a tuple of these (comma-separated), or one of them or None (the word none)."""
+    """Text -> a value of `kind`: int, float, str, a tuple of these (comma-separated), or one of them or None (the word
+    none)."""
     if isinstance(kind, types.UnionType):
         inner = reader(next(arm for arm in typing.get_args(kind) if arm is not types.NoneType))
         read = lambda text: None if text.lower() == "none" else inner(text)  # noqa: E731
@@ -32,13 +33,16 @@ def reader(kind) -> Callable[[str], object]:
 
 
 def read_field(config: type, name: str, text: str):
-    """The value of a field of a config from text, as its flag reads it; of a bool, without text, True. Raises ValueError."""
+    """The value of a field of a config from text, as its flag reads it; of a bool, without text, True. Raises
+    UserError."""
     kinds = typing.get_type_hints(config)
     field = name.replace("-", "_")
     if field not in kinds:
         raise UserError(f"unknown setting {name!r}; choose from {', '.join(kinds)}")
     try:
-        return {"": True, "true": True, "false": False}[text.lower()] if kinds[field] is bool else reader(kinds[field])(text)
+        if kinds[field] is bool:
+            return {"": True, "true": True, "false": False}[text.lower()]
+        return reader(kinds[field])(text)
     except (ValueError, KeyError):
         raise UserError(f"{name} cannot be {text!r}") from None
 

@@ -70,12 +70,15 @@ def given(args: argparse.Namespace, config: type) -> dict:
 
 
 def add_model_flags(parser: argparse.ArgumentParser, checkpoint) -> None:
-    """Adds --checkpoint, --check, --device, --dtype and --threads."""
+    """Adds --checkpoint, --check, --device, --dtype, --weights and --threads."""
     parser.add_argument("--checkpoint", default=checkpoint, metavar="FILE", help="default: %(default)s")
     parser.add_argument("--check", action="store_true", help="first compare the checkpoint with its checksums")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(
         "--dtype", help=f"{', '.join(DTYPES)} (default: the file's own; float32 where a float16 file meets a CPU)"
+    )
+    parser.add_argument(
+        "--weights", help="how a CPU stores them: plain, or packed by oneDNN (default: by the rule in formats/weights.py)"
     )
     add_thread_flag(parser)
 
@@ -86,13 +89,14 @@ def add_thread_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help=f"threads of PyTorch (default: {cores})")
 
 
-def device_and_dtype(args: argparse.Namespace) -> tuple[str, torch.dtype | None]:
-    """--device and --dtype, when --threads are set; warns of a busy machine. Raises UserError for what is not there."""
+def loading(args: argparse.Namespace) -> dict:
+    """What the model flags say to `load_checkpoint`. Sets --threads, and warns of a busy machine. Raises UserError for
+    what is not there."""
     use_threads(args.threads)
     check_device(args.device)
     dtype = read_dtype(args.dtype)
     warn_if_busy()
-    return args.device, dtype
+    return {"device": args.device, "dtype": dtype, "form": args.weights, "check": args.check}
 
 
 def use_threads(count: int | None) -> None:

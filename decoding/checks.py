@@ -24,5 +24,5 @@ def check_amateur(amateur: Transformer, model: Transformer, settings: Contrast |
     if ours != theirs:
         raise UserError(f"the amateur knows {theirs} tokens, the model {ours}; that must be equal")
     if amateur.config.max_len < length:
-        raise UserError(f"the amateur has {amateur.config.max_len} positions, {length} are needed; shorten the prompt or "
-                        "the answer")
+        raise UserError(f"the amateur has {amateur.config.max_len} positions, {length} are needed; shorten the prompt "
+                        "or the answer")

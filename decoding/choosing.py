@@ -64,8 +64,8 @@ def from_json(content: dict) -> dict:
         settings[name.replace("-", "_")] = read_field(DecodeConfig, name, text)
     confidence = settings.get("confidence")
     if confidence is not None and confidence not in FUNCTIONS:
-        raise UserError(f"confidence {confidence!r} is none of {', '.join(FUNCTIONS)}; a function of your own is named by the flag "
-                        "--confidence alone")
+        raise UserError(f"confidence {confidence!r} is none of {', '.join(FUNCTIONS)}; a function of your own is named "
+                        "by the flag --confidence alone")
     DecodeConfig(**settings)
     return settings
 

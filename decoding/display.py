@@ -8,14 +8,14 @@ import time
 from collections.abc import Iterator
 from typing import TextIO
 
-import torch
-
 from common.errors import UserError
 from decoding.record import Counters, Token
 from formats.tokenizer import encode_prompt
 from model import Transformer, load_checkpoint
 
-CIVIDIS = ((0, 52, 110), (62, 78, 108), (112, 113, 115), (156, 149, 116), (205, 188, 99), (254, 232, 56))  # red, green, blue
+CIVIDIS = (  # red, green, blue
+    (0, 52, 110), (62, 78, 108), (112, 113, 115), (156, 149, 116), (205, 188, 99), (254, 232, 56),
+)
 
 
 def read_prompt(text: str, tokenizer) -> list[int]:
@@ -31,11 +31,11 @@ def read_prompt(text: str, tokenizer) -> list[int]:
         raise UserError("this checkpoint has no tokenizer: give the prompt as token ids, separated by commas") from None
 
 
-def read_amateur(path: str | None, tokenizer, device: str, dtype: torch.dtype | None) -> Transformer | None:
-    """The second model of --amateur. Raises UserError if its tokenizer is another."""
+def read_amateur(path: str | None, tokenizer, options: dict) -> Transformer | None:
+    """The second model of --amateur, loaded as the first. Raises UserError if its tokenizer is another."""
     if path is None:
         return None
-    amateur, other = load_checkpoint(path, device, dtype)
+    amateur, other = load_checkpoint(path, **options)
     if tokenizer and (not other or other.to_blob() != tokenizer.to_blob()):
         raise UserError(f"{path}: has another tokenizer than the model; an amateur must read the same tokens")
     return amateur
@@ -80,7 +80,8 @@ def pieces(tokenizer, tokens: Iterator[Token]) -> Iterator[tuple[Token, str]]:
         yield token, new
 
 
-def show(tokens: Iterator[Token], tokenizer, n_layers: int, counters: Counters, trace: TextIO | None = None) -> list[int]:
+def show(tokens: Iterator[Token], tokenizer, n_layers: int, counters: Counters,
+         trace: TextIO | None = None) -> list[int]:
     """Streams the text and a legend, and one JSON line per token to `trace`; returns the token ids."""
     on = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     ids, layers, started, elapsed = [], [], time.perf_counter(), 0.0
@@ -106,13 +107,14 @@ def trace_row(token: Token, text: str, elapsed: float) -> dict:
 def figures(layers: list[int], seconds: float, n_layers: int, counters: Counters, on: bool) -> str:
     """The legend of exit layers, and speed and work, in words."""
     n = len(layers)
-    legend = "  ".join(f"{colour(f' {layer} ', layer, n_layers, on).strip()} ({layers.count(layer)})" for layer in sorted(set(layers)))
+    shown = [f"{colour(str(layer), layer, n_layers, on)} ({layers.count(layer)})" for layer in sorted(set(layers))]
     drafts = ""
     if counters.drafted:
         drafts = f"; drafts: {counters.accepted} kept, {counters.drafted - counters.accepted} rolled back"
     ideal = n_layers * n / counters.block_runs
-    return (f"exit layers: {legend}{drafts}\n{n} tokens in {seconds:.2f} s ({n / seconds:.0f} tokens/s), average exit layer "
-            f"{sum(layers) / n:.1f} of {n_layers}, {counters.block_runs / n:.1f} block runs a token (ideal speed-up {ideal:.2f})")
+    return (f"exit layers: {'  '.join(shown)}{drafts}\n{n} tokens in {seconds:.2f} s ({n / seconds:.0f} tokens/s), "
+            f"average exit layer {sum(layers) / n:.1f} of {n_layers}, {counters.block_runs / n:.1f} block runs a token "
+            f"(ideal speed-up {ideal:.2f})")
 
 
 def difference(ids: list[int], full: list[int], tokenizer) -> str:

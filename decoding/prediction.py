@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cache import KVCache
 from confidence import Trace, contrast, halfway, most_different, plausible
+from decoding.flops import block_flops
 from decoding.record import Counters, Token
 from model import Transformer
 
@@ -65,7 +66,8 @@ def weighed(log_p: Tensor, log_q: Tensor, settings: Contrast) -> Tensor:
     return mixed.masked_fill(~plausible(log_p, settings.alpha), -math.inf)
 
 
-CONTRASTS = {"dcd": dcd, "ratio": ratio, "beta": weighed}  # DecodeConfig.form -> (log p, log q, settings) -> logits (n,)
+# DecodeConfig.form -> (log p, log q, settings) -> logits (n,)
+CONTRASTS = {"dcd": dcd, "ratio": ratio, "beta": weighed}
 
 
 def contrast_logits(trace: Trace, layer: int, settings: Contrast, other: Tensor | None = None) -> Tensor:
@@ -93,10 +95,10 @@ class Companion:
 
     def logits(self, text: list[int]) -> Tensor:
         """Its logits (V,) for the token after `text`, which begins with what it has read already."""
-        trace, first = Trace(self.model), self.cache.filled[0]
+        trace, first, shape = Trace(self.model), self.cache.filled[0], self.model.config
         self.cache.waive(len(text) - 1)
         self.run_pass(self.model, self.cache, text[first:], trace, {})
-        self.counters.block_flops += self.model.config.n_layers * self.model.block_flops(first, len(text))
+        self.counters.block_flops += shape.n_layers * block_flops(shape, first, len(text))
         self.counters.head_flops += 2 * self.model.unembed.numel()
         return trace.final[-1]
 
@@ -127,8 +129,8 @@ class Predictor:
         choice, probs = pick(logits, self.sampling, self.generator)
         if top:
             self.counters.head_flops += sum(source.flops.values())
-        amateurs = trace.amateurs | source.amateurs
-        return Token(int(source.token(choice)), layer, trace.confidences, trace.thresholds, amateurs, source.spread(probs))
+        why = (trace.confidences, trace.thresholds, trace.amateurs | source.amateurs)
+        return Token(int(source.token(choice)), layer, *why, source.spread(probs))
 
     def judge(self, logits: Tensor, drafts: list[Token], seen: list[int]) -> tuple[int, int | None]:
         """How many drafts the full model keeps, and the token that follows them. Row i of its logits (R, V) judges

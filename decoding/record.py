@@ -7,6 +7,7 @@ from itertools import groupby
 from torch import Tensor
 
 from confidence import Trace
+from decoding.flops import block_flops
 from model import Transformer
 
 
@@ -48,7 +49,7 @@ class Counters:
             runs = len(list(layers)) if first < stop else 0
             self.block_runs += runs
             self.block_rows += runs * (stop - first)
-            self.block_flops += runs * model.block_flops(first, stop)
+            self.block_flops += runs * block_flops(model.config, first, stop)
         if layer > L:
             self.deep_passes += 1
             self.deep_rows += stop - before[L]
@@ -79,5 +80,5 @@ class Generation:
     def of(cls, tokens: Iterable[Token], counters: Counters) -> "Generation":
         """What `stream` yields, with the counters that it was given."""
         tokens = list(tokens)
-        ids, layers, confidences = [t.id for t in tokens], [t.exit_layer for t in tokens], [t.confidences for t in tokens]
-        return cls(ids, layers, confidences, counters)
+        ids, layers = [token.id for token in tokens], [token.exit_layer for token in tokens]
+        return cls(ids, layers, [token.confidences for token in tokens], counters)

@@ -21,44 +21,76 @@ class DecodeConfig:
     max_new_tokens: int = option(64, "tokens at most; fewer where the model's positions end")
     confidence: str | None = option(None, f"{', '.join(FUNCTIONS)}, package.module:function, or none: the full model")
     threshold: float = option(0.8, "exit when confidence >= threshold, 0 to 1; at 0 the question is not asked")
-    exit_layers: tuple[int, ...] | None = option(None, "layers after which to ask, 1 to L-1; none: those that the model was "
-                                                       "trained to exit at, or every one")
-    verify: bool = option(False, "take early tokens as drafts and let the full model judge them: its output, exactly, sooner")
+    exit_layers: tuple[int, ...] | None = option(
+        None, "layers after which to ask, 1 to L-1; none: those that the model was trained to exit at, or every one"
+    )
+    verify: bool = option(
+        False, "take early tokens as drafts and let the full model judge them: its output, exactly, sooner"
+    )
     max_owed: int | None = option(None, "after so many early tokens the next pass goes to the top; none: no bound")
-    prune: str = option("none", "candidates kept once an exit layer is asked: none (all), fixed, decaying or adaptive")
+    prune: str = option(
+        "none", "candidates kept once an exit layer is asked: none (all), fixed, decaying or adaptive"
+    )
     temperature: float = option(0.0, "sampling temperature; 0 is greedy")
 
-    shortlist: int | None = option(None, "ask over so many frequent ids with those of the text, and exit at layer L, too; none: "
-                                         "over the whole vocabulary", EXITS)
-    layer_thresholds: tuple[float, ...] | None = option(None, "one for each of exit_layers, in place of threshold", EXITS)
-    threshold_schedule: str = option("constant", "constant, decaying over the steps (CALM), or adaptive: learned while "
-                                                 "decoding (FREE)", EXITS)
+    shortlist: int | None = option(
+        None,
+        "ask over so many frequent ids with those of the text, and exit at layer L, too; none: over the whole "
+        "vocabulary",
+        EXITS,
+    )
+    layer_thresholds: tuple[float, ...] | None = option(
+        None, "one for each of exit_layers, in place of threshold", EXITS
+    )
+    threshold_schedule: str = option(
+        "constant", "constant, decaying over the steps (CALM), or adaptive: learned while decoding (FREE)", EXITS
+    )
     tau: float = option(4.0, "how fast the decaying threshold falls, above 0", EXITS)
-    target: float = option(0.9, "adaptive threshold: wanted probability that an early token is the full model's, between 0 "
-                                "and 1", EXITS)
+    target: float = option(
+        0.9, "adaptive threshold: wanted probability that an early token is the full model's, between 0 and 1", EXITS
+    )
     min_layer: int = option(1, "first layer at which an exit is allowed", EXITS)
-    fill: str = option("parallel", "keys and values of skipped layers: parallel (exact, when next needed) or copy "
-                                   "(approximate, at once)", EXITS)
-    premature_layers: tuple[int, ...] | None = option(None, "layers that jsd may contrast with; none: all from 2 on", EXITS)
+    fill: str = option(
+        "parallel",
+        "keys and values of skipped layers: parallel (exact, when next needed) or copy (approximate, at once)",
+        EXITS,
+    )
+    premature_layers: tuple[int, ...] | None = option(
+        None, "layers that jsd may contrast with; none: all from 2 on", EXITS
+    )
     prune_k: int = option(64, "candidates kept at first, at least 2", EXITS)
     prune_min: int = option(16, "candidates that decaying and adaptive pruning always keep, 2 to prune_k", EXITS)
 
-    predict: str = option("own", "what a token is taken from: own (the distribution of its layer) or contrast (against an "
-                                 "amateur's)", CONTRASTED)
-    contrast: str = option("half", "contrast with: half (layer l/2), a layer's number, jsd, or dola (jsd without the "
-                                   "distance)", CONTRASTED)
-    form: str = option("dcd", "dcd (sums to 1 with what is not plausible), ratio or beta (both nothing outside the "
-                              "plausible)", CONTRASTED)
-    alpha: float = option(0.1, "plausible are tokens of at least this share of the largest probability, above 0, up to 1",
-                          CONTRASTED)
+    predict: str = option(
+        "own",
+        "what a token is taken from: own (the distribution of its layer) or contrast (against an amateur's)",
+        CONTRASTED,
+    )
+    contrast: str = option(
+        "half",
+        "contrast with: half (layer l/2), a layer's number, jsd, or dola (jsd without the distance)",
+        CONTRASTED,
+    )
+    form: str = option(
+        "dcd",
+        "dcd (sums to 1 with what is not plausible), ratio or beta (both nothing outside the plausible)",
+        CONTRASTED,
+    )
+    alpha: float = option(
+        0.1, "plausible are tokens of at least this share of the largest probability, above 0, up to 1", CONTRASTED
+    )
     beta: float = option(0.5, "weight of the amateur in form beta, above 0", CONTRASTED)
     amateur_temperature: float = option(1.0, "temperature of a second model's distribution, above 0", CONTRASTED)
 
     top_k: int | None = option(None, "sample from the k most probable tokens", SAMPLED)
     top_p: float = option(1.0, "sample from the most probable tokens of this total mass, above 0, up to 1", SAMPLED)
-    repetition_penalty: float = option(1.0, "makes tokens that occurred less likely (CTRL); at least 1, which is off", SAMPLED)
+    repetition_penalty: float = option(
+        1.0, "makes tokens that occurred less likely (CTRL); at least 1, which is off", SAMPLED
+    )
     seed: int = option(0, "seed of the sampling", SAMPLED)
-    stop_tokens: tuple[int, ...] = option((), "token ids that end a text, besides the model's own end of text", SAMPLED)
+    stop_tokens: tuple[int, ...] = option(
+        (), "token ids that end a text, besides the model's own end of text", SAMPLED
+    )
 
     def __post_init__(self):
         for name in ("exit_layers", "premature_layers", "layer_thresholds", "stop_tokens"):
@@ -69,14 +101,16 @@ class DecodeConfig:
         if self.prune in ("decaying", "adaptive") and self.prune_min > self.prune_k:
             raise UserError(f"prune_min is {self.prune_min}, above prune_k {self.prune_k}; lower it")
         if self.layer_thresholds is not None and len(self.layer_thresholds) != len(self.exit_layers or ()):
-            raise UserError(f"layer_thresholds has {len(self.layer_thresholds)} values; give one for each of exit_layers "
-                            f"({len(self.exit_layers or ())})")
+            raise UserError(f"layer_thresholds has {len(self.layer_thresholds)} values; give one for each of "
+                            f"exit_layers ({len(self.exit_layers or ())})")
         if self.fill == "copy" and self.max_owed is not None:
             raise UserError(f"max_owed is {self.max_owed}, but fill is copy, which owes nothing; leave one of them out")
         if self.verify and self.fill != "parallel":
-            raise UserError("verify is True, but fill is copy; only exact keys and values can judge, so fill must be parallel")
+            raise UserError("verify is True, but fill is copy; only exact keys and values can judge, so fill must be "
+                            "parallel")
         if self.verify and self.predict != "own":
-            raise UserError("verify is True, but predict is contrast; drafts are judged by the full model's own distribution")
+            raise UserError("verify is True, but predict is contrast; drafts are judged by the full model's own "
+                            "distribution")
         if self.confidence is not None:
             resolve(self.confidence)
 
@@ -88,12 +122,13 @@ class DecodeConfig:
             if getattr(self, name) not in known:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}")
         if self.contrast not in AMATEURS and not self.contrast.isdecimal():
-            raise UserError(f"unknown contrast {self.contrast!r}; choose from {', '.join(AMATEURS)}, or a layer's number")
+            raise UserError(f"unknown contrast {self.contrast!r}; choose from {', '.join(AMATEURS)}, or a layer's "
+                            "number")
 
     def check_ranges(self) -> None:
         """Raises UserError for a number outside its range."""
-        least = {"max_new_tokens": 1, "min_layer": 1, "max_owed": 1, "prune_min": 2, "prune_k": 2, "shortlist": 2, "top_k": 1,
-                 "temperature": 0, "seed": 0, "repetition_penalty": 1}
+        least = {"max_new_tokens": 1, "min_layer": 1, "max_owed": 1, "top_k": 1, "prune_min": 2, "prune_k": 2,
+                 "shortlist": 2, "temperature": 0, "seed": 0, "repetition_penalty": 1}
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and not low <= value < 2**63:
@@ -130,7 +165,8 @@ class DecodeConfig:
         thresholds = self.layer_thresholds or [self.threshold] * len(layers)
         allowed = {layer: threshold for layer, threshold in zip(layers, thresholds) if layer >= self.min_layer}
         if L > 1 and not allowed:
-            raise UserError(f"min_layer is {self.min_layer}, which leaves no exit layer; lower it or give other exit_layers")
+            raise UserError(f"min_layer is {self.min_layer}, which leaves no exit layer; lower it or give other "
+                            "exit_layers")
         return allowed
 
     def thresholds(self, shape: ModelConfig) -> Constant:

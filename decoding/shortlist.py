@@ -17,7 +17,7 @@ from common.errors import UserError
 from formats.weights import as_form
 from model import Transformer
 
-_FREQUENT: "weakref.WeakKeyDictionary[Transformer, dict]" = weakref.WeakKeyDictionary()  # what all runs of a model share
+_FREQUENT = weakref.WeakKeyDictionary()  # model -> size -> what all of its runs share
 
 
 class Shortlist:
@@ -53,10 +53,11 @@ def frequent(model: Transformer, size: int) -> tuple[Tensor, Tensor, frozenset[i
     made = _FREQUENT.setdefault(model, {})
     if size not in made:
         if model.frequent_ids is None:
-            raise UserError(f"shortlist is {size}, but the checkpoint holds no counts of ids; count them with python -m "
-                            "tools.shortlist, and name the file with --frequent-ids")
+            raise UserError(f"shortlist is {size}, but the checkpoint holds no counts of ids; count them with "
+                            "python -m tools.shortlist")
         if len(model.frequent_ids) < size:
-            raise UserError(f"shortlist is {size}, but only {len(model.frequent_ids)} ids occurred in the corpus counted")
+            raise UserError(f"shortlist is {size}, but only {len(model.frequent_ids)} ids occurred in the corpus "
+                            "counted")
         ids = model.frequent_ids[:size].to(model.embedding.device)
         made[size] = ids, as_form(model.unembed[ids], model.form), frozenset(ids.tolist())
     return made[size]

@@ -36,7 +36,7 @@ class Adaptive(Constant):
 
     learns = True
     LOW, HIGH = 0.05, 0.99  # its range; a threshold of 1 would be asked for ever and never reached
-    PRIOR = ((0.1, 0.5), (0.6, 0.9))  # disagreed, agreed: pairs that it pretends to have seen, so that a fit exists from the start
+    PRIOR = ((0.1, 0.5), (0.6, 0.9))  # disagreed, agreed: as if seen before, so that a fit exists from the start
 
     def __init__(self, thresholds: dict[int, float], tau: float = 4.0, target: float = 0.9):
         super().__init__(thresholds, tau, target)

@@ -144,7 +144,7 @@ def report(task: Task, threshold: float | None, provenance: dict) -> str:
             f"{task.name}: no threshold keeps the {risk} below {tolerance} at error level {provenance['error']}. "
             "These inputs have now been looked at: another tolerance, other exits or more inputs chosen in view of "
             "them would have no guarantee on them. Settle these first, then calibrate once on inputs that were not "
-            f"used here ({task.name}=FILE or file=FILE). Or use --verify, which changes no text and so needs no guarantee."
+            f"used here ({task.name}=FILE or file=FILE). Or use --verify, which changes no text and needs no guarantee."
         )
     held_out = provenance["held out"]
     text = (

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import digest
-from common.flags import device_and_dtype
+from common.flags import loading
 from common.processes import processes, tell
 from evaluation.measure import environment
 from evaluation.rows import default_tasks
@@ -36,7 +36,7 @@ def chosen_tasks(args: argparse.Namespace) -> list[Task]:
 
 def load_model(args: argparse.Namespace) -> tuple[Transformer, object]:
     """The model and its tokenizer. Raises ValueError if it has none."""
-    model, tokenizer = load_checkpoint(args.checkpoint, *device_and_dtype(args), check=args.check)
+    model, tokenizer = load_checkpoint(args.checkpoint, **loading(args))
     if tokenizer is None:
         raise UserError(
             f"{args.checkpoint}: has no tokenizer, which these tasks need, being text; decode.py takes token ids"

@@ -35,7 +35,8 @@ def check_shape(config) -> None:
     if config.activation not in ACTIVATIONS:
         raise UserError(f"unknown activation {config.activation!r}; choose from {', '.join(ACTIVATIONS)}")
     if config.adapter_rank < 0 or (config.adapter_rank and not config.exit_norms):
-        raise UserError(f"adapter_rank is {config.adapter_rank}; it must be at least 0, and above 0 only with exit_norms")
+        raise UserError(f"adapter_rank is {config.adapter_rank}; it must be at least 0, and above 0 only with "
+                        "exit_norms")
     for name in ("exit_norms", "classifiers", "exit_layers"):
         check_layers(name, getattr(config, name), config.n_layers)
     for name in ("global_layers", "unrotated_layers"):

@@ -1,7 +1,8 @@
 """How byte-level BPE splits a text into words, so that no token reaches over the end of one.
 
 Every family has a regular expression for it, written for a library that knows Unicode's categories (\\p{L} is any
-letter). Python's `re` does not, so the categories are written out here as ranges of characters, made from `unicodedata`.
+letter). Python's `re` does not, so the categories are written out here as ranges of characters, made from
+`unicodedata`.
 """
 
 import functools

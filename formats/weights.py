@@ -91,3 +91,13 @@ def store(model, form: str | None) -> None:
             if weight.dim() > 1:
                 block._parameters[name] = as_form(weight, model.form)
     model.packed_unembed = as_form(model.unembed, model.form)
+
+
+def adopt(model, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+    """Gives the model all weights that are not packed, one by one, so that only one lies twice in memory."""
+    for prefix, module in model.named_modules():
+        for name, weight in module._parameters.items():
+            if not weight.is_mkldnn:
+                new = weights[f"{prefix}.{name}" if prefix else name]
+                new = new.to(device, dtype if new.dim() > 1 else torch.promote_types(new.dtype, dtype))
+                module._parameters[name] = torch.nn.Parameter(new, requires_grad=False)

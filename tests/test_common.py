@@ -14,7 +14,7 @@ from common import errors, flags
 from common.config import option
 from common.errors import UserError, run
 from common.files import parse_json, read_json, whole_file, write_json
-from common.flags import Parser, add_flags, add_model_flags, device_and_dtype
+from common.flags import Parser, add_flags, add_model_flags, loading
 
 HERE = Path(__file__).parent.parent
 
@@ -178,8 +178,8 @@ def threads():
 
 
 def test_threads_are_set_as_asked_and_left_alone_otherwise(threads):
-    assert device_and_dtype(parsed()) == ("cpu", None) and torch.get_num_threads() == threads
-    assert device_and_dtype(parsed("--threads", "3", "--dtype", "bf16")) == ("cpu", torch.bfloat16)
+    assert loading(parsed()) == {"device": "cpu", "dtype": None, "form": None, "check": False} and torch.get_num_threads() == threads
+    assert loading(parsed("--threads", "3", "--dtype", "bf16"))["dtype"] == torch.bfloat16
     assert torch.get_num_threads() == 3
 
 
@@ -192,7 +192,7 @@ def test_threads_are_set_as_asked_and_left_alone_otherwise(threads):
 ])  # fmt: skip
 def test_what_the_machine_cannot_be_is_refused(words, message, threads):
     with pytest.raises(UserError, match=message):
-        device_and_dtype(parsed(*words))
+        loading(parsed(*words))
 
 
 @pytest.mark.parametrize("load, said", [(os.cpu_count(), 0), (os.cpu_count() + 0.1, 1)])
@@ -201,11 +201,11 @@ def test_a_busy_machine_is_warned_of_once(load, said, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     flags.warn_if_busy.cache_clear()
     for _ in range(2):
-        device_and_dtype(parsed())
+        loading(parsed())
     assert capsys.readouterr().err.count("warning: this machine is busy") == said
     monkeypatch.delattr(os, "getloadavg")
     flags.warn_if_busy.cache_clear()
-    device_and_dtype(parsed())
+    loading(parsed())
 
 
 # ---------------------------------------------------------------- how threads wait

@@ -15,6 +15,7 @@ from common.flags import given
 from confidence import FUNCTIONS, SCHEDULES, register
 from decode import generate, stream
 from decoding.choosing import COMMAND, settings_of, variants
+from decoding.flops import block_flops
 from decoding.prediction import distribution
 from decoding.record import Generation
 from decoding.settings import DecodeConfig
@@ -154,7 +155,7 @@ def test_counters_add_up(tiny_model):
     before, flops = dict.fromkeys(range(1, 6), 0), 0
     for i, reached in enumerate(out.exit_layers):
         for layer in range(1, reached + 1):
-            flops, before[layer] = flops + model.block_flops(before[layer], len(PROMPT) + i), len(PROMPT) + i
+            flops, before[layer] = flops + block_flops(model.config, before[layer], len(PROMPT) + i), len(PROMPT) + i
     assert c.block_flops == flops
 
 

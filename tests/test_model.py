@@ -11,6 +11,7 @@ from cache import KVCache
 from common.config import read_field
 from confidence import Trace
 from decode import generate, run_pass
+from decoding.flops import block_flops, head_flops
 from decoding.settings import DecodeConfig
 from formats.checkpoint import save_checkpoint
 from formats.weights import FORMS, linear, packs, rms_norm, store
@@ -285,7 +286,7 @@ def test_block_flops_count_weights_and_attention(tiny_model):
     """Positions 2 and 3 see 3 and 4 positions: 2 rows x 2 x weights + 4 x H C x 7."""
     model = tiny_model(0)
     weights = sum(weight.numel() for weight in model.blocks[0].parameters() if weight.dim() > 1)
-    assert model.block_flops(2, 4) == 2 * 2 * weights + 4 * 32 * 7
+    assert block_flops(model.config, 2, 4) == 2 * 2 * weights + 4 * 32 * 7
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -327,7 +328,7 @@ def test_an_adapter_is_a_low_rank_change_before_its_norm_begins_as_nothing_and_c
     moved = h + h @ down.T @ up
     expected = moved / np.sqrt((moved**2).mean(-1, keepdims=True) + 1e-6) * model.exit_norms["2"].numpy()
     torch.testing.assert_close(model.exit_norm(hidden, 2), torch.from_numpy(expected), rtol=1e-4, atol=1e-5)
-    assert model.head_flops(2, 50) - model.head_flops(4, 50) == 2 * (4 * 32 + 32 * 4)
+    assert head_flops(model.config, 2, 50) - head_flops(model.config, 4, 50) == 2 * (4 * 32 + 32 * 4)
     assert not torch.equal(model.exit_norm(hidden, 4), model.exit_norm(hidden, 3))
     fresh = Transformer(replace(model.config, classifiers=()))
     assert torch.equal(fresh.exit_norm(hidden, 2), fresh.exit_norm(hidden, 5)) and fresh.adapters["2"][0].abs().sum() > 0

@@ -6,6 +6,7 @@ import torch
 
 from confidence import Trace
 from decode import generate
+from decoding.flops import block_flops
 from decoding.prediction import CONTRASTS, contrast_logits, penalize
 from decoding.settings import DecodeConfig
 
@@ -136,7 +137,8 @@ def test_what_an_amateur_costs_is_counted(tiny_model):
     alone = generate(model, PROMPT, DecodeConfig(max_new_tokens=5)).counters
     both = generate(model, PROMPT, config, amateur=amateur).counters
     assert both.block_runs == alone.block_runs and both.head_flops == 2 * alone.head_flops
-    assert both.block_flops == alone.block_flops + 2 * (amateur.block_flops(0, 4) + sum(amateur.block_flops(i, i + 1) for i in range(4, 8)))
+    steps = [(0, 4), (4, 5), (5, 6), (6, 7), (7, 8)]
+    assert both.block_flops == alone.block_flops + 2 * sum(block_flops(amateur.config, *rows) for rows in steps)
 
 
 def test_contrasted_samples_leave_out_what_is_not_plausible(tiny_model):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from cache import KVCache
 from common.errors import UserError, run
-from common.flags import Parser, add_model_flags, device_and_dtype, read_dtype
+from common.flags import Parser, add_model_flags, loading, read_dtype
 from confidence import FUNCTIONS, Trace
 from decode import DEFAULT_CHECKPOINT, copy_up, generate, run_pass
 from decoding.record import Counters
@@ -148,7 +148,7 @@ def peak_mib() -> float:
 def random_model(args: argparse.Namespace) -> Transformer:
     """Random weights in the shape of Gemma 3 270M, whose vocabulary is large."""
     config = ModelConfig(vocab_size=262_144, n_layers=18, d_model=640, n_heads=4, n_kv_heads=1, head_dim=256, d_ff=2048, eos_id=None)
-    device, dtype = device_and_dtype(args)
+    device, dtype = (loading(args)[name] for name in ("device", "dtype"))
     torch.manual_seed(0)
     model = Transformer(config).to(device, dtype or torch.float32).requires_grad_(False)
     if device == "cpu":
@@ -261,7 +261,7 @@ def main() -> None:
         raise UserError(f"repeat is {args.repeat}; it must be at least 1")
     if args.training:
         dtype = str(read_dtype(args.dtype or "float32")).removeprefix("torch.")
-        training(TrainConfig(device=device_and_dtype(args)[0], dtype=dtype, warmup=0, lr=1e-4), args.repeat)
+        training(TrainConfig(device=loading(args)["device"], dtype=dtype, warmup=0, lr=1e-4), args.repeat)
         return
     if args.large_vocabulary:
         model = random_model(args)
@@ -270,7 +270,7 @@ def main() -> None:
             print_checks(model, args.device, exits, 512, args.repeat, 1)
         return
     before = peak_mib()
-    model, tokenizer = load_checkpoint(args.checkpoint, *device_and_dtype(args), check=args.check)
+    model, tokenizer = load_checkpoint(args.checkpoint, **loading(args))
     ends, model.config = model.config, replace(model.config, eos_id=None)  # every run has the same length
     L, prompt, config = model.config.n_layers, [5] * PROMPT, DecodeConfig(max_new_tokens=64)
     generate(model, prompt, config)
@@ -279,7 +279,7 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, {str(model.embedding.dtype).removeprefix('torch.')}, weights {model.form}")
     print(f"memory over the imports: at most {peak:.0f} MiB, of which weights {weights:.0f}")
 
-    plain, _ = load_checkpoint(args.checkpoint, *device_and_dtype(args), form="plain")
+    plain, _ = load_checkpoint(args.checkpoint, **{**loading(args), "form": "plain"})
     loops = {"plain": lambda: plain_loop(plain, prompt, 64), "full": lambda: generate(model, prompt, config)}
     times = seconds(loops, args.device, args.repeat)
     same = plain_loop(plain, prompt, 64) == generate(model, prompt, config).tokens

@@ -1,0 +1,24 @@
+"""Floating-point operations of the model's parts, multiply-adds counted twice."""
+
+from model import ModelConfig
+
+
+def head_flops(config: ModelConfig, layer: int, n: int) -> int:
+    """One row's head over n tokens: 2 a weight, those of the layer's adapter included."""
+    rank = config.adapter_rank if layer in config.exit_norms else 0
+    return 2 * config.d_model * (n + 2 * rank)
+
+
+def block_flops(config: ModelConfig, first: int, stop: int) -> int:
+    """One block on the positions first .. stop - 1: 2 a weight and row, 4 H C a row and position seen (without a
+    window)."""
+    attention = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
+    weights = config.d_model * (attention + 3 * config.d_ff)
+    seen = (first + 1 + stop) * (stop - first) // 2
+    return 2 * weights * (stop - first) + 4 * config.n_heads * config.head_dim * seen
+
+
+def blocks_of_head(config: ModelConfig) -> float:
+    """The head over the vocabulary in blocks: its weights over those of one block."""
+    attention = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
+    return config.vocab_size / (attention + 3 * config.d_ff)

@@ -83,7 +83,9 @@ def shapes_of(config: ModelConfig, tensors: dict) -> dict[str, Tensor]:
 
 # ---------------------------------------------------------------- which tensor goes where
 
-PARTS = {"qkv": ("q", "k", "v"), "qkv_bias": ("q_bias", "k_bias", "v_bias"), "gate_up": ("gate", "up")}  # what lies fused in ours
+PARTS = {  # of what lies fused in ours
+    "qkv": ("q", "k", "v"), "qkv_bias": ("q_bias", "k_bias", "v_bias"), "gate_up": ("gate", "up"),
+}  # fmt: skip
 ROTATED = ("q", "k", "q_bias", "k_bias")
 
 
@@ -213,24 +215,25 @@ def convert(
         dtype = own if own in STORED else torch.float32
 
     with whole_file(out) as part:
-        content = reserve(part, config, shapes, dtype, source.tokenizer)
+        content = reserve(part, config, shapes, dtype, source)
         copy_weights(source, config, found, content["weights"], out.name)
         seal(part)
     size = sum(weight.nbytes for weight in content["weights"].values())
     return report(path, out, source, config, found, skipped, size, dtype)
 
 
-def reserve(
-    part: str, config: ModelConfig, shapes: dict[str, Tensor], dtype: torch.dtype, tokenizer: bytes | None
-) -> dict:
+def reserve(part: str, config: ModelConfig, shapes: dict[str, Tensor], dtype: torch.dtype, source: Source) -> dict:
     """Writes a checkpoint whose weights are still to come, its room on the disk taken, and returns its content, mapped:
     what is written to these tensors is written to the file. Raises UserError if the disk has too little room."""
     weights = {}
     for name, shape in shapes.items():
         weights[name] = torch.empty(shape.shape, dtype=dtype if shape.dim() > 1 else torch.float32)
-    blob = None if tokenizer is None else torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
+    blob = None if source.tokenizer is None else torch.frombuffer(bytearray(source.tokenizer), dtype=torch.uint8)
+    content = {"format": FORMAT, "config": asdict(config), "weights": weights, "tokenizer": blob}
+    if source.chat_template is not None:
+        content["chat_template"] = source.chat_template
     with torch.serialization.skip_data():  # holes for data, so that the untouched memory of `weights` never fills
-        torch.save({"format": FORMAT, "config": asdict(config), "weights": weights, "tokenizer": blob}, part)
+        torch.save(content, part)
     size, free = os.path.getsize(part), shutil.disk_usage(os.path.dirname(part)).free
     if free < size:
         need = f"needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f}"
@@ -257,6 +260,8 @@ def report(
     renamed = [f"{pattern(theirs)} -> {re.sub(r'[.][0-9]+[.]', '.#.', ours)}" for ours, theirs in found.items()]
     without = "without a tokenizer: decode.py takes and prints token ids"
     tokenizer = "with its tokenizer" if source.tokenizer else without
+    if source.tokenizer and source.chat_template:
+        tokenizer += " and chat template"
     lines = [
         f"read {path}: {source.layout}, {len(source.tensors)} tensors, {source.config['model_type']}",
         source.note,

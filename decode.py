@@ -10,6 +10,7 @@ import common.threads  # noqa: F401  before torch
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from decoding.record import Counters, Generation, Token
 from decoding.settings import DecodeConfig
 from decoding.shortlist import Shortlist
 from decoding.verification import verified
+from formats.chat import conversation, load_chat
 from model import Transformer, load_checkpoint
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "default.pt"
@@ -175,6 +177,8 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("--prompt", required=True,
                         help="text; token ids, separated by commas, where the checkpoint has no tokenizer")
+    parser.add_argument("--chat", action="store_true",
+                        help="the prompt is a turn in a chat, by the template of the checkpoint; needs jinja2")
     parser.add_argument("--compare", metavar="NAMES",
                         help="show several settings, and where each first differs from the full model: confidence "
                              "functions or full, with changes, as in softmax,jsd+threshold=0.5,softmax+verify")
@@ -196,6 +200,10 @@ def main() -> None:
     contrast = {"predict": "contrast"} if args.amateur else {}
     config, source = settings_of(args.checkpoint, args.thresholds, contrast | given(args, DecodeConfig))
     prompt, amateur = read_prompt(args.prompt, tokenizer), read_amateur(args.amateur, tokenizer, options)
+    if args.chat:
+        chat = load_chat(args.checkpoint, tokenizer)
+        (prompt,) = chat.encode([conversation(args.prompt)])
+        config = replace(config, stop_tokens=(*config.stop_tokens, *chat.ends))
     configs = variants(config, args.compare) if args.compare else {"": config}
     check_prompt(prompt, model)
     for each in configs.values():

@@ -271,7 +271,8 @@ class Transformer(nn.Module):
             states.append(x)
         return states
 
-    def attend_all(self, tokens: Tensor, documents: Tensor | None, slides: bool, rotates: bool) -> Callable[[Tensor], Tensor]:
+    def attend_all(self, tokens: Tensor, documents: Tensor | None, slides: bool, rotates: bool
+                   ) -> Callable[[Tensor], Tensor]:
         """`attend` of a block in a full pass over tokens (B, T): every position sees those before it, within its own
         document and, where the layer slides, its window; queries and keys are rotated or not."""
         (B, T), config, mask = tokens.shape, self.config, None
@@ -335,8 +336,8 @@ class Transformer(nn.Module):
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
                     form: str | None = None, check: bool = False):
-    """Returns (model, tokenizer) ready to decode: tokenizer is one of formats/tokenizer.py, or None if the file
-    holds none. `dtype`, of the matrices (vectors keep at least the file's precision), None: float32 on the CPU for float16
+    """Returns (model, tokenizer) ready to decode: tokenizer as formats/tokenizer.py says, or None if the file holds
+    none. `dtype`, of the matrices (vectors keep at least the file's precision), None: float32 on the CPU for float16
     files (CPUs are slow at several rows in half precision), else the file's own. `form`: how a CPU stores the weights
     (formats/weights.py; None: by its rule). `check`: compare the file with its checksums first. Raises UserError."""
     content, device = read_checkpoint(path, check), torch.device(device)

@@ -1,9 +1,8 @@
 """One-file checkpoints: written whole, read memory-mapped, checked; and the tokenizer inside.
 
 A file is what torch.save writes, a zip archive, of one dictionary: `format`, `config` (fields of ModelConfig),
-`weights` (name -> tensor), `tokenizer` (the bytes that
-formats/tokenizer.py reads, or None), and whatever else its writer had
-to say (plain values, tensors).
+`weights` (name -> tensor), `tokenizer` (the bytes that formats/tokenizer.py reads, or None), perhaps `chat_template`
+(text, see formats/chat.py), and whatever else its writer had to say (plain values, tensors).
 """
 
 import contextlib
@@ -105,6 +104,8 @@ def check_entries(path: str | os.PathLike, content: dict) -> None:
         raise UserError(f"{path}: its weights are no dictionary of tensors")
     if blob is not None and not (is_plain(blob) and blob.dtype == torch.uint8 and blob.dim() == 1):
         raise UserError(f"{path}: its tokenizer is no row of bytes")
+    if not isinstance(content.get("chat_template"), str | None):
+        raise UserError(f"{path}: its chat template is no text")
     for name, weight in weights.items():
         if not is_plain(weight) or weight.dtype not in STORED:
             known = ", ".join(map(str, STORED))

@@ -134,7 +134,8 @@ def check_words(words: dict) -> None:
     that no block here has."""
     for name in ("num_experts", "num_local_experts", "n_routed_experts"):
         if words.get(name):
-            raise UserError(f"{name} is {words[name]!r:.40}: {words['model_type']} as a mixture of experts is not supported")
+            mixture = f"{words['model_type']} as a mixture of experts"
+            raise UserError(f"{name} is {words[name]!r:.40}: {mixture} is not supported")
     for name in ("attention_bias", "mlp_bias"):
         if words.get(name):
             raise UserError(f"{name} is set: biases are supported on the queries, keys and values of qwen2 alone")

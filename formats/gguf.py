@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from formats.chat import checked
 from formats.families import known_family
 from formats.llama import BANDS
 from formats.sources import Source, Stored
@@ -49,7 +50,12 @@ def open_gguf(path: Path) -> Source:
     if "rope_freqs.weight" in tensors:  # Llama 3: what every frequency is divided by, at most the factor
         (divisors,) = tensors["rope_freqs.weight"].pieces()
         config["rope_scaling"] = {**BANDS, "factor": float(divisors.max())}
-    return Source("GGUF", config, "gguf", tensors, family in INTERLEAVED, partial(gguf_tokenizer, path, fields))
+    template = fields.get("tokenizer.chat_template")
+    find = partial(gguf_tokenizer, path, fields)
+    return Source(
+        "GGUF", config, "gguf", tensors, family in INTERLEAVED, find,
+        chat_template=None if template is None else checked(template, path),
+    )  # fmt: skip
 
 
 def read_gguf(path: Path) -> tuple[dict, list[tuple]]:

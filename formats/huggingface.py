@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import read_json
+from formats.chat import find_template
 from formats.sources import Source, Stored
 from formats.tensors import read_safetensors, read_torch
 from formats.tokenizer_files import find_tokenizer
@@ -27,7 +28,10 @@ def open_hf(folder: Path) -> Source:
                 tensors[name] = stored
         if files:
             layout = f"Hugging Face folder, {len(files)} {kind} file(s)"
-            return Source(layout, config, "hf", tensors, False, partial(find_tokenizer, folder))
+            template = find_template(folder)
+            return Source(
+                layout, config, "hf", tensors, False, partial(find_tokenizer, folder), chat_template=template
+            )
     raise UserError(f"{folder}: has a config.json, but neither *.safetensors nor pytorch_model*.bin")
 
 

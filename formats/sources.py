@@ -30,3 +30,4 @@ class Source:
     find_tokenizer: Callable[[], tuple[bytes | None, str]]  # its bytes (formats/tokenizer.py), a note if there is none
     note: str = ""               # what the user should know
     tokenizer: bytes | None = None
+    chat_template: str | None = None  # see formats/chat.py

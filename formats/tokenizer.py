@@ -7,7 +7,7 @@ from typing import Protocol
 import sentencepiece as spm
 
 from common.errors import UserError
-from formats.bpe import BPE, any_of, check_text
+from formats.bpe import BPE, GUARD, any_of, check_text
 from formats.pieces import SEP
 
 
@@ -18,10 +18,12 @@ class Tokenizer(Protocol):
     begin: int | None  # before every text
     ends: tuple[int, ...]  # any of these ends a text; the first is what training puts there
     separator: int | None  # between prompt and completion
+    specials: dict[str, int]  # the texts of special tokens -> their ids
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of a text, without begin or end. `special`: the text comes from a template, not from a user, and
-        the special tokens written in it are tokens. Raises UserError for a text that has no UTF-8."""
+        the special tokens written in it are tokens; a GUARD in it, which keeps a piece of a user's text from being one,
+        is left out. Raises UserError for a text that has no UTF-8."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these tokens; special ones, and ids that no token has, add nothing. A text whose last character
@@ -50,19 +52,26 @@ class SentencePiece:
         self.ends = (model.eos_id(),) if model.eos_id() >= 0 else ()
         separator = model.piece_to_id(SEP)
         self.separator = None if separator == model.unk_id() else separator
-        control = [model.id_to_piece(id) for id in range(self.size) if model.is_control(id)]
-        self._control = any_of(control)
+        self.specials = {model.id_to_piece(id): id for id in range(self.size) if self.is_special(id)}
+        self._special = any_of(list(self.specials))
+
+    def is_special(self, id: int) -> bool:
+        """Whether a piece is a control symbol; or one like <end_of_turn>, which some models find in any text."""
+        piece = self.model.id_to_piece(id)
+        if self.model.is_byte(id) or self.model.is_unknown(id):
+            return False
+        return self.model.is_control(id) or (len(piece) > 2 and piece[0] == "<" and piece[-1] == ">")
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         check_text(text)
-        if not special or self._control is None:
+        if not special:
             return self.model.encode(text)
         ids = []
-        for number, part in enumerate(self._control.split(text)):
+        for number, part in enumerate(self._special.split(text) if self._special else [text]):
             if number % 2:  # what the pattern found, and what lies between, take turns
                 ids.append(self.model.piece_to_id(part))
             elif part:
-                ids += self.model.encode(part)
+                ids += self.model.encode(part.replace(GUARD, ""))
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -87,8 +96,8 @@ def read_blob(blob: bytes) -> Tokenizer:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """[begin] prompt [separator], each only where the tokenizer has one. Raises UserError for a prompt that UTF-8 cannot
-    write."""
+    """[begin] prompt [separator], each only where the tokenizer has one. Raises UserError for a prompt that UTF-8
+    cannot write."""
     try:
         prompt.encode()
     except UnicodeEncodeError:  # what the shell gave as other bytes comes as surrogates

@@ -14,7 +14,7 @@ from common.files import read_json
 from formats.checkpoint import read_checkpoint
 from formats.tokenizer import GUARD, Tokenizer
 
-SECONDS = 12  # until a rendering is stopped, which has 10 of the processor
+SECONDS = 10  # until a rendering is stopped
 MARK = "\ufdd1"  # no character: stands for an answer whose end is looked for
 LONGEST = 2**20  # characters of a template
 
@@ -79,6 +79,9 @@ class Chat:
         self.template, self.tokenizer, self.name = template, tokenizer, name
         self.ends = self._ends()
 
+    def __repr__(self) -> str:
+        return f"Chat({self.name!r})"
+
     def texts(self, conversations: Sequence[list[tuple[str, str]]], answer: bool = True) -> list[str]:
         """Each conversation as the model reads it, up to where its answer begins; with `answer` False up to the end of
         the last turn. Special tokens that stand in the turns are kept from being tokens by GUARD. Raises UserError for
@@ -119,10 +122,12 @@ class Chat:
     def _render(self, request: dict) -> dict:
         """The reply of rendering.py to a request."""
         command = [sys.executable, str(Path(__file__).with_name("rendering.py"))]
-        seconds = SECONDS + len(request["conversations"]) / 100
-        too_long = {"error": f"it takes longer than {SECONDS} s, or more memory than it may"}
+        seconds = SECONDS + len(request["conversations"]) // 100
+        request["seconds"] = seconds  # of the processor; the clock allows more, for a busy machine
+        too_long = {"error": f"it takes longer than {seconds} s, or more memory than it may"}
+        text = json.dumps(request)
         try:
-            done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=seconds)
+            done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=3 * seconds)
         except subprocess.TimeoutExpired:
             return too_long
         if done.returncode < 0:  # stopped by the system: beyond its limits

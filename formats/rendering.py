@@ -2,7 +2,7 @@
 this file, with a request as JSON on stdin and {"texts": [..]} or {"error": ".."} on stdout.
 
 A template is a program that came with a checkpoint, so it gets jinja2's sandbox, which lets it reach nothing but what
-it is given, and this much time, memory and text.
+it is given, and so much memory and text, and as much time as the request says.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ from jinja2.exceptions import TemplateError
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS = 10  # of the processor
 MEMORY = 2**30  # bytes, where the system enforces it (macOS does not)
 CHARACTERS = 2**22  # of one conversation
 
@@ -71,7 +70,7 @@ def answer(request: dict) -> dict:
 
 def main() -> None:
     request = json.load(sys.stdin)
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (request["seconds"], request["seconds"]))  # of the processor
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     json.dump(answer(request), sys.stdout)

@@ -41,9 +41,9 @@ def test_solved_examples_come_before_every_prompt(without):
 
 def test_a_long_prompt_loses_its_left_but_not_its_start(with_separator):
     task = find_task("translation")
-    whole, cut = task.encode("eins zwei drei vier", with_separator, 99)
+    ((whole, cut),) = task.encode(["eins zwei drei vier"], with_separator, 99)
     assert not cut and whole[0] == with_separator.begin
-    short, cut = task.encode("eins zwei drei vier", with_separator, 5)
+    ((short, cut),) = task.encode(["eins zwei drei vier"], with_separator, 5)
     assert cut and short == [whole[0], *whole[-4:]]
 
 

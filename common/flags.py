@@ -78,7 +78,7 @@ def add_model_flags(parser: argparse.ArgumentParser, checkpoint) -> None:
         "--dtype", help=f"{', '.join(DTYPES)} (default: the file's own; float32 where a float16 file meets a CPU)"
     )
     parser.add_argument(
-        "--weights", help="how a CPU stores them: plain, or packed by oneDNN (default: by the rule in formats/weights.py)"
+        "--weights", help="how a CPU stores them: plain, or packed by oneDNN (default: see formats/weights.py)"
     )
     add_thread_flag(parser)
 

@@ -1,13 +1,13 @@
 """The settings of a command: its defaults, changed by files beside the checkpoint or named by flags, and by the
 flags."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 from common.config import read_field
 from common.errors import UserError
+from common.files import read_json
 from confidence import FUNCTIONS
 from decoding.settings import DecodeConfig
 
@@ -18,19 +18,27 @@ def settings_of(checkpoint: str, thresholds: str | None, flags: dict) -> tuple[D
     """The settings of a command, and where they come from: COMMAND, changed by `decode` in the JSON file beside the
     checkpoint, by a file of thresholds, and by the flags. Raises UserError."""
     beside = beside_checkpoint(checkpoint)
-    config = replace(COMMAND, **beside)
-    sources = [Path(checkpoint).with_suffix(".json").name] * bool(beside) + ([str(thresholds)] if thresholds else [])
-    config = replace(config, **with_thresholds(thresholds, flags))
-    return config, "defaults, then " + ", ".join([*sources, "flags"]) if sources or flags else "defaults"
+    config = replace(replace(COMMAND, **beside), **with_thresholds(thresholds, flags))
+    sources = ["defaults"]
+    if beside:
+        sources.append(Path(checkpoint).with_suffix(".json").name)
+    if thresholds:
+        sources.append(str(thresholds))
+    if flags:
+        sources.append("flags")
+    return config, ", then ".join(sources)
 
 
 def beside_checkpoint(checkpoint: str) -> dict:
     """Fields of DecodeConfig that the settings beside a checkpoint name under `decode`. Raises UserError for unusable
     ones."""
     path = Path(checkpoint).with_suffix(".json")
+    if not path.is_file():
+        return {}
+    content = read_json(path, "settings")
     try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")).get("decode", {})) if path.is_file() else {}
-    except (ValueError, AttributeError) as error:
+        return from_json(content.get("decode", {}))
+    except UserError as error:
         raise UserError(f"{path}: not usable as settings of decode ({error})") from None
 
 
@@ -44,12 +52,13 @@ def with_thresholds(path: str | Path | None, flags: dict) -> dict:
 
 
 def read_thresholds(path: str | Path) -> dict:
-    """Settings from a JSON file, as calibration writes it: fields of DecodeConfig, and their `provenance`, which is
-    not read. Raises UserError for what is not that."""
+    """Settings from a JSON file, as calibration writes it: fields of DecodeConfig, and their `provenance`, which is not
+    read. Raises UserError for what is not that."""
+    content = read_json(path, "thresholds")
+    content.pop("provenance", None)
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return from_json({name: value for name, value in content.items() if name != "provenance"})
-    except (OSError, ValueError, AttributeError) as error:
+        return from_json(content)
+    except UserError as error:
         raise UserError(f"{path}: not usable as thresholds ({error})") from None
 
 

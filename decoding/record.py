@@ -7,8 +7,8 @@ from itertools import groupby
 from torch import Tensor
 
 from confidence import Trace
-from decoding.flops import block_flops
-from model import Transformer
+from decoding.flops import block_flops, blocks_of_head
+from model import ModelConfig, Transformer
 
 
 @dataclass
@@ -54,6 +54,13 @@ class Counters:
             self.deep_passes += 1
             self.deep_rows += stop - before[L]
         self.confidence_flops += sum(flops for head, flops in trace.flops.items() if head != layer)
+
+    def ideal_speedup(self, shape: ModelConfig, shortlist: bool) -> float:
+        """The steps of the staircase that the full model runs for so many tokens, over those that were run. With a
+        shortlist the head over the vocabulary is one of them, as many blocks as its weights make; without one every
+        question reads these weights, and none is saved."""
+        head = blocks_of_head(shape) if shortlist else 0
+        return (shape.n_layers + head) * self.tokens / (self.block_runs + head * self.deep_passes)
 
     def add_miss(self, trace: Trace, token: int | None) -> None:
         """Whether the full model's token was among the candidates that were asked over."""

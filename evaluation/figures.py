@@ -26,7 +26,7 @@ from evaluation.metrics import (
 )
 from evaluation.tasks import Task
 from formats.data import Example
-from model import Transformer
+from model import ModelConfig, Transformer
 
 RESAMPLES = 1000  # of the interval of the speed-up
 
@@ -82,7 +82,7 @@ def summarize(
     """One row of --json, and of the table. asking: share of the time spent on it; None: not measured."""
     texts, full_texts = written(tokenizer, row), written(tokenizer, full)
     references = [list(example.references) for example in examples]
-    work = work_figures(row, model.config.n_layers)
+    work = work_figures(row, model.config)
     speed = speed_figures(row, full)
     summary = {"task": task.name, "name": name, "inputs": len(examples), "config": asdict(row.config)}
     summary |= speed | work
@@ -167,14 +167,13 @@ def interval(values, level: float = 0.95) -> list[float]:
 # ---------------------------------------------------------------- work
 
 
-def work_figures(row: Measured, n_layers: int) -> dict:
-    """What the counters say, a token: blocks and their rows, FLOPs, and what became of candidates and drafts. The ideal
-    speed-up is that of block runs: L tokens / runs."""
+def work_figures(row: Measured, shape: ModelConfig) -> dict:
+    """What the counters say, a token: blocks and their rows, FLOPs, and what became of candidates and drafts."""
     counts = [asdict(out.counters) for out in row.outputs]
     total = Counters(**{field.name: sum(count[field.name] for count in counts) for field in fields(Counters)})
     kept = share(total.accepted, total.drafted)
     return {
-        "ideal_speedup": n_layers * total.tokens / total.block_runs,
+        "ideal_speedup": total.ideal_speedup(shape, bool(row.config.shortlist)),
         "avg_exit_layer": mean(layer for out in row.outputs for layer in out.exit_layers),
         "block_rows_per_token": total.block_rows / total.tokens,
         "rows_per_deep_pass": share(total.deep_rows, total.deep_passes),

@@ -2,11 +2,11 @@
 from."""
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import read_json
 from common.flags import given
 from decoding.choosing import COMMAND, beside_checkpoint, from_json, read_thresholds, with_thresholds
 from decoding.settings import DecodeConfig
@@ -89,17 +89,9 @@ def changed(config: DecodeConfig, custom: dict) -> DecodeConfig:
 
 
 def read_settings_file(path: Path) -> dict:
-    """The content of a settings file: by task, rows by name; {} if there is no file. Raises ValueError for another
+    """The content of a settings file: by task, rows by name; {} if there is no file. Raises UserError for another
     file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not settings by task")
-    return content
+    return read_json(path, "settings by task") if path.is_file() else {}
 
 
 def default_tasks(settings: Path) -> list[str]:

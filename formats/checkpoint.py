@@ -79,7 +79,20 @@ def read_checkpoint(path: str | os.PathLike, check: bool = False) -> dict:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this project")
     check_entries(path, content)
+    if "exit_layers" not in content["config"]:
+        content["config"]["exit_layers"] = exits_of_training(content)
     return content
+
+
+def exits_of_training(content: dict) -> tuple[int, ...]:
+    """The exit layers of a file written before its config told them: those of the training's settings in it, if any."""
+    for entry in ("training", "provenance"):
+        try:
+            settings = content[entry]["config"]
+            return () if settings["loss"] == "none" else tuple(settings["exits"])
+        except (KeyError, TypeError):
+            continue
+    return ()
 
 
 def compare_checksums(path: str | os.PathLike) -> None:

@@ -231,3 +231,14 @@ def test_a_text_ends_at_the_first_of_its_ends(tiny_model):
     for ends, length in (((third, fifth), 3), ((fifth, third), 3), (fifth, 5), ((), 20)):
         model.config = replace(model.config, eos_id=ends)
         assert generate(model, [3, 1, 4], config).tokens == text[:length]
+
+
+@pytest.mark.parametrize("entry", ["provenance", "training"])
+@pytest.mark.parametrize("loss, exits", [("rotate", (1, 3)), ("none", ())])
+def test_a_file_whose_config_tells_no_exits_has_those_of_its_training(tiny_model, tmp_path, entry, loss, exits):
+    """As files were written before: the exit layers stand among the training's settings."""
+    save_checkpoint(tmp_path / "model.pt", tiny_model(0), None, **{entry: {"config": {"loss": loss, "exits": (1, 3)}}})
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    del content["config"]["exit_layers"]
+    torch.save(content, tmp_path / "model.pt")
+    assert load_checkpoint(tmp_path / "model.pt")[0].config.exit_layers == exits

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import confidence
+from common.errors import UserError
 from confidence import FUNCTIONS, SCHEDULES, Trace, contrast, jensen_shannon, margin, register, resolve
 
 TOKENS = torch.tensor([[7, 3, 41, 19, 3, 28]])
@@ -392,3 +393,58 @@ def test_an_unknown_function_is_named_and_an_unknown_name_answered_with_the_know
     with pytest.raises(ValueError, match=name) as error:
         resolve(name)
     assert ":" in name or all(known in str(error.value) for known in NAMES)
+
+
+# ---------------------------------------------------------------- what a student's function may get wrong
+
+
+def nothing(trace, layer):
+    return None
+
+
+def several(trace, layer):
+    return torch.tensor([0.1, 0.2])
+
+
+def no_number(trace, layer):
+    return torch.tensor(float("nan"))
+
+
+def too_much(trace, layer):
+    return torch.tensor(1.5)
+
+
+def below(trace, layer):
+    return -0.2
+
+
+def broken(trace, layer):
+    return trace.colour
+
+
+@pytest.mark.parametrize("function, value", [
+    (nothing, "None"), (several, r"tensor\(\[0.1000, 0.2000\]\)"), (no_number, r"tensor\(nan\)"),
+    (too_much, r"tensor\(1.5000\)"), (below, "-0.2"),
+])  # fmt: skip
+def test_an_answer_that_is_no_confidence_is_one_line_with_function_file_and_layer(tiny_model, function, value):
+    where = rf"confidence {function.__name__} \(.*test_confidence.py\) at layer 3"
+    where += rf" returned {value}; it must be one number from 0 to 1"
+    with pytest.raises(UserError, match=where) as error:
+        trace_at(tiny_model(), 3, confidence=function).decided(0.5)
+    assert "\n" not in str(error.value)
+
+
+def test_an_exception_in_a_function_keeps_its_traceback_and_is_told_where(tiny_model):
+    with pytest.raises(RuntimeError, match=r"confidence broken \(.*test_confidence.py\) at layer 2 failed") as error:
+        trace_at(tiny_model(), 2, confidence=broken).decided(0.5)
+    assert isinstance(error.value.__cause__, AttributeError) and error.value.__cause__.__traceback__.tb_next is not None
+
+
+def test_rounding_beyond_1_is_a_confidence(tiny_model):
+    assert trace_at(tiny_model(), 2, confidence=lambda trace, layer: 1.00001).decided(1.0)
+
+
+@pytest.mark.parametrize("name", ["os:system", "os:path", "math:sqrt"])
+def test_what_does_not_take_trace_and_layer_is_refused_before_it_runs(name):
+    with pytest.raises(UserError, match="is not a function of trace and layer"):
+        confidence.resolve(name)

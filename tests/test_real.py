@@ -32,7 +32,7 @@ def english(count: int) -> list[str]:
 
 
 @pytest.fixture(
-    scope="module", params=sorted(Path(FOLDER).glob("*.gguf")) if FOLDER else [], ids=lambda path: path.stem
+    scope="module", params=sorted(Path(FOLDER).glob("*.gguf")) if FOLDER else [], ids=lambda path: getattr(path, "stem", "none")
 )
 def case(request, tmp_path_factory):
     """(GGUF file, our model in float32, our tokenizer or None, token ids of a text, logits of our full pass)."""
@@ -150,7 +150,7 @@ def read_speed() -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("path", sorted(Path(FOLDER).glob("*.gguf")) if FOLDER else [], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(Path(FOLDER).glob("*.gguf")) if FOLDER else [], ids=lambda path: getattr(path, "stem", "none"))
 def test_speed_is_printed_beside_that_of_transformers_and_llama_cpp(path, dtype, tmp_path):
     """64 greedy tokens after 32, in turn, medians of five turns; llama.cpp on the file as it is, quantized. The first
     two have the same weights and dtype."""

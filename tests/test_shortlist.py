@@ -135,3 +135,15 @@ def test_what_a_shortlist_needs_is_said(tiny_model, changes, message):
 def test_a_shortlist_beyond_the_ids_counted_is_refused(model_with_ids):
     with pytest.raises(ValueError, match="shortlist is 20, but only 8 ids occurred in the corpus"):
         generate(model_with_ids(0, count=8), PROMPT, DecodeConfig(confidence="softmax", shortlist=20))
+
+
+def test_the_ideal_counts_the_head_as_a_step_that_a_shortlist_leaves_out(model_with_ids):
+    """V = 50 against blocks of 2 (4 + 2) 8 + 3 48 = 240 columns: a head is 50/240 blocks. Exits at layer 5 alone, threshold
+    0: 5 of 5.208 steps a token; without a shortlist the head is no step."""
+    model = model_with_ids(0)
+    config = DecodeConfig(max_new_tokens=10, confidence="softmax", threshold=0.0, exit_layers=(5,), shortlist=12)
+    counters = generate(model, PROMPT, config).counters
+    assert counters.ideal_speedup(model.config, shortlist=True) == pytest.approx((5 + 50 / 240) / 5)
+    full = generate(model, PROMPT, DecodeConfig(max_new_tokens=10)).counters
+    assert full.ideal_speedup(model.config, shortlist=True) == pytest.approx(1)
+    assert full.ideal_speedup(model.config, shortlist=False) == 1

@@ -124,8 +124,9 @@ def test_a_file_of_thresholds_gives_settings(tmp_path, settings):
 
 
 @pytest.mark.parametrize("content, complaint", [
-    ("{", "not usable"), ("[1]", "not usable"), ('{"threshold": 2}', "threshold is 2"), ('{"treshold": 0.5}', "treshold"),
-    (None, "No such file"), ('{"layer_thresholds": [0.5], "exit_layers": [2, 3]}', "has 1 values"), ('{"threshold": "high"}', "not usable"),
+    ("{", "not JSON"), ("[1]", "not usable"), ("[" * 100_000, "nested too deep"),
+    ('{"threshold": 2}', "threshold is 2"), ('{"treshold": 0.5}', "treshold"),
+    (None, "no such file"), ('{"layer_thresholds": [0.5], "exit_layers": [2, 3]}', "has 1 values"), ('{"threshold": "high"}', "not usable"),
     ('{"exit_layers": ["a"]}', "exit_layers cannot be 'a'"), ('{"verify": 3}', "verify cannot be '3'"),
     ('{"max_new_tokens": 2.5}', "cannot be '2.5'"),
 ])  # fmt: skip

@@ -571,6 +571,13 @@ def test_fine_tuning_starts_from_the_weights_and_the_tokenizer_of_the_checkpoint
         shape_from(tuning, {"d_ff": 3})
 
 
+def test_a_fine_tuned_model_keeps_its_chat_template(finished, config, tmp_path):
+    torch.save({**torch.load(finished[0] / "model.pt"), "chat_template": "{{ messages }}"}, tmp_path / "chat.pt")
+    tuning = dataclasses.replace(config, init=str(tmp_path / "chat.pt"), max_steps=1)
+    train.run_training(tuning, shape_from(tuning, {}), tmp_path / "tuned")
+    assert torch.load(tmp_path / "tuned" / "model.pt")["chat_template"] == "{{ messages }}"
+
+
 @pytest.mark.parametrize("change, complaint", [
     ({"adapter_rank": 8}, "the weights do not fit"), ({"exit_norms": (1,)}, "exit_norms.2 has no place in it"),
     ({"adapter_rank": 0}, "has no place in it"),

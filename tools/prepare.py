@@ -1,7 +1,7 @@
 """Looks at data files, and prepares them for train.py.
 
-    python -m tools.prepare data/e2e/train.csv.xz                      prints what a data file holds
-    python -m tools.prepare books.txt more.jsonl --out books.npy       makes one memory-mapped file, and books.model
+    python -m tools.prepare data/e2e/train.csv.xz                    prints what a data file holds
+    python -m tools.prepare books.txt more.jsonl --out books.npy     also makes one memory-mapped file, and books.model
 """
 
 import argparse

@@ -1,6 +1,8 @@
 """The one interface to tokenizers, whichever kind a checkpoint has: byte-level BPE (formats/bpe.py) or
 sentencepiece; and how a prompt becomes tokens."""
 
+import functools
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -52,8 +54,14 @@ class SentencePiece:
         self.ends = (model.eos_id(),) if model.eos_id() >= 0 else ()
         separator = model.piece_to_id(SEP)
         self.separator = None if separator == model.unk_id() else separator
-        self.specials = {model.id_to_piece(id): id for id in range(self.size) if self.is_special(id)}
-        self._special = any_of(list(self.specials))
+
+    @functools.cached_property  # half a second for Gemma's 262,144 pieces, and only templates need it
+    def specials(self) -> dict[str, int]:
+        return {self.model.id_to_piece(id): id for id in range(self.size) if self.is_special(id)}
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern | None:
+        return any_of(list(self.specials))
 
     def is_special(self, id: int) -> bool:
         """Whether a piece is a control symbol; or one like <end_of_turn>, which some models find in any text."""

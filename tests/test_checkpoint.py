@@ -226,9 +226,10 @@ def test_a_file_filled_through_memory_is_sealed(tmp_path):
 def test_a_text_ends_at_the_first_of_its_ends(tiny_model):
     model, config = tiny_model(6), DecodeConfig(max_new_tokens=20, temperature=2.0)
     text = generate(model, [3, 1, 4], config).tokens
-    third, fifth = text[2], text[4]
-    assert len(text) == 20 and third not in text[:2] and fifth not in text[:4]
-    for ends, length in (((third, fifth), 3), ((fifth, third), 3), (fifth, 5), ((), 20)):
+    one, two = [token for token in dict.fromkeys(text) if token not in text[:2]][:2]  # in the order of the text
+    early, late = text.index(one) + 1, text.index(two) + 1
+    assert len(text) == 20 and 2 < early < late
+    for ends, length in (((one, two), early), ((two, one), early), (two, late), ((), 20)):
         model.config = replace(model.config, eos_id=ends)
         assert generate(model, [3, 1, 4], config).tokens == text[:length]
 

@@ -20,6 +20,7 @@ from formats.data import Example, merged, read_examples, read_pairs, task_file
 from formats.pieces import SEP, build_tokenizer, train_tokenizer
 from formats.tokenizer import SentencePiece, encode_prompt
 from formats.tokenizer_files import load_tokenizer
+from tests.test_bpe import with_special
 from tools import prepare as preparing
 from training import batches as batching
 from training.batches import LEARN, START, batches, cut_text, read_prepared
@@ -343,6 +344,15 @@ def test_a_text_is_cut_at_line_ends_and_every_token_learned_once(tokenizer, prep
         parts = [tokenizer.decode(list(map(int, part))) for part in learned]
         assert "".join(parts) == text and all(part.endswith("\n") for part in parts)
         assert stats["documents"] == len(parts) and stats["learned"] == sum(map(len, learned)) + 1
+
+
+def test_documents_of_byte_level_bpe_have_no_separator_and_end_with_the_first_of_its_ends(tmp_path):
+    tokenizer = with_special()
+    hello = tokenizer.encode("hello")
+    batching.tokenize([("hello", "hello"), ("", "hello")], tokenizer, tmp_path / "x.npy", 20)
+    records = np.load(tmp_path / "x.npy")
+    assert records["token"].tolist() == [267, *hello, *hello, 266, 267, *hello, 266]
+    assert (records["flags"] & LEARN > 0).tolist() == [False, False, True, True, False, True, True]
 
 
 def test_a_line_longer_than_a_document_is_cut(tokenizer):

@@ -8,6 +8,7 @@ import pytest
 from decode import generate
 from decoding.settings import DecodeConfig
 from evaluation.tasks import OPENING, TASKS, find_task, openings, read_task, sample
+from formats.bpe import BPE
 from formats.data import Example, read_pairs, task_file
 from formats.pieces import train_tokenizer
 from formats.tokenizer import SentencePiece
@@ -57,6 +58,15 @@ def test_an_answer_of_one_line_ends_there(with_separator, without, tiny_model):
         free = generate(model, [1, 2, 3], config).tokens
         stop = free[7]
         assert generate(model, [1, 2, 3], replace(config, stop_tokens=(49, stop))).tokens == free[: free.index(stop) + 1]
+
+
+def test_a_line_ends_at_every_token_of_byte_level_bpe_that_has_one():
+    """Of a tokenizer of the 256 bytes, and two of them together."""
+    tokens = [bytes([byte]) for byte in range(256)] + [b".\n"]
+    tokenizer = BPE(tokens, [(46, 10)], [], added={})
+    task = find_task("translation")
+    assert task.stop_tokens(tokenizer) == (10, 256)
+    assert task.encode(["a."], tokenizer, 99) == [([*b"German: a", 256, *b"English:\n"], False)]
 
 
 @pytest.mark.parametrize("name", ["translation", "e2e", "fairytaleqa", "stories"])

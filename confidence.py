@@ -44,7 +44,7 @@ class Trace:
         self._premature = premature_layers
         self._logits: dict[int, Tensor] = {}     # layer -> z over the candidates, (n,)
         self._guesses: dict[int, Tensor] = {}    # layer asked -> its best candidate, noted before candidates go
-        self._weights: list[Tensor] | None = [model.head_weight]  # (n, d) in all; None: not gathered yet
+        self._weights: list[Tensor] | None = [model.head_weight]  # (n, d) side by side; None: not gathered yet
         if shortlist is not None:
             self.candidates, self._weights, self.n = shortlist.ids, shortlist.weights, len(shortlist.ids)
 
@@ -60,7 +60,7 @@ class Trace:
         if threshold <= 0:
             return True
         if getattr(self.confidence, "reads_logits", True):
-            self.prune()
+            self.prune()  # first, so that amateurs, too, are read over few candidates
         self.confidences[self.layer] = self.ask()
         return self.confidences[self.layer] >= threshold
 
@@ -87,19 +87,19 @@ class Trace:
 
     def prune(self) -> None:
         """Vocabulary pruning: of the candidates so far, those of largest z_l stay, as many as the schedule says; and
-        what is known so far, for these alone."""
+        all logits known so far are cut to these."""
         if self._schedule is None:
             return
         newest, size = self.logits(self.layer), self._schedule(self, *self._limits)
         if size >= self.n:
             return
-        for layer in self.confidences.keys() - self._guesses.keys():
-            self._guesses[layer] = self.token(self.logits(layer).argmax())
-        best, index = newest.topk(size)  # (size,) by falling z_l
-        self.candidates = index if self.candidates is None else self.candidates[index]
+        for layer in self.confidences:  # what earlier exits would have said may go with the candidates
+            self._guesses.setdefault(layer, self.token(self.logits(layer).argmax()))
+        _, index = newest.topk(size)  # (size,) by falling z_l
+        self.candidates = self.token(index)
         self._weights, self.n = None, size
         self._logits = {layer: logits[index] for layer, logits in self._logits.items()}
-        self._logits[self.layer], self._guesses[self.layer] = best, self.candidates[0]
+        self._guesses[self.layer] = self.candidates[0]  # the best one
 
     def logits(self, layer: int) -> Tensor:
         """z of `layer` <= l over the candidates: (n,)."""
@@ -123,7 +123,7 @@ class Trace:
         return [self._logits[layer] for layer in layers]
 
     def token(self, index: int | Tensor) -> int | Tensor:
-        """Token id of a candidate's index."""
+        """Token ids of candidates, given by their index."""
         return index if self.candidates is None else self.candidates[index]
 
     def guess(self, layer: int) -> int:
@@ -152,7 +152,7 @@ class Trace:
 
 def decaying(trace: Trace, k: int, k_min: int) -> int:
     """k first, then k_next = max(k_min, k_now / (1 + (k_now - k_min) / k_min * l/L)), rounded up."""
-    if trace.candidates is None and k < trace.n:
+    if not trace.confidences and k < trace.n:  # the first layer asked
         return k
     shrink = 1 + (trace.n - k_min) / k_min * trace.layer / trace.model.config.n_layers
     return max(k_min, math.ceil(trace.n / shrink))
@@ -214,7 +214,7 @@ def hidden(trace: Trace, layer: int) -> Tensor:
 @register("classifier", reads_logits=False)
 def classifier(trace: Trace, layer: int) -> Tensor:
     """sigmoid(w_l norm_l(h_l) + b_l), trained to predict argmax p_l = argmax p_L (CALM, section 3.5, early-exit
-    classifier). Raises ValueError for a layer without one."""
+    classifier). Raises UserError for a layer without one."""
     return trace.model.classify(trace.hidden[layer][-1:], layer)[0]
 
 

@@ -18,14 +18,17 @@ import torch
 
 from cache import KVCache
 from common.errors import run as run_command
+from common.files import check_replaceable
 from common.flags import Parser, add_flags, add_model_flags, given, loading
 from confidence import Trace, resolve
 from decoding.checks import check_amateur, check_prompt
 from decoding.choosing import COMMAND, settings_of, variants
 from decoding.copying import copy_up
 from decoding.display import difference, read_amateur, read_prompt, show
+from decoding.page import Page
 from decoding.prediction import Companion, Predictor
 from decoding.record import Counters, Generation, Token
+from decoding.replay import Recorder, recorded
 from decoding.settings import DecodeConfig
 from decoding.shortlist import Shortlist
 from decoding.verification import verified
@@ -120,7 +123,7 @@ class Run:
             self.shortlist.add(tokens)
         trace, before = self.new_trace(), list(self.cache.filled)
         layer = run_pass(self.model, self.cache, tokens, trace, exits)
-        self.counters.add_pass(self.model, before, self.cache.filled[0], layer, trace)
+        self.counters.add_pass(self.model, before, self.cache, layer, trace)
         self.early = 0 if layer == self.top else self.early + 1
         if self.thresholds.learns and trace.final is not None:
             self.thresholds.compare(trace)
@@ -184,6 +187,11 @@ def make_parser() -> Parser:
                              "functions or full, with changes, as in softmax,jsd+threshold=0.5,softmax+verify")
     parser.add_argument("--trace", metavar="FILE",
                         help="write one JSON line per token: id, text, exit layer, confidences, time, ..")
+    parser.add_argument("--html", metavar="FILE",
+                        help="write a page that shows the run beside the full model's: every token by its exit layer, "
+                             "what each layer would have said, the staircase pass by pass")
+    parser.add_argument("--staircase", action="store_true",
+                        help="after every token print filled: 4×13 12×7 is 13 positions in layers 1 to 4, 7 in 5 to 12")
     parser.add_argument("--thresholds", metavar="FILE",
                         help="JSON file of settings, as calibration writes it; flags outrank it")
     parser.add_argument("--amateur", metavar="CHECKPOINT",
@@ -208,18 +216,31 @@ def main() -> None:
     check_prompt(prompt, model)
     for each in configs.values():
         each.exits(model.config)  # a mistake there leaves an old trace file alone
-    full = generate(model, prompt, config.full(), amateur=amateur).tokens if args.compare else []
+    if args.html:
+        check_replaceable(args.html)
+    full, runs = Recorder(), {}
+    if args.compare or args.html:
+        generate(model, prompt, replace(config.full(), max_new_tokens=4), amateur=amateur)  # warms up
+        full = recorded(stream, model, prompt, config.full(), amateur)
+        runs["full model"] = config.full(), full
     print(f"settings: {config.describe(model.config)} ({source})", file=sys.stderr)
     print(args.prompt)
     with open(args.trace, "w", encoding="utf-8") if args.trace else nullcontext() as trace:
         for name, each in configs.items():
             if name:
                 print(f"--- {name}")
-            counters = Counters()
-            tokens = stream(model, prompt, each, counters, amateur=amateur)
-            ids = show(tokens, tokenizer, model.config.n_layers, counters, trace)
+            recorder = Recorder()
+            tokens = recorder.watch(stream(model, prompt, each, recorder, recorder.trace, amateur), len(prompt))
+            ids = show(tokens, tokenizer, model.config.n_layers, recorder, trace, args.staircase)
             if name:
-                print(f"{difference(ids, full, tokenizer)}\n")
+                print(f"{difference(ids, [token.id for token in full.settled], tokenizer)}\n")
+            if each.confidence or each.full() != config.full():
+                runs[name or each.confidence] = each, recorder
+    if args.html:
+        page = Page(model, tokenizer, Path(args.checkpoint).name)
+        page.add(args.prompt, prompt, runs)
+        page.write(args.html)
+        print(f"wrote {args.html}", file=sys.stderr)
 
 
 if __name__ == "__main__":

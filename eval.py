@@ -3,6 +3,7 @@
     python eval.py                                        the table; --wide for all figures, --all for all rows
     python eval.py --confidence softmax --threshold 0.6   the full model against one setting
     python eval.py --rows calm,free,layerskip             against the papers' settings; also acd, dola
+    python eval.py --html page.html                       a page that shows three inputs of each task, pass by pass
     python eval.py --tasks samsum=val.jsonl               another task
     python eval.py --thresholds FILE                      the full model against settings that calibrate wrote
 
@@ -19,6 +20,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from common.config import reader
 from common.errors import UserError, run
 from common.flags import Parser, add_flags, add_model_flags
 from common.processes import process_group
@@ -56,6 +58,7 @@ def add_table_flags(parser: Parser) -> None:
     rows.add_argument("--all", action="store_true", help="all rows of the settings")
     parser.add_argument("--wide", action="store_true", help="all figures, and the time of asking")
     add_measuring_flags(parser)
+    add_page_flags(parser)
     add_settings_flag(parser, "the rows")
     add_model_and_input_flags(parser)
     add_decoding_flags(parser, "with --confidence one row of your own, else changes to every row")
@@ -113,6 +116,13 @@ def add_measuring_flags(parser: Parser) -> None:
     parser.add_argument("--repeat", type=int, default=1, help=text)
     parser.add_argument("--json", type=path, metavar="FILE", help="write all figures, per prompt too")
     parser.add_argument("--plot", type=path, metavar="FOLDER", help="draw pictures there (needs matplotlib)")
+
+
+def add_page_flags(parser: Parser) -> None:
+    text = "write a page that shows some inputs under every row: tokens by exit layer, the staircase pass by pass"
+    parser.add_argument("--html", type=path, metavar="FILE", help=text)
+    text = "which of the inputs drawn, counted from 1 (default: 1,2,3)"
+    parser.add_argument("--html-inputs", type=reader(tuple[int, ...]), metavar="NUMBERS", help=text)
 
 
 def add_settings_flag(parser: Parser, what: str) -> None:

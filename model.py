@@ -1,4 +1,4 @@
-"""The decoder-only transformer and its one-file checkpoints. It knows nothing of confidence.
+"""The decoder-only transformer and its one-file checkpoints. It asks nothing: it offers the heads that exits read.
 
 Dimensions: B batch, T time, N rows, d model width, H query heads, K key/value heads, C width of a head, V vocabulary.
 Layers count from 1 to L; index 0 stands for the embedding. Positions count from 0.
@@ -90,15 +90,16 @@ class ModelConfig:
 
 
 def rope_table(config: ModelConfig) -> Tensor:
-    """Rotary position embedding (Su 2021): cos and signed sin of every position, (1, 2, max_len, C); (2, 2, max_len, C)
-    where layers with a window have a base of their own (theirs is the last)."""
+    """Rotary position embedding (Su 2021): cos and signed sin (-sin for the first half of a head, sin for the second)
+    of every position, (1, 2, max_len, C); (2, 2, max_len, C) where layers with a window have a base of their own."""
     exponent = -torch.arange(config.head_dim // 2, dtype=torch.float64) / (config.head_dim // 2)
     frequency = config.rope_base**exponent
     if config.rope_factor != 1:  # slowed for long texts, as in Llama 3 (llama-models, `apply_scaling`); or all alike
         kept = torch.zeros_like(frequency)  # share of the frequency that is not slowed
         if config.rope_bands:
             low, high, length = config.rope_bands
-            kept = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+            turns = length * frequency / (2 * math.pi)
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / config.rope_factor)
     frequencies = [frequency]
     if config.window is not None and config.local_rope_base is not None:  # Gemma 3
@@ -109,16 +110,23 @@ def rope_table(config: ModelConfig) -> Tensor:
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1)
 
 
+def rotation(rope: Tensor, slides: bool, first: int, stop: int) -> tuple[Tensor, Tensor]:
+    """cos and signed sin of the positions first .. stop - 1, (T, C) each, for a layer with a window (the last table) or
+    without (the first)."""
+    return rope[-1 if slides else 0, :, first:stop].unbind()
+
+
 def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
-    """(B T, (H + 2K) C) -> q (B, H, T, C), k and v (B, K, T, C), q and k rotated, the pairs being (i, i + C/2).
-    rope: cos and signed sin of the T positions, (T, C) each; None: they stay as they are."""
+    """(B T, (H + 2K) C) -> q (B, H, T, C), k and v (B, K, T, C). q and k are rotated: of each head the pair
+    (x1, x2) = (i, i + C/2) becomes (x1 cos - x2 sin, x2 cos + x1 sin). rope: from `rotation`; None: not rotated."""
     H, K, C = config.n_heads, config.n_kv_heads, config.head_dim
     heads = qkv.view(batch, -1, H + 2 * K, C).transpose(1, 2)  # (B, H + 2K, T, C)
     qk, v = heads[:, : H + K], heads[:, H + K :]
     if rope is None:  # SmolLM3
         return qk[:, :H], qk[:, H:], v
     cos, signed_sin = rope
-    qk = torch.addcmul(qk * cos, qk.roll(C // 2, -1), signed_sin).type_as(v)
+    other = qk.roll(C // 2, -1)  # x2 beside x1, x1 beside x2
+    qk = torch.addcmul(qk * cos, other, signed_sin).type_as(v)
     return qk[:, :H], qk[:, H:], v
 
 
@@ -187,8 +195,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """x (N, d) -> (N, d); `attend` takes queries, keys and values side by side, (N, (H + 2K) C), to (N, H C)."""
-        w, eps = self._parameters, self.config.norm_eps  # w["out"] is self.out, found sooner: it shows in decoding
-        a = linear(attend(self.project(x)), w["out"])
+        w, eps = self._parameters, self.config.norm_eps  # w["out"] is self.out, found in a third of the time
+        a = linear(attend(self.project(x)), w["out"])  # attend: split_heads, then attention
         if self.config.post_norms:  # Gemma 2 and 3
             a = rms_norm(a, w["attn_post_norm"], eps)
         x = x + a
@@ -276,13 +284,18 @@ class Transformer(nn.Module):
         """`attend` of a block in a full pass over tokens (B, T): every position sees those before it, within its own
         document and, where the layer slides, its window; queries and keys are rotated or not."""
         (B, T), config, mask = tokens.shape, self.config, None
-        rope = self.rope[-1 if slides else 0, :, :T].unbind() if rotates else None
+        rope = rotation(self.rope, slides, 0, T) if rotates else None
         if documents is not None or slides or config.attention_cap is not None:
             positions = torch.arange(T, device=tokens.device)
             mask = visible(positions, positions, config.window if slides else None)  # (T, T)
         if documents is not None:
             mask = (mask & (documents[:, :, None] == documents[:, None, :]))[:, None]  # (B, 1, T, T)
-        return lambda qkv: attention(*split_heads(qkv, B, config, rope), mask, config, causal=mask is None)
+
+        def attend(qkv: Tensor) -> Tensor:
+            q, k, v = split_heads(qkv, B, config, rope)
+            return attention(q, k, v, mask, config, causal=mask is None)
+
+        return attend
 
     def embed(self, tokens: Tensor) -> Tensor:
         """h_0 of tokens (N,): (N, d)."""
@@ -357,7 +370,7 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu",
     adopt(model, content["weights"], device, dtype)
     if device.type == "cpu":
         store(model, form)
-        if model.form == "packed":  # the rest anew: the first mapping goes, and with it the pages that packing has read
+        if model.form == "packed":  # the rest from a new mapping of the file: the old one keeps all that packing read
             del content, blob
             adopt(model, read_checkpoint(path)["weights"], device, dtype)
     return model, tokenizer

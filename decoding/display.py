@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from itertools import groupby
 from typing import TextIO
 
 from common.errors import UserError
@@ -80,9 +81,10 @@ def pieces(tokenizer, tokens: Iterator[Token]) -> Iterator[tuple[Token, str]]:
         yield token, new
 
 
-def show(tokens: Iterator[Token], tokenizer, n_layers: int, counters: Counters,
-         trace: TextIO | None = None) -> list[int]:
-    """Streams the text and a legend, and one JSON line per token to `trace`; returns the token ids."""
+def show(tokens: Iterator[Token], tokenizer, n_layers: int, counters: Counters, trace: TextIO | None = None,
+         staircase: bool = False) -> list[int]:
+    """Streams the text and a legend, and one JSON line per token to `trace`; returns the token ids. `staircase`: one
+    token a line, with `counters.filled` (decoding/replay.py) after it."""
     on = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     ids, layers, started, elapsed = [], [], time.perf_counter(), 0.0
     for token, text in pieces(tokenizer, tokens):
@@ -91,10 +93,24 @@ def show(tokens: Iterator[Token], tokenizer, n_layers: int, counters: Counters,
         layers.append(token.exit_layer)
         dropped = "".join(piece(tokenizer, draft) for draft in token.rolled_back)
         print(struck(dropped, on) + colour(text, token.exit_layer, n_layers, on), end="", flush=True)
+        if staircase:
+            print(f"{' ' * max(1, 20 - len(text))}{steps(counters.filled)}")
         if trace:
             trace.write(json.dumps(trace_row(token, text, elapsed), ensure_ascii=False) + "\n")
     print(f"\n\n{figures(layers, elapsed, n_layers, counters, on)}")
     return ids
+
+
+def steps(filled: list[int]) -> str:
+    """filled[0 .. L + 1] in few characters, from the bottom, layers of the same height together: 4×13 12×7 head×9 are
+    13 positions in layers 1 to 4, 7 in 5 to 12, and 9 at the head over the vocabulary, which is left out where it owes
+    nothing."""
+    begun, *layers, head = filled
+    parts = []
+    for height, group in groupby(enumerate(layers, 1), key=lambda pair: pair[1]):
+        *_, (highest, _) = group
+        parts.append(f"{highest}×{height}")
+    return " ".join(parts + [f"head×{head}"] * (head < begun))
 
 
 def trace_row(token: Token, text: str, elapsed: float) -> dict:

@@ -96,7 +96,7 @@ class Companion:
     def logits(self, text: list[int]) -> Tensor:
         """Its logits (V,) for the token after `text`, which begins with what it has read already."""
         trace, first, shape = Trace(self.model), self.cache.filled[0], self.model.config
-        self.cache.waive(len(text) - 1)
+        self.cache.waive(len(text) - 1)  # only its newest position predicts
         self.run_pass(self.model, self.cache, text[first:], trace, {})
         self.counters.block_flops += shape.n_layers * block_flops(shape, first, len(text))
         self.counters.head_flops += 2 * self.model.unembed.numel()
@@ -117,9 +117,9 @@ class Predictor:
     def token(self, trace: Trace, layer: int, text: list[int]) -> Token:
         """The token after `text` from the exit head of `layer`, or, from layer L + 1, from the head over the
         vocabulary."""
-        top = trace.final is not None
-        source = trace.whole() if top else trace
-        layer -= top
+        source = trace
+        if trace.final is not None:  # the pass reached the top
+            source, layer = trace.whole(), layer - 1
         if self.contrast is None:
             logits = source.logits(layer)  # (n,)
         else:
@@ -127,10 +127,11 @@ class Predictor:
             logits = contrast_logits(source, layer, self.contrast, other)
         logits = penalize(logits, text, self.sampling.repetition_penalty, source.candidates)
         choice, probs = pick(logits, self.sampling, self.generator)
-        if top:
-            self.counters.head_flops += sum(source.flops.values())
-        why = (trace.confidences, trace.thresholds, trace.amateurs | source.amateurs)
-        return Token(int(source.token(choice)), layer, *why, source.spread(probs))
+        token = Token(int(source.token(choice)), layer, source.spread(probs), amateurs=source.amateurs)
+        token.explain(trace)
+        if source is not trace:
+            self.counters.head_flops += sum(source.flops.values())  # those of the trace are counted with its pass
+        return token
 
     def judge(self, logits: Tensor, drafts: list[Token], seen: list[int]) -> tuple[int, int | None]:
         """How many drafts the full model keeps, and the token that follows them. Row i of its logits (R, V) judges
@@ -155,9 +156,10 @@ class Predictor:
             return None if best == draft.id else best
         p, q = distribution(logits, self.sampling), draft.probs
         if torch.rand((), generator=self.generator, device=p.device) * q[draft.id] < p[draft.id]:
-            return None
+            return None  # with probability min(1, p/q)
         rest = (p - q).clamp(min=0)
-        return int(torch.multinomial(rest if rest.sum() > 0 else p, 1, generator=self.generator))
+        rest = rest if rest.sum() > 0 else p  # nothing is left where p and q differ by rounding alone
+        return int(torch.multinomial(rest, 1, generator=self.generator))
 
 
 def penalize(logits: Tensor, seen: list[int], penalty: float, candidates: Tensor | None = None) -> Tensor:
@@ -188,5 +190,7 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         probs = probs / probs.sum()
         before = probs.cumsum(-1) - probs  # mass of the more probable ones
-        probs[1:][before[1:] >= sampling.top_p] = 0
+        enough = before >= sampling.top_p
+        enough[0] = False  # the best one stays
+        probs = probs.masked_fill(enough, 0)
     return torch.zeros_like(probs).scatter(0, index, probs / probs.sum())

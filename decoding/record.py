@@ -6,6 +6,7 @@ from itertools import groupby
 
 from torch import Tensor
 
+from cache import KVCache
 from confidence import Trace
 from decoding.flops import block_flops, blocks_of_head
 from model import ModelConfig, Transformer
@@ -17,11 +18,16 @@ class Token:
 
     id: int
     exit_layer: int                    # L: from the full model, or from the shortlist after all blocks
-    confidences: dict[int, float]      # of each layer asked
-    thresholds: dict[int, float]       # that they had to reach
-    amateurs: dict[int, int]           # exit layer -> the layer that it was contrasted with
     probs: Tensor | None = None        # (V,) what a draft was drawn from, if it was sampled
     rolled_back: tuple[int, ...] = ()  # verified mode: the drafts that this token replaced
+    confidences: dict[int, float] = field(default_factory=dict)  # of each layer asked
+    thresholds: dict[int, float] = field(default_factory=dict)   # that they had to reach
+    amateurs: dict[int, int] = field(default_factory=dict)       # exit layer -> the layer it was contrasted with
+
+    def explain(self, trace: Trace) -> None:
+        """Takes over what the trace of its position tells."""
+        self.confidences, self.thresholds = trace.confidences, trace.thresholds
+        self.amateurs = {**self.amateurs, **trace.amateurs}
 
 
 @dataclass
@@ -42,9 +48,10 @@ class Counters:
     drafted: int = 0            # verified mode: early tokens judged by the full model
     accepted: int = 0           # of these, kept
 
-    def add_pass(self, model: Transformer, before: list[int], stop: int, layer: int, trace: Trace) -> None:
-        """One pass up to `layer` (L + 1: the head) that took the positions filled[1..layer] from `before` to `stop`."""
-        L = model.config.n_layers
+    def add_pass(self, model: Transformer, before: list[int], cache: KVCache, layer: int, trace: Trace) -> None:
+        """One pass up to `layer` (L + 1: the head) that took filled[1..layer] of the staircase from `before` to
+        filled[0]."""
+        L, stop = model.config.n_layers, cache.filled[0]
         for first, layers in groupby(before[1 : min(layer, L) + 1]):
             runs = len(list(layers)) if first < stop else 0
             self.block_runs += runs

@@ -27,8 +27,8 @@ class Shortlist:
     def __init__(self, model: Transformer, size: int, length: int):
         """The `size` most frequent ids, and room for `length` more. Raises UserError if the model knows not so many."""
         self.unembed = model.unembed
-        self._frequent_ids, self._frequent_weight, self._known = frequent(model, size)
-        self._known = set(self._known)
+        self._frequent_ids, self._frequent_weight, known = frequent(model, size)
+        self._known = set(known)
         self._more_ids = self._frequent_ids.new_empty(length)
         self._more_weight = self.unembed.new_empty(length, self.unembed.shape[1])
         self._count = 0
@@ -40,10 +40,11 @@ class Shortlist:
         if not new:
             return
         self._known.update(new)
-        start, self._count = self._count, self._count + len(new)
-        self._more_ids[start : self._count] = torch.tensor(new, device=self._more_ids.device)
-        self._more_weight[start : self._count] = self.unembed[self._more_ids[start : self._count]]
-        self.ids = torch.cat([self._frequent_ids, self._more_ids[: self._count]])
+        rows = slice(self._count, self._count + len(new))
+        self._count += len(new)
+        self._more_ids[rows] = torch.tensor(new, device=self._more_ids.device)
+        self._more_weight[rows] = self.unembed[self._more_ids[rows]]
+        self.ids = torch.cat([self._frequent_ids, self._more_ids[: self._count]])  # ids are few bytes, rows are not
         self.weights = [self._frequent_weight, self._more_weight[: self._count]]
 
 

@@ -4,8 +4,12 @@ layers).
 An early token is a *draft*: the next pass goes on from it, but it is not shown. When a pass reaches the top, its head
 sees the rows of all drafts at once, and row i judges the token placed at i + 1. Kept is what the full model would
 have put there; the first that it would not is replaced, and what followed is forgotten: the staircase rolls back. So
-the text is the full model's own. It is faster although every row runs every block in the end, and more FLOPs are
-spent than without exits: at batch 1 the time goes into reading weights, and eight rows read them once.
+the text is the full model's own.
+
+It is faster although every row runs every block in the end, wrong drafts in vain, so that more FLOPs are spent than
+without exits: at batch 1 the time goes into reading weights, and eight rows read them once.
+
+`run` is a decode.Run, `trace` the confidence.Trace of its last pass.
 """
 
 from collections.abc import Iterator
@@ -14,24 +18,27 @@ from decoding.record import Token
 
 
 def verified(run) -> Iterator[Token]:
-    """Yields the tokens of a run (decode.Run) once they are verified."""
+    """Yields the tokens of a run once they are verified."""
     tokens, drafts = run.prompt, []
     while run.unfinished:
-        over = bool(drafts) and (drafts[-1].id in run.ends or len(run.text) == run.length)
-        if over:  # nothing more to draft: the pass pays what is owed, without a new token, and judges
+        if drafting_is_over(run, drafts):  # a pass without a new token: it takes the drafts' rows to the top
             trace, layer = run.advance([], exits={})
         else:
             trace, layer = run.advance(tokens, run.exits())
         if layer < run.top:
-            draft = run.emit(trace, layer)
+            drafts.append(run.emit(trace, layer))
             run.settle([], trace)
-            drafts.append(draft)
-            tokens = [draft.id]
+            tokens = [drafts[-1].id]
         else:
             settled = judged(run, trace, drafts)
             run.settle(settled, trace)
             yield from settled
-            tokens, drafts = [settled[-1].id], []
+            tokens, drafts = [settled[-1].id], []  # the last one has not been read yet
+
+
+def drafting_is_over(run, drafts: list[Token]) -> bool:
+    """Whether the newest draft ends the text, or fills it."""
+    return bool(drafts) and (drafts[-1].id in run.ends or len(run.text) == run.length)
 
 
 def judged(run, trace, drafts: list[Token]) -> list[Token]:
@@ -40,13 +47,13 @@ def judged(run, trace, drafts: list[Token]) -> list[Token]:
     kept, token = run.predictor.judge(trace.final, drafts, before)
     settled = drafts[:kept]
     if token is not None:
-        replaced = tuple(draft.id for draft in drafts[kept:])
-        asked = (trace.confidences, trace.thresholds, trace.amateurs) if kept == len(drafts) else ({}, {}, {})
-        settled.append(Token(token, run.top - 1, *asked, rolled_back=replaced))
+        settled.append(Token(token, run.top - 1, rolled_back=tuple(draft.id for draft in drafts[kept:])))
     run.counters.add_judgement(len(drafts), kept)
-    if kept == len(drafts):
+    if kept == len(drafts):  # then the token is that of the newest row, which the trace is about
         run.counters.add_miss(trace, token)
-    judging = run.cache.filled[0] - len(trace.final)  # the position of the first row that judges
-    run.cache.rollback(judging + kept + 1)
+        if token is not None:
+            settled[-1].explain(trace)
+    first = run.cache.filled[0] - len(trace.final)  # the position whose row judges the first draft
+    run.cache.rollback(first + 1 + kept)  # that one stays, and those of the kept drafts
     run.text = before + [token.id for token in settled]
     return settled

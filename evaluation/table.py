@@ -11,6 +11,7 @@ from common.processes import processes, tell
 from evaluation.figures import alike, evaluate
 from evaluation.inputs import chosen_tasks, load_inputs, load_model, note, run_record
 from evaluation.measure import peak_memory
+from evaluation.pages import Pages, check_page
 from evaluation.rows import choose_rows, custom_settings, origin_of_rows, sources
 from evaluation.tasks import Task, sample
 
@@ -128,9 +129,10 @@ def main(args: argparse.Namespace) -> None:
             "--rows and --all choose among the settings, --confidence makes a row of its own; give one of them"
         )
     check_outputs(args)
+    check_page(args)
     tasks = chosen_tasks(args)
     model, tokenizer = load_model(args)
-    result = {"environment": run_record(args, model), "rows": []}
+    result, pages = {"environment": run_record(args, model), "rows": []}, Pages(args, model, tokenizer)
     note(sources(args, origin_of_rows(args, custom, model)))
     for task in tasks:
         task, examples = load_inputs(args, task, args.split)
@@ -139,8 +141,10 @@ def main(args: argparse.Namespace) -> None:
             rows = evaluate(model, tokenizer, task, drawn, configs, args.repeat, bool(args.wide or args.json))
             tell(f"\n{heading(args, task, len(drawn), len(examples))}\n\n{table(rows, task, args.wide)}")
             result["rows"] += rows
+            pages.add(task, drawn, configs)
     if not args.wide:
         tell(f"\n{LEGEND}")
+    pages.write()
     finish(args, result, model, tokenizer)
 
 

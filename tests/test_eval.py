@@ -512,6 +512,20 @@ def test_two_processes_share_the_prompts_and_merge_their_results(checkpoint, tmp
     assert outputs[1] == outputs[2] and len(outputs[1][0]) == 5
 
 
+def test_the_page_shows_the_inputs_asked_for_under_every_row(checkpoint, monkeypatch, tmp_path):
+    page, out = tmp_path / "page.html", tmp_path / "out.json"
+    flags = ("--tasks", "e2e", "--limit", 3, "--html", page, "--html-inputs", "1,3", "--json", out)
+    run_command(monkeypatch, "--checkpoint", checkpoint, *flags)
+    text = page.read_text(encoding="utf-8").split('id="data">', 1)[1].split("</script>", 1)[0]
+    inputs, rows = json.loads(text)["inputs"], json.loads(out.read_text())["rows"]
+    for place, shown in zip((0, 2), inputs, strict=True):
+        assert shown["references"] == rows[0]["prompts"][place]["references"]
+        assert shown["prompt"] == rows[0]["prompts"][place]["prompt_tokens"]
+        assert [run["name"] for run in shown["runs"]] == [row["name"] for row in rows] == ["full", "softmax"]
+        for run_shown, row in zip(shown["runs"], rows):
+            assert [token["id"] for token in run_shown["tokens"]] == row["prompts"][place]["tokens"]
+
+
 def test_show_prompt_prints_what_the_model_gets(checkpoint, monkeypatch, tmp_path, capsys):
     (tmp_path / "mine.jsonl").write_text('{"prompt": "one", "references": ["two", "three"]}\n')
     run_command(monkeypatch, "prompt", "--checkpoint", checkpoint, "--tasks", f"file={tmp_path}/mine.jsonl")
@@ -573,6 +587,10 @@ MISTAKES = {
     "tune --settings plain.txt": "plain.txt: not JSON",
     "--plot plain.txt": "plain.txt: is a file; give another name",
     "--json .": ".: is a folder; give another name",
+    "--html .": "is no regular file, and nothing else is replaced",
+    "--html-inputs 2": "--html-inputs chooses what --html shows; give --html a file, too",
+    "--html page.html --html-inputs 0": "--html-inputs is 0; inputs count from 1 to 60, the --limit",
+    "--html page.html --html-inputs 7 --limit 3": "--html-inputs is 7; inputs count from 1 to 3, the --limit",
     "sweep --results tiny.pt --over threshold 0.5": "tiny.pt, line 1: not a result of a sweep",
     "calibrate --thresholds list.json --tasks e2e": "list.json: holds no JSON object, so it is not usable as thresholds",
     "calibrate --tasks e2e --confidence none": "needs a confidence function",

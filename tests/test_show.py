@@ -21,7 +21,7 @@ class Letters:
 
 
 def test_an_unfinished_character_waits_for_the_rest_of_it():
-    tokens = [Token(i, 1, {}, {}, {}) for i in (0, 1, 2, 3)]
+    tokens = [Token(i, 1) for i in (0, 1, 2, 3)]
     assert [text for _, text in pieces(Letters(), iter(tokens))] == ["a", "", "é", "d"]
 
 

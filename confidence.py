@@ -13,13 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from common.errors import UserError
-from common.plugins import find_function, name_and_file
+from common.plugins import find_function
+from decoding.asking import ask
 from decoding.flops import head_flops
 from model import Transformer
 
 ALPHA = 0.1  # plausibility: tokens of at least this share of the largest probability (Li 2022, section 3.2)
-ROUNDING = 1e-4  # by so much a confidence may lie outside [0, 1]
 
 
 class Trace:
@@ -61,29 +60,8 @@ class Trace:
             return True
         if getattr(self.confidence, "reads_logits", True):
             self.prune()  # first, so that amateurs, too, are read over few candidates
-        self.confidences[self.layer] = self.ask()
+        self.confidences[self.layer] = ask(self.confidence, self)
         return self.confidences[self.layer] >= threshold
-
-    def ask(self) -> float:
-        """The confidence after the newest layer. Raises UserError for an answer that is none."""
-        try:
-            value = self.confidence(self, self.layer)
-        except UserError:
-            raise
-        except Exception as error:
-            raise RuntimeError(f"{self.whose()} failed") from error
-        try:
-            confidence = float(value)
-        except (TypeError, ValueError, RuntimeError):  # None, text, several numbers
-            confidence = math.nan
-        if not -ROUNDING <= confidence <= 1 + ROUNDING:
-            raise UserError(f"{self.whose()} returned {value!r:.60}; it must be one number from 0 to 1")
-        return confidence
-
-    def whose(self) -> str:
-        """The function asked, its file, and the layer, for messages."""
-        name = getattr(self.confidence, "__name__", repr(self.confidence))
-        return f"{name_and_file('confidence', name, self.confidence)} at layer {self.layer}"
 
     def prune(self) -> None:
         """Vocabulary pruning: of the candidates so far, those of largest z_l stay, as many as the schedule says; and

@@ -1,41 +1,28 @@
 """The decoding loop: stop early, pay the debt later. `python decode.py --prompt ...` shows each token by its exit
 layer.
 
-Dimensions: R rows of a pass, d model width, L layers, V vocabulary. The loop knows token ids only; text begins at
-`main`.
+Dimensions: R rows of a pass, d model width, L layers, V vocabulary. The loop knows token ids only.
 """
 
 import common.threads  # noqa: F401  before torch
 
-import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from cache import KVCache
 from common.errors import run as run_command
-from common.files import check_replaceable
-from common.flags import Parser, add_flags, add_model_flags, given, loading
 from confidence import Trace, resolve
 from decoding.checks import check_amateur, check_prompt
-from decoding.choosing import COMMAND, settings_of, variants
+from decoding.command import make_parser, show_runs
 from decoding.copying import copy_up
-from decoding.display import difference, read_amateur, read_prompt, show
-from decoding.page import Page
 from decoding.prediction import Companion, Predictor
 from decoding.record import Counters, Generation, Token
-from decoding.replay import Recorder, recorded
 from decoding.settings import DecodeConfig
 from decoding.shortlist import Shortlist
 from decoding.verification import verified
-from formats.chat import conversation, load_chat
-from model import Transformer, load_checkpoint
-
-DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "default.pt"
+from model import Transformer
 
 
 def plain(run: "Run") -> Iterator[Token]:
@@ -58,15 +45,16 @@ def run_pass(model: Transformer, cache: KVCache, tokens: list[int], trace: Trace
     first, stop = cache.filled[0], cache.filled[0] + len(tokens)
     cache.filled[0] = stop
     ids = torch.tensor(tokens, dtype=torch.int64, device=cache.hidden.device)
-    x = model.embed(ids)  # (R, d), the positions first .. stop - 1
+    x = model.embed(ids)  # (R, d), the positions first .. stop - 1; R grows and first falls as owed rows join
     trace.hidden.append(x)
     for layer, block in enumerate(model.blocks, 1):
         first, x = cache.join(layer, first, x)
-        if first < stop:  # else, without new tokens, nothing is owed so far down
-            x = block.forward(x, partial(cache.attend, layer))  # not block(...): hooks cost time at every call
+        if first < stop:  # without new tokens there are no rows until a layer that is owed some
+            attend = partial(cache.attend, layer)  # stores these rows' keys and values, then attends
+            x = block.forward(x, attend)  # not block(x, attend): a module's hooks cost time at every call
         trace.hidden.append(x)
         if layer in exits and trace.decided(exits[layer]):
-            cache.hidden[first:stop] = x  # here they wait, at this depth
+            cache.hidden[first:stop] = x  # here they wait, at this depth, for a pass that goes on
             return layer
     top = len(model.blocks) + 1
     first, x = cache.join(top, first, x)
@@ -86,13 +74,15 @@ class Run:
         self.model, self.config, self.counters = model, config, counters
         self.top = model.config.n_layers + 1
         self.length = min(len(prompt) + config.max_new_tokens, model.config.max_len)  # of the text, at most
-        self.start, self.settled, self.text = len(prompt), len(prompt), list(prompt)  # the text: drafts included
+        self.text = list(prompt)  # so far, drafts included
+        self.start = self.settled = len(prompt)  # tokens of the prompt; of the text, without drafts
         self.ends, self.ended = model.config.ends.union(config.stop_tokens), False
         self.early = 0  # tokens emitted since a pass last reached the top
         self.thresholds = config.thresholds(model.config)
-        self.owe_head = config.verify or (self.thresholds.learns and config.fill == "parallel")  # early tokens, that is
+        learns = self.thresholds.learns and config.fill == "parallel"
+        self.owe_head = config.verify or learns  # whether early tokens do
         self.cache = KVCache(model, self.length)
-        self.cache.waive(len(prompt) - 1)
+        self.cache.waive(len(prompt) - 1)  # only the last token of the prompt predicts
         companion = None
         if amateur is not None:
             check_amateur(amateur, model, config.contrasting, self.length)
@@ -173,74 +163,8 @@ def generate(model: Transformer, prompt: list[int], config: DecodeConfig = Decod
     return Generation.of(stream(model, prompt, config, counters, trace_type, amateur), counters)
 
 
-# ---------------------------------------------------------------- the command line
-
-
-def make_parser() -> Parser:
-    parser = Parser(__doc__)
-    parser.add_argument("--prompt", required=True,
-                        help="text; token ids, separated by commas, where the checkpoint has no tokenizer")
-    parser.add_argument("--chat", action="store_true",
-                        help="the prompt is a turn in a chat, by the template of the checkpoint; needs jinja2")
-    parser.add_argument("--compare", metavar="NAMES",
-                        help="show several settings, and where each first differs from the full model: confidence "
-                             "functions or full, with changes, as in softmax,jsd+threshold=0.5,softmax+verify")
-    parser.add_argument("--trace", metavar="FILE",
-                        help="write one JSON line per token: id, text, exit layer, confidences, time, ..")
-    parser.add_argument("--html", metavar="FILE",
-                        help="write a page that shows the run beside the full model's: every token by its exit layer, "
-                             "what each layer would have said, the staircase pass by pass")
-    parser.add_argument("--staircase", action="store_true",
-                        help="after every token print filled: 4×13 12×7 is 13 positions in layers 1 to 4, 7 in 5 to 12")
-    parser.add_argument("--thresholds", metavar="FILE",
-                        help="JSON file of settings, as calibration writes it; flags outrank it")
-    parser.add_argument("--amateur", metavar="CHECKPOINT",
-                        help="a second, weaker model to contrast with (Contrastive Decoding)")
-    add_model_flags(parser, DEFAULT_CHECKPOINT)
-    add_flags(parser, COMMAND, "decoding")
-    return parser
-
-
 def main() -> None:
-    args = make_parser().parse_args()
-    options = loading(args)
-    model, tokenizer = load_checkpoint(args.checkpoint, **options)
-    contrast = {"predict": "contrast"} if args.amateur else {}
-    config, source = settings_of(args.checkpoint, args.thresholds, contrast | given(args, DecodeConfig))
-    prompt, amateur = read_prompt(args.prompt, tokenizer), read_amateur(args.amateur, tokenizer, options)
-    if args.chat:
-        chat = load_chat(args.checkpoint, tokenizer)
-        (prompt,) = chat.encode([conversation(args.prompt)])
-        config = replace(config, stop_tokens=(*config.stop_tokens, *chat.ends))
-    configs = variants(config, args.compare) if args.compare else {"": config}
-    check_prompt(prompt, model)
-    for each in configs.values():
-        each.exits(model.config)  # a mistake there leaves an old trace file alone
-    if args.html:
-        check_replaceable(args.html)
-    full, runs = Recorder(), {}
-    if args.compare or args.html:
-        generate(model, prompt, replace(config.full(), max_new_tokens=4), amateur=amateur)  # warms up
-        full = recorded(stream, model, prompt, config.full(), amateur)
-        runs["full model"] = config.full(), full
-    print(f"settings: {config.describe(model.config)} ({source})", file=sys.stderr)
-    print(args.prompt)
-    with open(args.trace, "w", encoding="utf-8") if args.trace else nullcontext() as trace:
-        for name, each in configs.items():
-            if name:
-                print(f"--- {name}")
-            recorder = Recorder()
-            tokens = recorder.watch(stream(model, prompt, each, recorder, recorder.trace, amateur), len(prompt))
-            ids = show(tokens, tokenizer, model.config.n_layers, recorder, trace, args.staircase)
-            if name:
-                print(f"{difference(ids, [token.id for token in full.settled], tokenizer)}\n")
-            if each.confidence or each.full() != config.full():
-                runs[name or each.confidence] = each, recorder
-    if args.html:
-        page = Page(model, tokenizer, Path(args.checkpoint).name)
-        page.add(args.prompt, prompt, runs)
-        page.write(args.html)
-        print(f"wrote {args.html}", file=sys.stderr)
+    show_runs(make_parser().parse_args(), stream)  # text begins there
 
 
 if __name__ == "__main__":

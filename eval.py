@@ -24,8 +24,7 @@ from common.config import reader
 from common.errors import UserError, run
 from common.flags import Parser, add_flags, add_model_flags
 from common.processes import process_group
-from decode import DEFAULT_CHECKPOINT
-from decoding.choosing import COMMAND
+from decoding.choosing import COMMAND, DEFAULT_CHECKPOINT
 from evaluation import calibrate, inputs, sweep, table, tune
 from evaluation.recipes import RECIPES
 from evaluation.tasks import TASKS

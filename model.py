@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from common.config import option
 from common.errors import UserError
 from formats.checkpoint import check_finite, check_size, fitting, read_checkpoint, read_tokenizer
+from formats.frequent_ids import find_frequent_ids
 from formats.shape import check_shape, one_or_several
 from formats.weights import adopt, linear, rms_norm, store
 
@@ -348,11 +349,12 @@ class Transformer(nn.Module):
 
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
-                    form: str | None = None, check: bool = False):
+                    form: str | None = None, check: bool = False, frequent_ids: str | None = None):
     """Returns (model, tokenizer) ready to decode: tokenizer as formats/tokenizer.py says, or None if the file holds
     none. `dtype`, of the matrices (vectors keep at least the file's precision), None: float32 on the CPU for float16
     files (CPUs are slow at several rows in half precision), else the file's own. `form`: how a CPU stores the weights
-    (formats/weights.py; None: by its rule). `check`: compare the file with its checksums first. Raises UserError."""
+    (formats/weights.py; None: by its rule). `check`: compare the file with its checksums first. `frequent_ids`: a file
+    of ids for shortlists, in place of those inside (tools/shortlist.py). Raises UserError."""
     content, device = read_checkpoint(path, check), torch.device(device)
     check_finite(path)
     with fitting(path):
@@ -362,6 +364,7 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu",
             model = Transformer(config).eval()
         model.load_state_dict(content["weights"], assign=True)
         blob = content["tokenizer"]
+    model.frequent_ids = find_frequent_ids(frequent_ids, path, content, config.vocab_size)
     tokenizer = None if blob is None else read_tokenizer(path, blob.numpy().tobytes(), model.config.vocab_size)
     if dtype is None:
         half_on_cpu = model.embedding.dtype == torch.float16 and device.type == "cpu"

@@ -70,9 +70,11 @@ def given(args: argparse.Namespace, config: type) -> dict:
 
 
 def add_model_flags(parser: argparse.ArgumentParser, checkpoint) -> None:
-    """Adds --checkpoint, --check, --device, --dtype, --weights and --threads."""
+    """Adds --checkpoint, --check, --frequent-ids, --device, --dtype, --weights and --threads."""
     parser.add_argument("--checkpoint", default=checkpoint, metavar="FILE", help="default: %(default)s")
     parser.add_argument("--check", action="store_true", help="first compare the checkpoint with its checksums")
+    text = "ids for --shortlist, as tools/shortlist.py writes them (default: those in the checkpoint)"
+    parser.add_argument("--frequent-ids", metavar="FILE", help=text)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(
         "--dtype", help=f"{', '.join(DTYPES)} (default: the file's own; float32 where a float16 file meets a CPU)"
@@ -96,7 +98,8 @@ def loading(args: argparse.Namespace) -> dict:
     check_device(args.device)
     dtype = read_dtype(args.dtype)
     warn_if_busy()
-    return {"device": args.device, "dtype": dtype, "form": args.weights, "check": args.check}
+    return {"device": args.device, "dtype": dtype, "form": args.weights, "check": args.check,
+            "frequent_ids": args.frequent_ids}
 
 
 def use_threads(count: int | None) -> None:

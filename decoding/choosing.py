@@ -11,6 +11,7 @@ from common.files import read_json
 from confidence import FUNCTIONS
 from decoding.settings import DecodeConfig
 
+DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default.pt"
 COMMAND = DecodeConfig(confidence="softmax", prune="fixed", max_new_tokens=100)  # what a command starts from
 
 

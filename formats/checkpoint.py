@@ -35,6 +35,11 @@ def save_checkpoint(path: str | os.PathLike, model, tokenizer: bytes | None, dty
         weights[name] = weight.detach().to(kept).contiguous()
     blob = None if tokenizer is None else torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
     content = {"format": FORMAT, "config": asdict(model.config), "weights": weights, "tokenizer": blob, **extra}
+    write_content(path, content)
+
+
+def write_content(path: str | os.PathLike, content: dict) -> None:
+    """Writes a whole checkpoint, all its entries, or nothing. Raises UserError for a full disk."""
     try:
         with whole_file(path) as part:
             torch.save(content, part)

@@ -13,7 +13,7 @@ import decode
 from decode import Run, generate
 from decoding.display import steps
 from decoding.page import Page, first_difference, row_times, script_json
-from decoding.replay import Pass, recorded
+from decoding.replay import Pass, Recorder, recorded
 from decoding.settings import DecodeConfig
 
 recorded = partial(recorded, decode.stream)
@@ -98,7 +98,7 @@ def test_the_clock_of_a_run_stands_still_while_a_token_is_shown(monkeypatch, tin
     nothing."""
     clock, lost = count(), [0]
     monkeypatch.setattr("decoding.replay.perf_counter", lambda: next(clock) + lost[0])
-    recorder = decode.Recorder()
+    recorder = Recorder()
     tokens = decode.stream(tiny_model(8), PROMPT, SETTINGS["lossy"], recorder, recorder.trace)
     for _ in recorder.watch(tokens, len(PROMPT)):
         lost[0] += 1000
@@ -193,7 +193,7 @@ def test_filled_takes_few_characters():
 
 def test_the_command_prints_the_staircase_and_writes_the_page(tiny_model, monkeypatch, tmp_path, capsys):
     model = tiny_model(8)
-    monkeypatch.setattr(decode, "load_checkpoint", lambda *_, **__: (model, None))
+    monkeypatch.setattr("decoding.command.load_checkpoint", lambda *_, **__: (model, None))
     flags = ["--prompt", "1,7,3,9", "--exit-layers", "1,2,4", "--threshold", "0.1", "--max-new-tokens", "9", "--prune", "none"]
     monkeypatch.setattr(sys, "argv", ["decode.py", *flags, "--staircase", "--html", str(tmp_path / "page.html")])
     decode.main()

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from decode import DEFAULT_CHECKPOINT, generate
+from decode import generate
+from decoding.choosing import DEFAULT_CHECKPOINT
 from decoding.settings import DecodeConfig
 from evaluation.recipes import RECIPES
 from evaluation.rows import MAIN, read_settings

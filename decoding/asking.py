@@ -1,0 +1,32 @@
+"""Asking a confidence function, perhaps a user's own: its mistakes are told with its name, its file and the layer."""
+
+import math
+
+from common.errors import UserError
+from common.plugins import name_and_file
+
+ROUNDING = 1e-4  # by so much a confidence may lie outside [0, 1]
+
+
+def ask(function, trace) -> float:
+    """The confidence after the newest layer of a trace. Raises UserError for an answer that is none; what the function
+    raises itself keeps its traceback."""
+    try:
+        value = function(trace, trace.layer)
+    except UserError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{whose(function, trace.layer)} failed") from error
+    try:
+        confidence = float(value)
+    except (TypeError, ValueError, RuntimeError):  # None, text, several numbers
+        confidence = math.nan
+    if not -ROUNDING <= confidence <= 1 + ROUNDING:
+        raise UserError(f"{whose(function, trace.layer)} returned {value!r:.60}; it must be one number from 0 to 1")
+    return confidence
+
+
+def whose(function, layer: int) -> str:
+    """The function asked, its file, and the layer, in words."""
+    name = getattr(function, "__name__", repr(function))
+    return f"{name_and_file('confidence', name, function)} at layer {layer}"

@@ -11,7 +11,8 @@ import torch
 
 from common.errors import run
 from confidence import Trace
-from decode import DEFAULT_CHECKPOINT, generate
+from decode import generate
+from decoding.choosing import DEFAULT_CHECKPOINT
 from decoding.record import Counters, Generation
 from decoding.settings import DecodeConfig
 from decoding.shortlist import Shortlist

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from common.errors import UserError, run
 from common.files import check_replaceable, whole_file
 from common.flags import Parser
-from decode import DEFAULT_CHECKPOINT
+from decoding.choosing import DEFAULT_CHECKPOINT
 from formats.checkpoint import read_checkpoint, write_content
 from formats.data import Corpus
 from formats.tokenizer import encode_prompt

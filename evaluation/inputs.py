@@ -42,7 +42,8 @@ def load_model(args: argparse.Namespace) -> tuple[Transformer, object]:
         raise UserError(
             f"{args.checkpoint}: has no tokenizer, which these tasks need, being text; decode.py takes token ids"
         )
-    args.template = load_chat(args.checkpoint, tokenizer) if args.chat else None
+    chats = getattr(args, "chat", False)  # not every tool has this flag
+    args.template = load_chat(args.checkpoint, tokenizer) if chats else None
     return model, tokenizer
 
 

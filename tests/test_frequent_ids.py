@@ -9,6 +9,7 @@ import torch
 
 import decode
 from common.errors import UserError, run
+from decoding.choosing import DEFAULT_CHECKPOINT
 from decoding.settings import DecodeConfig
 from formats.checkpoint import read_checkpoint, save_checkpoint
 from formats.frequent_ids import find_frequent_ids
@@ -23,7 +24,7 @@ EOS = 2  # of the embedded tokenizer
 @pytest.fixture
 def checkpoint(tiny_model, tmp_path):
     """A tiny model with the embedded tokenizer, in a file that holds something more."""
-    tokenizer = read_checkpoint(decode.DEFAULT_CHECKPOINT)["tokenizer"].numpy().tobytes()
+    tokenizer = read_checkpoint(DEFAULT_CHECKPOINT)["tokenizer"].numpy().tobytes()
     path = tmp_path / "tiny.pt"
     save_checkpoint(path, tiny_model(0, vocab_size=4096, eos_id=EOS), tokenizer, note="kept")
     return path

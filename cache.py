@@ -30,6 +30,7 @@ class KVCache:
         self.hidden = model.embedding.new_empty(length, self.config.d_model)
         self.filled = [0] * (self.config.n_layers + 2)
         self._slides = [False] + [self.config.slides(layer) for layer in range(1, self.config.n_layers + 1)]
+        self._rotates = [True] + [self.config.rotates(layer) for layer in range(1, self.config.n_layers + 1)]
         self._rows, self._kept = None, {}
 
     def owed(self, layer: int, stop: int) -> Tensor:
@@ -60,7 +61,7 @@ class KVCache:
         first, stop = self.filled[layer], self.filled[layer] + qkv.shape[0]
         self.filled[layer] = stop
         start, rope, mask = self._seen(first, stop, self._slides[layer])
-        q, k, v = split_heads(qkv, 1, self.config, rope)
+        q, k, v = split_heads(qkv, 1, self.config, rope if self._rotates[layer] else None)
         keys, values = self.keys[layer - 1], self.values[layer - 1]
         keys[:, :, first:stop] = k
         values[:, :, first:stop] = v

@@ -3,12 +3,14 @@
     python convert.py SOURCE out.pt --dtype bf16
 
 SOURCE is a Hugging Face folder (config.json with *.safetensors or pytorch_model*.bin), a folder of Meta's (params.json
-with consolidated.*.pth), a .bin of llama2.c, or a GGUF file (with the package gguf): the Llama family (Llama,
-TinyLlama, OpenLLaMA, Mistral, CodeLlama, LayerSkip) and Gemma 1, 2 and 3. Tensors stream one by one from file to file.
+with consolidated.*.pth), a .bin of llama2.c, or a GGUF file (with the package gguf): the Llama family (Llama 1
+to 3.3, TinyLlama, OpenLLaMA, CodeLlama, LayerSkip, SmolLM, SmolLM3), Mistral, Qwen 2, 2.5 and 3, and Gemma 1, 2 and 3
+(docs/checkpoints.md). Tensors stream one by one from file to file.
 """
 
 import common.threads  # noqa: F401  before torch
 
+import math
 import mmap
 import os
 import re
@@ -38,8 +40,8 @@ from model import ModelConfig, Transformer
 
 
 def open_source(path: Path, tokenizer: Path | None = None) -> Source:
-    """Recognizes a checkpoint by its content. `tokenizer` takes the place of the one in it or beside it. Raises
-    UserError for what is none of the known layouts, or damaged."""
+    """Recognizes a checkpoint by its content. `tokenizer` takes the place of the one in it or beside it; of the name
+    none, there is none. Raises UserError for what is none of the known layouts, or damaged."""
     if (path / "config.json").is_file():
         source = open_hf(path)
     elif (path / "params.json").is_file():
@@ -53,7 +55,10 @@ def open_source(path: Path, tokenizer: Path | None = None) -> Source:
         source = open_gguf(path) if magic == b"GGUF" else open_llama2c(path)
     else:
         raise UserError(f"{path}: no such file or folder")
-    if tokenizer is not None:
+    if tokenizer is None:
+        source.tokenizer, missing = source.find_tokenizer()
+        source.note = "; ".join(note for note in (source.note, missing) if note)
+    elif str(tokenizer) != "none":
         source.tokenizer = read_tokenizer_file(tokenizer)
     return source
 
@@ -78,7 +83,10 @@ def shapes_of(config: ModelConfig, tensors: dict) -> dict[str, Tensor]:
 
 # ---------------------------------------------------------------- which tensor goes where
 
-PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # what lies fused in ours
+PARTS = {  # of what lies fused in ours
+    "qkv": ("q", "k", "v"), "qkv_bias": ("q_bias", "k_bias", "v_bias"), "gate_up": ("gate", "up"),
+}  # fmt: skip
+ROTATED = ("q", "k", "q_bias", "k_bias")
 
 
 def parts_of(name: str) -> list[str]:
@@ -91,13 +99,12 @@ def place(name: str, weights: dict[str, Tensor], config: ModelConfig) -> Tensor:
     """Where the tensor or part of our `name` goes: a weight, or some rows of a fused one."""
     block, _, part = name.rpartition(".")
     q, kv, ff = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.d_ff
-    if part in ("q", "k", "v"):
-        rows = dict(zip("qkv", weights[f"{block}.qkv"].split((q, kv, kv))))
-    elif part in ("gate", "up"):
-        rows = dict(zip(("gate", "up"), weights[f"{block}.gate_up"].split((ff, ff))))
-    else:
-        return weights[name]
-    return rows[part]
+    sizes = {"qkv": (q, kv, kv), "qkv_bias": (q, kv, kv), "gate_up": (ff, ff)}
+    for fused, parts in PARTS.items():
+        if part in parts:
+            rows = weights[f"{block}.{fused}"].split(sizes[fused])
+            return rows[parts.index(part)]
+    return weights[name]
 
 
 def match(source: Source, config: ModelConfig, shapes: dict[str, Tensor]) -> tuple[dict[str, str], list[str]]:
@@ -123,7 +130,8 @@ def match(source: Source, config: ModelConfig, shapes: dict[str, Tensor]) -> tup
             raise UserError(f"{theirs} is of {stored.dtype}; only {known} can be converted")
     missing = needed - set(found)
     if missing:
-        raise UserError(f"tensor {their_name(min(missing), table)}.weight is missing")
+        name = their_name(min(missing), table)
+        raise UserError(f"tensor {name if name.endswith('.bias') else name + '.weight'} is missing")
     return found, skipped
 
 
@@ -155,7 +163,8 @@ def fill(target: Tensor, stored: Stored, half: int | None, plus_one: bool) -> No
         if plus_one:
             part.copy_(piece.float() + 1)
         elif half:
-            part.view(-1, 2, half, part.shape[1]).copy_(piece.view(-1, half, 2, piece.shape[1]).transpose(1, 2))
+            width = math.prod(part.shape[1:])  # 1 for a bias
+            part.view(-1, 2, half, width).copy_(piece.view(-1, half, 2, width).transpose(1, 2))
         else:
             part.copy_(piece)
         at += size
@@ -171,7 +180,7 @@ def copy_weights(
     with tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True, desc=title) as bar:
         for ours, theirs in found.items():
             target, kind = place(ours, weights, config), ours.rpartition(".")[2]
-            half = config.head_dim // 2 if source.interleaved and kind in ("q", "k") else None
+            half = config.head_dim // 2 if source.interleaved and kind in ROTATED else None
             plus_one = gemma and source.names == "hf" and "norm" in kind
             fill(target, source.tensors[theirs], half, plus_one)
             if not torch.stack(torch.aminmax(target)).isfinite().all():
@@ -198,32 +207,33 @@ def convert(
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if source.tokenizer is not None:
-        processor = read_tokenizer(path, source.tokenizer, config.vocab_size)
-        if config.eos_id is None and processor.eos_id() >= 0:
-            config = replace(config, eos_id=processor.eos_id())
+        tokens = read_tokenizer(path, source.tokenizer, config.vocab_size)
+        if config.eos_id is None:
+            config = replace(config, eos_id=tokens.ends)
     if dtype is None:
         own = source.tensors[found["embedding"]].dtype
         dtype = own if own in STORED else torch.float32
 
     with whole_file(out) as part:
-        content = reserve(part, config, shapes, dtype, source.tokenizer)
+        content = reserve(part, config, shapes, dtype, source)
         copy_weights(source, config, found, content["weights"], out.name)
         seal(part)
     size = sum(weight.nbytes for weight in content["weights"].values())
     return report(path, out, source, config, found, skipped, size, dtype)
 
 
-def reserve(
-    part: str, config: ModelConfig, shapes: dict[str, Tensor], dtype: torch.dtype, tokenizer: bytes | None
-) -> dict:
+def reserve(part: str, config: ModelConfig, shapes: dict[str, Tensor], dtype: torch.dtype, source: Source) -> dict:
     """Writes a checkpoint whose weights are still to come, its room on the disk taken, and returns its content, mapped:
     what is written to these tensors is written to the file. Raises UserError if the disk has too little room."""
     weights = {}
     for name, shape in shapes.items():
         weights[name] = torch.empty(shape.shape, dtype=dtype if shape.dim() > 1 else torch.float32)
-    blob = None if tokenizer is None else torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
+    blob = None if source.tokenizer is None else torch.frombuffer(bytearray(source.tokenizer), dtype=torch.uint8)
+    content = {"format": FORMAT, "config": asdict(config), "weights": weights, "tokenizer": blob}
+    if source.chat_template is not None:
+        content["chat_template"] = source.chat_template
     with torch.serialization.skip_data():  # holes for data, so that the untouched memory of `weights` never fills
-        torch.save({"format": FORMAT, "config": asdict(config), "weights": weights, "tokenizer": blob}, part)
+        torch.save(content, part)
     size, free = os.path.getsize(part), shutil.disk_usage(os.path.dirname(part)).free
     if free < size:
         need = f"needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f}"
@@ -250,6 +260,8 @@ def report(
     renamed = [f"{pattern(theirs)} -> {re.sub(r'[.][0-9]+[.]', '.#.', ours)}" for ours, theirs in found.items()]
     without = "without a tokenizer: decode.py takes and prints token ids"
     tokenizer = "with its tokenizer" if source.tokenizer else without
+    if source.tokenizer and source.chat_template:
+        tokenizer += " and chat template"
     lines = [
         f"read {path}: {source.layout}, {len(source.tensors)} tensors, {source.config['model_type']}",
         source.note,
@@ -276,7 +288,7 @@ def make_parser() -> Parser:
     parser.add_argument("out", type=Path, metavar="OUT", help="file to write")
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)} (default: the source's own; float32 for GGUF)")
     parser.add_argument("--max-len", type=int, help=f"positions (default: the model's, at most {MAX_LEN})")
-    kinds = "sentencepiece model or llama2.c tokenizer.bin"
+    kinds = "sentencepiece model, tokenizer.json, file of ranks, llama2.c tokenizer.bin, or none"
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help=f"{kinds} (default: SOURCE's)")
     add_thread_flag(parser)
     return parser

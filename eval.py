@@ -137,6 +137,7 @@ def add_model_and_input_flags(parser: Parser, split: bool = True) -> None:
     add("--seed", type=int, default=argparse.SUPPRESS, help="draws the inputs, and samples (default: 0)")
     add("--shots", type=int, default=0, help="solved examples before every prompt (default: %(default)s)")
     add("--shot-file", metavar="FILE", help="where they come from (default: the task's training file)")
+    add("--chat", action="store_true", help="inputs and shots are turns in a chat, by the checkpoint's template")
     add("--skip-bad", action="store_true", help="count and skip malformed lines of a data file")
 
 

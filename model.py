@@ -50,7 +50,8 @@ class ModelConfig:
     activation: str = option("silu", "of the gated MLP: silu, or gelu_tanh (Gemma)")
     embedding_scale: float = option(1.0, "factor of the embeddings (Gemma: sqrt d_model)")
     query_scale: float | None = option(None, "factor of q k before the softmax; none: 1 / sqrt head_dim")
-    qk_norm: bool = option(False, "norm the queries and keys of every head (Gemma 3)")
+    qk_norm: bool = option(False, "norm the queries and keys of every head (Gemma 3, Qwen 3)")
+    qkv_bias: bool = option(False, "add a bias to queries, keys and values (Qwen 2)")
     post_norms: bool = option(False, "norm what attention and MLP add, too (Gemma 2 and 3)")
     attention_cap: float | None = option(None, "soft cap of q k (Gemma 2); none: no cap")
     logit_cap: float | None = option(None, "soft cap of the logits (Gemma 2); none: no cap")
@@ -58,12 +59,13 @@ class ModelConfig:
                                       "and 3); none: all")
     global_layers: tuple[int, ...] = option((), "layers that see all positions in spite of a window")
     local_rope_base: float | None = option(None, "rope_base of the layers with a window (Gemma 3); none: the same")
+    unrotated_layers: tuple[int, ...] = option((), "layers whose queries and keys know no positions (SmolLM3)")
     rope_factor: float = option(1.0, "divides the rotary frequencies, but for those of local_rope_base")
     rope_bands: tuple[float, ...] = option((), "Llama 3: low, high and length; rope_factor divides fully what turns "
                                                "less than low times in length positions, not what turns more than high")
 
     def __post_init__(self):
-        for name in ("exit_norms", "classifiers", "exit_layers", "global_layers", "rope_bands"):
+        for name in ("exit_norms", "classifiers", "exit_layers", "global_layers", "unrotated_layers", "rope_bands"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "eos_id", one_or_several(self.eos_id))
         check_shape(self)
@@ -79,6 +81,10 @@ class ModelConfig:
     def slides(self, layer: int) -> bool:
         """Whether the layer has a window."""
         return self.window is not None and layer not in self.global_layers
+
+    def rotates(self, layer: int) -> bool:
+        """Whether the layer's queries and keys are rotated by their positions."""
+        return layer not in self.unrotated_layers
 
 
 # ---------------------------------------------------------------- positions and attention
@@ -111,12 +117,14 @@ def rotation(rope: Tensor, slides: bool, first: int, stop: int) -> tuple[Tensor,
     return rope[-1 if slides else 0, :, first:stop].unbind()
 
 
-def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
     """(B T, (H + 2K) C) -> q (B, H, T, C), k and v (B, K, T, C). q and k are rotated: of each head the pair
-    (x1, x2) = (i, i + C/2) becomes (x1 cos - x2 sin, x2 cos + x1 sin). rope: from `rotation`."""
+    (x1, x2) = (i, i + C/2) becomes (x1 cos - x2 sin, x2 cos + x1 sin). rope: from `rotation`; None: not rotated."""
     H, K, C = config.n_heads, config.n_kv_heads, config.head_dim
     heads = qkv.view(batch, -1, H + 2 * K, C).transpose(1, 2)  # (B, H + 2K, T, C)
     qk, v = heads[:, : H + K], heads[:, H + K :]
+    if rope is None:  # SmolLM3
+        return qk[:, :H], qk[:, H:], v
     cos, signed_sin = rope
     other = qk.roll(C // 2, -1)  # x2 beside x1, x1 beside x2
     qk = torch.addcmul(qk * cos, other, signed_sin).type_as(v)
@@ -181,6 +189,8 @@ class Block(nn.Module):
         self.down = nn.Parameter(torch.empty(d, config.d_ff))
         if config.post_norms:
             self.attn_post_norm, self.mlp_post_norm = nn.Parameter(torch.ones(d)), nn.Parameter(torch.ones(d))
+        if config.qkv_bias:
+            self.qkv_bias = nn.Parameter(torch.zeros((H + 2 * K) * C))
         if config.qk_norm:
             self.q_norm, self.k_norm = nn.Parameter(torch.ones(C)), nn.Parameter(torch.ones(C))
 
@@ -201,10 +211,12 @@ class Block(nn.Module):
         """x (N, d) -> queries, keys and values before rotation, (N, (H + 2K) C)."""
         w = self._parameters
         qkv = linear(rms_norm(x, w["attn_norm"], self.config.norm_eps), w["qkv"])
-        return self.norm_heads(qkv) if self.config.qk_norm else qkv
+        if self.config.qkv_bias:  # Qwen 2
+            qkv = (qkv + w["qkv_bias"]).type_as(qkv)  # the bias may be finer
+        return self.norm_heads(qkv) if self.config.qk_norm else qkv  # Gemma 3, Qwen 3
 
     def norm_heads(self, qkv: Tensor) -> Tensor:
-        """Gemma 3: a norm over every head of the queries, and one over every head of the keys."""
+        """Gemma 3, Qwen 3: a norm over every head of the queries, and one over every head of the keys."""
         c, C = self.config, self.config.head_dim
         q, k, v = qkv.split((c.n_heads * C, c.n_kv_heads * C, c.n_kv_heads * C), -1)
         q = rms_norm(q.reshape(-1, C), self.q_norm, c.norm_eps).view_as(q)
@@ -258,21 +270,22 @@ class Transformer(nn.Module):
         if tokens.shape[1] > self.config.max_len:
             raise UserError(f"{tokens.shape[1]} tokens do not fit into the model's {self.config.max_len} positions; "
                             "shorten the text")
-        sliding, whole = (self.attend_all(tokens, documents, slides) for slides in (True, False))
+        attend_all = functools.cache(functools.partial(self.attend_all, tokens, documents))  # once for alike layers
         x = self.embed(tokens.flatten())
         states = [x]
         for layer, block in enumerate(self.blocks, 1):
             if layer not in skipped:
-                inputs = (x, sliding if self.config.slides(layer) else whole)
+                inputs = (x, attend_all(self.config.slides(layer), self.config.rotates(layer)))
                 x = recomputed(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
             states.append(x)
         return states
 
-    def attend_all(self, tokens: Tensor, documents: Tensor | None, slides: bool) -> Callable[[Tensor], Tensor]:
+    def attend_all(self, tokens: Tensor, documents: Tensor | None, slides: bool, rotates: bool
+                   ) -> Callable[[Tensor], Tensor]:
         """`attend` of a block in a full pass over tokens (B, T): every position sees those before it, within its own
-        document and, where the layer slides, its window."""
-        (B, T), config = tokens.shape, self.config
-        rope, mask = rotation(self.rope, slides, 0, T), None
+        document and, where the layer slides, its window; queries and keys are rotated or not."""
+        (B, T), config, mask = tokens.shape, self.config, None
+        rope = rotation(self.rope, slides, 0, T) if rotates else None
         if documents is not None or slides or config.attention_cap is not None:
             positions = torch.arange(T, device=tokens.device)
             mask = visible(positions, positions, config.window if slides else None)  # (T, T)
@@ -337,7 +350,7 @@ class Transformer(nn.Module):
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
                     form: str | None = None, check: bool = False, frequent_ids: str | None = None):
-    """Returns (model, tokenizer) ready to decode: tokenizer is a SentencePieceProcessor, or None if the file holds
+    """Returns (model, tokenizer) ready to decode: tokenizer as formats/tokenizer.py says, or None if the file holds
     none. `dtype`, of the matrices (vectors keep at least the file's precision), None: float32 on the CPU for float16
     files (CPUs are slow at several rows in half precision), else the file's own. `form`: how a CPU stores the weights
     (formats/weights.py; None: by its rule). `check`: compare the file with its checksums first. `frequent_ids`: a file

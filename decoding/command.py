@@ -20,6 +20,7 @@ from decoding.page import Page
 from decoding.record import Token
 from decoding.replay import Recorder, recorded
 from decoding.settings import DecodeConfig
+from formats.chat import conversation, load_chat
 from model import load_checkpoint
 
 
@@ -27,6 +28,8 @@ def make_parser() -> Parser:
     parser = Parser(__doc__, usage="python decode.py --prompt TEXT [--flag VALUE ...]")
     parser.add_argument("--prompt", required=True,
                         help="text; token ids, separated by commas, where the checkpoint has no tokenizer")
+    parser.add_argument("--chat", action="store_true",
+                        help="the prompt is a turn in a chat, by the template of the checkpoint; needs jinja2")
     parser.add_argument("--compare", metavar="NAMES",
                         help="show several settings, and where each first differs from the full model: confidence "
                              "functions or full, with changes, as in softmax,jsd+threshold=0.5,softmax+verify")
@@ -53,6 +56,10 @@ def show_runs(args: argparse.Namespace, stream: Callable[..., Iterator[Token]]) 
     contrast = {"predict": "contrast"} if args.amateur else {}
     config, source = settings_of(args.checkpoint, args.thresholds, contrast | given(args, DecodeConfig))
     prompt, amateur = read_prompt(args.prompt, tokenizer), read_amateur(args.amateur, tokenizer, options)
+    if args.chat:
+        chat = load_chat(args.checkpoint, tokenizer)
+        (prompt,) = chat.encode([conversation(args.prompt)])
+        config = replace(config, stop_tokens=(*config.stop_tokens, *chat.ends))
     configs = variants(config, args.compare) if args.compare else {"": config}
     check_prompt(prompt, model)
     for each in configs.values():

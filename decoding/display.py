@@ -37,7 +37,7 @@ def read_amateur(path: str | None, tokenizer, options: dict) -> Transformer | No
     if path is None:
         return None
     amateur, other = load_checkpoint(path, **options)
-    if tokenizer and (not other or other.serialized_model_proto() != tokenizer.serialized_model_proto()):
+    if tokenizer and (not other or other.to_blob() != tokenizer.to_blob()):
         raise UserError(f"{path}: has another tokenizer than the model; an amateur must read the same tokens")
     return amateur
 
@@ -67,7 +67,7 @@ def struck(text: str, on: bool) -> str:
 
 def piece(tokenizer, token: int) -> str:
     """The text of one token; its id where there is no tokenizer."""
-    return tokenizer.id_to_piece(token).replace("▁", " ") if tokenizer else f" {token}"
+    return tokenizer.piece(token) if tokenizer else f" {token}"
 
 
 def pieces(tokenizer, tokens: Iterator[Token]) -> Iterator[tuple[Token, str]]:

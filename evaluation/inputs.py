@@ -15,6 +15,7 @@ from common.processes import processes, tell
 from evaluation.measure import environment
 from evaluation.rows import default_tasks
 from evaluation.tasks import Task, find_task, read_task, sample
+from formats.chat import load_chat
 from formats.data import Example
 from model import Transformer, load_checkpoint
 
@@ -35,12 +36,14 @@ def chosen_tasks(args: argparse.Namespace) -> list[Task]:
 
 
 def load_model(args: argparse.Namespace) -> tuple[Transformer, object]:
-    """The model and its tokenizer. Raises ValueError if it has none."""
+    """The model and its tokenizer; with --chat its chat, too, is in `args`. Raises ValueError if it has none."""
     model, tokenizer = load_checkpoint(args.checkpoint, **loading(args))
     if tokenizer is None:
         raise UserError(
             f"{args.checkpoint}: has no tokenizer, which these tasks need, being text; decode.py takes token ids"
         )
+    chats = getattr(args, "chat", False)  # not every tool has this flag
+    args.template = load_chat(args.checkpoint, tokenizer) if chats else None
     return model, tokenizer
 
 
@@ -54,6 +57,7 @@ def run_record(args: argparse.Namespace, model: Transformer) -> dict:
         "repeat": args.repeat,
         "seed": args.draw_seed,
         "shots": args.shots,
+        "chat": args.chat,
     }
     note(", ".join(f"{name} {value}" for name, value in record.items()))
     return record
@@ -65,6 +69,8 @@ def load_inputs(args: argparse.Namespace, task: Task, split: str) -> tuple[Task,
     skipped: list[str] | None = [] if args.skip_bad else None
     examples = read_task(task, split, skipped)
     shots = []
+    if args.chat and task.openings:
+        raise UserError(f"{task.name}: goes on from a text, so it takes no --chat")
     if args.shots:
         if task.openings:
             raise UserError(f"{task.name}: goes on from a text, so it takes no --shots")
@@ -82,7 +88,8 @@ def load_inputs(args: argparse.Namespace, task: Task, split: str) -> tuple[Task,
             f"{task.name}: {pairs} pairs of prompt and reference are {len(examples)} inputs: "
             "the references of equal prompts are put together"
         )
-    return task.with_shots(shots), [example for example in examples if example not in shots]
+    task = replace(task.with_shots(shots), chat=args.template)
+    return task, [example for example in examples if example not in shots]
 
 
 def show_prompts(args: argparse.Namespace) -> None:

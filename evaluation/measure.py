@@ -137,7 +137,7 @@ def encode_inputs(
     if longest > model.config.max_len - 2:
         raise UserError(f"max_new_tokens is {longest}, of {model.config.max_len} positions; leave some to the prompt")
     room = model.config.max_len - longest
-    prompts, cut = zip(*(task.encode(example.prompt, tokenizer, room) for example in examples))
+    prompts, cut = zip(*task.encode([example.prompt for example in examples], tokenizer, room))
     if any(cut):
         tqdm.write(
             f"{task.name}: {sum(cut)} of {len(cut)} prompts lost their left to leave {longest} positions to answer",

@@ -168,7 +168,7 @@ def titled(rows: list[dict]) -> str:
 
 
 def piece(tokenizer, token: int) -> str:
-    return tokenizer.id_to_piece(token).replace("▁", " ").strip() or "·"
+    return tokenizer.piece(token).strip() or "·"
 
 
 def kind(row: dict) -> str:

@@ -120,7 +120,7 @@ def means(rows: list[dict], field: str) -> str:
 
 # ---------------------------------------------------------------- the file of results
 
-ABOUT = ("checkpoint", "checkpoint_id", "split_of_data", "limit", "repeat", "seed", "shots")  # where rows come from
+ABOUT = ("checkpoint", "checkpoint_id", "split_of_data", "limit", "repeat", "seed", "shots", "chat")  # of rows
 PLACE = ("device", "threads", "dtype", "processes")  # what makes two runs comparable
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from common.errors import UserError
 from evaluation.metrics import METRICS
 from formats import data
+from formats.chat import Chat, conversation
 from formats.data import Example
-from formats.tokenizer import SEP, encode_prompt
+from formats.tokenizer import GUARD, encode_prompt
 
 OPENING, OPENINGS = 40, 30  # words of a story that a continuation begins with; about so many from a book
 TUNING_SHARE = 0.5  # of the texts of dev, or of a single file; calibration draws from the others
@@ -26,26 +27,59 @@ class Task:
     one_line: bool = True  # such a model's answer ends with its line
     max_new_tokens: int = 100
     openings: bool = False  # prompts are the first words of a text's paragraphs
-    shots: str = ""  # solved examples before the prompt, in the template
+    shots: tuple[tuple[str, str], ...] = ()  # solved examples before the prompt: prompt in the template, answer
+    chat: Chat | None = None  # prompts, and shots before them, are turns in a chat
 
     def text(self, prompt: str, tokenizer) -> str:
         """The prompt as the model gets it."""
-        bare = has_separator(tokenizer) and not self.shots
-        return prompt if bare else self.shots + self.template.format(prompt)
+        if self.chat:
+            (text,) = self.chat.texts([self.turns(prompt)])
+            return text.replace(GUARD, "")
+        if tokenizer.separator is not None and not self.shots:
+            return prompt
+        solved = [f"{asked}{answered}\n\n" for asked, answered in self.shots]
+        return "".join(solved) + self.template.format(prompt)
 
-    def encode(self, prompt: str, tokenizer, room: int) -> tuple[list[int], bool]:
-        """Token ids of a prompt, and whether its left had to go to leave at most `room`; the start token stays."""
-        ids = encode_prompt(tokenizer, self.text(prompt, tokenizer))
-        if len(ids) <= room:
-            return ids, False
-        return [*ids[:1], *ids[len(ids) - room + 1 :]], True
+    def turns(self, prompt: str) -> list[tuple[str, str]]:
+        """The prompt as the last turn of a chat."""
+        shots = [(asked.strip(), answered) for asked, answered in self.shots]
+        return conversation(self.template.format(prompt).strip(), shots)
+
+    def encode(self, prompts: list[str], tokenizer, room: int) -> list[tuple[list[int], bool]]:
+        """Of each prompt its token ids, and whether its left had to go to leave at most `room`; the start token stays,
+        in a chat all but the prompt itself. Raises UserError for shots that leave a prompt no room."""
+        if self.chat:
+            encoded = self.chat.encode([self.turns(prompt) for prompt in prompts])
+        else:
+            encoded = [encode_prompt(tokenizer, self.text(prompt, tokenizer)) for prompt in prompts]
+        inputs = []
+        for prompt, ids in zip(prompts, encoded):
+            cut = len(ids) > room
+            if cut and self.chat:
+                ids = self.shortened(prompt, tokenizer, len(ids), room)
+            elif cut:
+                ids = [*ids[:1], *ids[len(ids) - room + 1 :]]
+            inputs.append((ids, cut))
+        return inputs
+
+    def shortened(self, prompt: str, tokenizer, size: int, room: int) -> list[int]:
+        """Token ids of a chat whose prompt loses its left; `size`: how many they are with all of it."""
+        body, excess = tokenizer.encode(prompt), size - room
+        while excess < len(body):
+            (ids,) = self.chat.encode([self.turns(tokenizer.decode(body[excess:]))])
+            if len(ids) <= room:
+                return ids
+            excess += len(ids) - room
+        raise UserError(f"{self.name}: the turns around a prompt leave no room for it; take fewer --shots")
 
     def stop_tokens(self, tokenizer) -> tuple[int, ...]:
-        """Pieces that end an answer, besides the end of text: those with a line end, where an answer is one line."""
-        if not self.one_line or has_separator(tokenizer):
+        """Pieces that end an answer, besides the end of text: those with a line end, where an answer is one line; in a
+        chat the end of the turn."""
+        if self.chat:
+            return self.chat.ends
+        if not self.one_line or tokenizer.separator is not None:
             return ()
-        pieces = [tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size())]
-        return tuple(i for i, piece in enumerate(pieces) if "\n" in piece or piece == "<0x0A>")
+        return tuple(id for id in range(tokenizer.size) if "\n" in tokenizer.piece(id))
 
     def scores(self, texts: list[str], references: list[list[str]]) -> dict[str, float]:
         """Every score of the task, each in [0, 1]."""
@@ -53,8 +87,8 @@ class Task:
 
     def with_shots(self, examples: list[Example]) -> "Task":
         """The same with solved examples before every prompt."""
-        solved = [f"{self.template.format(each.prompt)}{each.references[0]}\n\n" for each in examples]
-        return replace(self, shots="".join(solved))
+        solved = [(self.template.format(each.prompt), each.references[0]) for each in examples]
+        return replace(self, shots=tuple(solved))
 
 
 QA = {"f1": "f1", "exact_match": "exact_match", "rougeL": "rougeL"}
@@ -70,10 +104,6 @@ TASKS = {
     "samsum": Task("samsum", SUMMARY, "", max_new_tokens=60),
     "file": Task("file", {"rougeL": "rougeL", "bleu": "bleu"}, "", "{}\n"),
 }
-
-
-def has_separator(tokenizer) -> bool:
-    return tokenizer.piece_to_id(SEP) != tokenizer.unk_id()
 
 
 def find_task(name: str) -> Task:

@@ -51,7 +51,7 @@ def test_by_hand():
 def test_it_stops_where_softmax_response_stops():
     model, tokenizer = load_checkpoint(CHECKPOINT)
     register("my_margin")(margin)
-    prompt = [tokenizer.bos_id(), *tokenizer.encode("Die Katze sitzt auf dem Tisch.<sep>")]
+    prompt = [tokenizer.begin, *tokenizer.encode("Die Katze sitzt auf dem Tisch.<sep>")]
     runs = []
     for name in ("my_margin", "softmax"):
         config = DecodeConfig(confidence=name, threshold=0.5, exit_layers=(4, 6, 8), max_new_tokens=20)

@@ -65,7 +65,7 @@ def test_patience_by_hand():
 def test_whoever_stops_early_by_patience_has_three_layers_that_agree():
     model, tokenizer = load_checkpoint(CHECKPOINT, dtype=torch.float64)
     register("my_patience")(patience)
-    prompt = [tokenizer.bos_id(), *tokenizer.encode("Die Katze sitzt auf dem Tisch.<sep>")]
+    prompt = [tokenizer.begin, *tokenizer.encode("Die Katze sitzt auf dem Tisch.<sep>")]
     config = DecodeConfig(confidence="my_patience", threshold=1.0, exit_layers=(4, 6, 8), max_new_tokens=20)
     out = generate(model, prompt, config)
     states = model.hidden_states(torch.tensor([prompt + out.tokens]))

@@ -37,7 +37,7 @@ def test_the_staircase_is_exact():
     model, tokenizer = load_checkpoint(CHECKPOINT, dtype=torch.float64)
     used, exits, threshold = set(), (3, 4, 6, 8), 0.4
     for text in ("Guten Morgen!", "Die Katze sitzt auf dem Tisch.", "Ich habe heute keine Zeit, aber morgen schon."):
-        prompt = [tokenizer.bos_id(), *tokenizer.encode(text + "<sep>")]
+        prompt = [tokenizer.begin, *tokenizer.encode(text + "<sep>")]
         config = DecodeConfig(confidence="softmax", threshold=threshold, exit_layers=exits, max_new_tokens=15)
         out = generate(model, prompt, config)
         with torch.inference_mode():

@@ -66,7 +66,7 @@ def missed(model, text, exits, k, k_min):
 def test_on_a_real_text_little_is_missed_and_with_fewer_candidates_more():
     model, tokenizer = load_checkpoint(CHECKPOINT)
     ids = tokenizer.encode("Die Katze sitzt auf dem Tisch.<sep>The cat is sitting on the table.")
-    text = [tokenizer.bos_id(), *ids]
+    text = [tokenizer.begin, *ids]
     with torch.inference_mode():
         nothing = missed(model, text, (3, 4, 6, 8), 4096, 4096)
         little = missed(model, text, (3, 4, 6, 8), 64, 16)

@@ -17,6 +17,7 @@ from common.errors import UserError
 from formats.splitting import compile_rule
 
 FORMAT = "byte-level BPE 1"
+GUARD = "\ufdd0"  # no character: in a template's text it keeps what a user typed from being a special token
 CACHED_WORDS = 1 << 17  # words whose tokens are remembered
 CACHED_LENGTH = 64  # characters of the longest of them
 
@@ -103,6 +104,7 @@ class BPE:
     ):
         self.tokens, self.size = list(tokens), len(tokens)
         self.added, self.special, self.begin = added, frozenset(special), begin
+        self.specials = {text: id for text, id in added.items() if id in self.special}
         self.rules, self.nfc, self.prefix_space, self.whole_words = tuple(rules), nfc, prefix_space, whole_words
         self.end_with(ends)
         named = [*added.values(), *self.special] + ([] if begin is None else [begin])
@@ -147,14 +149,16 @@ class BPE:
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of a text, without begin or end. `special`: the text comes from a template, not from a user, and
-        the special tokens written in it are tokens. A byte that the vocabulary lacks is left out, as Hugging Face's
-        library does (SmolLM2 lacks 21, which hardly any text has). Raises UserError for a text that has no UTF-8."""
+        the special tokens written in it are tokens; GUARDs are left out. So is a byte that the vocabulary lacks, as
+        Hugging Face's library does (SmolLM2 lacks 21, which hardly any text has). Raises UserError for a text that has
+        no UTF-8."""
         check_text(text)
         added, ids = self._added[special], []
         for number, part in enumerate(added.split(text) if added else [text]):
             if number % 2:  # what the pattern found, and what lies between, take turns
                 ids.append(self.added[part])
             elif part:
+                part = part.replace(GUARD, "") if special else part
                 for word in self.split(part):
                     ids += self._words.get(word) or self._encode_word(word)
         return ids

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import UserError
+from common.files import read_json
 from formats.bpe import BPE, to_bytes
 from formats.splitting import DIGIT, GPT_2, LLAMA_3, NUMBER, QWEN_2, TEKKEN
 
@@ -93,15 +94,7 @@ def reading(where) -> Iterator[None]:
 
 def load_json(path: Path) -> dict:
     """The object in a JSON file, {} where there is no file. Raises UserError."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({str(error)[:100]})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object")
-    return content
+    return read_json(path, "a part of a tokenizer") if path.is_file() else {}
 
 
 def text_of(token) -> str | None:

@@ -1,8 +1,8 @@
 """One-file checkpoints: written whole, read memory-mapped, checked; and the tokenizer inside.
 
 A file is what torch.save writes, a zip archive, of one dictionary: `format`, `config` (fields of ModelConfig),
-`weights` (name -> tensor), `tokenizer` (the bytes of a sentencepiece model, or None), and whatever else its writer had
-to say (plain values, tensors).
+`weights` (name -> tensor), `tokenizer` (the bytes that formats/tokenizer.py reads, or None), perhaps `chat_template`
+(text, see formats/chat.py), and whatever else its writer had to say (plain values, tensors).
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import whole_file
+from formats.tokenizer import Tokenizer, read_blob
 
 FORMAT = "early-exit checkpoint 1"
 STORED = (torch.float32, torch.bfloat16, torch.float16)  # what weights may be in a file
@@ -26,8 +27,8 @@ STORED = (torch.float32, torch.bfloat16, torch.float16)  # what weights may be i
 
 
 def save_checkpoint(path: str | os.PathLike, model, tokenizer: bytes | None, dtype: torch.dtype | None = None, **extra):
-    """Writes config, weights (matrices as `dtype`, vectors as they are), the sentencepiece model and `extra` (plain
-    values, tensors) to one file, whole or not at all. Raises UserError for a full disk."""
+    """Writes config, weights (matrices as `dtype`, vectors as they are), the tokenizer and `extra` (plain values,
+    tensors) to one file, whole or not at all. Raises UserError for a full disk."""
     weights = {}
     for name, weight in model.state_dict().items():
         kept = dtype or weight.dtype if weight.dim() > 1 else weight.dtype
@@ -121,6 +122,8 @@ def check_entries(path: str | os.PathLike, content: dict) -> None:
         raise UserError(f"{path}: its weights are no dictionary of tensors")
     if blob is not None and not (is_plain(blob) and blob.dtype == torch.uint8 and blob.dim() == 1):
         raise UserError(f"{path}: its tokenizer is no row of bytes")
+    if not isinstance(content.get("chat_template"), str | None):
+        raise UserError(f"{path}: its chat template is no text")
     for name, weight in weights.items():
         if not is_plain(weight) or weight.dtype not in STORED:
             known = ", ".join(map(str, STORED))
@@ -172,37 +175,13 @@ def fitting(path: str | os.PathLike) -> Iterator[None]:
 # ---------------------------------------------------------------- the tokenizer inside
 
 
-def read_tokenizer(path: str | os.PathLike, blob: bytes, vocab_size: int):
-    """The SentencePieceProcessor of these bytes, which come from `path`. Raises UserError for damaged ones, and for
-    more pieces than the model has."""
-    import sentencepiece
-
+def read_tokenizer(path: str | os.PathLike, blob: bytes, vocab_size: int) -> Tokenizer:
+    """The tokenizer of these bytes, which come from `path`. Raises UserError for damaged ones, and for more pieces than
+    the model has."""
     try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=blob)
-    except RuntimeError:
-        raise UserError(f"{path}: its tokenizer is damaged") from None
-    if tokenizer.vocab_size() > vocab_size:
-        raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size()} pieces, the model only {vocab_size}")
+        tokenizer = read_blob(blob)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if tokenizer.size > vocab_size:
+        raise UserError(f"{path}: its tokenizer has {tokenizer.size} pieces, the model only {vocab_size}")
     return tokenizer
-
-
-def load_tokenizer(path: str | os.PathLike) -> bytes:
-    """The sentencepiece model in a checkpoint, or in a file of its own. Raises UserError if there is none."""
-    import sentencepiece
-
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; it was to hold a tokenizer")
-    if zipfile.is_zipfile(path):  # what torch.save writes
-        blob = read_checkpoint(path)["tokenizer"]
-        if blob is None:
-            raise UserError(f"{path}: has no tokenizer")
-        return blob.numpy().tobytes()
-    with open(path, "rb") as file:
-        model = file.read()
-    try:
-        if not model:  # which sentencepiece takes without a word
-            raise RuntimeError("an empty file")
-        sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError:
-        raise UserError(f"{path}: neither a checkpoint nor a sentencepiece model") from None
-    return model

@@ -6,6 +6,7 @@ fills.
 
 import math
 import re
+from collections.abc import Iterable
 
 from common.errors import UserError
 
@@ -27,11 +28,45 @@ GEMMA_3 = {
     **GEMMA_2, "vocab_size": 262208, "max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
     "sliding_window_pattern": 6, "attn_logit_softcapping": None, "final_logit_softcapping": None,
 }  # fmt: skip
-FAMILIES = {"llama": LLAMA, "mistral": MISTRAL, "gemma": GEMMA, "gemma2": GEMMA_2, "gemma3_text": GEMMA_3}
+QWEN_2 = {
+    **LLAMA, "max_position_embeddings": 32768, "num_key_value_heads": 32, "eos_token_id": None,
+    "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
+}  # fmt: skip
+QWEN_3 = {**QWEN_2, "head_dim": 128}
+SMOLLM_3 = {
+    **LLAMA, "max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2e6,
+    "tie_word_embeddings": True, "eos_token_id": 128001, "use_sliding_window": False, "no_rope_layer_interval": 4,
+}  # fmt: skip
+FAMILIES = {
+    "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN_2, "qwen3": QWEN_3, "smollm3": SMOLLM_3,
+    "gemma": GEMMA, "gemma2": GEMMA_2, "gemma3_text": GEMMA_3,
+}  # fmt: skip
+
+# What people will try and what this project has no blocks for: model_type, or an architecture of GGUF, by the reason.
+UNSUPPORTED = {
+    "a mixture of experts": (
+        "mixtral", "qwen2_moe", "qwen2moe", "qwen3_moe", "qwen3moe", "olmoe", "phimoe", "granitemoe", "gpt_oss",
+        "gpt-oss", "deepseek_v2", "deepseek2", "deepseek_v3", "glm4_moe", "glm4moe", "ernie4_5_moe", "hunyuan_v1_moe",
+        "minimax_m2", "dbrx", "grok",
+    ),
+    "a model with linear attention or a recurrent state": (
+        "qwen3_next", "qwen3next", "qwen3_5", "qwen35", "qwen3_5_text", "qwen3_5_moe", "mamba", "mamba2",
+        "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba", "zamba2", "rwkv", "rwkv6", "rwkv7",
+        "recurrent_gemma", "nemotron_h", "granitemoehybrid", "kimi_linear", "lfm2", "lfm2_moe", "minimax",
+        "olmo_hybrid",
+    ),
+    "a model of several modalities (images, sound)": (
+        "llava", "llava_next", "mllama", "llama4", "mistral3", "pixtral", "voxtral", "qwen2_vl", "qwen2vl",
+        "qwen2_5_vl", "qwen3_vl", "qwen3vl", "qwen3_vl_moe", "qwen2_audio", "qwen2_5_omni", "qwen3_omni_moe",
+        "smolvlm", "idefics2", "idefics3", "paligemma", "gemma3n", "gemma4", "internvl", "phi4_multimodal",
+    ),
+}  # fmt: skip
+REASONS = {name: reason for reason, names in UNSUPPORTED.items() for name in names}
 
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 COUNTS = (
     *NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "sliding_window_pattern",
+    "no_rope_layer_interval",
 )  # fmt: skip
 NUMBERS = (
     "rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar", "attn_logit_softcapping",
@@ -47,9 +82,7 @@ def config_fields(words: dict, max_len: int | None) -> dict:
     is missing, of the wrong type or not supported."""
     if words.get("model_type") == "gemma3":  # with images: the text's configuration lies inside
         words = {**words, **table(words, "text_config"), "model_type": "gemma3_text"}
-    family = words.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise UserError(f"unknown model_type {family!r:.40}; known are {', '.join(FAMILIES)}")
+    family = known_family(words.get("model_type"), "model_type", FAMILIES)
     stated = words.get("max_position_embeddings")
     words = {**FAMILIES[family], **words}
     check_words(words)
@@ -74,17 +107,41 @@ def config_fields(words: dict, max_len: int | None) -> dict:
         "activation": activation(words, gemma),
         "embedding_scale": math.sqrt(d_model) if gemma else 1.0,
         "query_scale": scalar**-0.5 if scalar and scalar != head_dim else None,
-        "qk_norm": family == "gemma3_text",
+        "qk_norm": family in ("gemma3_text", "qwen3"),
+        "qkv_bias": family == "qwen2",
         "post_norms": family in ("gemma2", "gemma3_text"),
         "attention_cap": words.get("attn_logit_softcapping"),
         "logit_cap": words.get("final_logit_softcapping"),
+        "unrotated_layers": without_rotation(words, n_layers) if family == "smollm3" else (),
         **windows(words, n_layers),
         **rotation(words, local=family == "gemma3_text"),
     }
 
 
+def known_family(name, what: str, known: Iterable[str]) -> str:
+    """The name of a family if it is among those known, which `what` (model_type, architecture) gives. Raises UserError
+    that says why for one that is not supported."""
+    if isinstance(name, str) and name in known:
+        return name
+    listed = ", ".join(known)
+    if isinstance(name, str) and name in REASONS:
+        raise UserError(f"{what} {name} is {REASONS[name]}, which is not supported; supported are {listed}")
+    raise UserError(f"unknown {what} {name!r:.40}; known are {listed}")
+
+
 def check_words(words: dict) -> None:
-    """Raises UserError for sizes that are missing, and for values that are no number where there must be one."""
+    """Raises UserError for sizes that are missing, for values that are no number where there must be one, and for parts
+    that no block here has."""
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if words.get(name):
+            mixture = f"{words['model_type']} as a mixture of experts"
+            raise UserError(f"{name} is {words[name]!r:.40}: {mixture} is not supported")
+    for name in ("attention_bias", "mlp_bias"):
+        if words.get(name):
+            raise UserError(f"{name} is set: biases are supported on the queries, keys and values of qwen2 alone")
+    if words.get("quantization_config"):
+        method = table(words, "quantization_config").get("quant_method")
+        raise UserError(f"the weights are quantized ({method!s:.40}); take the model as it was before, or its GGUF")
     for name in NEEDED:
         if words.get(name) is None:
             raise UserError(f"the configuration lacks {name!r}")
@@ -132,7 +189,7 @@ def activation(words: dict, gemma: bool) -> str:
 def windows(words: dict, n_layers: int) -> dict:
     """The fields on sliding windows: by the kinds of layers listed, else every so many layers one without, else all
     with one."""
-    if words.get("sliding_window") is None:
+    if words.get("sliding_window") is None or words.get("use_sliding_window") is False:
         return {}
     if words.get("use_bidirectional_attention"):
         raise UserError("use_bidirectional_attention is set: an embedding model, which cannot decode")
@@ -141,10 +198,31 @@ def windows(words: dict, n_layers: int) -> dict:
     if kinds:
         if not isinstance(kinds, list) or len(kinds) != n_layers:
             raise UserError(f"layer_types is {kinds!r:.40}; it must be a list of {n_layers} kinds, one a layer")
+        for kind in kinds:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise UserError(f"layer_types has {kind!r:.40}; supported are full_attention and sliding_attention")
         whole = [layer for layer in layers if kinds[layer - 1] == "full_attention"]
+    elif "max_window_layers" in words:  # Qwen: how many layers, from the first, have none
+        first = words["max_window_layers"]
+        if type(first) is not int or first < 0:
+            raise UserError(f"max_window_layers is {first!r:.40}; it must be a whole number")
+        whole = [layer for layer in layers if layer <= first]
+    elif "no_rope_layer_interval" in words:  # SmolLM3: the layers that rotate have none
+        whole = [layer for layer in layers if layer not in without_rotation(words, n_layers)]
     else:
         whole = [layer for layer in layers if every and layer % every == 0]
     return {"window": words["sliding_window"], "global_layers": tuple(whole)}
+
+
+def without_rotation(words: dict, n_layers: int) -> tuple[int, ...]:
+    """SmolLM3: the layers whose queries and keys are not rotated, which no_rope_layers marks with 0, or else every so
+    many."""
+    marks, every = words.get("no_rope_layers"), words.get("no_rope_layer_interval") or 4
+    if marks is None:
+        marks = [int(layer % every != 0) for layer in range(1, n_layers + 1)]
+    if not isinstance(marks, list) or len(marks) < n_layers or not all(mark in (0, 1) for mark in marks):
+        raise UserError(f"no_rope_layers is {marks!r:.40}; it must be a list of {n_layers} times 0 or 1, one a layer")
+    return tuple(layer for layer in range(1, n_layers + 1) if marks[layer - 1] == 0)
 
 
 def rotation(words: dict, local: bool) -> dict:
@@ -189,14 +267,18 @@ META = (
     "feed_forward.w1", "feed_forward.w3", "feed_forward.w2",
 )  # fmt: skip
 GGUF = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
-HF_QK = {"self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm"}
+HF_FURTHER = {
+    "self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm",
+    "self_attn.q_proj.bias": "q_bias", "self_attn.k_proj.bias": "k_bias", "self_attn.v_proj.bias": "v_bias",
+}  # fmt: skip
 HF_SANDWICH = {
     "post_attention_layernorm": "attn_post_norm", "pre_feedforward_layernorm": "mlp_norm",
     "post_feedforward_layernorm": "mlp_post_norm",
 }  # fmt: skip
-GGUF_NORMS = {
+GGUF_FURTHER = {
     "post_attention_norm": "attn_post_norm", "post_ffw_norm": "mlp_post_norm",
     "attn_q_norm": "q_norm", "attn_k_norm": "k_norm",
+    "attn_q.bias": "q_bias", "attn_k.bias": "k_bias", "attn_v.bias": "v_bias",
 }  # fmt: skip
 SKIPPED = re.compile(r"rotary_emb\.inv_freq|rope\.freqs|rope_freqs|vision_tower\.|multi_modal_projector\.")
 
@@ -206,7 +288,7 @@ def name_table(names: str, post_norms: bool) -> dict[str, str]:
     parts: q, k, v; gate, up."""
     if names == "hf":
         prefix, outer = "model.layers", ("model.embed_tokens", "model.norm", "lm_head")
-        block = dict(zip(HF, BLOCK)) | HF_QK
+        block = dict(zip(HF, BLOCK)) | HF_FURTHER
         if post_norms:
             block |= HF_SANDWICH
     elif names == "meta":
@@ -214,7 +296,7 @@ def name_table(names: str, post_norms: bool) -> dict[str, str]:
         block = dict(zip(META, BLOCK))
     else:
         prefix, outer = "blk", ("token_embd", "output_norm", "output")
-        block = dict(zip(GGUF, BLOCK)) | GGUF_NORMS
+        block = dict(zip(GGUF, BLOCK)) | GGUF_FURTHER
     table = dict(zip(outer, ("embedding", "norm", "unembedding")))
     for theirs, ours in block.items():
         table[f"{prefix}.#.{theirs}"] = f"blocks.#.{ours}"

@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from formats.chat import checked
+from formats.families import known_family
 from formats.llama import BANDS
 from formats.sources import Source, Stored
 from formats.tokenizer_files import gguf_tokenizer
 
-ARCHITECTURES = {"llama": "llama", "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}  # -> model_type
+ARCHITECTURES = {  # -> model_type
+    "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "smollm3": "smollm3",
+    "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text",
+}  # fmt: skip
+INTERLEAVED = ("llama", "smollm3")  # whose rotary pairs llama.cpp wants side by side
 LARGE = (("gemma2", 46), ("gemma3", 62))  # 27B, with its own scale of queries; llama.cpp, too, knows it by its depth
 CHUNK = 1 << 22  # elements of a tensor dequantized at a time
 WORDS = {  # of config.json -> keys of the metadata
@@ -21,7 +27,7 @@ WORDS = {  # of config.json -> keys of the metadata
     "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
     "head_dim": "attention.key_length", "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base", "max_position_embeddings": "context_length",
-    "sliding_window": "attention.sliding_window",
+    "sliding_window": "attention.sliding_window", "num_local_experts": "expert_count",
     "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
 }  # fmt: skip
 
@@ -29,10 +35,11 @@ WORDS = {  # of config.json -> keys of the metadata
 def open_gguf(path: Path) -> Source:
     """A GGUF file. Raises UserError."""
     fields, found = read_gguf(path)
-    family = fields.get("general.architecture")
-    if not isinstance(family, str) or family not in ARCHITECTURES:
-        raise UserError(f"{path}: unknown architecture {family!r:.40}; known are {', '.join(ARCHITECTURES)}")
-    config = gguf_config(fields, family)
+    try:
+        family = known_family(fields.get("general.architecture"), "architecture", ARCHITECTURES)
+        config = gguf_config(fields, family)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     tensors = {}
     for name, shape, data, kind in found:
         tensors[name] = Stored(shape, torch.float32, partial(dequantized, shape, data, kind, config["head_dim"]))
@@ -43,8 +50,12 @@ def open_gguf(path: Path) -> Source:
     if "rope_freqs.weight" in tensors:  # Llama 3: what every frequency is divided by, at most the factor
         (divisors,) = tensors["rope_freqs.weight"].pieces()
         config["rope_scaling"] = {**BANDS, "factor": float(divisors.max())}
-    tokenizer, note = gguf_tokenizer(path, fields)
-    return Source("GGUF", config, "gguf", tensors, family == "llama", tokenizer, note)
+    template = fields.get("tokenizer.chat_template")
+    find = partial(gguf_tokenizer, path, fields)
+    return Source(
+        "GGUF", config, "gguf", tensors, family in INTERLEAVED, find,
+        chat_template=None if template is None else checked(template, path),
+    )  # fmt: skip
 
 
 def read_gguf(path: Path) -> tuple[dict, list[tuple]]:

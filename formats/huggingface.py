@@ -1,10 +1,12 @@
 """Hugging Face folders: config.json with *.safetensors or else pytorch_model*.bin, one or several, with an index or
 without."""
 
+from functools import partial
 from pathlib import Path
 
 from common.errors import UserError
 from common.files import read_json
+from formats.chat import find_template
 from formats.sources import Source, Stored
 from formats.tensors import read_safetensors, read_torch
 from formats.tokenizer_files import find_tokenizer
@@ -25,9 +27,11 @@ def open_hf(folder: Path) -> Source:
                     raise UserError(f"{file}: {name} is in another file, too; keep one set of files")
                 tensors[name] = stored
         if files:
-            tokenizer, note = find_tokenizer(folder)
             layout = f"Hugging Face folder, {len(files)} {kind} file(s)"
-            return Source(layout, config, "hf", tensors, False, tokenizer, note)
+            template = find_template(folder)
+            return Source(
+                layout, config, "hf", tensors, False, partial(find_tokenizer, folder), chat_template=template
+            )
     raise UserError(f"{folder}: has a config.json, but neither *.safetensors nor pytorch_model*.bin")
 
 

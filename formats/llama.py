@@ -55,10 +55,8 @@ def open_meta(folder: Path) -> Source:
         config["rope_scaling"] = {**BANDS, "factor": params.get("rope_scaling_factor", 8.0)}
     config |= llama_config(tensors, params.get("n_layers"), params.get("n_heads"), params.get("n_kv_heads"))
     note = "params.json does not say how many positions: 2048 unless --max-len says otherwise"
-    tokenizer, missing = find_tokenizer(folder, folder.parent)
-    if missing:
-        note = f"{note}; {missing}"
-    return Source(f"Meta folder, {len(files)} shard(s)", config, "meta", tensors, True, tokenizer, note)
+    find = partial(find_tokenizer, folder, folder.parent)
+    return Source(f"Meta folder, {len(files)} shard(s)", config, "meta", tensors, True, find, note)
 
 
 def join(parts: list[Stored], name: str, d_model: int | None) -> Stored:
@@ -136,11 +134,15 @@ def open_llama2c(path: Path) -> Source:
     config = llama_config(tensors, n_layers, n_heads, n_kv_heads)
     config |= {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": positions}
     config["eos_token_id"] = 1  # texts are divided by bos, as run.c knows
+    return Source("llama2.c", config, "meta", tensors, True, partial(find_beside, path))
+
+
+def find_beside(path: Path) -> tuple[bytes | None, str]:
+    """The tokenizer beside a file of llama2.c, and a note if there is none."""
     for name in ("tokenizer.model", "tokenizer.bin"):
         if path.with_name(name).is_file():
-            return Source("llama2.c", config, "meta", tensors, True, read_tokenizer_file(path.with_name(name)))
-    note = "no tokenizer.model or tokenizer.bin beside it: no tokenizer, unless --tokenizer gives one"
-    return Source("llama2.c", config, "meta", tensors, True, None, note)
+            return read_tokenizer_file(path.with_name(name)), ""
+    return None, "no tokenizer.model or tokenizer.bin beside it: no tokenizer, unless --tokenizer gives one"
 
 
 def llama2c_shapes(d: int, d_ff: int, d_kv: int, vocab_size: int, frequencies: int) -> tuple[dict, dict]:

@@ -39,9 +39,10 @@ def check_shape(config) -> None:
                         "exit_norms")
     for name in ("exit_norms", "classifiers", "exit_layers"):
         check_layers(name, getattr(config, name), config.n_layers)
-    for layer in config.global_layers:
-        if not 1 <= layer <= config.n_layers:
-            raise UserError(f"global_layers: there is no layer {layer}; choose from 1 to {config.n_layers}")
+    for name in ("global_layers", "unrotated_layers"):
+        for layer in getattr(config, name):
+            if not 1 <= layer <= config.n_layers:
+                raise UserError(f"{name}: there is no layer {layer}; choose from 1 to {config.n_layers}")
     for token in config.ends:
         if not 0 <= token < config.vocab_size:
             raise UserError(f"eos_id is {token}; it must lie in 0 to {config.vocab_size - 1}")

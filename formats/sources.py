@@ -27,5 +27,7 @@ class Source:
     names: str                   # whose names the tensors have: hf, meta or gguf
     tensors: dict[str, Stored]
     interleaved: bool            # the rotary pairs of a head are (2i, 2i + 1), not (i, i + C/2)
-    tokenizer: bytes | None      # a sentencepiece model
+    find_tokenizer: Callable[[], tuple[bytes | None, str]]  # its bytes (formats/tokenizer.py), a note if there is none
     note: str = ""               # what the user should know
+    tokenizer: bytes | None = None
+    chat_template: str | None = None  # see formats/chat.py

@@ -1,95 +1,115 @@
-"""Sentencepiece models: trained on a corpus, or rebuilt from a list of pieces; and how a prompt becomes tokens."""
+"""The one interface to tokenizers, whichever kind a checkpoint has: byte-level BPE (formats/bpe.py) or
+sentencepiece; and how a prompt becomes tokens."""
 
-import io
-import os
-import struct
-from collections.abc import Iterable, Iterator
+import functools
+import re
+from collections.abc import Sequence
+from typing import Protocol
 
 import sentencepiece as spm
 
 from common.errors import UserError
-
-SEP = "<sep>"  # the piece between prompt and completion; a tokenizer that lacks it continues prompts as they are
-LINE = 10_000  # characters of a line that are trained on together; sentencepiece leaves out lines that are too long
-
-
-def train_tokenizer(pairs: Iterable[tuple[str, str]], vocab_size: int) -> bytes:
-    """A sentencepiece model, trained line by line: BPE, every byte representable, characters left as they are, runs of
-    spaces made one; with a separator if there are prompts. The pairs are gone through twice. Raises UserError if there
-    is too little text, and what reading the pairs raises."""
-    prompted = [bool(prompt) for prompt, _ in pairs]  # all are read here: sentencepiece would hide an error
-    model = io.BytesIO()
-    try:
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=lines_of(pairs), model_writer=model, vocab_size=vocab_size, model_type="bpe",
-            byte_fallback=True, character_coverage=0.9995, normalization_rule_name="identity",
-            user_defined_symbols=[SEP] if any(prompted) else [], num_threads=os.cpu_count(), max_sentence_length=65536,
-            minloglevel=2,
-        )  # fmt: skip
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1]
-        raise UserError(f"no tokenizer of {vocab_size} pieces from this text: {reason}") from None
-    return model.getvalue()
+from formats.bpe import BPE, GUARD, any_of, check_text
+from formats.pieces import SEP
 
 
-def lines_of(pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """All lines of prompts and completions, long ones in parts."""
-    for pair in pairs:
-        for text in pair:
-            for line in text.splitlines():
-                if line.strip():
-                    yield from (line[at : at + LINE] for at in range(0, len(line), LINE))
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    size: int  # ids run from 0 to size - 1; the model may have more
+    begin: int | None  # before every text
+    ends: tuple[int, ...]  # any of these ends a text; the first is what training puts there
+    separator: int | None  # between prompt and completion
+    specials: dict[str, int]  # the texts of special tokens -> their ids
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of a text, without begin or end. `special`: the text comes from a template, not from a user, and
+        the special tokens written in it are tokens; a GUARD in it, which keeps a piece of a user's text from being one,
+        is left out. Raises UserError for a text that has no UTF-8."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these tokens; special ones, and ids that no token has, add nothing. A text whose last character
+        is unfinished ends in U+FFFD: who shows a text as it grows waits until it does not."""
+
+    def piece(self, id: int) -> str:
+        """What to show for one token by itself, special ones by their names."""
+
+    def to_blob(self) -> bytes:
+        """The tokenizer as bytes, for `read_blob`: equal if and only if the tokenizers are."""
 
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces (sentencepiece_model.proto)
+class SentencePiece:
+    """A sentencepiece model. Raises UserError for a damaged one."""
+
+    def __init__(self, blob: bytes):
+        if not blob:  # which sentencepiece takes without a word
+            raise UserError("the tokenizer is empty")
+        try:
+            self.model = spm.SentencePieceProcessor(model_proto=blob)
+        except RuntimeError:
+            raise UserError("the tokenizer is damaged") from None
+        model, self.blob = self.model, blob
+        self.size = model.vocab_size()
+        self.begin = model.bos_id() if model.bos_id() >= 0 else None
+        self.ends = (model.eos_id(),) if model.eos_id() >= 0 else ()
+        separator = model.piece_to_id(SEP)
+        self.separator = None if separator == model.unk_id() else separator
+
+    @functools.cached_property  # half a second for Gemma's 262,144 pieces, and only templates need it
+    def specials(self) -> dict[str, int]:
+        return {self.model.id_to_piece(id): id for id in range(self.size) if self.is_special(id)}
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern | None:
+        return any_of(list(self.specials))
+
+    def is_special(self, id: int) -> bool:
+        """Whether a piece is a control symbol; or one like <end_of_turn>, which some models find in any text."""
+        piece = self.model.id_to_piece(id)
+        if self.model.is_byte(id) or self.model.is_unknown(id):
+            return False
+        return self.model.is_control(id) or (len(piece) > 2 and piece[0] == "<" and piece[-1] == ">")
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        check_text(text)
+        if not special:
+            return self.model.encode(text)
+        ids = []
+        for number, part in enumerate(self._special.split(text) if self._special else [text]):
+            if number % 2:  # what the pattern found, and what lies between, take turns
+                ids.append(self.model.piece_to_id(part))
+            elif part:
+                ids += self.model.encode(part.replace(GUARD, ""))
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.model.decode([id for id in ids if 0 <= id < self.size])
+
+    def piece(self, id: int) -> str:
+        if not 0 <= id < self.size:
+            return ""
+        piece = self.model.id_to_piece(id)
+        if self.model.is_byte(id):  # <0x0A>
+            return bytes([int(piece[3:5], 16)]).decode("utf-8", "replace")
+        return piece.replace("▁", " ")
+
+    def to_blob(self) -> bytes:
+        return self.blob
 
 
-def build_tokenizer(
-    tokens: list[str], scores: list[float], types: list[int], unk: int, bos: int | None, eos: int | None, prefix: bool
-) -> bytes:
-    """A sentencepiece BPE model of these pieces, as the bytes of a ModelProto (sentencepiece_model.proto). Text is
-    taken as it is, spaces become ▁, with `prefix` one is put before the text, and what has no piece goes by bytes."""
-    pieces, types = [token.replace(" ", "▁").encode() for token in tokens], list(types)
-    types[unk] = UNKNOWN
-    parts = []
-    for piece, score, kind in zip(pieces, scores, types):
-        parts.append(_field(1, _field(1, piece) + _field(2, float(score)) + _field(3, int(kind))))
-    trainer = _field(3, 2) + _field(4, len(pieces)) + _field(35, BYTE in types)  # BPE, size, byte fallback
-    for number, at in enumerate((unk, bos, eos, None)):  # unk, bos, eos, pad: by id and by name, (none) is not found
-        trainer += _field(40 + number, -1 if at is None else at)
-        trainer += _field(45 + number, b"(none)" if at is None else pieces[at])
-    normalizer = _field(1, b"identity") + _field(3, prefix) + _field(4, False) + _field(5, True)  # keeps runs of ▁
-    return b"".join(parts) + _field(2, trainer) + _field(3, normalizer)
+def read_blob(blob: bytes) -> Tokenizer:
+    """The tokenizer of these bytes: JSON of a BPE, or a sentencepiece model, which begins with a tag that is no {.
+    Raises UserError for damaged ones."""
+    return BPE.from_blob(blob) if blob.startswith(b"{") else SentencePiece(blob)
 
 
-def _field(number: int, value: bytes | float | int) -> bytes:
-    """One field of a protobuf message: a string or message, a float, or an integer."""
-    if isinstance(value, bytes):
-        return _varint(number << 3 | 2) + _varint(len(value)) + value
-    if isinstance(value, float):
-        return _varint(number << 3 | 5) + struct.pack("<f", value)
-    return _varint(number << 3) + _varint(value)
-
-
-def _varint(value: int) -> bytes:
-    value, out = value % (1 << 64), bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def encode_prompt(tokenizer: spm.SentencePieceProcessor, prompt: str) -> list[int]:
-    """[bos] prompt [sep], each only where the tokenizer has one. Raises UserError for a prompt that UTF-8 cannot
-    write."""
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """[begin] prompt [separator], each only where the tokenizer has one. Raises UserError for a prompt that UTF-8
+    cannot write."""
     try:
         prompt.encode()
     except UnicodeEncodeError:  # what the shell gave as other bytes comes as surrogates
         raise UserError(f"the prompt {prompt!r:.40} holds bytes that are not UTF-8; give it in UTF-8") from None
-    bos, sep = tokenizer.bos_id(), tokenizer.piece_to_id(SEP)
-    ids = tokenizer.encode(prompt)
-    if bos >= 0:
-        ids = [bos, *ids]
-    if sep != tokenizer.unk_id():
-        ids = [*ids, sep]
-    return ids
+    begin = [] if tokenizer.begin is None else [tokenizer.begin]
+    separator = [] if tokenizer.separator is None else [tokenizer.separator]
+    return [*begin, *tokenizer.encode(prompt), *separator]

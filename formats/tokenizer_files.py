@@ -1,32 +1,71 @@
-"""Tokenizers that lie in or beside public checkpoints, as sentencepiece models: found, or rebuilt from a list of
-pieces."""
+"""Tokenizers that lie in or beside public checkpoints, as the bytes that formats/tokenizer.py reads: byte-level BPE,
+or sentencepiece models, some of them rebuilt from a list of pieces."""
 
 import re
 import struct
+import zipfile
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import read_json
+from formats.bpe_sources import find_bpe, from_gguf, from_json, from_ranks, reading
+from formats.checkpoint import read_checkpoint
+from formats.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, build_tokenizer
 from formats.tensors import check_regular
-from formats.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, build_tokenizer
+from formats.tokenizer import read_blob
+
+WITHOUT = "--tokenizer none converts the model without one"
+
+
+def is_ranks(raw: bytes) -> bool:
+    """Whether this is tiktoken's file of ranks, by its first line: base64 and a number."""
+    return re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", raw[:200]) is not None
 
 
 def find_tokenizer(*folders: Path) -> tuple[bytes | None, str]:
-    """The first tokenizer.model in the folders, and a note if there is none."""
+    """The tokenizer of the first of the folders that has one, and a note if none has. A sentencepiece model goes before
+    the tokenizer.json beside it, which then says the same less exactly. Raises UserError for one that cannot be
+    read."""
     for folder in folders:
         path = folder / "tokenizer.model"
-        if path.is_file():
-            raw = path.read_bytes()
-            if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", raw[:200]):
-                return None, "its tokenizer.model is byte-level BPE: no tokenizer"
-            return raw, ""
-    return None, "no tokenizer.model (sentencepiece): no tokenizer"
+        if path.is_file() and not is_ranks(path.read_bytes()):
+            return path.read_bytes(), ""
+        try:
+            tokenizer = find_bpe(folder)
+        except UserError as error:
+            raise UserError(f"{error}; {WITHOUT}") from None
+        if tokenizer is not None:
+            return tokenizer.to_blob(), ""
+    return None, "no tokenizer.model, tokenizer.json, or vocab.json with merges.txt: no tokenizer"
+
+
+def load_tokenizer(path: str | Path) -> bytes:
+    """The tokenizer in a checkpoint, or in a file of its own. Raises UserError if there is none."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; it was to hold a tokenizer")
+    if zipfile.is_zipfile(path):  # what torch.save writes
+        blob = read_checkpoint(path)["tokenizer"]
+        if blob is None:
+            raise UserError(f"{path}: has no tokenizer")
+        return blob.numpy().tobytes()
+    blob = read_tokenizer_file(Path(path))
+    try:
+        read_blob(blob)
+    except UserError:
+        kinds = "a sentencepiece model, tokenizer.json, or a file of ranks"
+        raise UserError(f"{path}: neither a checkpoint nor a tokenizer ({kinds})") from None
+    return blob
 
 
 def read_tokenizer_file(path: Path) -> bytes:
-    """A sentencepiece model, or one rebuilt from llama2.c's tokenizer.bin: the longest length, then score, length and
-    bytes of each token. Raises UserError."""
+    """A tokenizer in a file of its own: a sentencepiece model, tokenizer.json, tiktoken's ranks, or llama2.c's
+    tokenizer.bin: the longest length, then score, length and bytes of each token. Raises UserError."""
     check_regular(path)
     raw = path.read_bytes()
+    if raw.lstrip()[:1] == b"{" or is_ranks(raw):
+        with reading(path):
+            tokenizer = from_ranks(raw) if is_ranks(raw) else from_json(read_json(path, "a tokenizer"))
+            return tokenizer.to_blob()
     longest, at, tokens, scores = int.from_bytes(raw[:4], "little"), 4, [], []
     while longest < 1024 and at + 8 <= len(raw):  # a sentencepiece model begins with a tag that makes it larger
         score, length = struct.unpack_from("<fi", raw, at)
@@ -43,14 +82,20 @@ def read_tokenizer_file(path: Path) -> bytes:
 
 
 def gguf_tokenizer(path: Path, fields: dict) -> tuple[bytes | None, str]:
-    """The sentencepiece model that a GGUF file was made from, as far as encoding and decoding go, and a note if it was
-    made from none. Raises UserError for lists that do not belong together, and for an id beyond them."""
+    """The tokenizer in a GGUF file, and a note if it is of a kind that is not known here. Of a sentencepiece model
+    there is as much as encoding and decoding need. Raises UserError for lists that do not belong together, and for an
+    id beyond them."""
 
     def get(key: str, default=None):
         return fields.get(f"tokenizer.ggml.{key}", default)
 
+    if get("model") == "gpt2":  # what llama.cpp calls byte-level BPE
+        try:
+            return from_gguf(fields).to_blob(), ""
+        except UserError as error:
+            raise UserError(f"{path}: {error}; {WITHOUT}") from None
     if get("model") != "llama":  # what llama.cpp calls sentencepiece's BPE
-        return None, f"its tokenizer is {get('model')} (byte-level BPE is gpt2), not sentencepiece: no tokenizer"
+        return None, f"its tokenizer is {get('model')}, neither byte-level BPE nor sentencepiece: no tokenizer"
     tokens, scores, types = (list(get(key, [])) for key in ("tokens", "scores", "token_type"))
     if not len(tokens) == len(scores) == len(types) > 0:
         raise UserError(f"{path}: its tokenizer has {len(tokens)} tokens, {len(scores)} scores and {len(types)} types")

@@ -28,6 +28,11 @@ FAMILIES = {
         "rope_bands": (1.0, 4.0, 32.0),
     },
     "mistral": {**LLAMA, "window": 5},
+    "qwen2": {**LLAMA, "qkv_bias": True, "rope_base": 1e6},
+    "qwen2 tied": {**LLAMA, "qkv_bias": True, "tie_embeddings": True, "window": 3, "global_layers": (1, 2)},
+    "qwen3": {**LLAMA, "head_dim": 16, "qk_norm": True, "tie_embeddings": True, "eos_id": (2, 9)},
+    "smollm3": {**LLAMA, "tie_embeddings": True, "unrotated_layers": (4,), "rope_base": 5e6},
+    "smollm3 marked": {**LLAMA, "unrotated_layers": (2, 3)},
     "gemma": {"head_dim": 6, "activation": "gelu_tanh", "embedding_scale": math.sqrt(32), "eos_id": 1},
     "gemma2": {**SANDWICH, "global_layers": (2, 4), "attention_cap": 50.0, "logit_cap": 30.0, "query_scale": 0.25},
     "gemma3_text": {**SANDWICH, "global_layers": (3,), "qk_norm": True, "local_rope_base": 100.0, "rope_factor": 8.0},
@@ -38,6 +43,7 @@ HF = {
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "out": "self_attn.o_proj",
     "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
     "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm",
+    "q_bias": "self_attn.q_proj.bias", "k_bias": "self_attn.k_proj.bias", "v_bias": "self_attn.v_proj.bias",
 }  # fmt: skip
 HF_SANDWICH = {
     "mlp_norm": "pre_feedforward_layernorm", "attn_post_norm": "post_attention_layernorm",
@@ -52,6 +58,7 @@ GGUF = {
     "attn_norm": "attn_norm", "mlp_norm": "ffn_norm", "q": "attn_q", "k": "attn_k", "v": "attn_v", "out": "attn_output",
     "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down", "attn_post_norm": "post_attention_norm",
     "mlp_post_norm": "post_ffw_norm", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm",
+    "q_bias": "attn_q.bias", "k_bias": "attn_k.bias", "v_bias": "attn_v.bias",
 }  # fmt: skip
 
 
@@ -70,16 +77,20 @@ def named(
             out[dict(zip(("embedding", "norm", "unembedding"), outer))[name] + ".weight"] = weight
             continue
         number, kind = rest.split(".")
-        sizes = {"qkv": (("q", q), ("k", k), ("v", k)), "gate_up": (("gate", ff), ("up", ff))}.get(
-            kind, ((kind, len(weight)),)
-        )
+        fused = {
+            "qkv": (("q", q), ("k", k), ("v", k)),
+            "qkv_bias": (("q_bias", q), ("k_bias", k), ("v_bias", k)),
+            "gate_up": (("gate", ff), ("up", ff)),
+        }
+        sizes = fused.get(kind, ((kind, len(weight)),))
         for (part, _), rows in zip(sizes, weight.split([size for _, size in sizes])):
             if interleaved and part in ("q", "k"):  # row i of a head goes to 2i, row i + C/2 to 2i + 1
                 heads = rows.view(-1, c.head_dim, rows.shape[1])
                 rows = torch.empty_like(heads)
                 rows[:, 0::2], rows[:, 1::2] = heads.chunk(2, dim=1)
                 rows = rows.flatten(0, 1)
-            out[f"{layer}.{number}.{block[part]}.weight"] = rows.contiguous()
+            ending = "" if part.endswith("bias") else ".weight"
+            out[f"{layer}.{number}.{block[part]}{ending}"] = rows.contiguous()
     return out
 
 
@@ -106,6 +117,10 @@ def hf_config(model: Transformer, family: str) -> dict:
         words |= {"query_pre_attn_scalar": c.query_scale**-2 if c.query_scale else c.head_dim,
                   "sliding_window_pattern": c.global_layers[0], "attn_logit_softcapping": c.attention_cap,
                   "final_logit_softcapping": c.logit_cap, "rope_local_base_freq": c.local_rope_base}  # fmt: skip
+    if family == "qwen2" and c.window:
+        words |= {"use_sliding_window": True, "max_window_layers": len(c.global_layers)}
+    if family == "smollm3" and c.unrotated_layers != (4,):  # every fourth is what it means where it says nothing
+        words["no_rope_layers"] = [int(layer not in c.unrotated_layers) for layer in range(1, c.n_layers + 1)]
     if c.rope_bands:
         low, high, length = c.rope_bands
         words["rope_scaling"] = {"rope_type": "llama3", "factor": c.rope_factor, "low_freq_factor": low,

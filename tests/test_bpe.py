@@ -13,8 +13,8 @@ from common.errors import UserError
 from formats import bpe, splitting
 from formats.bpe import BPE, to_bytes, to_printable
 from formats.bpe_sources import GGUF_RULES, LLAMA_3_SPECIAL, find_bpe, from_gguf, from_json, from_ranks
-from formats.text import SentencePiece, encode_prompt, read_blob
-from formats.tokenizer import train_tokenizer
+from formats.pieces import train_tokenizer
+from formats.tokenizer import SentencePiece, encode_prompt, read_blob
 
 ALPHABET = [bytes([byte]) for byte in range(256)]
 RULES = {

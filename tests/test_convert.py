@@ -85,6 +85,9 @@ GGUF_SHAPES = {
         "rope_factor": 8.0,
         "rope_bands": (1.0, 4.0, 8192.0),
     },
+    "qwen2": {**LLAMA, "qkv_bias": True},
+    "qwen3": {**LLAMA, "head_dim": 16, "qk_norm": True, "tie_embeddings": True},
+    "smollm3": {**LLAMA, "tie_embeddings": True, "unrotated_layers": (4,)},
     "gemma3": {**SANDWICH, "qk_norm": True, "local_rope_base": 10000.0, "n_layers": 7, "global_layers": (6,)},
 }
 
@@ -108,7 +111,7 @@ def test_gguf_files(tiny_model, tmp_path, family):
     writer.add_eot_token_id(9)
     if c.window:
         writer.add_sliding_window(c.window)
-    tensors = named(model, GGUF, "blk", ("token_embd", "output_norm", "output"), interleaved=arch == "llama")
+    tensors = named(model, GGUF, "blk", ("token_embd", "output_norm", "output"), interleaved=arch in ("llama", "smollm3"))
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor.numpy())
     if c.rope_bands:  # what the frequencies of the four pairs are divided by: the third turns 1.84 times
@@ -189,7 +192,7 @@ def test_the_command_converts_and_decode_takes_and_prints_token_ids(tiny_model, 
     words = ("--prompt", "1,7,3", "--max-new-tokens", "5", "--confidence", "none")
     command(monkeypatch, decode.main, "--checkpoint", tmp_path / "out.pt", *words)
     shown, out = capsys.readouterr(), decode.generate(model, [1, 7, 3], decode.DecodeConfig(max_new_tokens=5))
-    assert [int(word) for word in shown.out.split("\n")[1].split()] == out.tokens
+    assert [int(word) for word in shown.out.split("\n")[1].split()] == out.tokens  # the prompt is echoed above
     assert "token ids" in shown.err
 
 

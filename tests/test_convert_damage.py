@@ -14,8 +14,8 @@ import torch
 
 import convert
 from common.errors import UserError
+from formats.pieces import CONTROL, NORMAL, UNKNOWN, build_tokenizer
 from formats.tensors import read_safetensors
-from formats.tokenizer import CONTROL, NORMAL, UNKNOWN, build_tokenizer
 from model import load_checkpoint
 from tests.public import (
     LLAMA,
@@ -220,6 +220,18 @@ CONFIGS = [
     ({"num_key_value_heads": 3}, "n_kv_heads"),
     ({"model_type": "gemma3", "text_config": [1]}, "text_config"),
     ({"model_type": "gemma3_text", "sliding_window": 4, "layer_types": ["full_attention"]}, "layer_types is"),
+    ({"model_type": "qwen3_moe"}, "model_type qwen3_moe is a mixture of experts, which is not supported; supported are"),
+    ({"model_type": "qwen3_next"}, "model_type qwen3_next is a model with linear attention"),
+    ({"model_type": "qwen2_5_vl"}, "model_type qwen2_5_vl is a model of several modalities"),
+    ({"num_local_experts": 8}, "num_local_experts is 8: llama as a mixture of experts is not supported"),
+    ({"attention_bias": True}, "attention_bias is set"),
+    ({"quantization_config": {"quant_method": "awq"}}, "the weights are quantized .awq."),
+    ({"sliding_window": 4, "layer_types": ["linear_attention"] * 5}, "layer_types has 'linear_attention'"),
+    ({"model_type": "qwen2"}, "tensor model.layers.0.self_attn.k_proj.bias is missing"),
+    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": "2"},
+     "max_window_layers is '2'"),
+    ({"model_type": "smollm3", "no_rope_layers": [1, 0, 2, 1, 1]}, "no_rope_layers is"),
+    ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers is"),
 ]
 
 

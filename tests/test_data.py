@@ -12,13 +12,15 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import sentencepiece as spm
 
 from common.errors import UserError
 from formats import data
-from formats.checkpoint import load_tokenizer, save_checkpoint
+from formats.checkpoint import save_checkpoint
 from formats.data import Example, merged, read_examples, read_pairs, task_file
-from formats.tokenizer import SEP, build_tokenizer, encode_prompt, train_tokenizer
+from formats.pieces import SEP, build_tokenizer, train_tokenizer
+from formats.tokenizer import SentencePiece, encode_prompt
+from formats.tokenizer_files import load_tokenizer
+from tests.test_bpe import with_special
 from tools import prepare as preparing
 from training import batches as batching
 from training.batches import LEARN, START, batches, cut_text, read_prepared
@@ -35,7 +37,7 @@ def embedded_pairs(count: int) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return spm.SentencePieceProcessor(model_proto=train_tokenizer(embedded_pairs(150), 400))
+    return SentencePiece(train_tokenizer(embedded_pairs(150), 400))
 
 
 @pytest.fixture
@@ -60,8 +62,8 @@ def short_pairs(tokenizer):
 def learned_document(tokenizer, prompt: str, completion: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Inputs and targets of one document, from the definition: [bos] prompt [sep] completion [eos], learned after
     [sep]."""
-    before = [tokenizer.bos_id(), *tokenizer.encode(prompt), tokenizer.piece_to_id(SEP)]
-    after = [*tokenizer.encode(completion), tokenizer.eos_id()]
+    before = [tokenizer.begin, *tokenizer.encode(prompt), tokenizer.separator]
+    after = [*tokenizer.encode(completion), tokenizer.ends[0]]
     return tuple((before + after)[:-1]), tuple([-1] * (len(before) - 1) + after)
 
 
@@ -242,15 +244,16 @@ def test_the_command_counts_prompts_and_completions(tmp_path, monkeypatch, capsy
 )
 def test_the_tokenizer_represents_every_text(tokenizer, text):
     ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text and tokenizer.unk_id() not in ids
+    assert tokenizer.decode(ids) == text and tokenizer.model.unk_id() not in ids
 
 
 def test_a_prompt_is_encoded_between_bos_and_one_separator(tokenizer, monkeypatch):
-    sep = tokenizer.piece_to_id(SEP)
-    assert tokenizer.vocab_size() == 400 and tokenizer.encode(SEP, add_bos=False)[-1] == sep != tokenizer.unk_id()
-    assert encode_prompt(tokenizer, "Hallo du!") == [tokenizer.bos_id(), *tokenizer.encode("Hallo du!"), sep]
+    sep = tokenizer.separator
+    assert tokenizer.size == 400 and tokenizer.encode(SEP)[-1] == sep and tokenizer.piece(sep) == SEP
+    assert encode_prompt(tokenizer, "Hallo du!") == [tokenizer.begin, *tokenizer.encode("Hallo du!"), sep]
     monkeypatch.setattr("formats.tokenizer.SEP", "<a piece that it lacks>")
-    assert encode_prompt(tokenizer, "Hallo du!") == [tokenizer.bos_id(), *tokenizer.encode("Hallo du!")]
+    without = SentencePiece(tokenizer.to_blob())
+    assert without.separator is None and encode_prompt(without, "Hallo du!") == [tokenizer.begin, *tokenizer.encode("Hallo du!")]
 
 
 def test_a_prompt_that_is_not_utf8_is_one_line(tokenizer):
@@ -324,7 +327,7 @@ def test_a_document_that_is_too_long_loses_the_left_of_its_prompt_and_is_counted
     short, long, answer = itertools.chain(*(unpack(batch) for batch in batches(array, 1, LENGTH, seed=None)))
     inputs, targets = learned_document(tokenizer, *pairs[1])
     assert len(inputs) > LENGTH and long == ((inputs[0], *inputs[1 - LENGTH :]), targets[-LENGTH:])  # [bos] stays
-    body, ends = tuple(tokenizer.encode(pairs[2][1])), (tokenizer.bos_id(), tokenizer.piece_to_id(SEP))
+    body, ends = tuple(tokenizer.encode(pairs[2][1])), (tokenizer.begin, tokenizer.separator)
     assert len(body) > LENGTH
     assert answer == ((*ends, *body[: LENGTH - 2]), (-1, *body[: LENGTH - 1]))  # as does [sep]; then its own end
     assert short == learned_document(tokenizer, *pairs[0]) and stats["shortened"] == 2
@@ -335,24 +338,33 @@ def test_a_text_is_cut_at_line_ends_and_every_token_learned_once(tokenizer, prep
     for length in (150, 300, 100_000):
         array, stats = prepare([("", text)], length)
         learned = [list(part["token"]) for part in np.split(array, np.flatnonzero(array["flags"] & START)[1:])]
-        assert all(part.pop(0) == tokenizer.bos_id() and len(part) <= length for part in learned)
-        assert learned[-1].pop() == tokenizer.eos_id()
+        assert all(part.pop(0) == tokenizer.begin and len(part) <= length for part in learned)
+        assert learned[-1].pop() == tokenizer.ends[0]
         assert all((part["flags"] == LEARN) | (part["flags"] == START) for part in array)
         parts = [tokenizer.decode(list(map(int, part))) for part in learned]
         assert "".join(parts) == text and all(part.endswith("\n") for part in parts)
         assert stats["documents"] == len(parts) and stats["learned"] == sum(map(len, learned)) + 1
 
 
+def test_documents_of_byte_level_bpe_have_no_separator_and_end_with_the_first_of_its_ends(tmp_path):
+    tokenizer = with_special()
+    hello = tokenizer.encode("hello")
+    batching.tokenize([("hello", "hello"), ("", "hello")], tokenizer, tmp_path / "x.npy", 20)
+    records = np.load(tmp_path / "x.npy")
+    assert records["token"].tolist() == [267, *hello, *hello, 266, 267, *hello, 266]
+    assert (records["flags"] & LEARN > 0).tolist() == [False, False, True, True, False, True, True]
+
+
 def test_a_line_longer_than_a_document_is_cut(tokenizer):
     line = "a long line with no end " * 9
-    ids = [*tokenizer.encode(line), tokenizer.eos_id()]
+    ids = [*tokenizer.encode(line), tokenizer.ends[0]]
     assert list(cut_text(line, tokenizer, 7)) == [ids[i : i + 7] for i in range(0, len(ids), 7)]
 
 
 def test_a_tokenizer_has_a_separator_only_where_there_are_prompts():
-    tokenizer = spm.SentencePieceProcessor(model_proto=train_tokenizer([("", "one two three\nfour")] * 20, 280))
-    assert SEP not in [tokenizer.id_to_piece(i) for i in range(280)]
-    assert encode_prompt(tokenizer, "one two") == [tokenizer.bos_id(), *tokenizer.encode("one two")]
+    tokenizer = SentencePiece(train_tokenizer([("", "one two three\nfour")] * 20, 280))
+    assert SEP not in [tokenizer.piece(i) for i in range(280)]
+    assert encode_prompt(tokenizer, "one two") == [tokenizer.begin, *tokenizer.encode("one two")]
 
 
 def test_documents_longer_than_a_row_are_an_error(prepare, short_pairs):
@@ -427,8 +439,8 @@ def test_what_is_read_is_not_overwritten(tmp_path, monkeypatch):
 
 def test_a_separator_is_there_if_any_pair_has_a_prompt():
     mixed = [("", "some text of its own")] * 9 + embedded_pairs(150)
-    tokenizer = spm.SentencePieceProcessor(model_proto=train_tokenizer(mixed, 400))
-    assert tokenizer.piece_to_id(SEP) != tokenizer.unk_id()
+    tokenizer = SentencePiece(train_tokenizer(mixed, 400))
+    assert tokenizer.piece(tokenizer.separator) == SEP
 
 
 def test_a_very_long_line_is_trained_on():
@@ -445,8 +457,8 @@ def test_what_is_wrong_with_a_file_is_said_by_training_a_tokenizer_too(tmp_path)
 def test_documents_of_a_tokenizer_without_a_start_have_none_and_one_without_an_end_is_refused(tmp_path):
     pieces, kinds = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁a", "b"], [2, 3, *[6] * 256, 1, 1]
 
-    def build(eos: int | None) -> spm.SentencePieceProcessor:
-        return spm.SentencePieceProcessor(model_proto=build_tokenizer(pieces, [0.0] * 260, kinds, 0, None, eos, True))
+    def build(eos: int | None) -> SentencePiece:
+        return SentencePiece(build_tokenizer(pieces, [0.0] * 260, kinds, 0, None, eos, True))
 
     stats = batching.tokenize([("", "ab"), ("a", "b")], build(1), tmp_path / "x.npy", 20)
     records = np.load(tmp_path / "x.npy")
@@ -510,7 +522,7 @@ def test_each_process_gets_every_other_batch(prepare, short_pairs):
 
 
 def test_a_tokenizer_comes_from_a_checkpoint_or_a_file_of_its_own(tokenizer, tiny_model, tmp_path):
-    raw = tokenizer.serialized_model_proto()
+    raw = tokenizer.to_blob()
     (tmp_path / "own.model").write_bytes(raw)
     save_checkpoint(tmp_path / "with.pt", tiny_model(), raw)
     save_checkpoint(tmp_path / "without.pt", tiny_model(), None)
@@ -519,5 +531,5 @@ def test_a_tokenizer_comes_from_a_checkpoint_or_a_file_of_its_own(tokenizer, tin
         load_tokenizer(tmp_path / "without.pt")
     for content in ("no model", ""):
         (tmp_path / "text.model").write_text(content)
-        with pytest.raises(ValueError, match="neither a checkpoint nor a sentencepiece model"):
+        with pytest.raises(ValueError, match="neither a checkpoint nor a tokenizer"):
             load_tokenizer(tmp_path / "text.model")

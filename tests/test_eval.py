@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import sentencepiece as spm
 
 import eval as evaluation
 from common.errors import run
@@ -25,7 +24,8 @@ from evaluation.recipes import RECIPES
 from evaluation.rows import exit_layers_of, read_settings
 from formats.checkpoint import save_checkpoint
 from formats.data import read_pairs, task_file
-from formats.tokenizer import train_tokenizer
+from formats.pieces import train_tokenizer
+from formats.tokenizer import SentencePiece
 from model import ModelConfig
 
 EMBEDDED = ("translation", "e2e")
@@ -355,7 +355,7 @@ def test_first_difference_may_be_the_first_token(tiny_model, tokenizer):
     texts = ([[1, 2], [5, 6], [7]], [[1, 2], [4, 6], [7, 8]])
     outputs = [[Generation(tokens, [5], [{}], Counters(len(tokens), 5)) for tokens in each] for each in texts]
     row, full = (measuring.Measured(DecodeConfig(), [[1]] * 3, each, [[1.0]] * 3, [0.1] * 3) for each in outputs)
-    tokenizer = spm.SentencePieceProcessor(model_proto=tokenizer)
+    tokenizer = SentencePiece(tokenizer)
     examples = [tasks.Example("p", ("r",))] * 3
     summary = figures.summarize(tiny_model(), tokenizer, tasks.find_task("e2e"), examples, "row", row, full, None)
     assert summary["first_difference"] == 0.5 and summary["same_texts"] == pytest.approx(1 / 3)  # of 0 and 1, the median

@@ -12,8 +12,9 @@ import torch
 
 import minimal
 from decode import DecodeConfig, generate
-from formats.checkpoint import load_tokenizer, save_checkpoint
+from formats.checkpoint import save_checkpoint
 from formats.data import read_examples, task_file
+from formats.tokenizer_files import load_tokenizer
 from model import load_checkpoint
 
 SOURCE = Path(minimal.__file__)

@@ -20,11 +20,13 @@ from model import ModelConfig, Transformer, load_checkpoint, rope_table
 SHAPES = [{"n_kv_heads": 4}, {"n_kv_heads": 2}, {"n_kv_heads": 1}, {"tie_embeddings": False}, {"exit_norms": (1, 3)}, {"n_layers": 2}]
 FEATURES = [
     {"head_dim": 6}, {"activation": "gelu_tanh"}, {"embedding_scale": 3.0}, {"query_scale": 0.9}, {"qk_norm": True}, {"post_norms": True},
+    {"qkv_bias": True}, {"unrotated_layers": (4,)}, {"window": 3, "global_layers": (1, 2, 3), "unrotated_layers": (3, 5)},
     {"attention_cap": 0.7}, {"logit_cap": 1.5}, {"window": 3}, {"window": 1}, {"window": 4, "global_layers": (2, 5)},
     {"window": 4, "global_layers": (3,), "local_rope_base": 50.0}, {"rope_factor": 4.0},
     {"rope_factor": 8.0, "rope_bands": (1.0, 4.0, 60.0)},
     {"head_dim": 10, "activation": "gelu_tanh", "embedding_scale": 3.0, "query_scale": 0.5, "qk_norm": True, "post_norms": True,
-     "window": 4, "global_layers": (2, 4), "local_rope_base": 50.0, "attention_cap": 2.0, "logit_cap": 3.0, "rope_factor": 8.0},
+     "window": 4, "global_layers": (2, 4), "local_rope_base": 50.0, "attention_cap": 2.0, "logit_cap": 3.0, "rope_factor": 8.0,
+     "qkv_bias": True, "unrotated_layers": (1, 4)},
 ]  # fmt: skip
 
 
@@ -59,7 +61,9 @@ def numpy_forward(model: Transformer, tokens: list[int]) -> tuple[list[np.ndarra
         smooth = (turns - low) / (high - low)
         return (1 - smooth) * fast / c.rope_factor + smooth * fast
 
-    def rotated(x, position, slides):
+    def rotated(x, position, slides, layer):
+        if layer + 1 in c.unrotated_layers:
+            return x
         pairs = [(x[i], x[i + C // 2], position * speed(i, slides)) for i in range(C // 2)]
         return np.array([a * np.cos(t) - b * np.sin(t) for a, b, t in pairs] + [b * np.cos(t) + a * np.sin(t) for a, b, t in pairs])
 
@@ -69,17 +73,18 @@ def numpy_forward(model: Transformer, tokens: list[int]) -> tuple[list[np.ndarra
         slides = c.window is not None and layer + 1 not in c.global_layers
         keys, values, rows = [], [], []
         for position, x in enumerate(states[-1]):
-            q, k, v = np.split(b["qkv"] @ norm(x, b["attn_norm"]), [H * C, (H + K) * C])
+            qkv = b["qkv"] @ norm(x, b["attn_norm"]) + b.get("qkv_bias", 0)
+            q, k, v = np.split(qkv, [H * C, (H + K) * C])
             q, k = q.reshape(H, C), k.reshape(K, C)
             if c.qk_norm:
                 q, k = ([norm(head, b[name]) for head in heads] for heads, name in ((q, "q_norm"), (k, "k_norm")))
-            keys.append([rotated(head, position, slides) for head in k])
+            keys.append([rotated(head, position, slides, layer) for head in k])
             values.append(v.reshape(K, C))
             heads = []
             seen = range(max(0, position - c.window + 1) if slides else 0, position + 1)
             for number, head in enumerate(q):
                 group = number // (H // K)
-                scores = np.array([rotated(head, position, slides) @ keys[at][group] for at in seen])
+                scores = np.array([rotated(head, position, slides, layer) @ keys[at][group] for at in seen])
                 scores = cap(scores * (c.query_scale or 1 / np.sqrt(C)), c.attention_cap)
                 share = np.exp(scores - scores.max())
                 heads.append(sum(s * values[at][group] for s, at in zip(share / share.sum(), seen)))

@@ -224,9 +224,9 @@ class Letters:
     """A tokenizer every piece of which is markup."""
 
     def decode(self, ids):
-        return "".join(map(self.id_to_piece, ids))
+        return "".join(map(self.piece, ids))
 
-    def id_to_piece(self, token):
+    def piece(self, token):
         return f"<script>window.broken = {token}</script>"
 
 

@@ -55,8 +55,8 @@ ROWS = [row("full", 1.0, 1.0), row("softmax", 1.5, 0.97, confidence="softmax", p
 class Tokenizer:
     """Its pieces are named by their numbers."""
 
-    def id_to_piece(self, token: int) -> str:
-        return f"▁w{token}"
+    def piece(self, token: int) -> str:
+        return f" w{token}"
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from convert import convert
 from decode import generate
 from decoding.settings import DecodeConfig
 from formats.data import read_pairs
+from formats.tokenizer import encode_prompt
 from model import load_checkpoint
 
 FOLDER = os.environ.get("EARLY_EXIT_REAL")
@@ -41,7 +42,7 @@ def case(request, tmp_path_factory):
     print(convert(request.param, out, torch.float32))
     model, tokenizer = load_checkpoint(out)
     if tokenizer:
-        tokens = [tokenizer.bos_id(), *tokenizer.encode("\n".join(english(100)))]
+        tokens = encode_prompt(tokenizer, "\n".join(english(100)))
     else:
         from transformers import AutoTokenizer
 

@@ -4,17 +4,18 @@ import json
 from dataclasses import replace
 
 import pytest
-import sentencepiece as spm
 
 from decode import generate
 from decoding.settings import DecodeConfig
 from evaluation.tasks import OPENING, TASKS, find_task, openings, read_task, sample
+from formats.bpe import BPE
 from formats.data import Example, read_pairs, task_file
-from formats.tokenizer import train_tokenizer
+from formats.pieces import train_tokenizer
+from formats.tokenizer import SentencePiece
 
 
-def tokenizer_of(pairs) -> spm.SentencePieceProcessor:
-    return spm.SentencePieceProcessor(model_proto=train_tokenizer(pairs, 350))
+def tokenizer_of(pairs) -> SentencePiece:
+    return SentencePiece(train_tokenizer(pairs, 350))
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,9 @@ def test_solved_examples_come_before_every_prompt(without):
 
 def test_a_long_prompt_loses_its_left_but_not_its_start(with_separator):
     task = find_task("translation")
-    whole, cut = task.encode("eins zwei drei vier", with_separator, 99)
-    assert not cut and whole[0] == with_separator.bos_id()
-    short, cut = task.encode("eins zwei drei vier", with_separator, 5)
+    ((whole, cut),) = task.encode(["eins zwei drei vier"], with_separator, 99)
+    assert not cut and whole[0] == with_separator.begin
+    ((short, cut),) = task.encode(["eins zwei drei vier"], with_separator, 5)
     assert cut and short == [whole[0], *whole[-4:]]
 
 
@@ -57,6 +58,15 @@ def test_an_answer_of_one_line_ends_there(with_separator, without, tiny_model):
         free = generate(model, [1, 2, 3], config).tokens
         stop = free[7]
         assert generate(model, [1, 2, 3], replace(config, stop_tokens=(49, stop))).tokens == free[: free.index(stop) + 1]
+
+
+def test_a_line_ends_at_every_token_of_byte_level_bpe_that_has_one():
+    """Of a tokenizer of the 256 bytes, and two of them together."""
+    tokens = [bytes([byte]) for byte in range(256)] + [b".\n"]
+    tokenizer = BPE(tokens, [(46, 10)], [], added={})
+    task = find_task("translation")
+    assert task.stop_tokens(tokenizer) == (10, 256)
+    assert task.encode(["a."], tokenizer, 99) == [([*b"German: a", 256, *b"English:\n"], False)]
 
 
 @pytest.mark.parametrize("name", ["translation", "e2e", "fairytaleqa", "stories"])

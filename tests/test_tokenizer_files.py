@@ -1,22 +1,29 @@
 """Tokenizers beside public checkpoints, rebuilt, equal the originals; those that do not fit are refused."""
 
+import base64
 import io
+import json
 import struct
 from functools import partial
+from pathlib import Path
 
 import pytest
 import sentencepiece as spm
 
 import convert
 from common.errors import UserError
-from formats.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, build_tokenizer, encode_prompt
-from formats.tokenizer_files import gguf_tokenizer
+from formats.bpe_sources import from_gguf, from_json
+from formats.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, build_tokenizer, train_tokenizer
+from formats.tokenizer import SentencePiece, encode_prompt
+from formats.tokenizer_files import gguf_tokenizer, load_tokenizer
 from model import load_checkpoint
 from tests.public import (
     LLAMA,
     write_hf,
     write_llama2c,
+    write_meta,
 )
+from tests.test_bpe import SAMPLE, gguf_fields, json_content, write
 
 
 @pytest.fixture
@@ -60,19 +67,19 @@ def described(sp: spm.SentencePieceProcessor) -> tuple[list[str], list[float], l
 def test_the_rebuilt_tokenizer_equals_the_original(original):
     tokens, scores, types = described(original)
     prefix = original.encode("cat", out_type=str)[0].startswith("▁")
-    rebuilt = spm.SentencePieceProcessor(model_proto=build_tokenizer(tokens, scores, types, 0, 1, 2, prefix))
+    rebuilt = SentencePiece(build_tokenizer(tokens, scores, types, 0, 1, 2, prefix))
     for text in TEXTS:
         ids = original.encode(text)
         assert rebuilt.encode(text) == ids
         assert rebuilt.decode(ids) == original.decode(ids) == text
-    assert (rebuilt.bos_id(), rebuilt.eos_id(), rebuilt.unk_id(), rebuilt.pad_id()) == (1, 2, 0, -1)
+    assert (rebuilt.begin, rebuilt.ends, rebuilt.model.unk_id(), rebuilt.model.pad_id()) == (1, (2,), 0, -1)
     assert encode_prompt(rebuilt, "cat") == [1, *original.encode("cat")]
 
 
 def test_a_tokenizer_without_bos_puts_none(original):
     tokens, scores, types = described(original)
-    rebuilt = spm.SentencePieceProcessor(model_proto=build_tokenizer(tokens, scores, types, 0, None, 2, True))
-    assert rebuilt.bos_id() == -1 and encode_prompt(rebuilt, "cat") == rebuilt.encode("cat")
+    rebuilt = SentencePiece(build_tokenizer(tokens, scores, types, 0, None, 2, True))
+    assert rebuilt.begin is None and encode_prompt(rebuilt, "cat") == rebuilt.encode("cat")
 
 
 @pytest.mark.parametrize("original", [True], indirect=True, ids=["prefix"])
@@ -93,7 +100,7 @@ def test_the_tokenizer_of_llama2c(tiny_model, tmp_path, original, beside):
         return
     for text in ["the cat sat", "Grüße aus dem Café, señor!", "👍🏽"]:
         assert tokenizer.encode(text) == original.encode(text)
-    assert (tokenizer.bos_id(), tokenizer.eos_id()) == (1, 2)
+    assert (tokenizer.begin, tokenizer.ends) == (1, (2,))
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -125,5 +132,71 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tiny_model, tmp_path, original
         (tmp_path / "hf" / "tokenizer.model").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             convert.convert(tmp_path / "hf", tmp_path / "out.pt")
-    (tmp_path / "hf" / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # Llama 3's is byte-level BPE
-    assert "byte-level BPE" in convert.convert(tmp_path / "hf", tmp_path / "out.pt")
+    (tmp_path / "hf" / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # Llama 3's ranks, and 256 special tokens
+    with pytest.raises(ValueError, match="has 258 pieces, the model only 50"):
+        convert.convert(tmp_path / "hf", tmp_path / "out.pt")
+
+
+# ---------------------------------------------------------------- byte-level BPE in the one file
+
+SIZE = 269  # tokens of the tiny tokenizer of test_bpe
+
+
+def converted(tiny_model, tmp_path, tokenizer=None, **files):
+    """(report, tokenizer read back) of a folder with these files beside the weights."""
+    write_hf(tmp_path / "hf", tiny_model(1, **{**LLAMA, "vocab_size": SIZE}))
+    write(tmp_path / "hf", **files)
+    report = convert.convert(tmp_path / "hf", tmp_path / "out.pt", tokenizer=tokenizer)
+    return report, load_checkpoint(tmp_path / "out.pt")[1]
+
+
+def test_byte_level_bpe_stays_in_the_one_file(tiny_model, tmp_path):
+    report, tokenizer = converted(tiny_model, tmp_path, tokenizer_json=json_content())
+    original = from_json(json_content())
+    assert "with its tokenizer" in report
+    assert tokenizer.encode(SAMPLE) == original.encode(SAMPLE) and tokenizer.begin == 267
+    assert tokenizer.decode(tokenizer.encode(SAMPLE)) == SAMPLE
+
+
+def test_a_sentencepiece_model_goes_before_the_tokenizer_json_beside_it(tiny_model, tmp_path):
+    pieces = train_tokenizer([("", "one two three\nfour")] * 20, SIZE)
+    files = {"tokenizer_model": pieces, "tokenizer_json": {"model": {"type": "Unigram"}}}
+    _, tokenizer = converted(tiny_model, tmp_path, **files)
+    assert tokenizer.to_blob() == pieces
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "ranks"])
+def test_a_tokenizer_of_its_own_file_takes_the_place_of_one_that_cannot_be_read(tiny_model, tmp_path, kind):
+    """A file of ranks is known by its lines, whatever its name."""
+    with pytest.raises(UserError, match=r"Unigram, not byte-level BPE; --tokenizer none converts the model without"):
+        converted(tiny_model, tmp_path, tokenizer_json={"model": {"type": "Unigram"}})
+    report, tokenizer = converted(tiny_model, tmp_path, tokenizer=Path("none"))
+    assert tokenizer is None and "without a tokenizer" in report
+    own = tmp_path / "own"
+    if kind == "ranks":
+        lines = [base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(13)]
+        own.write_bytes(b"\n".join(lines))
+    else:
+        own.write_text(json.dumps(json_content()))
+    _, tokenizer = converted(tiny_model, tmp_path, tokenizer=own)
+    assert tokenizer.size == SIZE and tokenizer.begin == {"ranks": 13, "tokenizer.json": 267}[kind]
+    assert load_tokenizer(own) == tokenizer.to_blob() == load_tokenizer(tmp_path / "out.pt")
+
+
+def test_texts_end_as_the_tokenizer_says_where_the_configuration_does_not(tiny_model, tmp_path):
+    """Meta's folder of Llama 3: params.json has no ids."""
+    model = tiny_model(2, **{**LLAMA, "vocab_size": SIZE})
+    write_meta(tmp_path / "meta", model, 1)
+    lines = [base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(13)]
+    (tmp_path / "meta" / "tokenizer.model").write_bytes(b"\n".join(lines))
+    convert.convert(tmp_path / "meta", tmp_path / "out.pt", max_len=64)
+    loaded, tokenizer = load_checkpoint(tmp_path / "out.pt")
+    assert loaded.config.ends == {14, 21, 22} == set(tokenizer.ends)
+
+
+def test_byte_level_bpe_in_gguf(tmp_path):
+    blob, note = gguf_tokenizer(tmp_path, gguf_fields())
+    assert not note and blob == from_gguf(gguf_fields()).to_blob()
+    with pytest.raises(UserError, match=r"unknown splitting rule 'new' .*; --tokenizer none converts"):
+        gguf_tokenizer(tmp_path, gguf_fields(pre="new"))
+    assert gguf_tokenizer(tmp_path, {"tokenizer.ggml.model": "t5"})[0] is None

@@ -272,7 +272,7 @@ def test_the_model_file_tells_its_steps_settings_and_scores(config, finished):
     model, tokenizer = load_checkpoint(finished[0] / "checkpoint.pt")
     losses = []  # by the definition: every document alone
     for prompt, completion in data.read_pairs(config.dev[0]):
-        head, body = encode_prompt(tokenizer, prompt), [*tokenizer.encode(completion), tokenizer.eos_id()]
+        head, body = encode_prompt(tokenizer, prompt), [*tokenizer.encode(completion), tokenizer.ends[0]]
         log_p = model(torch.tensor([head + body]))[0, len(head) - 1 : -1].log_softmax(-1)
         losses += [-log_p[at, token].item() for at, token in enumerate(body)]
     assert list(scores) == [1, 2, 3] and scores[3] == [pytest.approx(np.mean(losses), abs=2e-4), 1.0]
@@ -571,6 +571,13 @@ def test_fine_tuning_starts_from_the_weights_and_the_tokenizer_of_the_checkpoint
         shape_from(tuning, {"d_ff": 3})
 
 
+def test_a_fine_tuned_model_keeps_its_chat_template(finished, config, tmp_path):
+    torch.save({**torch.load(finished[0] / "model.pt"), "chat_template": "{{ messages }}"}, tmp_path / "chat.pt")
+    tuning = dataclasses.replace(config, init=str(tmp_path / "chat.pt"), max_steps=1)
+    train.run_training(tuning, shape_from(tuning, {}), tmp_path / "tuned")
+    assert torch.load(tmp_path / "tuned" / "model.pt")["chat_template"] == "{{ messages }}"
+
+
 @pytest.mark.parametrize("change, complaint", [
     ({"adapter_rank": 8}, "the weights do not fit"), ({"exit_norms": (1,)}, "exit_norms.2 has no place in it"),
     ({"adapter_rank": 0}, "has no place in it"),
@@ -704,7 +711,7 @@ MISTAKES = {  # a flag -> what the line must say
     "--loss=none --classifier": "classifier is True, but loss is none",
     "--exit-norms= --adapter-rank=3": "above 0 only with exit_norms",
     "--data={files}/malformed.tsv --overwrite": "malformed.tsv, line 2: has 1 columns; 2 are needed",
-    "--tokenizer={files}/empty.tsv --overwrite": "empty.tsv: neither a checkpoint nor a sentencepiece model",
+    "--tokenizer={files}/empty.tsv --overwrite": "empty.tsv: neither a checkpoint nor a tokenizer",
     "--eos-id=1 --overwrite": "eos_id is 1, but the tokenizer ends texts with 2; give --eos-id 2",
     "--data=": "nothing to train on",
     "--data={files}/dev.tsv": "was trained with data",

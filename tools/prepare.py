@@ -12,9 +12,9 @@ import numpy as np
 from common.errors import UserError, run
 from common.files import check_replaceable, whole_file
 from common.flags import Parser
-from formats.checkpoint import load_tokenizer
 from formats.data import Corpus, merged, read_examples
-from formats.tokenizer import train_tokenizer
+from formats.pieces import train_tokenizer
+from formats.tokenizer_files import load_tokenizer
 from training.batches import describe, prepare_file
 
 

@@ -12,29 +12,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import sentencepiece as spm
 
 from common.errors import UserError
 from common.files import digest, whole_file, write_json
 from formats.data import Corpus
-from formats.tokenizer import encode_prompt
+from formats.tokenizer import Tokenizer, encode_prompt, read_blob
 
 LEARN, START = 1, 2  # flags of a token: it is a training target; a document starts here
 
 
-def tokenize(pairs: Iterable[tuple[str, str]], tokenizer, path: str | Path, length: int) -> dict[str, int]:
+def tokenize(pairs: Iterable[tuple[str, str]], tokenizer: Tokenizer, path: str | Path, length: int) -> dict[str, int]:
     """Writes a memory-mappable array of (token, flags) records to `path` (.npy) and returns its statistics. A document
     of more than `length` + 1 tokens loses the left of its prompt (not the start token, nor the separator), then the end
     of its completion; a text is cut into documents, see `cut_text`. Raises UserError for a tokenizer that has no end of
     text."""
-    if tokenizer.eos_id() < 0:
+    if not tokenizer.ends:
         raise UserError("the tokenizer has no piece for the end of a text, which documents need")
-    tokens, flags, bos = array("I"), array("B"), [tokenizer.bos_id()] * (tokenizer.bos_id() >= 0)
+    tokens, flags, bos = array("I"), array("B"), [] if tokenizer.begin is None else [tokenizer.begin]
+    eos = tokenizer.ends[0]
     begin, stop = len(bos), len(encode_prompt(tokenizer, "")) - len(bos)  # tokens of a prompt that always stay
     stats = {"documents": 0, "tokens": 0, "learned": 0, "shortened": 0}
     for prompt, completion in pairs:
         if prompt:
-            head, body = encode_prompt(tokenizer, prompt), [*tokenizer.encode(completion), tokenizer.eos_id()]
+            head, body = encode_prompt(tokenizer, prompt), [*tokenizer.encode(completion), eos]
             excess = max(0, len(head) + len(body) - length - 1)
             stats["shortened"] += excess > 0
             end = len(head) - stop
@@ -49,7 +49,7 @@ def tokenize(pairs: Iterable[tuple[str, str]], tokenizer, path: str | Path, leng
             stats["documents"] += 1
             stats["learned"] += len(body)
     stats["tokens"] = len(tokens)
-    record = np.dtype([("token", "<u2" if tokenizer.vocab_size() <= 65536 else "<u4"), ("flags", "u1")])
+    record = np.dtype([("token", "<u2" if tokenizer.size <= 65536 else "<u4"), ("flags", "u1")])
     records = np.empty(len(tokens), record)
     records["token"], records["flags"] = tokens, flags
     with whole_file(path) as part, open(part, "wb") as file:
@@ -57,7 +57,7 @@ def tokenize(pairs: Iterable[tuple[str, str]], tokenizer, path: str | Path, leng
     return stats
 
 
-def cut_text(text: str, tokenizer, length: int) -> Iterator[list[int]]:
+def cut_text(text: str, tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:
     """Token ids of a text in parts of at most `length`, each as many whole lines as fit; only a line that is longer is
     cut itself. So that what follows [bos] mostly is the beginning of a paragraph, as in a prompt. [eos] ends the
     last."""
@@ -70,7 +70,7 @@ def cut_text(text: str, tokenizer, length: int) -> Iterator[list[int]]:
         part.append(line)
         size += more
     for number, lines in enumerate([*parts, "".join(part)]):
-        ids = tokenizer.encode(lines) + [tokenizer.eos_id()] * (number == len(parts))
+        ids = tokenizer.encode(lines) + [tokenizer.ends[0]] * (number == len(parts))
         yield from (ids[i : i + length] for i in range(0, len(ids), length))
 
 
@@ -148,7 +148,7 @@ def _fill(records, plan, begins, ends, rows: int, length: int) -> Batch:
 def prepare_file(files: tuple[str, ...], tokenizer: bytes, path: Path, length: int) -> dict:
     """Writes the files' documents to `path` (.npy), and beside it (.json) for which tokenizer and length, and its
     statistics, which it returns."""
-    stats = tokenize(Corpus(files), spm.SentencePieceProcessor(model_proto=tokenizer), path, length)
+    stats = tokenize(Corpus(files), read_blob(tokenizer), path, length)
     content = {"files": [str(file) for file in files], "tokenizer": digest(tokenizer), "length": length, **stats}
     write_json(path.with_suffix(".json"), content)
     return stats

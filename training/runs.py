@@ -180,9 +180,12 @@ class Run:
         """Writes model.pt: matrices in float16, or as --init has them; what was not trained, as it was there."""
         if processes()[0] > 0:
             return
-        model, config, dtype = self.model, self.config, torch.float16
+        model, config, dtype, kept = self.model, self.config, torch.float16, {}
         if config.init:
-            start = read_checkpoint(config.init)["weights"]
+            content = read_checkpoint(config.init)
+            start = content["weights"]
+            if "chat_template" in content and not config.tokenizer:
+                kept["chat_template"] = content["chat_template"]
             dtype = start["embedding"].dtype
             for name, weight in start.items():
                 if not model.get_parameter(name).requires_grad:
@@ -193,7 +196,7 @@ class Run:
             "steps": self.step,
             "loss and agreement by layer": self.results,
         }
-        save_checkpoint(self.model_file, model, self.tokenizer, dtype, provenance=provenance)
+        save_checkpoint(self.model_file, model, self.tokenizer, dtype, provenance=provenance, **kept)
         tell(f"wrote {self.model_file}")
 
     def end(self, signals: list[int]) -> None:

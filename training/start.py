@@ -10,10 +10,11 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.files import digest, whole_file
 from common.processes import by_first
-from formats.checkpoint import fitting, load_tokenizer, read_checkpoint, read_tokenizer
+from formats.checkpoint import fitting, read_checkpoint, read_tokenizer
 from formats.data import Corpus
+from formats.pieces import train_tokenizer
 from formats.shape import check_layers
-from formats.tokenizer import train_tokenizer
+from formats.tokenizer_files import load_tokenizer
 from model import ModelConfig, Transformer
 from training.batches import describe, prepare_file, read_prepared
 from training.settings import TrainConfig
@@ -82,9 +83,10 @@ def load_data(config: TrainConfig, shape: ModelConfig, folder: Path) -> tuple[by
 def find_data(config: TrainConfig, shape: ModelConfig, folder: Path) -> tuple[bytes, np.ndarray, dict[str, np.ndarray]]:
     """As `load_data`, for one process. Raises UserError for a tokenizer that does not fit the model."""
     tokenizer = prepare_tokenizer(config, folder, shape.vocab_size)
-    end = read_tokenizer(config.tokenizer or config.init or folder, tokenizer, shape.vocab_size).eos_id()
-    if config.train == "all" and end not in shape.ends:
-        raise UserError(f"eos_id is {shape.eos_id}, but the tokenizer ends texts with {end}; give --eos-id {end}")
+    ends = read_tokenizer(config.tokenizer or config.init or folder, tokenizer, shape.vocab_size).ends
+    if config.train == "all" and ends and ends[0] not in shape.ends:
+        differs = f"eos_id is {shape.eos_id}, but the tokenizer ends texts with {ends[0]}"
+        raise UserError(f"{differs}; give --eos-id {ends[0]}")
     dev = {file: prepare_data((file,), tokenizer, folder, config.length) for file in config.dev}
     return tokenizer, prepare_data(config.data, tokenizer, folder, config.length), dev
 

@@ -1,4 +1,8 @@
-"""How confident is confident enough: the threshold of every exit layer, step by step."""
+"""How confident is confident enough: the threshold of every exit layer, step by step.
+
+A new schedule is a class like `Decaying`: derive it from Constant, say in `at` what the thresholds are at a step, and
+name it in THRESHOLDS below. `tau` and `target`, of DecodeConfig, are there for those that want them.
+"""
 
 import math
 from statistics import fmean, pvariance

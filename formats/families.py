@@ -1,7 +1,10 @@
 """The families of public models: what their config.json means in our terms, and what they call their tensors.
 
-A new family needs an entry in FAMILIES; what is new about its blocks, a field of ModelConfig that `config_fields`
-fills.
+To add a family:
+1. FAMILIES: its model_type, with what its config.json may leave out.
+2. `config_fields`: what is new about its blocks, as a field of ModelConfig, which model.py uses where it enters.
+3. `name_table`: the names of tensors that are new, and ours.
+4. For GGUF: ARCHITECTURES in formats/gguf.py.
 """
 
 import math

@@ -14,8 +14,9 @@ from decode import generate, run_pass
 from decoding.flops import block_flops, head_flops
 from decoding.settings import DecodeConfig
 from formats.checkpoint import save_checkpoint
+from formats.rotary import rope_table
 from formats.weights import FORMS, linear, packs, rms_norm, store
-from model import ModelConfig, Transformer, load_checkpoint, rope_table
+from model import ModelConfig, Transformer, load_checkpoint
 
 SHAPES = [{"n_kv_heads": 4}, {"n_kv_heads": 2}, {"n_kv_heads": 1}, {"tie_embeddings": False}, {"exit_norms": (1, 3)}, {"n_layers": 2}]
 FEATURES = [

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ModelConfig, rope_table
+from formats.rotary import rope_table
+from model import ModelConfig
 from tools.timing import seconds
 from train import train_step
 from training.batches import Batch

@@ -5,7 +5,6 @@ learned whole.
 """
 
 import itertools
-import json
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import digest, whole_file, write_json
+from common.files import digest, read_json, whole_file, write_json
 from formats.data import Corpus
 from formats.tokenizer import Tokenizer, encode_prompt, read_blob
 
@@ -158,7 +157,7 @@ def read_prepared(path: Path, tokenizer: bytes, length: int) -> np.ndarray:
     """The records of a prepared file, memory-mapped. Raises UserError if it is damaged, or made for another tokenizer
     or a greater length."""
     try:
-        made = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        made = read_json(path.with_suffix(".json"), "the record of prepared data")
         if made["tokenizer"] != digest(tokenizer) or made["length"] > length:
             raise UserError(
                 f"it was made for length {made['length']}, tokenizer {made['tokenizer']}, not {length}, "

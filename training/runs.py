@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import whole_file
+from common.files import parse_json, whole_file
 from common.processes import by_first, processes, tell
 from formats.checkpoint import fitting, read_checkpoint, save_checkpoint
 from model import ModelConfig, Transformer
@@ -82,8 +82,8 @@ def read_log(path: Path) -> list[dict]:
     """The rows of a log; what is none, as where the machine stopped while it wrote, is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+        with contextlib.suppress(UserError):
+            rows.append(parse_json(line, str(path)))
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 

@@ -19,7 +19,9 @@ class KVCache:
     filled[L + 1]    positions that owe nothing to the head over the vocabulary
 
     From 0 to L filled never increases: a position that stopped below the top waits in `hidden`, at the depth that it
-    reached, and is *owed* to the layers above. So the rows owed to a layer are one run, the newest ones."""
+    reached, and is *owed* to the layers above. So the rows owed to a layer are one run, the newest ones, and all have
+    the depth below it by the time a pass comes there: if position 7 stopped at layer 4 and 8 at layer 2, the next pass
+    takes 8 along from layer 3 on, and 7 from layer 5 on, where all three stand side by side."""
 
     def __init__(self, model: Transformer, length: int):
         """Room for `length` positions."""
@@ -34,8 +36,7 @@ class KVCache:
         self._rows, self._kept = None, {}
 
     def owed(self, layer: int, stop: int) -> Tensor:
-        """Hidden states of the positions filled[layer] .. stop - 1, which wait at the depth of the layer below: (R,
-        d)."""
+        """States of the positions filled[layer] .. stop - 1, as deep as they got: (R, d)."""
         return self.hidden[self.filled[layer] : stop]
 
     def join(self, layer: int, first: int, x: Tensor) -> tuple[int, Tensor]:

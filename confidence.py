@@ -32,7 +32,7 @@ class Trace:
         self.model = model
         self.confidence = confidence
         self.hidden: list[Tensor] = []
-        self.final: Tensor | None = None         # (R, V) logits of the rows that the head took; None below the top
+        self.final: Tensor | None = None         # (R, V) logits of the rows that the head took, if any did
         self.candidates: Tensor | None = None    # (n,) int64 token ids; None is the whole vocabulary
         self.n = model.config.vocab_size         # how many candidates there are
         self.confidences: dict[int, float] = {}  # of each layer asked
@@ -129,7 +129,8 @@ class Trace:
 
 
 def decaying(trace: Trace, k: int, k_min: int) -> int:
-    """k first, then k_next = max(k_min, k_now / (1 + (k_now - k_min) / k_min * l/L)), rounded up."""
+    """k first (where there are no more than k candidates, at once the next), then k_next = max(k_min, k_now / (1 +
+    (k_now - k_min) / k_min * l/L)), rounded up."""
     if not trace.confidences and k < trace.n:  # the first layer asked
         return k
     shrink = 1 + (trace.n - k_min) / k_min * trace.layer / trace.model.config.n_layers

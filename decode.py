@@ -40,8 +40,8 @@ def plain(run: "Run") -> Iterator[Token]:
 def run_pass(model: Transformer, cache: KVCache, tokens: list[int], trace: Trace, exits: dict[int, float]) -> int:
     """One pass: advances the staircase by `tokens` until one of `exits` (layer -> threshold) finds the next token
     decided, and returns the layer reached, L + 1 for the top: the head over the vocabulary, whose logits are then
-    trace.final. Rows that stopped below a layer in earlier passes join there, so that keys and values are those of a
-    full forward pass. Without tokens, what is owed is paid."""
+    trace.final (None if no row owes the head anything). Rows that stopped below a layer in earlier passes join there,
+    so that keys and values are those of a full forward pass. Without tokens, what is owed is paid."""
     first, stop = cache.filled[0], cache.filled[0] + len(tokens)
     cache.filled[0] = stop
     ids = torch.tensor(tokens, dtype=torch.int64, device=cache.hidden.device)
@@ -57,7 +57,7 @@ def run_pass(model: Transformer, cache: KVCache, tokens: list[int], trace: Trace
             cache.hidden[first:stop] = x  # here they wait, at this depth, for a pass that goes on
             return layer
     top = len(model.blocks) + 1
-    first, x = cache.join(top, first, x)
+    first, x = cache.join(top, first, x)  # here it leaves out the rows of settled tokens
     if first < stop:
         trace.final = model.head(x)  # (R, V)
         trace.flops[top] = 2 * model.unembed.numel() * len(x)
@@ -80,7 +80,7 @@ class Run:
         self.early = 0  # tokens emitted since a pass last reached the top
         self.thresholds = config.thresholds(model.config)
         learns = self.thresholds.learns and config.fill == "parallel"
-        self.owe_head = config.verify or learns  # whether early tokens do
+        self.owe_head = config.verify or learns  # do early tokens owe it their row, to be judged, or learned from?
         self.cache = KVCache(model, self.length)
         self.cache.waive(len(prompt) - 1)  # only the last token of the prompt predicts
         companion = None

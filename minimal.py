@@ -6,7 +6,7 @@ running all the rows that a layer lacks in one call: cheap, since reading the la
 
     layer 4 │■■■■■■■■■■              filled[4] = 10    filled never increases from a layer to the next. So the rows
     layer 3 │■■■■■■■■■■■■■           filled[3] = 13    owed at a layer, filled[layer] .. newest, have all run the one
-    layer 2 │■■■■■■■■■■■■■■          filled[2] = 14    below: that is all the bookkeeping there is.
+    layer 2 │■■■■■■■■■■■■■■          filled[2] = 14    below, where their states wait: that is all the bookkeeping.
 
 R rows of a pass, S positions so far, d width, H heads, C = d / H, V vocabulary, L layers. Layers count from 1.
 """
@@ -60,14 +60,14 @@ class Staircase:
         self.cache = self.hidden.new_empty(model.L + 1, 2, model.H, limit, model.C)  # keys and values of every layer
 
     def climb(self, model, text, exits, threshold, drafts=0):
-        """One pass, to the first confident exit or to the top. Returns its layer and the logits of the newest row."""
-        new, stop = self.filled[1], len(text)  # every pass runs layer 1: what is missing there is new
-        self.hidden[new:stop] = model.weights["embedding"][text[new:]]
+        """One pass, to the first confident exit or the top. Its layer and logits: of the newest row, last, and of drafts."""
+        first_new, stop = self.filled[1], len(text)  # every pass runs layer 1: what is missing there is new
+        self.hidden[first_new:stop] = model.weights["embedding"][text[first_new:]]
         for layer in range(1, model.L + 1):
             first = self.filled[layer]  # rows first .. stop - 1: one where nothing is owed, several after early exits
             self.hidden[first:stop] = model.block(layer, self.hidden[first:stop], first, *self.cache[layer])
             self.filled[layer] = stop
-            if layer in exits:
+            if layer in exits and layer < model.L:
                 logits = model.head(self.hidden[stop - 1 : stop], layer)
                 best, second = logits[0].softmax(-1).topk(2).values
                 if best - second >= threshold:  # CALM's "softmax response"
@@ -103,7 +103,7 @@ def generate_verified(model, prompt, exits=(), threshold=0.6, limit=200):
                     layers[i - len(prompt) :] = [model.L]
                     break
             verified = len(text)
-            stairs.filled = [min(count, verified - 1) for count in stairs.filled]  # forgets the drafts that were wrong
+            stairs.filled = [min(count, verified - 1) for count in stairs.filled]  # the last token has not been run
     return text[len(prompt) :], layers
 
 

@@ -62,8 +62,10 @@ class ModelConfig:
     local_rope_base: float | None = option(None, "rope_base of the layers with a window (Gemma 3); none: the same")
     unrotated_layers: tuple[int, ...] = option((), "layers whose queries and keys know no positions (SmolLM3)")
     rope_factor: float = option(1.0, "divides the rotary frequencies, but for those of local_rope_base")
-    rope_bands: tuple[float, ...] = option((), "Llama 3: low, high and length; rope_factor divides fully what turns "
-                                               "less than low times in length positions, not what turns more than high")
+    rope_bands: tuple[float, ...] = option(
+        (), "Llama 3: low, high, length; rope_factor divides frequencies of fewer than low turns in length positions, "
+            "not those of more than high, and in part those between"
+    )
 
     def __post_init__(self):
         for name in ("exit_norms", "classifiers", "exit_layers", "global_layers", "unrotated_layers", "rope_bands"):

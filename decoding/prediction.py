@@ -74,8 +74,8 @@ def contrast_logits(trace: Trace, layer: int, settings: Contrast, other: Tensor 
     """Logits (n,) of `layer` over the candidates, contrasted. `other`: logits (V,) of a second model, the amateur
     then."""
     if other is not None:
-        candidates = other if trace.candidates is None else other[trace.candidates]
-        log_q = (candidates / settings.amateur_temperature).log_softmax(-1)
+        logits = other if trace.candidates is None else other[trace.candidates]
+        log_q = (logits / settings.amateur_temperature).log_softmax(-1)
     else:
         fixed = settings.amateur.isdecimal()
         amateur = int(settings.amateur) if fixed else AMATEURS[settings.amateur](trace, layer)
@@ -119,7 +119,7 @@ class Predictor:
         vocabulary."""
         source = trace
         if trace.final is not None:  # the pass reached the top
-            source, layer = trace.whole(), layer - 1
+            source, layer = trace.whole(), trace.model.config.n_layers
         if self.contrast is None:
             logits = source.logits(layer)  # (n,)
         else:
@@ -163,8 +163,8 @@ class Predictor:
 
 
 def penalize(logits: Tensor, seen: list[int], penalty: float, candidates: Tensor | None = None) -> Tensor:
-    """Logits (n,) of tokens that occurred, divided by the penalty where positive, else times it (CTRL, Keskar 2019,
-    section 4.1)."""
+    """Logits (n,) of tokens that occurred, divided by the penalty where positive, else times it (after CTRL,
+    Keskar 2019, which divides)."""
     if penalty == 1:
         return logits
     tokens = torch.arange(len(logits), device=logits.device) if candidates is None else candidates
@@ -190,7 +190,7 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         probs = probs / probs.sum()
         before = probs.cumsum(-1) - probs  # mass of the more probable ones
-        enough = before >= sampling.top_p
-        enough[0] = False  # the best one stays
-        probs = probs.masked_fill(enough, 0)
+        beyond = before >= sampling.top_p
+        beyond[0] = False  # the best one stays
+        probs = probs.masked_fill(beyond, 0)
     return torch.zeros_like(probs).scatter(0, index, probs / probs.sum())

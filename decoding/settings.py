@@ -1,4 +1,4 @@
-"""How to decode: every setting, checked, each also a flag of decode.py and eval.py; """
+"""How to decode: every setting, checked, each also a flag of decode.py and eval.py."""
 
 from dataclasses import dataclass, fields
 

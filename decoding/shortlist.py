@@ -25,7 +25,8 @@ class Shortlist:
     frequent ids, in the form that heads multiply with, then the others."""
 
     def __init__(self, model: Transformer, size: int, length: int):
-        """The `size` most frequent ids, and room for `length` more. Raises UserError if the model knows not so many."""
+        """The `size` most frequent ids, and room for `length` more: those of the prompt and of tokens from the full
+        model (a draft is in it already). Raises UserError if the model knows not so many."""
         self.unembed = model.unembed
         self._frequent_ids, self._frequent_weight, known = frequent(model, size)
         self._known = set(known)

@@ -53,8 +53,8 @@ class Adaptive(Constant):
 
     def compare(self, trace: Trace) -> None:
         """Learns from a pass that reached the top: of the early tokens held, and of every layer asked in it, the
-        confidence and whether the exit head's token was the full model's. The last rows of trace.final are those of
-        the tokens held, then, unless the pass only paid what was owed, that of the newest position."""
+        confidence and whether the exit head's token was the full model's. Row i of trace.final is that of token i
+        held; one more, of the newest position, follows unless the pass only paid what was owed."""
         truth = trace.final.argmax(-1).tolist()
         for (confidence, guess), token in zip(self.held, truth):
             if confidence is not None:
@@ -74,11 +74,12 @@ class Adaptive(Constant):
         odds = math.log(len(self.agreed) / len(self.disagreed)) - log_beta(a1, b1) + log_beta(a0, b0)
         wanted = math.log(self.target / (1 - self.target))
         threshold = self.HIGH
-        for c in (i / 100 for i in range(99, 4, -1)):
+        for percent in range(round(100 * self.HIGH), round(100 * self.LOW) - 1, -1):
+            c = percent / 100
             if odds + (a1 - a0) * math.log(c) + (b1 - b0) * math.log(1 - c) < wanted:
                 break
             threshold = c
-        self.thresholds = dict.fromkeys(self.thresholds, min(self.HIGH, max(self.LOW, threshold)))
+        self.thresholds = dict.fromkeys(self.thresholds, threshold)
 
 
 def fit_beta(values: list[float]) -> tuple[float, float]:

@@ -2,9 +2,9 @@
 layers).
 
 An early token is a *draft*: the next pass goes on from it, but it is not shown. When a pass reaches the top, its head
-sees the rows of all drafts at once, and row i judges the token placed at i + 1. Kept is what the full model would
-have put there; the first that it would not is replaced, and what followed is forgotten: the staircase rolls back. So
-the text is the full model's own.
+sees the rows of all drafts at once: the row of a position judges the token after it, so the first row, of the last
+verified token, judges the first draft. Drafts that the full model would have put there are kept; the first that it
+would not is replaced, and what followed is forgotten: the staircase rolls back. So the text is the full model's own.
 
 It is faster although every row runs every block in the end, wrong drafts in vain, so that more FLOPs are spent than
 without exits: at batch 1 the time goes into reading weights, and eight rows read them once.

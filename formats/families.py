@@ -5,6 +5,8 @@ To add a family:
 2. `config_fields`: what is new about its blocks, as a field of ModelConfig, which model.py uses where it enters.
 3. `name_table`: the names of tensors that are new, and ours.
 4. For GGUF: ARCHITECTURES in formats/gguf.py.
+5. convert.py: PARTS, for tensors that lie fused in ours, and `copy_weights`, for what is stored in another way (Gemma's
+   norms, minus one).
 """
 
 import math

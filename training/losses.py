@@ -85,8 +85,8 @@ def sum_of_losses(
     compare: bool = False,
 ) -> Summed:
     """`plain_sum`, or where its logits would be many the chunked form of it, which gives the same in less memory."""
-    logits = len(targets) * model.config.vocab_size * len(weights)
-    form = plain_sum if logits <= chunk_size(targets.device) else chunked_sum
+    numbers = len(targets) * model.config.vocab_size * len(weights)  # logits in all
+    form = plain_sum if numbers <= chunk_size(targets.device) else chunked_sum
     return form(model, rows, targets, weights, each, compare)
 
 
@@ -128,17 +128,22 @@ class LossConfig:
 
 
 def exits_in_turn(exits: tuple[int, ...], per_step: int, step: int) -> tuple[int, ...]:
-    """Every R-th exit, at most `per_step`, from an offset that moves on by one each step (LayerSkip, Elhoushi 2024,
-    section 4.1.2, rotational early exit)."""
+    """Every stride-th exit, at most `per_step`, from an offset that moves on by one each step (LayerSkip, Elhoushi
+    2024, section 4.1.2, rotational early exit)."""
     stride = max(1, math.ceil(len(exits) / per_step))
     return exits[step % stride :: stride]
 
 
 def shares(config: LossConfig, layers: list[int], n_layers: int) -> dict[int, float]:
     """The weight of each layer's loss, in sum 1: by `exit_weights`, or rising with depth, w_l = l / sum (CALM, Schuster
-    2022, Eq. 6)."""
-    given = dict(zip((*config.exits, n_layers), config.exit_weights))
-    weights = {layer: given.get(layer, layer) for layer in layers}
+    2022, Eq. 6). Raises UserError for a layer that `exit_weights` say nothing of."""
+    weights = {layer: layer for layer in layers}
+    if config.exit_weights:
+        given = dict(zip((*config.exits, n_layers), config.exit_weights))
+        unknown = [layer for layer in layers if layer not in given]
+        if unknown:
+            raise UserError(f"exit_weights say nothing of layer {unknown[0]}; they are for {list(given)}")
+        weights = {layer: given[layer] for layer in layers}
     return {layer: weight / sum(weights.values()) for layer, weight in weights.items()}
 
 
@@ -161,7 +166,7 @@ class Exits:
         self.last = model.config.n_layers
         self.learned, self.targets = learned, targets
         self.asked: set[int] = set()  # layers whose logits the loss has used
-        self.deepest: Tensor | None = None  # loss of the deepest layer asked, without gradient: what the log shows
+        self.deepest: Tensor | None = None  # of the last weighted sum the deepest layer's loss: what the log shows
         self._states, self._learned_states, self._agreed = states, {}, {}
         self._top = [self.last] if train_last else []
 
@@ -272,7 +277,7 @@ def distill(exits: Exits) -> Tensor:
 
 @register_loss("hidden")
 def hidden(exits: Exits) -> Tensor:
-    """As `rotate`, and the distance of the states below the step's first exit to deeper ones (FREE, Bae 2023)."""
+    """As `rotate`, and the distance of the states up to the step's first exit to deeper ones (FREE, Bae 2023)."""
     layers = exits.in_turn()
     states = [exits.state(layer) for layer in range(1, exits.last + 1)]
     return exits.weighted_sum(layers) + exits.config.hidden_weight * hidden_loss(states, layers[0])

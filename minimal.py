@@ -60,7 +60,7 @@ class Staircase:
         self.cache = self.hidden.new_empty(model.L + 1, 2, model.H, limit, model.C)  # keys and values of every layer
 
     def climb(self, model, text, exits, threshold, drafts=0):
-        """One pass, to the first confident exit or the top. Its layer and logits: of the newest row, last, and of drafts."""
+        """One pass, to a confident exit or the top: its layer, and logits of the newest row, last, and of drafts."""
         first_new, stop = self.filled[1], len(text)  # every pass runs layer 1: what is missing there is new
         self.hidden[first_new:stop] = model.weights["embedding"][text[first_new:]]
         for layer in range(1, model.L + 1):

@@ -14,7 +14,7 @@ import torch
 from cache import KVCache
 from common.errors import run as run_command
 from confidence import Trace, resolve
-from decoding.checks import check_amateur, check_prompt
+from decoding.checks import check_amateur, check_prompt, check_stops
 from decoding.command import make_parser, show_runs
 from decoding.copying import copy_up
 from decoding.prediction import Companion, Predictor
@@ -71,6 +71,7 @@ class Run:
     def __init__(self, model: Transformer, prompt: list[int], config: DecodeConfig, counters: Counters,
                  trace_type: type[Trace] = Trace, amateur: Transformer | None = None):
         check_prompt(prompt, model)
+        check_stops(config.stop_tokens, model)
         self.model, self.config, self.counters = model, config, counters
         self.top = model.config.n_layers + 1
         self.length = min(len(prompt) + config.max_new_tokens, model.config.max_len)  # of the text, at most

@@ -12,7 +12,8 @@ R rows of a pass, S positions so far, d width, H heads, C = d / H, V vocabulary,
 """
 
 import sys
-import time
+from functools import partial
+from timeit import timeit
 
 import sentencepiece
 import torch
@@ -110,11 +111,9 @@ def generate_verified(model, prompt, exits=(), threshold=0.6, limit=200):
 if __name__ == "__main__":
     model, exits, speeds = Llama("checkpoints/default.pt"), (4, 6, 8), []
     prompt = [model.tokenizer.bos_id(), *model.tokenizer.encode(" ".join(sys.argv[1:]) + "<sep>")]
+    assert len(prompt) < 200, f"the prompt has {len(prompt)} tokens, with the answer there may be 200; shorten it"
     for decode, used in (generate, ()), (generate, exits), (generate_verified, exits):
         tokens, layers = decode(model, prompt, used)  # once before the clock runs
-        started = time.perf_counter()
-        for _ in range(5):
-            decode(model, prompt, used)
-        speeds.append(5 * len(tokens) / (time.perf_counter() - started))
+        speeds.append(5 * len(tokens) / timeit(partial(decode, model, prompt, used), number=5))
         print(f"{decode.__name__} {used}: {speeds[-1]:.0f} tokens/s, {speeds[-1] / speeds[0]:.2f} times full depth")
-        print(*[f"{model.tokenizer.id_to_piece(token)}/{layer}" for token, layer in zip(tokens, layers)], "\n")
+        print(model.tokenizer.decode(tokens), " exit layers:", *layers, "\n")

@@ -176,6 +176,8 @@ def main() -> None:
     use_threads(args.threads)
     warn_if_busy()
     config = TrainConfig(**given(args, TrainConfig))
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise UserError(f"{args.out}: is a file; --out takes a folder")
     with process_group(config.device):
         run_training(config, shape_from(config, given(args, ModelConfig)), Path(args.out), args.overwrite)
 

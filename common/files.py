@@ -37,12 +37,27 @@ def whole_file(path: str | os.PathLike) -> Iterator[str]:
 
 def check_replaceable(path: str | os.PathLike) -> None:
     """Raises UserError unless `path` is a regular file, or nothing yet in a folder that exists."""
-    path = os.path.realpath(path)
-    if os.path.lexists(path) and not os.path.isfile(path):
+    target = os.path.realpath(path)
+    if os.path.lexists(target) and not os.path.isfile(target):
         raise UserError(f"{path}: is no regular file, and nothing else is replaced; give another name")
-    folder = os.path.dirname(path)
-    if not os.path.isdir(folder):
-        raise UserError(f"{path}: there is no folder {folder} to write to")
+    if not os.path.isdir(os.path.dirname(target)):
+        raise UserError(f"{path}: there is no folder {os.path.dirname(path) or target} to write to")
+
+
+def check_outputs(outputs: list, inputs: list) -> None:
+    """Raises UserError for a file to write (None: none) that cannot be written, that is one of the files to read, or
+    that is named twice."""
+    read = {os.path.realpath(path) for path in inputs if path}
+    written = set()
+    for path in outputs:
+        if path is None:
+            continue
+        check_replaceable(path)
+        if os.path.realpath(path) in read:
+            raise UserError(f"{path}: is read here, and would be overwritten; give another name")
+        if os.path.realpath(path) in written:
+            raise UserError(f"{path}: two files would be written there; give another name")
+        written.add(os.path.realpath(path))
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -27,6 +27,14 @@ class Parser(argparse.ArgumentParser):
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=form, allow_abbrev=False, **options)
 
+    def parse_args(self, *words, **more) -> argparse.Namespace:
+        """The arguments. Raises UserError for a value that is empty: it would be taken for none."""
+        args = super().parse_args(*words, **more)
+        for name, value in vars(args).items():
+            if value == "" and name != "prompt":
+                raise UserError(f"--{name.replace('_', '-')} is empty; give a value, or leave it out")
+        return args
+
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 

@@ -16,6 +16,13 @@ def check_prompt(prompt: list[int], model: Transformer) -> None:
         raise UserError(f"a token id of the prompt lies outside 0 to {size - 1}")
 
 
+def check_stops(stop_tokens: tuple[int, ...], model: Transformer) -> None:
+    """Raises UserError for a token that the model does not know."""
+    for token in stop_tokens:
+        if token >= model.config.vocab_size:
+            raise UserError(f"stop_tokens has {token}; this model's ids lie in 0 to {model.config.vocab_size - 1}")
+
+
 def check_amateur(amateur: Transformer, model: Transformer, settings: Contrast | None, length: int) -> None:
     """Raises UserError unless the amateur can read and contrast what the model writes, `length` tokens."""
     ours, theirs = model.config.vocab_size, amateur.config.vocab_size

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from common.files import check_replaceable
+from common.files import check_outputs
 from common.flags import Parser, add_flags, add_model_flags, given, loading
 from decoding.checks import check_prompt
 from decoding.choosing import COMMAND, DEFAULT_CHECKPOINT, settings_of, variants
@@ -64,8 +64,8 @@ def show_runs(args: argparse.Namespace, stream: Callable[..., Iterator[Token]]) 
     check_prompt(prompt, model)
     for each in configs.values():
         each.exits(model.config)  # a mistake there leaves an old trace file alone
-    if args.html:
-        check_replaceable(args.html)
+    beside = Path(args.checkpoint).with_suffix(".json")
+    check_outputs([args.trace, args.html], [args.checkpoint, beside, args.thresholds, args.amateur, args.frequent_ids])
     full, runs = Recorder(), {}
     if args.compare or args.html:
         list(stream(model, prompt, replace(config.full(), max_new_tokens=4), amateur=amateur))  # warms up

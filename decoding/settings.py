@@ -100,9 +100,13 @@ class DecodeConfig:
         self.check_ranges()
         if self.prune in ("decaying", "adaptive") and self.prune_min > self.prune_k:
             raise UserError(f"prune_min is {self.prune_min}, above prune_k {self.prune_k}; lower it")
-        if self.layer_thresholds is not None and len(self.layer_thresholds) != len(self.exit_layers or ()):
+        if self.layer_thresholds is not None and self.exit_layers is None:
+            raise UserError("layer_thresholds belong to exit_layers, one each; give these, too")
+        if self.exit_layers is not None and len(set(self.exit_layers)) < len(self.exit_layers):
+            raise UserError(f"exit_layers are {','.join(map(str, self.exit_layers))}; each can be given once")
+        if self.layer_thresholds is not None and len(self.layer_thresholds) != len(self.exit_layers):
             raise UserError(f"layer_thresholds has {len(self.layer_thresholds)} values; give one for each of "
-                            f"exit_layers ({len(self.exit_layers or ())})")
+                            f"exit_layers ({len(self.exit_layers)})")
         if self.fill == "copy" and self.max_owed is not None:
             raise UserError(f"max_owed is {self.max_owed}, but fill is copy, which owes nothing; leave one of them out")
         if self.verify and self.fill != "parallel":
@@ -164,6 +168,8 @@ class DecodeConfig:
             return {}
         thresholds = self.layer_thresholds or [self.threshold] * len(layers)
         allowed = {layer: threshold for layer, threshold in zip(layers, thresholds) if layer >= self.min_layer}
+        if not layers:
+            raise UserError("exit_layers are none; give some, or leave the flag out")
         if L > 1 and not allowed:
             raise UserError(f"min_layer is {self.min_layer}, which leaves no exit layer; lower it or give other "
                             "exit_layers")

@@ -15,7 +15,7 @@ from evaluation.learn_then_test import fewest, walk
 from evaluation.measure import encode_inputs, run_in_turns
 from evaluation.metrics import METRICS, rouge_l_f1
 from evaluation.rows import custom_settings, exits_of, fields_that_differ, own_origin, own_setting, sources
-from evaluation.table import check_file
+from evaluation.table import check_files
 from evaluation.tasks import TUNING_SHARE, Task, between, one_of_each_source, sample, source
 from formats.data import Example
 
@@ -25,7 +25,7 @@ CHECK_SHARE = (1 + TUNING_SHARE) / 2  # of a single file: from here on inputs to
 def main(args: argparse.Namespace) -> None:
     """Finds a threshold, says what was found, and writes it. Ends with status 1 if no threshold passes."""
     custom = custom_settings(args)
-    check_file(args.out)
+    check_files(args, args.out)
     tasks = chosen_tasks(args)
     check_flags(args, custom, tasks)
     model, tokenizer = load_model(args)

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import check_replaceable
 from common.processes import processes, tell
 from decode import stream
 from decoding.page import Page
@@ -53,5 +52,3 @@ def check_page(args: argparse.Namespace) -> None:
     if min(places) < 1 or (args.limit and max(places) > args.limit):
         limit = f"{args.limit}, the --limit" if args.limit else "their number"
         raise UserError(f"--html-inputs is {','.join(map(str, places))}; inputs count from 1 to {limit}")
-    if args.html:
-        check_replaceable(args.html)

@@ -18,7 +18,7 @@ from evaluation.figures import alike, evaluate, pareto
 from evaluation.inputs import chosen_tasks, load_inputs, load_model, note, run_record
 from evaluation.measure import environment
 from evaluation.rows import custom_settings, exits_of, own_origin, own_setting, sources
-from evaluation.table import check_file, check_outputs, finish, heading, table
+from evaluation.table import check_written, finish, heading, table
 from evaluation.tasks import Task, sample
 from formats.data import Example
 
@@ -33,8 +33,7 @@ def main(args: argparse.Namespace) -> None:
     swept = swept_values(args.over)
     if "threshold" in swept and custom.get("layer_thresholds"):
         raise UserError("layer_thresholds outranks the threshold that is swept; leave it out")
-    check_outputs(args)
-    check_file(args.results)
+    check_written(args)
     tasks = chosen_tasks(args)
     model, tokenizer = load_model(args)
     record = run_record(args, model)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import write_json
+from common.files import check_outputs, write_json
 from common.processes import processes, tell
 from evaluation.figures import alike, evaluate
 from evaluation.inputs import chosen_tasks, load_inputs, load_model, note, run_record
@@ -128,7 +128,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(
             "--rows and --all choose among the settings, --confidence makes a row of its own; give one of them"
         )
-    check_outputs(args)
+    check_written(args)
     check_page(args)
     tasks = chosen_tasks(args)
     model, tokenizer = load_model(args)
@@ -148,29 +148,22 @@ def main(args: argparse.Namespace) -> None:
     finish(args, result, model, tokenizer)
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Raises ValueError for what could not be written in the end."""
-    check_file(args.json)
+def check_written(args: argparse.Namespace) -> None:
+    """Raises UserError for what could not be written in the end."""
+    check_files(args, args.json, getattr(args, "html", None), getattr(args, "results", None))
     if args.plot:
-        check_folder(args.plot)
-        if args.plot.is_file():
-            raise UserError(f"{args.plot}: is a file; give another name")
+        if not args.plot.parent.is_dir():
+            raise UserError(f"{args.plot}: there is no folder {args.plot.parent} to write to")
+        if args.plot.exists() and not args.plot.is_dir():
+            raise UserError(f"{args.plot}: is a file; give the name of a folder")
         from evaluation.plots import pyplot
 
         pyplot()
 
 
-def check_file(path: Path | None) -> None:
-    """Raises ValueError for a path that no file can be written to."""
-    if path is not None:
-        check_folder(path)
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder; give another name")
-
-
-def check_folder(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent} to write to")
+def check_files(args: argparse.Namespace, *paths: Path | None) -> None:
+    """Raises UserError for files that cannot be written, or that the command reads."""
+    check_outputs([*paths], [args.checkpoint, getattr(args, "thresholds", None), args.shot_file, args.frequent_ids])
 
 
 def finish(args: argparse.Namespace, result: dict, model, tokenizer) -> None:

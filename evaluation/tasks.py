@@ -110,7 +110,8 @@ def find_task(name: str) -> Task:
     """An embedded task by its name, or NAME=FILE: another file of its kind. Raises ValueError."""
     kind, _, file = name.partition("=")
     if kind not in TASKS:
-        raise UserError(f"unknown task {kind!r}; choose from {', '.join(TASKS)}, or NAME=FILE for a file of your own")
+        raise UserError(f"unknown task {kind!r}; choose from {', '.join(TASKS)}; with a file of yours one of these by "
+                        "what it holds, as in samsum=FILE, or file=FILE")
     task = replace(TASKS[kind], file=file or TASKS[kind].file)
     if not task.file:
         raise UserError(f"task {kind} needs its file: {kind}=FILE")

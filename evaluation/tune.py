@@ -25,7 +25,7 @@ from evaluation.figures import quality_interval, quality_kept, speed_figures, wr
 from evaluation.inputs import chosen_tasks, load_inputs, load_model, run_record
 from evaluation.measure import encode_inputs, run_in_turns
 from evaluation.rows import exit_layers_of, fields_that_differ, read_settings_file
-from evaluation.table import check_file
+from evaluation.table import check_files
 from evaluation.tasks import TUNING_SHARE, Task, between, one_of_each_source, sample
 from formats.data import Example
 
@@ -54,7 +54,7 @@ PRUNING = {
 def main(args: argparse.Namespace) -> None:
     """Tunes every task and writes its rows; those of other tasks in the file stay."""
     settings = read_settings_file(args.settings)
-    check_file(args.settings)
+    check_files(args, args.settings)
     tasks = chosen_tasks(args)
     model, tokenizer = load_model(args)
     record = run_record(args, model)

@@ -189,7 +189,7 @@ def test_threads_are_set_as_asked_and_left_alone_otherwise(threads):
     (("--threads", "1000000"), "threads is 1000000"),
     (("--dtype", "int3"), "unknown dtype 'int3'"),
     (("--device", "mps"), "device 'mps' is not there to use; supported are cpu and cuda"),
-    (("--device", "cpu:x"), "is not there"), (("--device", ""), "is not there to use"),
+    (("--device", "cpu:x"), "is not there"), (("--device", ""), "--device is empty"),
 ])  # fmt: skip
 def test_what_the_machine_cannot_be_is_refused(words, message, threads):
     with pytest.raises(UserError, match=message):

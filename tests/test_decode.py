@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -470,3 +471,23 @@ def test_max_owed_does_not_count_the_prompt(tiny_model):
     config = DecodeConfig(max_new_tokens=12, confidence="softmax", threshold=0.0, exit_layers=(2,), max_owed=3)
     assert generate(tiny_model(0), PROMPT, config).exit_layers == [2, 2, 2, 5] * 3
     assert generate(tiny_model(0), PROMPT * 5, config).exit_layers == [2, 2, 2, 5] * 3
+
+
+def test_what_a_command_reads_is_not_overwritten(tiny_model, tmp_path, monkeypatch, capsys):
+    """Checkpoint and settings survive an output of the same name; two outputs need two names."""
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint("tiny.pt", tiny_model(0), None)
+    Path("tiny.json").write_text('{"decode": {"threshold": 0.5}}')
+    before = {name: Path(name).read_bytes() for name in ("tiny.pt", "tiny.json")}
+    mistakes = {
+        "--trace tiny.pt": "tiny.pt: is read here", "--html ./tiny.pt": "tiny.pt: is read here", "--trace tiny.json": "tiny.json: is read",
+        "--html a.html --trace a.html": "a.html: two files would be written there", "--trace nowhere/x": "there is no folder nowhere",
+        "--html=": "--html is empty", "--stop-tokens 50": "stop_tokens has 50; this model's ids lie in 0 to 49",
+        "--exit-layers 2,2": "each can be given once", "--layer-thresholds 0.5": "layer_thresholds belong to exit_layers",
+    }  # fmt: skip
+    for words, message in mistakes.items():
+        monkeypatch.setattr("sys.argv", ["decode.py", "--checkpoint=tiny.pt", "--prompt=1,7", *words.split()])
+        with pytest.raises(SystemExit) as end:
+            run(decode.main)
+        assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+        assert before == {name: Path(name).read_bytes() for name in before} and not Path("a.html").exists()

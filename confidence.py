@@ -73,11 +73,12 @@ class Trace:
             return
         for layer in self.confidences:  # what earlier exits would have said may go with the candidates
             self._guesses.setdefault(layer, self.token(self.logits(layer).argmax()))
-        _, index = newest.topk(size)  # (size,) by falling z_l
+        best, index = newest.topk(size)  # (size,) by falling z_l
         self.candidates = self.token(index)
         self._weights, self.n = None, size
+        del self._logits[self.layer]
         self._logits = {layer: logits[index] for layer, logits in self._logits.items()}
-        self._guesses[self.layer] = self.candidates[0]  # the best one
+        self._logits[self.layer], self._guesses[self.layer] = best, self.candidates[0]  # the best is the first
 
     def logits(self, layer: int) -> Tensor:
         """z of `layer` <= l over the candidates: (n,)."""

@@ -42,7 +42,8 @@ def path(text: str) -> Path:
 
 def make_parser() -> Parser:
     parser = Parser(__doc__, usage="eval.py [FLAGS], or eval.py COMMAND [FLAGS]")
-    commands = parser.add_subparsers(title="commands, in place of the table", dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands, in place of the table", dest="command", metavar="COMMAND",
+                                     prog="eval.py")
     for name, (text, add_command_flags) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, usage=f"eval.py {name} [FLAGS]")
         add_command_flags(command)

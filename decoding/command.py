@@ -71,10 +71,10 @@ def show_runs(args: argparse.Namespace, stream: Callable[..., Iterator[Token]]) 
         list(stream(model, prompt, replace(config.full(), max_new_tokens=4), amateur=amateur))  # warms up
         full = recorded(stream, model, prompt, config.full(), amateur)
         runs["full model"] = config.full(), full
-    print(f"settings: {config.describe(model.config)} ({source})", file=sys.stderr)
     print(args.prompt)
     with open(args.trace, "w", encoding="utf-8") if args.trace else nullcontext() as trace:
         for name, each in configs.items():
+            print(f"settings: {each.describe(model.config)} ({source})", file=sys.stderr)
             if name:
                 print(f"--- {name}")
             recorder = Recorder()

@@ -72,6 +72,8 @@ def checksum(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
 def read_checkpoint(path: str | os.PathLike, check: bool = False) -> dict:
     """The content of a checkpoint file, all its entries, memory-mapped; with `check` compared with its checksums first.
     Raises UserError for a file that is not one, and for entries that are not what they must be."""
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a folder, no checkpoint; name a file in it, or convert it with convert.py")
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint; train one with train.py or name another")
     if check:

@@ -99,8 +99,9 @@ def shape_from(config: TrainConfig, given: dict) -> ModelConfig:
     Raises UserError."""
     shape = {}
     if config.init:
+        content = read_checkpoint(config.init)
         with fitting(config.init):
-            shape = asdict(ModelConfig(**read_checkpoint(config.init)["config"]))
+            shape = asdict(ModelConfig(**content["config"]))
         other = sorted(set(given) - ADDED)
         if other:
             raise UserError(f"{other[0]} comes from --init {config.init}; leave the flag out")

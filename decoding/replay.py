@@ -139,7 +139,7 @@ class Recorder(Counters):
                 seen, drafts = newest, list(range(newest - self.passes[-1].drafted, newest))
             made = drafts.pop(0) if drafts and not token.rolled_back else newest
             for place, draft in enumerate(token.rolled_back):
-                lost = Token(draft, self.passes[drafts[place]].reached, {}, {}, {})
+                lost = Token(draft, self.passes[drafts[place]].reached)
                 self.emitted.append(Emitted(lost, at + place, drafts[place], newest, rolled_back=True))
             self.emitted.append(Emitted(token, at, made, newest))
             at += 1

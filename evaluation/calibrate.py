@@ -14,7 +14,7 @@ from evaluation.inputs import chosen_tasks, load_inputs, load_model, note, run_r
 from evaluation.learn_then_test import fewest, walk
 from evaluation.measure import encode_inputs, run_in_turns
 from evaluation.metrics import METRICS, rouge_l_f1
-from evaluation.rows import custom_settings, exits_of, fields_that_differ, own_origin, own_setting, sources
+from evaluation.rows import custom_settings, fields_that_differ, own_origin, own_setting, sources
 from evaluation.table import check_files
 from evaluation.tasks import TUNING_SHARE, Task, between, one_of_each_source, sample, source
 from formats.data import Example
@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> None:
     record = run_record(args, model)
     task, sets = two_sets(args, tasks[0])
     config = own_setting(args, task, custom)
-    exits_of(config, model)
+    config.exits(model.config)
     note(sources(args, own_origin(args, custom, model)))
     threshold, provenance = find_threshold(model, tokenizer, task, sets, config, args.risk, args.tolerance, args.error)
     tell(report(task, threshold, provenance))
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check_flags(args: argparse.Namespace, custom: dict, tasks: list[Task]) -> None:
-    """Raises ValueError for what cannot be calibrated."""
+    """Raises UserError for what cannot be calibrated."""
     if custom.get("layer_thresholds"):
         raise UserError("layer_thresholds outranks the threshold that is to be found; leave it out")
     if custom.get("confidence", "softmax") is None:

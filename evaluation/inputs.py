@@ -27,7 +27,7 @@ def note(text: str) -> None:
 
 
 def chosen_tasks(args: argparse.Namespace) -> list[Task]:
-    """Those of --tasks, else those that the checkpoint has settings for. Raises ValueError for two of one name."""
+    """Those of --tasks, else those that the checkpoint has settings for. Raises UserError for two of one name."""
     tasks = [find_task(name) for name in (args.tasks.split(",") if args.tasks else default_tasks(args.settings))]
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
@@ -36,7 +36,7 @@ def chosen_tasks(args: argparse.Namespace) -> list[Task]:
 
 
 def load_model(args: argparse.Namespace) -> tuple[Transformer, object]:
-    """The model and its tokenizer; with --chat its chat, too, is in `args`. Raises ValueError if it has none."""
+    """The model and its tokenizer; with --chat its chat, too, is in `args`. Raises UserError if it has none."""
     model, tokenizer = load_checkpoint(args.checkpoint, **loading(args))
     if tokenizer is None:
         raise UserError(

@@ -45,7 +45,7 @@ def walk(
 def p_value(losses: list[float], tolerance: float) -> float:
     """Hoeffding-Bentkus: for independent losses in [0, 1] whose expectation exceeds the tolerance, the probability of a
     mean as small as theirs is at most min(exp(-n h(min(r, t), t)), e P(Binomial(n, t) <= ceil(n r))), h(a, b) = a
-    log(a/b) + (1-a) log((1-a)/(1-b)) (Bates 2021, section 3.1). Raises ValueError for no losses, losses outside [0, 1]
+    log(a/b) + (1-a) log((1-a)/(1-b)) (Bates 2021, section 3.1). Raises UserError for no losses, losses outside [0, 1]
     and a tolerance outside (0, 1)."""
     n = len(losses)
     if not n or not 0 < tolerance < 1 or not all(0 <= loss <= 1 for loss in losses):

@@ -33,7 +33,7 @@ class Metric:
     score: Callable[[np.ndarray], float]
 
     def count(self, hypotheses: list[str], references: list[list[str]]) -> np.ndarray:
-        """The numbers of every text: (texts, numbers). Raises ValueError for no texts, and for lists of different
+        """The numbers of every text: (texts, numbers). Raises UserError for no texts, and for lists of different
         length."""
         if not hypotheses or len(hypotheses) != len(references):
             raise UserError(
@@ -63,7 +63,7 @@ def bleu(hypotheses: list[str], references: list[list[str]], lowercase: bool = F
     length 0.
 
     Sources: Papineni et al. 2002; smoothing and tokens as in NIST's mteval-v13a. With lowercase=True, the BLEU of the
-    E2E challenge. Raises ValueError for no hypotheses, for lists of different length, and for an input without a
+    E2E challenge. Raises UserError for no hypotheses, for lists of different length, and for an input without a
     reference.
     """
     return METRICS["bleu_lower" if lowercase else "bleu"](hypotheses, references)
@@ -108,7 +108,7 @@ def rouge_l(hypothesis: str, references: list[str]) -> float:
     = 1.2: (1 + beta^2) P R / (R + beta^2 P). P and R may come from different references. LCS is the longest common
     subsequence of the lower-cased Penn Treebank tokens without punctuation. Two texts without tokens count as equal.
 
-    Sources: Lin 2004; Chen et al. 2015 (pycocoevalcap). Raises ValueError for no references.
+    Sources: Lin 2004; Chen et al. 2015 (pycocoevalcap). Raises UserError for no references.
     """
     _require_references(references)
     tokens = ptb_tokens(hypothesis) or [""]  # as in COCO, no tokens are one empty token, which matches only another one
@@ -141,7 +141,7 @@ def rouge(
     each hypothesis sentence covers. Tokens are lower-cased runs of a-z and 0-9; stemming takes those of more than three
     letters to their stems. A text without tokens scores 0.
 
-    Source: Lin 2004. Raises ValueError for no references and for a variant that is none of the four.
+    Source: Lin 2004. Raises UserError for no references and for a variant that is none of the four.
     """
     _require_references(references)
     if unknown := set(variants) - set(ROUGE_VARIANTS):
@@ -156,7 +156,7 @@ def squad_exact_match(hypothesis: str, references: list[str]) -> float:
     the mean.
 
     Case, ASCII punctuation, the words a, an and the, and the amount of white space do not count. Source: Rajpurkar et
-    al. 2016. Raises ValueError for no references.
+    al. 2016. Raises UserError for no references.
     """
     _require_references(references)
     return float(any(squad_tokens(hypothesis) == squad_tokens(text) for text in references))
@@ -166,7 +166,7 @@ def squad_f1(hypothesis: str, references: list[str]) -> float:
     """Best F1 in [0, 1] of an answer's tokens over the references, as in the official evaluation of SQuAD v1.1.
 
     Tokens are the words that squad_exact_match compares, in any order, each counted at most as often as in the other
-    text. Without a common token it is 0, even for two texts that have no tokens, which match exactly. Raises ValueError
+    text. Without a common token it is 0, even for two texts that have no tokens, which match exactly. Raises UserError
     for no references.
     """
     _require_references(references)
@@ -178,7 +178,7 @@ def distinct(texts: list[str], n: int) -> float:
     """Variety, distinct-n in [0, 1]: different n-grams over all n-grams of all texts, of lower-cased tokens between
     white space.
 
-    After Li et al. 2016, who divide by the number of tokens. 0 without any n-gram. Raises ValueError for n below 1.
+    After Li et al. 2016, who divide by the number of tokens. 0 without any n-gram. Raises UserError for n below 1.
     """
     if n < 1:
         raise UserError(f"n is {n}: give n-grams at least 1 token")
@@ -215,7 +215,7 @@ def bootstrap(statistic: Callable[..., float], *columns: Sequence, level=0.95, r
     replacement.
 
     A column holds a number, or an array, for each row. The interval is from the (1 - level) / 2 to the (1 + level) / 2
-    quantile of the statistic over the resamples (Efron 1979); the same seed gives the same interval. Raises ValueError
+    quantile of the statistic over the resamples (Efron 1979); the same seed gives the same interval. Raises UserError
     for no rows and for a level outside (0, 1).
     """
     arrays = [np.asarray(column, dtype=float) for column in columns]

@@ -36,7 +36,7 @@ FILLINGS = {
 
 
 def pyplot():
-    """matplotlib.pyplot, drawing into files. Raises ValueError if it is not there."""
+    """matplotlib.pyplot, drawing into files. Raises UserError if it is not there."""
     try:
         import matplotlib
     except ImportError:
@@ -61,7 +61,7 @@ def depth_color(plt, layer: int, n_layers: int):
 
 def draw_training(log: Path) -> Path:
     """Training loss, and for each validation file loss and agreement of every exit, against steps, from a log.jsonl of
-    train.py; into a PNG beside it, which is returned. Raises ValueError for a file that is not such a log."""
+    train.py; into a PNG beside it, which is returned. Raises UserError for a file that is not such a log."""
     training, curves = read_curves(log)
     plt = pyplot()
     count = max(1, len(curves))
@@ -84,7 +84,7 @@ def draw_training(log: Path) -> Path:
 
 
 def read_curves(log: Path) -> tuple[list[tuple], dict]:
-    """(step, loss) of the training, and by validation file and layer (step, loss, agreement). Raises ValueError."""
+    """(step, loss) of the training, and by validation file and layer (step, loss, agreement). Raises UserError."""
     curves = defaultdict(lambda: defaultdict(list))
     try:
         rows = read_log(Path(log))

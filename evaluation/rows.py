@@ -18,7 +18,7 @@ REMEDY = "choose some with `eval.py tune`, name recipes (--rows calm,free,layers
 
 
 def custom_settings(args: argparse.Namespace) -> dict:
-    """The fields of DecodeConfig given by flags and by --thresholds, the flags first. Raises ValueError for unusable
+    """The fields of DecodeConfig given by flags and by --thresholds, the flags first. Raises UserError for unusable
     ones."""
     custom = with_thresholds(args.thresholds, given(args, DecodeConfig))
     DecodeConfig(**custom)
@@ -35,17 +35,11 @@ def command_setting(args: argparse.Namespace) -> DecodeConfig:
     return replace(COMMAND, **beside_checkpoint(args.checkpoint))
 
 
-def exits_of(config: DecodeConfig, model) -> dict[int, float]:
-    """Exit layers of a setting on a model, with their thresholds. Raises ValueError for layers that it does not
-    have."""
-    return config.exits(model.config)
-
-
 def exit_layers_of(model) -> list[int]:
-    """The layers at which a model exits where nobody names others. Raises ValueError if it has none."""
+    """The layers at which a model exits where nobody names others. Raises UserError if it has none."""
     if model.config.n_layers == 1:
         raise UserError("this model has one layer, and so no exit")
-    return list(exits_of(DecodeConfig(confidence="softmax"), model))
+    return list(DecodeConfig(confidence="softmax").exits(model.config))
 
 
 def choose_rows(args: argparse.Namespace, task: Task, model, custom: dict) -> dict[str, DecodeConfig]:
@@ -53,7 +47,7 @@ def choose_rows(args: argparse.Namespace, task: Task, model, custom: dict) -> di
     the settings or of the recipes; else the settings' main rows, or with --all all of them."""
     if "confidence" in custom:
         config = own_setting(args, task, custom)
-        exits_of(config, model)
+        config.exits(model.config)
         return {"yours": config}
     names = None if args.rows is None else args.rows.split(",")
     recipes = {name: recipe_row(name, task, model, custom) for name in names or [] if name in RECIPES}
@@ -112,7 +106,7 @@ def read_settings(path: Path, task: Task, model, custom: dict) -> dict[str, Deco
         for name, fields in rows.items():
             config = DecodeConfig(**{"max_new_tokens": task.max_new_tokens, **from_json(fields)})
             configs[name] = changed(config, custom)
-            exits_of(configs[name], model)
+            configs[name].exits(model.config)
         return configs
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: not usable as settings of {task.name} ({error})") from None

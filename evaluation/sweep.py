@@ -17,7 +17,7 @@ from decoding.settings import DecodeConfig
 from evaluation.figures import alike, evaluate, pareto
 from evaluation.inputs import chosen_tasks, load_inputs, load_model, note, run_record
 from evaluation.measure import environment
-from evaluation.rows import custom_settings, exits_of, own_origin, own_setting, sources
+from evaluation.rows import custom_settings, own_origin, own_setting, sources
 from evaluation.table import check_written, finish, heading, table
 from evaluation.tasks import Task, sample
 from formats.data import Example
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def swept_values(over: list[list[str]]) -> dict[str, list[str]]:
-    """The values of every field swept, as text. over: field, values. Raises ValueError for one without values, or
+    """The values of every field swept, as text. over: field, values. Raises UserError for one without values, or
     twice."""
     swept = {}
     for field, *values in over:
@@ -66,13 +66,13 @@ def swept_values(over: list[list[str]]) -> dict[str, list[str]]:
 
 
 def combinations(swept: dict[str, list[str]], model, base: DecodeConfig) -> dict[str, DecodeConfig]:
-    """Every combination of the values swept, named by them. Raises ValueError for one that cannot be."""
+    """Every combination of the values swept, named by them. Raises UserError for one that cannot be."""
     configs = {}
     for texts in product(*swept.values()):
         picks = dict(zip(swept, texts))
         fields = {field: read_field(DecodeConfig, field, text) for field, text in picks.items()}
         config = replace(base, **fields)
-        exits_of(config, model)
+        config.exits(model.config)
         configs[" ".join(f"{field}={text}" for field, text in picks.items())] = config
     return configs
 
@@ -125,7 +125,7 @@ PLACE = ("device", "threads", "dtype", "processes")  # what makes two runs compa
 
 def read_results(path: Path) -> dict[str, list[dict]]:
     """By key, the full model's row and that of a setting, from a file of results; a last one that was cut short is
-    taken away. Raises ValueError for a file that is something else."""
+    taken away. Raises UserError for a file that is something else."""
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     if lines and not lines[-1].endswith(b"\n") and lines[-1].startswith(ENTRY.encode()[: len(lines[-1])]):
         lines.pop()

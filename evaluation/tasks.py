@@ -107,7 +107,7 @@ TASKS = {
 
 
 def find_task(name: str) -> Task:
-    """An embedded task by its name, or NAME=FILE: another file of its kind. Raises ValueError."""
+    """An embedded task by its name, or NAME=FILE: another file of its kind. Raises UserError."""
     kind, _, file = name.partition("=")
     if kind not in TASKS:
         raise UserError(f"unknown task {kind!r}; choose from {', '.join(TASKS)}; with a file of yours one of these by "

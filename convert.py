@@ -5,7 +5,8 @@
 SOURCE is a Hugging Face folder (config.json with *.safetensors or pytorch_model*.bin), a folder of Meta's (params.json
 with consolidated.*.pth), a .bin of llama2.c, or a GGUF file (with the package gguf): the Llama family (Llama 1
 to 3.3, TinyLlama, OpenLLaMA, CodeLlama, LayerSkip, SmolLM, SmolLM3), Mistral, Qwen 2, 2.5 and 3, and Gemma 1, 2 and 3
-(docs/checkpoints.md). Tensors stream one by one from file to file.
+(docs/checkpoints.md). Tensors stream one by one from file to file. With --dtype int8 a weight is one byte, for
+decoding on a CPU.
 """
 
 import common.threads  # noqa: F401  before torch
@@ -31,6 +32,7 @@ from formats.checkpoint import FORMAT, STORED, read_tokenizer, seal
 from formats.families import MAX_LEN, SKIPPED, config_fields, name_table, pattern
 from formats.gguf import open_gguf
 from formats.huggingface import open_hf
+from formats.int8 import Int8Matrix
 from formats.llama import open_llama2c, open_meta
 from formats.sources import Source, Stored
 from formats.tokenizer_files import read_tokenizer_file
@@ -171,15 +173,19 @@ def fill(target: Tensor, stored: Stored, half: int | None, plus_one: bool) -> No
 
 
 def copy_weights(
-    source: Source, config: ModelConfig, found: dict[str, str], weights: dict[str, Tensor], title: str
+    source: Source, config: ModelConfig, found: dict[str, str], content: dict, title: str
 ) -> None:
-    """Copies every tensor of the source to its place in our weights. Raises UserError for one that is not finite
-    there."""
+    """Copies every tensor of the source to its place in the weights of our file's content. Raises UserError for one
+    that is not finite there."""
+    weights, scales = content["weights"], content.get("scales", {})
     gemma = source.config["model_type"].startswith("gemma")
     size = sum(weight.nbytes for weight in weights.values())
     with tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True, desc=title) as bar:
         for ours, theirs in found.items():
             target, kind = place(ours, weights, config), ours.rpartition(".")[2]
+            stored = target
+            if stored.dtype == torch.int8:
+                target = torch.empty(stored.shape)  # float32, one at a time
             half = config.head_dim // 2 if source.interleaved and kind in ROTATED else None
             plus_one = gemma and source.names == "hf" and "norm" in kind
             fill(target, source.tensors[theirs], half, plus_one)
@@ -187,7 +193,11 @@ def copy_weights(
                 name = str(target.dtype).removeprefix("torch.")
                 remedy = "try --dtype fp32, or download it again"
                 raise UserError(f"{theirs} has values that are not finite in {name}; {remedy}")
-            bar.update(target.nbytes)
+            if stored.dtype == torch.int8:
+                matrix = Int8Matrix.of(target)
+                stored.copy_(matrix.rows)
+                place(ours, scales, config).copy_(matrix.scale)
+            bar.update(stored.nbytes)
 
 
 def convert(
@@ -216,9 +226,10 @@ def convert(
 
     with whole_file(out) as part:
         content = reserve(part, config, shapes, dtype, source)
-        copy_weights(source, config, found, content["weights"], out.name)
+        copy_weights(source, config, found, content, out.name)
         seal(part)
-    size = sum(weight.nbytes for weight in content["weights"].values())
+    tensors = [*content["weights"].values(), *content.get("scales", {}).values()]
+    size = sum(tensor.nbytes for tensor in tensors)
     return report(path, out, source, config, found, skipped, size, dtype)
 
 
@@ -230,6 +241,9 @@ def reserve(part: str, config: ModelConfig, shapes: dict[str, Tensor], dtype: to
         weights[name] = torch.empty(shape.shape, dtype=dtype if shape.dim() > 1 else torch.float32)
     blob = None if source.tokenizer is None else torch.frombuffer(bytearray(source.tokenizer), dtype=torch.uint8)
     content = {"format": FORMAT, "config": asdict(config), "weights": weights, "tokenizer": blob}
+    if dtype == torch.int8:
+        matrices = {name: weight for name, weight in weights.items() if weight.dtype == torch.int8}
+        content["scales"] = {name: torch.empty(len(rows), dtype=torch.bfloat16) for name, rows in matrices.items()}
     if source.chat_template is not None:
         content["chat_template"] = source.chat_template
     with torch.serialization.skip_data():  # holes for data, so that the untouched memory of `weights` never fills

@@ -21,9 +21,9 @@ from common.config import option
 from common.errors import UserError
 from formats.checkpoint import check_finite, check_size, fitting, read_checkpoint, read_tokenizer
 from formats.frequent_ids import find_frequent_ids
-from formats.rotary import rope_table
+from formats.rotary import rope_table, rotate, rotation, split_pairs
 from formats.shape import check_shape, one_or_several
-from formats.weights import adopt, linear, rms_norm, store
+from formats.weights import default_dtype, linear, load_weights, lookup, rms_norm
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
@@ -93,23 +93,17 @@ class ModelConfig:
 # ---------------------------------------------------------------- positions and attention
 
 
-def rotation(rope: Tensor, slides: bool, first: int, stop: int) -> tuple[Tensor, Tensor]:
-    """cos and signed sin of the positions first .. stop - 1, (T, C) each, for a layer with a window (the last table) or
-    without (the first)."""
-    return rope[-1 if slides else 0, :, first:stop].unbind()
-
-
-def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
-    """(B T, (H + 2K) C) -> q (B, H, T, C), k and v (B, K, T, C). q and k are rotated: of each head the pair
-    (x1, x2) = (i, i + C/2) becomes (x1 cos - x2 sin, x2 cos + x1 sin). rope: from `rotation`; None: not rotated."""
+def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: Tensor | None) -> tuple[Tensor, ...]:
+    """(B T, (H + 2K) C) -> q (B, H, T, C), k and v (B, K, T, C); q and k are rotated by their positions. rope: from
+    `rotation`; None: not rotated."""
+    if rope is not None and rope.is_complex():  # the weights are folded, see formats/weights.py
+        q, kv = split_pairs(qkv, batch, config, rope)
+        return q, *kv.chunk(2, 1)
     H, K, C = config.n_heads, config.n_kv_heads, config.head_dim
     heads = qkv.view(batch, -1, H + 2 * K, C).transpose(1, 2)  # (B, H + 2K, T, C)
     qk, v = heads[:, : H + K], heads[:, H + K :]
-    if rope is None:  # SmolLM3
-        return qk[:, :H], qk[:, H:], v
-    cos, signed_sin = rope
-    other = qk.roll(C // 2, -1)  # x2 beside x1, x1 beside x2
-    qk = torch.addcmul(qk * cos, other, signed_sin).type_as(v)
+    if rope is not None:  # SmolLM3 has layers without
+        qk = rotate(qk, rope)
     return qk[:, :H], qk[:, H:], v
 
 
@@ -199,11 +193,11 @@ class Block(nn.Module):
 
     def norm_heads(self, qkv: Tensor) -> Tensor:
         """Gemma 3, Qwen 3: a norm over every head of the queries, and one over every head of the keys."""
-        c, C = self.config, self.config.head_dim
-        q, k, v = qkv.split((c.n_heads * C, c.n_kv_heads * C, c.n_kv_heads * C), -1)
-        q = rms_norm(q.reshape(-1, C), self.q_norm, c.norm_eps).view_as(q)
-        k = rms_norm(k.reshape(-1, C), self.k_norm, c.norm_eps).view_as(k)
-        return torch.cat([q, k, v], -1)
+        H, K, eps = self.config.n_heads, self.config.n_kv_heads, self.config.norm_eps
+        heads = qkv.view(-1, H + 2 * K, self.config.head_dim)
+        q = rms_norm(heads[:, :H], self.q_norm, eps)
+        k = rms_norm(heads[:, H : H + K], self.k_norm, eps)
+        return torch.cat([q, k, heads[:, H + K :]], 1).view_as(qkv)
 
 
 class Transformer(nn.Module):
@@ -267,7 +261,7 @@ class Transformer(nn.Module):
         """`attend` of a block in a full pass over tokens (B, T): every position sees those before it, within its own
         document and, where the layer slides, its window; queries and keys are rotated or not."""
         (B, T), config, mask = tokens.shape, self.config, None
-        rope = rotation(self.rope, slides, 0, T) if rotates else None
+        rope = rotation(self.rope, slides, 0, T, config) if rotates else None
         if documents is not None or slides or config.attention_cap is not None:
             positions = torch.arange(T, device=tokens.device)
             mask = visible(positions, positions, config.window if slides else None)  # (T, T)
@@ -276,13 +270,13 @@ class Transformer(nn.Module):
 
         def attend(qkv: Tensor) -> Tensor:
             q, k, v = split_heads(qkv, B, config, rope)
-            return attention(q, k, v, mask, config, causal=mask is None)
+            return attention(q, k, v, mask, config, causal=mask is None).type_as(qkv)
 
         return attend
 
     def embed(self, tokens: Tensor) -> Tensor:
         """h_0 of tokens (N,): (N, d)."""
-        x = F.embedding(tokens, self.embedding)
+        x = lookup(self.embedding, tokens)
         return x if self.config.embedding_scale == 1 else x * self.config.embedding_scale  # Gemma
 
     @property
@@ -344,18 +338,9 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu",
         check_size(content["weights"], config)
         with torch.device("meta"):
             model = Transformer(config).eval()
-        model.load_state_dict(content["weights"], assign=True)
-        blob = content["tokenizer"]
+        model.rope = rope_table(config).to(device)
+        load_weights(model, path, content, device, dtype or default_dtype(content, device), form)
     model.frequent_ids = find_frequent_ids(frequent_ids, path, content, config.vocab_size)
+    blob = content["tokenizer"]
     tokenizer = None if blob is None else read_tokenizer(path, blob.numpy().tobytes(), model.config.vocab_size)
-    if dtype is None:
-        half_on_cpu = model.embedding.dtype == torch.float16 and device.type == "cpu"
-        dtype = torch.float32 if half_on_cpu else model.embedding.dtype
-    model.rope = rope_table(model.config).to(device)
-    adopt(model, content["weights"], device, dtype)
-    if device.type == "cpu":
-        store(model, form)
-        if model.form == "packed":  # the rest from a new mapping of the file: the old one keeps all that packing read
-            del content, blob
-            adopt(model, read_checkpoint(path)["weights"], device, dtype)
     return model, tokenizer

@@ -14,7 +14,7 @@ from common.errors import UserError
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+    "int8": torch.int8, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
 }  # fmt: skip
 DEVICES = ("cpu", "cuda")
 
@@ -88,7 +88,7 @@ def add_model_flags(parser: argparse.ArgumentParser, checkpoint) -> None:
         "--dtype", help=f"{', '.join(DTYPES)} (default: the file's own; float32 where a float16 file meets a CPU)"
     )
     parser.add_argument(
-        "--weights", help="how a CPU stores them: plain, or packed by oneDNN (default: see formats/weights.py)"
+        "--weights", help="how a CPU stores them: plain, folded or packed (default: by rule, see formats/weights.py)"
     )
     add_thread_flag(parser)
 

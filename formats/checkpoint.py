@@ -1,8 +1,9 @@
 """One-file checkpoints: written whole, read memory-mapped, checked; and the tokenizer inside.
 
 A file is what torch.save writes, a zip archive, of one dictionary: `format`, `config` (fields of ModelConfig),
-`weights` (name -> tensor), `tokenizer` (the bytes that formats/tokenizer.py reads, or None), perhaps `chat_template`
-(text, see formats/chat.py), and whatever else its writer had to say (plain values, tensors).
+`weights` (name -> tensor), perhaps `scales` (name -> those of a weight in int8, see formats/int8.py), `tokenizer` (the
+bytes that formats/tokenizer.py reads, or None), perhaps `chat_template` (text, see formats/chat.py), and whatever else
+its writer had to say (plain values, tensors).
 """
 
 import contextlib
@@ -126,16 +127,24 @@ def check_entries(path: str | os.PathLike, content: dict) -> None:
         raise UserError(f"{path}: its tokenizer is no row of bytes")
     if not isinstance(content.get("chat_template"), str | None):
         raise UserError(f"{path}: its chat template is no text")
+    scales = content.get("scales", {})
+    if not isinstance(scales, dict) or not scales.keys() <= weights.keys():
+        raise UserError(f"{path}: its scales are no dictionary of those of weights")
     for name, weight in weights.items():
-        if not is_plain(weight) or weight.dtype not in STORED:
-            known = ", ".join(map(str, STORED))
-            raise UserError(f"{path}: the weight {name} is {in_words(weight)}; it must be a plain tensor of {known}")
+        known = (torch.int8,) if name in scales else STORED
+        if not is_plain(weight) or weight.dtype not in known:
+            kinds = ", ".join(map(str, known))
+            raise UserError(f"{path}: the weight {name} is {in_words(weight)}; it must be a plain tensor of {kinds}")
+    for name, scale in scales.items():
+        if not is_plain(scale) or scale.dtype != torch.bfloat16 or scale.shape != weights[name].shape[:1]:
+            raise UserError(f"{path}: the scales of {name} are {in_words(scale)}; they must be bfloat16, one a row")
 
 
 def check_finite(path: str | os.PathLike) -> None:
     """Raises UserError if a weight of the checkpoint has a NaN or an infinity. It reads all of them, through a mapping
     of its own, whose memory is free again when this is done."""
-    for name, weight in read_checkpoint(path)["weights"].items():
+    content = read_checkpoint(path)
+    for name, weight in [*content["weights"].items(), *content.get("scales", {}).items()]:
         if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
             raise UserError(f"{path}: the weight {name} has values that are not finite, so the model is of no use")
 

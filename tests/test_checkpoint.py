@@ -22,7 +22,7 @@ SHAPES = [{"tie_embeddings": False}, {"exit_norms": (1, 3)}, {"eos_id": (3, 7)}]
 def test_a_checkpoint_gives_back_the_model(tiny_model, tmp_path, shape):
     model = tiny_model(5, **shape)
     save_checkpoint(tmp_path / "model.pt", model, None)
-    loaded, tokenizer = load_checkpoint(tmp_path / "model.pt")
+    loaded, tokenizer = load_checkpoint(tmp_path / "model.pt", form="plain")
     assert tokenizer is None and loaded.config == model.config
     tokens = torch.arange(10)[None]
     torch.testing.assert_close(loaded(tokens), model(tokens), rtol=0, atol=0)
@@ -146,7 +146,7 @@ def test_vectors_keep_the_precision_of_the_file(tiny_model, tmp_path, stored):
     model.to(stored)
     save_checkpoint(tmp_path / "model.pt", model, None)
     for asked in (torch.bfloat16, torch.float16, torch.float32, None):
-        loaded, _ = load_checkpoint(tmp_path / "model.pt", dtype=asked)
+        loaded, _ = load_checkpoint(tmp_path / "model.pt", dtype=asked, form="plain")
         assert loaded.embedding.dtype == (asked or stored)
         for name in ("norm", "blocks.2.mlp_norm", "exit_norms.2", "classifiers.3"):
             weight = loaded.get_parameter(name)

@@ -149,8 +149,8 @@ def test_the_staircase_equals_a_full_pass_for_random_exits(tiny_model, shape, se
             judged = at
         for number in range(1, L + 1):
             until = cache.filled[number]
-            for ours, theirs in ((cache.keys, reference.keys), (cache.values, reference.values)):
-                torch.testing.assert_close(ours[number - 1][:, :, :until], theirs[number - 1][:, :, :until], rtol=1e-4, atol=1e-5)
+            ours, theirs = (each.keys_values[number - 1][:, :, :until] for each in (cache, reference))
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", FEATURES)
@@ -235,10 +235,11 @@ def test_a_norm_in_float32_between_blocks_in_half_precision_is_computed_in_float
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 40])
 def test_every_form_of_a_weight_gives_the_same_product(form, rows, tiny_model):
     model = tiny_model(0)
-    x, weight = torch.randn(rows, 32), model.blocks[0].qkv.clone()
+    x, weight = torch.randn(rows, 32), model.blocks[0].out.clone()
     store(model, form)
     assert model.form == form and model.blocks[0].qkv.is_mkldnn == model.head_weight.is_mkldnn == (form == "packed")
-    torch.testing.assert_close(linear(x, model.blocks[0].qkv), x @ weight.T, rtol=1e-4, atol=1e-5)
+    block = model.blocks[0]
+    torch.testing.assert_close(linear(x, block.out), x @ weight.T, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -254,7 +255,7 @@ def raising(*_):
 
 
 @pytest.mark.parametrize("missing", ["_pack", "_packed_product"])
-def test_where_the_packed_product_raises_weights_stay_plain(tiny_model, tmp_path, monkeypatch, missing):
+def test_where_the_packed_product_raises_weights_are_folded_alone(tiny_model, tmp_path, monkeypatch, missing):
     """As on a CPU without AVX-512, where bfloat16 cannot be packed: it is tried before it is used."""
     save_checkpoint(tmp_path / "model.pt", tiny_model(0), None)
     expected = generate(tiny_model(0), [1, 2, 3], DecodeConfig(max_new_tokens=9)).tokens
@@ -262,15 +263,15 @@ def test_where_the_packed_product_raises_weights_stay_plain(tiny_model, tmp_path
     monkeypatch.setattr(f"formats.weights.{missing}", raising)
     try:
         model, _ = load_checkpoint(tmp_path / "model.pt")
-        assert model.form == "plain" and generate(model, [1, 2, 3], DecodeConfig(max_new_tokens=9)).tokens == expected
-        with pytest.raises(ValueError, match="cannot multiply packed weights of float32; store them plain"):
+        assert model.form == "folded" and generate(model, [1, 2, 3], DecodeConfig(max_new_tokens=9)).tokens == expected
+        with pytest.raises(ValueError, match="cannot multiply packed weights of float32; store them folded or plain"):
             load_checkpoint(tmp_path / "model.pt", form="packed")
     finally:
         packs.cache_clear()
 
 
 def test_an_unknown_form_is_named(tiny_model):
-    with pytest.raises(ValueError, match="unknown form of weights 'int3'; choose from plain, packed"):
+    with pytest.raises(ValueError, match="unknown form of weights 'int3'; choose from plain, folded, packed"):
         store(tiny_model(0), "int3")
 
 

@@ -257,8 +257,9 @@ def copy_error(model: Transformer, prompts: list[list[int]], config: DecodeConfi
             copy_up(model, copied, layer, Counters())
         for layer in range(1, model.config.n_layers + 1):
             rows = [position for position, reached in enumerate(out.exit_layers, last) if reached < layer]
-            sums[layer][0] += squares(exact.keys[layer - 1], copied.keys[layer - 1], rows)
-            sums[layer][1] += squares(exact.values[layer - 1], copied.values[layer - 1], rows)
+            pairs = zip(exact.keys_values[layer - 1].chunk(2, 1), copied.keys_values[layer - 1].chunk(2, 1))
+            for kind, (right, wrong) in enumerate(pairs):  # keys, values
+                sums[layer][kind] += squares(right, wrong, rows)
     errors = {}
     for layer, each in sums.items():
         distance, size = each.unbind(1)

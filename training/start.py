@@ -12,6 +12,7 @@ from common.files import digest, whole_file
 from common.processes import by_first
 from formats.checkpoint import fitting, read_checkpoint, read_tokenizer
 from formats.data import Corpus
+from formats.int8 import dequantized
 from formats.pieces import train_tokenizer
 from formats.shape import check_layers
 from formats.tokenizer_files import load_tokenizer
@@ -134,7 +135,9 @@ def load_start(model: Transformer, path: str) -> None:
     """Gives the model the weights of the checkpoint. Heads that it lacks begin as the final norm, the identity, and a
     classifier that is undecided. Raises UserError if it has other weights."""
     with fitting(path):
-        missing, more = model.load_state_dict(read_checkpoint(path)["weights"], strict=False)
+        content = read_checkpoint(path)
+        weights = dequantized(content["weights"], content.get("scales", {}))
+        missing, more = model.load_state_dict(weights, strict=False)
         lost = [name for name in missing if not name.startswith(HEADS)]
         if lost:
             raise KeyError(f"{lost[0]} is missing")

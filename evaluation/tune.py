@@ -40,6 +40,8 @@ SHARES = (
     (1 / 3, 2 / 3),
     (1 / 2, 2 / 3),
     (1 / 3, 1 / 2, 2 / 3),
+    (1 / 4, 1 / 3, 1 / 2),
+    (1 / 4, 1 / 3, 1 / 2, 2 / 3),
 )  # of the depth
 DRAFTS = ((1 / 6,), (1 / 4,), (1 / 3,), (1 / 4, 1 / 2))  # exit sets of verified mode, whose early tokens are drafts
 COARSE, FINE = (0.6, 0.3), (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # thresholds, from cautious to bold

@@ -1,0 +1,166 @@
+"""Is one model that exits early better than a smaller one? Quality against the time of a token, measured in turns:
+
+    python -m tools.frontier --small runs/6/model.pt,runs/3/model.pt --plot frontier.png
+
+Rows are the smaller models at full depth, and of --checkpoint the full model, static exits, `softmax` and `classifier`
+at falling thresholds, and drafts that are verified, with the exit layers of the settings beside it. All models must
+share a tokenizer, so that a token means as much to each.
+"""
+
+import common.threads  # noqa: F401  before torch
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+from tqdm import tqdm
+
+from common.errors import UserError, run
+from common.files import check_outputs, write_json
+from common.flags import Parser, add_model_flags, loading
+from decode import generate
+from decoding.choosing import DEFAULT_CHECKPOINT
+from decoding.settings import DecodeConfig
+from evaluation.figures import quality_figures
+from evaluation.inputs import load_model
+from evaluation.measure import encode_inputs, environment, timed
+from evaluation.plots import pyplot
+from evaluation.rows import exit_layers_of, read_settings
+from evaluation.tasks import TASKS, Task, read_task, sample
+from model import Transformer, load_checkpoint
+
+THRESHOLDS = (0.95, 0.8, 0.6, 0.4, 0.2)
+MARKS = {"full": "*", "smaller": "s", "static": "v", "softmax": "o", "classifier": "D", "verified": "P"}
+
+
+@dataclass
+class Row:
+    """One point: a model under a setting; `kind` is the curve that it lies on."""
+
+    kind: str
+    name: str
+    model: Transformer
+    config: DecodeConfig
+
+
+def rows_of(model: Transformer, small: dict[str, Transformer], task: Task, settings: Path) -> list[Row]:
+    """All rows of one task."""
+    tuned = read_settings(settings, task, model, custom={})
+    softmax = tuned["softmax"]
+    full = softmax.full()
+    rows = [Row("smaller", name, each, full) for name, each in small.items()]
+    rows.append(Row("full", f"{model.config.n_layers} layers", model, full))
+    for layer in exit_layers_of(model):
+        config = replace(full, confidence="softmax", threshold=0.0, exit_layers=(layer,))
+        rows.append(Row("static", f"layer {layer}", model, config))
+    for kind in ("softmax", "classifier"):
+        if kind == "classifier" and not set(softmax.exit_layers) <= set(model.config.classifiers):
+            continue
+        for threshold in THRESHOLDS:
+            config = replace(softmax, confidence=kind, threshold=threshold)
+            rows.append(Row(kind, f"from {threshold}", model, config))
+    rows.append(Row("verified", "same text", model, tuned["verified"]))
+    return rows
+
+
+def measure(rows: list[Row], prompts: list[list[int]], repeat: int, title: str) -> list[tuple[list, float]]:
+    """The outputs of every row, and its seconds a token: prompts in turn, the median of each one's repeats."""
+    outputs, spent = [[] for _ in rows], [0.0 for _ in rows]
+    for row in rows:
+        generate(row.model, prompts[0], row.config)
+    for prompt in tqdm(prompts, desc=title, unit="prompt", dynamic_ncols=True):
+        times = [[] for _ in rows]
+        for turn in range(repeat):
+            for number, row in enumerate(rows):
+                output, _, seconds = timed(row.model, prompt, row.config)
+                times[number].append(seconds)
+                if turn == 0:
+                    outputs[number].append(output)
+        spent = [before + median(each) for before, each in zip(spent, times)]
+    return [(texts, seconds / sum(len(text.tokens) for text in texts)) for texts, seconds in zip(outputs, spent)]
+
+
+def compare(args: argparse.Namespace, model, tokenizer, small: dict, task: Task) -> list[dict]:
+    """The figures of every row on one task."""
+    examples = sample(read_task(task, "test"), args.limit, 0)
+    rows = rows_of(model, small, task, Path(args.checkpoint).with_suffix(".json"))
+    labelled = {f"{row.kind} {row.name}": row.config for row in rows}
+    prompts, stopping = encode_inputs(model, tokenizer, task, examples, labelled)
+    for row, config in zip(rows, stopping.values()):
+        row.config = config
+    figures = []
+    for row, (outputs, pace) in zip(rows, measure(rows, prompts, args.repeat, task.name)):
+        texts = [tokenizer.decode(output.tokens) for output in outputs]
+        scores = quality_figures(task, texts, [list(example.references) for example in examples])["scores"]
+        figures.append(
+            {"task": task.name, "kind": row.kind, "name": row.name, "ms_per_token": 1000 * pace, "scores": scores}
+        )
+    return figures
+
+
+def table(figures: list[dict]) -> str:
+    """One line a row."""
+    scores = list(figures[0]["scores"])
+    lines = [f"{figures[0]['task']}:", f"{'':24}  ms a token  " + "  ".join(f"{name:>7}" for name in scores)]
+    for row in figures:
+        values = "  ".join(f"{100 * row['scores'][name]:7.1f}" for name in scores)
+        lines.append(f"{row['kind'] + ', ' + row['name']:24}  {row['ms_per_token']:10.2f}  {values}")
+    return "\n".join(lines)
+
+
+def draw(figures: list[dict], score: str, path: Path) -> None:
+    """Quality against time, a panel a task, a curve a kind."""
+    plt = pyplot()
+    tasks = list(dict.fromkeys(row["task"] for row in figures))
+    figure, panels = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4.2), squeeze=False)
+    for panel, task in zip(panels[0], tasks):
+        for kind, mark in MARKS.items():
+            own = [row for row in figures if (row["task"], row["kind"]) == (task, kind)]
+            if own:
+                points = sorted((row["ms_per_token"], 100 * row["scores"][score]) for row in own)
+                panel.plot(*zip(*points), marker=mark, linewidth=1, label=kind)
+        panel.set(title=task, xlabel="ms a token, batch 1", ylabel=score)
+        panel.grid(alpha=0.3)
+    panels[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--small", required=True, metavar="FILES", help="checkpoints of the smaller models, comma-separated")
+    add("--tasks", default="translation,e2e", help="default: %(default)s")
+    add("--limit", type=int, default=60, help="test inputs of each task (default: %(default)s)")
+    add("--repeat", type=int, default=1, help="times an input is decoded; the median counts (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write all figures")
+    add("--plot", type=Path, metavar="FILE", help="draw the picture (needs matplotlib)")
+    add_model_flags(parser, str(DEFAULT_CHECKPOINT))
+    args = parser.parse_args()
+    if args.limit < 1 or args.repeat < 1:
+        raise UserError(f"limit is {args.limit}, repeat {args.repeat}; both must be at least 1")
+    files = args.small.split(",")
+    check_outputs([args.json, args.plot], [args.checkpoint, *files])
+    model, tokenizer = load_model(args)
+    small = {}
+    for file in files:
+        smaller, other = load_checkpoint(file, **loading(args))
+        if other is None or other.to_blob() != tokenizer.to_blob():
+            raise UserError(f"{file}: has another tokenizer than {args.checkpoint}; compare models of one tokenizer")
+        small[f"{smaller.config.n_layers} layers"] = smaller
+    figures = []
+    for name in args.tasks.split(","):
+        if name not in TASKS:
+            raise UserError(f"unknown task {name!r}; choose from {', '.join(TASKS)}")
+        rows = compare(args, model, tokenizer, small, TASKS[name])
+        print(table(rows), end="\n\n", flush=True)
+        figures += rows
+    if args.json:
+        write_json(args.json, {"environment": environment(model), "rows": figures})
+    if args.plot:
+        draw(figures, "bleu", args.plot)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -161,7 +161,7 @@ def by_definition(model: Transformer, rows, targets, weights: dict[int, float], 
 
 @pytest.mark.parametrize("distill", [False, True])
 @pytest.mark.parametrize("chunk", [None, 1, 300 * 4, 2**24])  # the plain sum; one target at a time, four, all
-@pytest.mark.parametrize("shape", [{}, {"tie_embeddings": False, "adapter_rank": 3}, {"logit_cap": 2.0}])
+@pytest.mark.parametrize("shape", [{}, {"tie_embeddings": False, "adapter": "lowrank:3"}, {"logit_cap": 2.0}])
 @pytest.mark.parametrize(
     "weights", [{1: 0.2, 2: 0.3, 3: 0.5}, {1: 0.4, 2: 0.6}]
 )  # the last layer trained, or only there
@@ -176,7 +176,7 @@ def test_value_and_gradient_are_those_of_the_definition(distill, chunk, shape, w
         return {layer: state[learned] for layer, state in enumerate(states) if layer}
 
     expected = by_definition(model, rows(), targets, weights, distill)
-    found, by_layer, agreed = form(model, rows(), targets, weights, each, compare=True)
+    found, by_layer, agreed = form(model, rows(), targets, weights, each, True, model.unembed)
     assert_close(found, expected)
     assert_close(sum(weights[layer] * loss for layer, loss in by_layer.items()), expected.detach())
     assert_close(gradients(model, 3 * found), gradients(model, 3 * expected), rtol=1e-4, atol=1e-6)
@@ -401,7 +401,7 @@ def test_a_classifier_learns_to_tell_agreement():
 
 @pytest.mark.parametrize("loss", ["weighted", "rotate", "distill"])
 def test_heads_alone_learn_and_nothing_else(loss):
-    model = untrained(adapter_rank=2, classifiers=(1, 2))
+    model = untrained(adapter="lowrank:2", classifiers=(1, 2))
     config = replace(CONFIG, train="heads", init="x.pt", loss=loss, classifier=True)
     trained = {
         name for name, weight in model.named_parameters() if name.startswith(("exit_norms", "adapters", "classifiers"))

@@ -576,6 +576,36 @@ def test_a_cut_off_training_of_heads_goes_on_to_the_same_heads(tuned, tmp_path, 
     assert steps == 40 and all(torch.equal(ended[name], weight) for name, weight in expected.items())
 
 
+def test_heads_learned_over_a_shortlist_keep_its_ids(finished, config, tmp_path):
+    changes = {"init": str(finished[0] / "model.pt"), "train": "heads", "loss": "distill", "max_steps": 2, "shortlist": 20}
+    heads = dataclasses.replace(config, **changes)
+    with pytest.raises(ValueError, match="shortlist is 20, but 0 frequent ids are known; count them with"):
+        train.run_training(heads, shape_from(heads, {}), tmp_path / "run")
+    np.save(tmp_path / "ids.npy", np.arange(259, 279, dtype=np.int32))
+    heads = dataclasses.replace(heads, frequent_ids=str(tmp_path / "ids.npy"))
+    train.run_training(heads, shape_from(heads, {"adapter": "mlp:4"}), tmp_path / "run")
+    model, _ = load_checkpoint(finished[0] / "model.pt", heads=tmp_path / "run" / "heads.pt")
+    assert model.frequent_ids.tolist() == [*range(259, 279)] and model.config.adapter == "mlp:4"
+    again = dataclasses.replace(heads, frequent_ids=None, heads=str(tmp_path / "run" / "heads.pt"), max_steps=1)
+    train.run_training(again, shape_from(again, {}), tmp_path / "again")  # those in the heads
+    assert read_heads(tmp_path / "again" / "heads.pt")["frequent_ids"].tolist() == [*range(259, 279)]
+
+
+def test_with_their_prompts_learned_documents_teach_every_token_but_the_first(config, tmp_path):
+    def learned(**changes) -> np.ndarray:
+        changed = dataclasses.replace(config, **changes)
+        return load_data(changed, SHAPE, tmp_path)[1]
+
+    some, every = learned(), learned(learn_prompts=True)
+    assert np.array_equal(some["token"], every["token"])
+    assert np.array_equal(some["flags"] & batching.START, every["flags"] & batching.START)
+    (part,) = itertools.islice(batching.batches(every, 1, 48, seed=None), 1)
+    (less,) = itertools.islice(batching.batches(some, 1, 48, seed=None), 1)
+    inside = part.documents > 0
+    assert np.array_equal(part.targets >= 0, inside) and 0 < (less.targets >= 0).sum() < inside.sum()
+    assert np.array_equal(learned()["flags"], some["flags"])  # the file is as it was
+
+
 def test_heads_do_not_go_on_over_another_model(tuned, finished, config, tmp_path):
     """--init is the same name, but was trained further since."""
     heads, model = tuned[0], tmp_path / "model.pt"
@@ -753,6 +783,12 @@ MISTAKES = {  # a flag -> what the line must say
     "--length=49": "length is 49, the model has 48 positions",
     "--train=tops": "unknown train 'tops'; choose from all, heads",
     "--train=heads": "train is heads, which needs --init",
+    "--shortlist=9": "shortlist is 9, but train is all",
+    "--heads={files}/dev.tsv": "belong to a model to start from; name it with --init",
+    "--frequent-ids={files}/dev.tsv": "belong to a model to start from; name it with --init",
+    "--init={out}/model.pt --heads={files}/dev.tsv": "dev.tsv: its archive",
+    "--init={out}/model.pt --heads={out}/model.pt": "model.pt: holds a whole model",
+    "--adapter=mlp": "it must be one of lowrank:SIZE, mlp:SIZE",
     "--layer-dropout=2": "min_lr and layer_dropout between 0 and 1",
     "--exit-weights=1,2": "give 3 above 0, one an exit and the last layer's",
     "--init={files}/dev.tsv": "dev.tsv: not a readable checkpoint",

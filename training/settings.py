@@ -46,6 +46,7 @@ class TrainConfig(LossConfig):
     )
     rows: int = option(16, "rows of a micro-batch", group="batches")
     length: int = option(128, "positions of a row; documents are packed into rows", group="batches")
+    learn_prompts: bool = option(False, "learn from prompts, too, not from completions alone", group="batches")
     accumulate: int = option(1, "micro-batches of a step, in each process", group="batches")
     lr: float = option(1.5e-3, "peak learning rate", group="optimization")
     min_lr: float = option(0.02, "learning rate at the end, as a share of the peak, 0 to 1", group="optimization")

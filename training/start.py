@@ -18,7 +18,7 @@ from formats.pieces import train_tokenizer
 from formats.shape import check_layers
 from formats.tokenizer_files import load_tokenizer
 from model import ModelConfig, Transformer
-from training.batches import describe, prepare_file, read_prepared
+from training.batches import LEARN, describe, prepare_file, read_prepared
 from training.settings import TrainConfig
 
 ADDED = {"exit_norms", "classifiers", "adapter", "max_len", "eos_id"}  # what flags may change of the model of --init
@@ -83,7 +83,11 @@ def find_data(config: TrainConfig, shape: ModelConfig, folder: Path) -> tuple[by
         differs = f"eos_id is {shape.eos_id}, but the tokenizer ends texts with {ends[0]}"
         raise UserError(f"{differs}; give --eos-id {ends[0]}")
     dev = {file: prepare_data((file,), tokenizer, folder, config.length) for file in config.dev}
-    return tokenizer, prepare_data(config.data, tokenizer, folder, config.length), dev
+    records = prepare_data(config.data, tokenizer, folder, config.length)
+    if config.learn_prompts:
+        records = records.copy()  # the file stays as it is
+        records["flags"] |= LEARN
+    return tokenizer, records, dev
 
 
 # ---------------------------------------------------------------- the model

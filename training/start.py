@@ -106,7 +106,7 @@ def shape_from(config: TrainConfig, given: dict) -> ModelConfig:
             raise UserError(f"{other[0]} comes from --init {config.init}; leave the flag out")
     shape |= given
     if config.loss != "none":
-        before = shape.get("exit_layers", ()) if config.train == "heads" else ()
+        before = shape.get("exit_norms", ()) if config.train == "heads" else ()  # heads trained before
         shape["exit_layers"] = tuple(sorted({*before, *config.exits}))
     if config.train == "heads":
         shape["exit_norms"] = tuple(sorted({*shape.get("exit_norms", ()), *config.exits}))

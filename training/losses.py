@@ -21,6 +21,7 @@ To try a loss of your own, write a file, and name it: `python train.py --loss my
 `@register_loss("smooth")` above the function gives it a name of its own, as the losses below have.
 
 Dimensions: N learned targets of a micro-batch, n some of these, d model width, V vocabulary. Layers count from 1 to L.
+With --shortlist V is a part of the vocabulary (training/part.py), and targets are places in it.
 """
 
 import math

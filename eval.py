@@ -126,7 +126,7 @@ def add_page_flags(parser: Parser) -> None:
 
 
 def add_settings_flag(parser: Parser, what: str) -> None:
-    text = f"{what} (default: the checkpoint's name with .json)"
+    text = f"{what} (default: the name of the checkpoint, or of --heads, with .json)"
     parser.add_argument("--settings", type=path, metavar="FILE", help=text)
 
 
@@ -166,7 +166,7 @@ def parse() -> argparse.Namespace:
     args.draw_seed = getattr(args, "seed", 0)
     args.beside = getattr(args, "settings", None) is None
     if args.beside:
-        args.settings = Path(args.checkpoint).with_suffix(".json")
+        args.settings = Path(args.heads or args.checkpoint).with_suffix(".json")
     if args.limit < 0 or args.repeat < 1 or args.shots < 0:
         raise UserError(f"limit is {args.limit}, repeat {args.repeat}, shots {args.shots}; at least 0, 1 and 0")
     if args.shot_file and not args.shots:

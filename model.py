@@ -19,8 +19,10 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from common.config import option
 from common.errors import UserError
-from formats.checkpoint import check_finite, check_size, fitting, read_checkpoint, read_tokenizer
+from formats.adapters import adapt, adapter_shape
+from formats.checkpoint import check_finite, check_size, fitting, read_tokenizer
 from formats.frequent_ids import find_frequent_ids
+from formats.heads import read_model
 from formats.rotary import rope_table, rotate, rotation, split_pairs
 from formats.shape import check_shape, one_or_several
 from formats.weights import default_dtype, linear, load_weights, lookup, rms_norm
@@ -45,7 +47,7 @@ class ModelConfig:
     exit_norms: tuple[int, ...] = option((), "exit layers with a norm of their own; the others share the final norm")
     classifiers: tuple[int, ...] = option((), "exit layers with a confidence classifier")
     exit_layers: tuple[int, ...] = option((), "layers that the model was trained to exit at")
-    adapter_rank: int = option(0, "rank of the adapter before every norm in exit_norms; 0: no adapters")
+    adapter: str | None = option(None, "before every norm in exit_norms: lowrank:RANK, mlp:WIDTH, or none")
     eos_id: tuple[int, ...] | int | None = option(2, "token that ends a text, or several; none: nothing does")
     head_dim: int | None = option(None, "width of a head, even; none: d_model / n_heads")
     activation: str = option("silu", "of the gated MLP: silu, or gelu_tanh (Gemma)")
@@ -217,11 +219,10 @@ class Transformer(nn.Module):
         if not config.tie_embeddings:
             self.unembedding = nn.Parameter(torch.empty(config.vocab_size, d))
         self.exit_norms = nn.ParameterDict({str(layer): torch.ones(d) for layer in config.exit_norms})
-        self.adapters = nn.ParameterDict()  # (2, rank, d): down, then up, which starts at zero, so as the identity
-        if config.adapter_rank:
-            self.adapters.update({str(layer): torch.zeros(2, config.adapter_rank, d) for layer in config.exit_norms})
-        classifiers = {str(layer): torch.zeros(d + 1) for layer in config.classifiers}  # w, then b
-        self.classifiers = nn.ParameterDict(classifiers)
+        adapter = adapter_shape(config.adapter, d)  # None: there are none
+        adapted = config.exit_norms if adapter else ()
+        self.adapters = nn.ParameterDict({str(layer): torch.zeros(adapter) for layer in adapted})
+        self.classifiers = nn.ParameterDict({str(layer): torch.zeros(d + 1) for layer in config.classifiers})  # w, b
         self.register_buffer("rope", rope_table(config), persistent=False)
         self.initialize()
 
@@ -231,7 +232,7 @@ class Transformer(nn.Module):
             if weight.dim() > 1:
                 residual = name.endswith(("out", "down"))
                 std = 0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02
-                nn.init.normal_(weight[0] if name.startswith("adapters") else weight, std=std)
+                nn.init.normal_(weight[:-1] if name.startswith("adapters") else weight, std=std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Final-layer logits of a full pass without a cache: tokens (B, T) int64 -> (B, T, V) float32."""
@@ -290,14 +291,11 @@ class Transformer(nn.Module):
         return self.unembed if self.packed_unembed is None else self.packed_unembed
 
     def exit_norm(self, hidden: Tensor, layer: int) -> Tensor:
-        """norm_l(h_l): the layer's own norm if it has one, after its adapter h + up(down(h)) if it has one; else the
-        final norm. (N, d) -> (N, d)."""
+        """norm_l(h_l), (N, d): the layer's own norm, after its adapter, where it has them; else the final norm."""
         if layer not in self.config.exit_norms:
             return rms_norm(hidden, self.norm, self.config.norm_eps)
-        if self.config.adapter_rank:
-            down, up = self.adapters[str(layer)]
-            hidden = hidden.to(down.dtype)  # in training heads may be finer than the blocks
-            hidden = hidden + hidden @ down.T @ up
+        if self.config.adapter:
+            hidden = adapt(hidden, self.adapters[str(layer)], self.config.norm_eps)
         return rms_norm(hidden, self.exit_norms[str(layer)], self.config.norm_eps)
 
     def score(self, normed: Tensor, weight: Tensor) -> Tensor:
@@ -325,22 +323,24 @@ class Transformer(nn.Module):
 
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
-                    form: str | None = None, check: bool = False, frequent_ids: str | None = None):
+                    form: str | None = None, check: bool = False, frequent_ids: str | None = None,
+                    heads: str | None = None):
     """Returns (model, tokenizer) ready to decode: tokenizer as formats/tokenizer.py says, or None if the file holds
     none. `dtype`, of the matrices (vectors keep at least the file's precision), None: float32 on the CPU for float16
     files (CPUs are slow at several rows in half precision), else the file's own. `form`: how a CPU stores the weights
     (formats/weights.py; None: by its rule). `check`: compare the file with its checksums first. `frequent_ids`: a file
-    of ids for shortlists, in place of those inside (tools/shortlist.py). Raises UserError."""
-    content, device = read_checkpoint(path, check), torch.device(device)
+    of ids for shortlists (tools/shortlist.py), `heads` one of heads (formats/heads.py), each in place of those inside.
+    Raises UserError."""
+    content, device, source = read_model(path, heads, check), torch.device(device), heads or path
     check_finite(path)
-    with fitting(path):
+    with fitting(source):
         config = ModelConfig(**content["config"])
         check_size(content["weights"], config)
         with torch.device("meta"):
             model = Transformer(config).eval()
         model.rope = rope_table(config).to(device)
-        load_weights(model, path, content, device, dtype or default_dtype(content, device), form)
-    model.frequent_ids = find_frequent_ids(frequent_ids, path, content, config.vocab_size)
+        load_weights(model, path, heads, content, device, dtype or default_dtype(content, device), form)
+    model.frequent_ids = find_frequent_ids(frequent_ids, source, content, config.vocab_size)
     blob = content["tokenizer"]
     tokenizer = None if blob is None else read_tokenizer(path, blob.numpy().tobytes(), model.config.vocab_size)
     return model, tokenizer

@@ -78,8 +78,10 @@ def given(args: argparse.Namespace, config: type) -> dict:
 
 
 def add_model_flags(parser: argparse.ArgumentParser, checkpoint) -> None:
-    """Adds --checkpoint, --check, --frequent-ids, --device, --dtype, --weights and --threads."""
+    """Adds --checkpoint, --heads, --check, --frequent-ids, --device, --dtype, --weights and --threads."""
     parser.add_argument("--checkpoint", default=checkpoint, metavar="FILE", help="default: %(default)s")
+    text = "heads that train.py --train heads made for it (default: those in the checkpoint)"
+    parser.add_argument("--heads", metavar="FILE", help=text)
     parser.add_argument("--check", action="store_true", help="first compare the checkpoint with its checksums")
     text = "ids for --shortlist, as tools/shortlist.py writes them (default: those in the checkpoint)"
     parser.add_argument("--frequent-ids", metavar="FILE", help=text)
@@ -107,7 +109,7 @@ def loading(args: argparse.Namespace) -> dict:
     dtype = read_dtype(args.dtype)
     warn_if_busy()
     return {"device": args.device, "dtype": dtype, "form": args.weights, "check": args.check,
-            "frequent_ids": args.frequent_ids}
+            "frequent_ids": args.frequent_ids, "heads": args.heads}
 
 
 def use_threads(count: int | None) -> None:

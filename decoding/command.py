@@ -54,8 +54,10 @@ def show_runs(args: argparse.Namespace, stream: Callable[..., Iterator[Token]]) 
     options = loading(args)
     model, tokenizer = load_checkpoint(args.checkpoint, **options)
     contrast = {"predict": "contrast"} if args.amateur else {}
-    config, source = settings_of(args.checkpoint, args.thresholds, contrast | given(args, DecodeConfig))
-    prompt, amateur = read_prompt(args.prompt, tokenizer), read_amateur(args.amateur, tokenizer, options)
+    tuned = args.heads or args.checkpoint  # whose settings may lie beside it
+    config, source = settings_of(tuned, args.thresholds, contrast | given(args, DecodeConfig))
+    prompt = read_prompt(args.prompt, tokenizer)
+    amateur = read_amateur(args.amateur, tokenizer, options | {"heads": None})
     if args.chat:
         chat = load_chat(args.checkpoint, tokenizer)
         (prompt,) = chat.encode([conversation(args.prompt)])
@@ -64,8 +66,8 @@ def show_runs(args: argparse.Namespace, stream: Callable[..., Iterator[Token]]) 
     check_prompt(prompt, model)
     for each in configs.values():
         each.exits(model.config)  # a mistake there leaves an old trace file alone
-    beside = Path(args.checkpoint).with_suffix(".json")
-    check_outputs([args.trace, args.html], [args.checkpoint, beside, args.thresholds, args.amateur, args.frequent_ids])
+    read = [args.checkpoint, args.heads, Path(tuned).with_suffix(".json"), args.thresholds, args.amateur]
+    check_outputs([args.trace, args.html], [*read, args.frequent_ids])
     full, runs = Recorder(), {}
     if args.compare or args.html:
         list(stream(model, prompt, replace(config.full(), max_new_tokens=4), amateur=amateur))  # warms up

@@ -50,7 +50,8 @@ def load_model(args: argparse.Namespace) -> tuple[Transformer, object]:
 def run_record(args: argparse.Namespace, model: Transformer) -> dict:
     """How a run was made, which is said on stderr and kept beside its figures."""
     record = environment(model)
-    record |= {"checkpoint": str(args.checkpoint), "checkpoint_id": digest(Path(args.checkpoint))}
+    files = [args.checkpoint, args.heads] if args.heads else [args.checkpoint]
+    record |= {"checkpoint": " with ".join(map(str, files)), "checkpoint_id": digest(*map(Path, files))}
     record |= {
         "split_of_data": args.split,
         "limit": args.limit,

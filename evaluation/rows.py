@@ -32,7 +32,7 @@ def own_setting(args: argparse.Namespace, task: Task, custom: dict) -> DecodeCon
 
 def command_setting(args: argparse.Namespace) -> DecodeConfig:
     """What decode.py does by itself with this checkpoint."""
-    return replace(COMMAND, **beside_checkpoint(args.checkpoint))
+    return replace(COMMAND, **beside_checkpoint(args.heads or args.checkpoint))
 
 
 def exit_layers_of(model) -> list[int]:

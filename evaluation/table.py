@@ -163,7 +163,8 @@ def check_written(args: argparse.Namespace) -> None:
 
 def check_files(args: argparse.Namespace, *paths: Path | None) -> None:
     """Raises UserError for files that cannot be written, or that the command reads."""
-    check_outputs([*paths], [args.checkpoint, getattr(args, "thresholds", None), args.shot_file, args.frequent_ids])
+    thresholds = getattr(args, "thresholds", None)
+    check_outputs([*paths], [args.checkpoint, args.heads, thresholds, args.shot_file, args.frequent_ids])
 
 
 def finish(args: argparse.Namespace, result: dict, model, tokenizer) -> None:

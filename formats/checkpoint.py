@@ -3,7 +3,8 @@
 A file is what torch.save writes, a zip archive, of one dictionary: `format`, `config` (fields of ModelConfig),
 `weights` (name -> tensor), perhaps `scales` (name -> those of a weight in int8, see formats/int8.py), `tokenizer` (the
 bytes that formats/tokenizer.py reads, or None), perhaps `chat_template` (text, see formats/chat.py), and whatever else
-its writer had to say (plain values, tensors).
+its writer had to say (plain values, tensors). A file of heads (formats/heads.py) is of the same kind, by another
+`format`.
 """
 
 import contextlib
@@ -20,7 +21,8 @@ from common.errors import UserError
 from common.files import whole_file
 from formats.tokenizer import Tokenizer, read_blob
 
-FORMAT = "early-exit checkpoint 1"
+FORMAT, HEADS = "early-exit checkpoint 1", "early-exit heads 1"
+HOLDS = {FORMAT: "a whole model (for --checkpoint or --init)", HEADS: "heads without their model (for --heads)"}
 STORED = (torch.float32, torch.bfloat16, torch.float16)  # what weights may be in a file
 
 
@@ -30,13 +32,23 @@ STORED = (torch.float32, torch.bfloat16, torch.float16)  # what weights may be i
 def save_checkpoint(path: str | os.PathLike, model, tokenizer: bytes | None, dtype: torch.dtype | None = None, **extra):
     """Writes config, weights (matrices as `dtype`, vectors as they are), the tokenizer and `extra` (plain values,
     tensors) to one file, whole or not at all. Raises UserError for a full disk."""
-    weights = {}
-    for name, weight in model.state_dict().items():
+    weights = as_stored(model.state_dict(), dtype)
+    content = {"format": FORMAT, "config": asdict(model.config), "weights": weights, "tokenizer": as_blob(tokenizer)}
+    write_content(path, {**content, **extra})
+
+
+def as_stored(weights: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Weights as they are written: matrices as `dtype` (None: as they are), vectors as they are."""
+    stored = {}
+    for name, weight in weights.items():
         kept = dtype or weight.dtype if weight.dim() > 1 else weight.dtype
-        weights[name] = weight.detach().to(kept).contiguous()
-    blob = None if tokenizer is None else torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
-    content = {"format": FORMAT, "config": asdict(model.config), "weights": weights, "tokenizer": blob, **extra}
-    write_content(path, content)
+        stored[name] = weight.detach().to(kept).contiguous()
+    return stored
+
+
+def as_blob(tokenizer: bytes | None) -> Tensor | None:
+    """The bytes of a tokenizer as they are written."""
+    return None if tokenizer is None else torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
 
 
 def write_content(path: str | os.PathLike, content: dict) -> None:
@@ -70,9 +82,10 @@ def checksum(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
 # ---------------------------------------------------------------- reading
 
 
-def read_checkpoint(path: str | os.PathLike, check: bool = False) -> dict:
-    """The content of a checkpoint file, all its entries, memory-mapped; with `check` compared with its checksums first.
-    Raises UserError for a file that is not one, and for entries that are not what they must be."""
+def read_checkpoint(path: str | os.PathLike, check: bool = False, kind: str = FORMAT) -> dict:
+    """The content of a checkpoint file of this kind, FORMAT or HEADS, all its entries, memory-mapped; with `check`
+    compared with its checksums first. Raises UserError for a file that is not one, and for entries that are not what
+    they must be."""
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder, no checkpoint; name a file in it, or convert it with convert.py")
     if not os.path.isfile(path):
@@ -84,12 +97,24 @@ def read_checkpoint(path: str | os.PathLike, check: bool = False) -> dict:
     except Exception as error:
         reason = str(error).splitlines()[0][:100]
         raise UserError(f"{path}: not a readable checkpoint, or cut short ({reason})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    found = content.get("format") if isinstance(content, dict) else None
+    if found not in (FORMAT, HEADS):
         raise UserError(f"{path}: not a checkpoint of this project")
+    if found != kind:
+        raise UserError(f"{path}: holds {HOLDS[found]}; here belongs {HOLDS[kind]}")
     check_entries(path, content)
-    if "exit_layers" not in content["config"]:
-        content["config"]["exit_layers"] = exits_of_training(content)
+    update(content)
     return content
+
+
+def update(content: dict) -> None:
+    """What files of earlier versions say in other words."""
+    config = content["config"]
+    if "exit_layers" not in config:
+        config["exit_layers"] = exits_of_training(content)
+    if "adapter_rank" in config:
+        rank = config.pop("adapter_rank")
+        config["adapter"] = f"lowrank:{rank}" if rank else None
 
 
 def exits_of_training(content: dict) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError
-from formats.checkpoint import read_checkpoint
+from formats.heads import read_model
 from formats.int8 import Int8Matrix, dequantized, lay_side_by_side
 from formats.rotary import pair_order, pair_table
 
@@ -158,9 +158,9 @@ def default_dtype(content: dict, device: torch.device) -> torch.dtype:
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
 
 
-def load_weights(model, path, content: dict, device: torch.device, dtype: torch.dtype, form: str | None) -> None:
-    """Gives a model on the meta device the weights of the file at `path`, whose mapped `content` this is, stored as
-    `store` says. Raises UserError."""
+def load_weights(model, path, heads, content: dict, device: torch.device, dtype: torch.dtype, form: str | None) -> None:
+    """Gives a model on the meta device the weights of the file at `path`, with those of the file `heads` (or None), as
+    their mapped `content` has them, stored as `store` says. Raises UserError."""
     weights, scales = content["weights"], content.get("scales", {})
     if dtype == torch.int8:
         if device.type != "cpu" or form is not None:
@@ -180,7 +180,7 @@ def load_weights(model, path, content: dict, device: torch.device, dtype: torch.
         store(model, form)
         if model.form != "plain" and not scales:  # the rest from a new mapping: the old one keeps all that was read
             rest = torch.float32 if form == "int8" else dtype
-            adopt(model, weights, read_checkpoint(path)["weights"], device, rest)
+            adopt(model, weights, read_model(path, heads)["weights"], device, rest)
 
 
 def adopt(model, old: dict[str, Tensor], new: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:

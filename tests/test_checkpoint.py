@@ -159,7 +159,7 @@ def test_vectors_keep_the_precision_of_the_file(tiny_model, tmp_path, stored):
 @pytest.mark.parametrize("confidence", FUNCTIONS)
 def test_every_confidence_decodes_with_norms_finer_than_the_matrices(tiny_model, tmp_path, confidence):
     """Heads and blocks of two precisions meet in every confidence; the logits stay near those of float32."""
-    model = tiny_model(6, exit_norms=(1, 2, 3, 4), adapter_rank=2, qk_norm=True, post_norms=True)
+    model = tiny_model(6, exit_norms=(1, 2, 3, 4), adapter="lowrank:2", qk_norm=True, post_norms=True)
     save_checkpoint(tmp_path / "model.pt", model, None)
     config = DecodeConfig(max_new_tokens=8, confidence=confidence, threshold=0.5)
     fine, _ = load_checkpoint(tmp_path / "model.pt", dtype=torch.bfloat16)

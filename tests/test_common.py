@@ -178,7 +178,7 @@ def threads():
 
 
 def test_threads_are_set_as_asked_and_left_alone_otherwise(threads):
-    defaults = {"device": "cpu", "dtype": None, "form": None, "check": False, "frequent_ids": None}
+    defaults = {"device": "cpu", "dtype": None, "form": None, "check": False, "frequent_ids": None, "heads": None}
     assert loading(parsed()) == defaults and torch.get_num_threads() == threads
     assert loading(parsed("--threads", "3", "--dtype", "bf16"))["dtype"] == torch.bfloat16
     assert torch.get_num_threads() == 3

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from formats.heads import HEAD_WEIGHTS
 from model import ModelConfig, Transformer
 from train import train_step
 from training.batches import Batch
@@ -18,14 +19,13 @@ from training.losses import LOSSES
 from training.objective import Objective
 from training.optimizer import make_optimizer
 from training.settings import TrainConfig
-from training.start import HEADS
 from training.validation import validate
 
 pytestmark = pytest.mark.skipif(not pretend_device.available(), reason="this torch cannot pretend a device")
 
 SHAPE = ModelConfig(
     vocab_size=60, n_layers=4, d_model=16, n_heads=2, n_kv_heads=1, d_ff=24, max_len=16,
-    exit_norms=(1, 2, 3), classifiers=(1, 2, 3), adapter_rank=2
+    exit_norms=(1, 2, 3), classifiers=(1, 2, 3), adapter="lowrank:2"
 )  # fmt: skip
 CONFIG = TrainConfig(exits=(1, 2, 3), warmup=0, lr=0.01, layer_dropout=0.5, accumulate=2, device="cpu")
 
@@ -60,7 +60,7 @@ def trained(config: TrainConfig) -> tuple[dict[str, torch.Tensor], list[float]]:
             weight.add_(torch.randn_like(weight), alpha=0.3)  # so that the layers disagree
     if config.train == "heads":
         for name, weight in model.named_parameters():
-            weight.requires_grad_(name.startswith(HEADS))
+            weight.requires_grad_(name.startswith(HEAD_WEIGHTS))
     model = model.to(config.device)
     objective, optimizer = Objective(model, config), make_optimizer(model, config)
     stream = on_device(itertools.cycle(batches()), config)

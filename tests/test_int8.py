@@ -82,7 +82,7 @@ def test_where_the_kernel_is_missing_it_is_not_used(monkeypatch):
         has_kernel.cache_clear()
 
 
-@pytest.mark.parametrize("shape", [*FEATURES, {"exit_norms": (2, 3), "adapter_rank": 4}])
+@pytest.mark.parametrize("shape", [*FEATURES, {"exit_norms": (2, 3), "adapter": "lowrank:4"}])
 def test_an_int8_model_is_near_the_float_one_with_every_feature(in_int8, shape):
     model, small = in_int8(0, **shape)
     tokens = torch.randint(0, 50, (2, 20))

@@ -34,6 +34,7 @@ from training.losses import (
     sum_of_losses,
 )
 from training.objective import Objective, skipped_layers
+from training.part import part_of_vocabulary
 from training.settings import TrainConfig
 
 SHAPE = ModelConfig(
@@ -161,7 +162,7 @@ def by_definition(model: Transformer, rows, targets, weights: dict[int, float], 
 
 @pytest.mark.parametrize("distill", [False, True])
 @pytest.mark.parametrize("chunk", [None, 1, 300 * 4, 2**24])  # the plain sum; one target at a time, four, all
-@pytest.mark.parametrize("shape", [{}, {"tie_embeddings": False, "adapter_rank": 3}, {"logit_cap": 2.0}])
+@pytest.mark.parametrize("shape", [{}, {"tie_embeddings": False, "adapter": "lowrank:3"}, {"logit_cap": 2.0}])
 @pytest.mark.parametrize(
     "weights", [{1: 0.2, 2: 0.3, 3: 0.5}, {1: 0.4, 2: 0.6}]
 )  # the last layer trained, or only there
@@ -176,7 +177,7 @@ def test_value_and_gradient_are_those_of_the_definition(distill, chunk, shape, w
         return {layer: state[learned] for layer, state in enumerate(states) if layer}
 
     expected = by_definition(model, rows(), targets, weights, distill)
-    found, by_layer, agreed = form(model, rows(), targets, weights, each, compare=True)
+    found, by_layer, agreed = form(model, rows(), targets, weights, each, True, model.unembed)
     assert_close(found, expected)
     assert_close(sum(weights[layer] * loss for layer, loss in by_layer.items()), expected.detach())
     assert_close(gradients(model, 3 * found), gradients(model, 3 * expected), rtol=1e-4, atol=1e-6)
@@ -401,7 +402,7 @@ def test_a_classifier_learns_to_tell_agreement():
 
 @pytest.mark.parametrize("loss", ["weighted", "rotate", "distill"])
 def test_heads_alone_learn_and_nothing_else(loss):
-    model = untrained(adapter_rank=2, classifiers=(1, 2))
+    model = untrained(adapter="lowrank:2", classifiers=(1, 2))
     config = replace(CONFIG, train="heads", init="x.pt", loss=loss, classifier=True)
     trained = {
         name for name, weight in model.named_parameters() if name.startswith(("exit_norms", "adapters", "classifiers"))
@@ -412,3 +413,59 @@ def test_heads_alone_learn_and_nothing_else(loss):
     assert {
         name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.abs().sum() > 0
     } == trained
+
+
+# ---------------------------------------------------------------- over a part of the vocabulary
+
+
+def part_config(size: int | None, **changes) -> TrainConfig:
+    return TrainConfig(train="heads", init="x.pt", loss="distill", exits=(1, 2), shortlist=size, device="cpu", **changes)
+
+
+def heads_loss(model: Transformer, config: TrainConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of one micro-batch at step 0, and the gradients of the heads."""
+    model.zero_grad()
+    loss, _ = Objective(model, config)(batch(), 0)
+    loss.backward()
+    return loss.detach(), {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def model_with_ids(count: int) -> Transformer:
+    model = untrained(classifiers=(1, 2), adapter="mlp:5")
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name.startswith(("exit_norms", "adapters", "classifiers")))
+    with torch.no_grad():
+        for weight in model.adapters.values():
+            weight.add_(torch.randn_like(weight), alpha=0.1)
+    model.frequent_ids = torch.randperm(300, generator=torch.Generator().manual_seed(3))[:count]
+    return model
+
+
+@pytest.mark.parametrize("chunk", [2**20, 300])
+def test_over_all_ids_heads_learn_what_they_learn_without_a_shortlist(chunk, monkeypatch):
+    monkeypatch.setitem(chunked.CHUNK, "cpu", chunk)
+    monkeypatch.setattr(chunked, "FEWEST", 1)
+    model = model_with_ids(300)
+    loss, slopes = heads_loss(model, part_config(None, classifier=True, per_step=2))
+    same, found = heads_loss(model, part_config(300, classifier=True, per_step=2))
+    assert_close(same, loss)
+    assert len(slopes) == 6
+    assert_close(found, slopes, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("chunk", [2**20, 300])
+def test_over_a_shortlist_heads_learn_the_last_layers_distribution_within_it(chunk, monkeypatch):
+    """KL between softmaxes over the most frequent ids and all ids of the batch, each id once."""
+    monkeypatch.setitem(chunked.CHUNK, "cpu", chunk)
+    monkeypatch.setattr(chunked, "FEWEST", 1)
+    model, part = model_with_ids(40), batch()
+    ids = sorted({*model.frequent_ids[:30].tolist(), *part.inputs.flatten().tolist(), *part.targets.tolist()})
+    assert 30 < len(ids) < 100
+    with torch.no_grad():
+        states = [state[part.learned] for state in model.hidden_states(part.inputs, part.documents)]
+        log_p, *log_q = (model.head(states[layer], layer)[:, ids].log_softmax(-1) for layer in (3, 1, 2))
+        kl = [float((log_p.exp() * (log_p - each)).sum(-1).mean()) for each in log_q]
+    loss, _ = heads_loss(model, part_config(30, per_step=2))
+    assert loss.item() == pytest.approx(kl[0] / 3 + kl[1] * 2 / 3, rel=1e-4)
+    unembed, targets = part_of_vocabulary(model, 30, part)
+    assert torch.equal(unembed, model.unembed[ids]) and [ids[place] for place in targets] == part.targets.tolist()

@@ -302,7 +302,7 @@ def test_block_flops_count_weights_and_attention(tiny_model):
     ({"global_layers": (77,)}, "there is no layer 77; choose from 1 to 5"), ({"global_layers": (1.5,)}, "global_layers"),
     ({"qk_norm": 1}, "qk_norm is 1; it must be bool"), ({"vocab_size": True}, "vocab_size is True; it must be int"),
     ({"d_ff": 10**30}, "d_ff"), ({"activation": 3}, "activation is 3; it must be str"), ({"embedding_scale": 0.0}, "embedding_scale"),
-    ({"rope_bands": (1.0, 4.0, "9")}, "rope_bands"), ({"adapter_rank": None}, "adapter_rank is None"),
+    ({"rope_bands": (1.0, 4.0, "9")}, "rope_bands"), ({"adapter": 4}, "adapter is 4"),
 ])  # fmt: skip
 def test_impossible_shapes_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
@@ -325,7 +325,7 @@ def test_too_many_tokens_are_refused(tiny_model):
 
 
 def test_an_adapter_is_a_low_rank_change_before_its_norm_begins_as_nothing_and_counts(tiny_model):
-    model, hidden = tiny_model(exit_norms=(2, 3), adapter_rank=4), torch.randn(6, 32)
+    model, hidden = tiny_model(exit_norms=(2, 3), adapter="lowrank:4"), torch.randn(6, 32)
     (down, up), h = (part.numpy() for part in model.adapters["2"]), hidden.numpy()  # (4, 32) each
     moved = h + h @ down.T @ up
     expected = moved / np.sqrt((moved**2).mean(-1, keepdims=True) + 1e-6) * model.exit_norms["2"].numpy()

@@ -25,6 +25,7 @@ from common.errors import run
 from common.processes import process_group
 from formats import data
 from formats.checkpoint import read_checkpoint, save_checkpoint
+from formats.heads import read_heads
 from formats.tokenizer import encode_prompt
 from model import Block, ModelConfig, Transformer, load_checkpoint
 from train import train_step
@@ -523,26 +524,108 @@ def tuned(config, finished, tmp_path_factory, request):
     start = str(finished[0] / "model.pt")
     changes = {"train": "heads", "loss": "weighted", "classifier": True, "max_steps": 40, "dtype": request.param}
     heads = dataclasses.replace(config, init=start, **changes)
-    train.run_training(heads, shape_from(heads, {"adapter_rank": 4}), folder)
+    train.run_training(heads, shape_from(heads, {"adapter": "lowrank:4"}), folder)
     return heads, folder
 
 
 def test_heads_alone_leave_the_models_own_output_bit_identical(tuned, finished):
     before, tokenizer = load_checkpoint(finished[0] / "model.pt")
-    after, _ = load_checkpoint(tuned[1] / "model.pt")
+    after, _ = load_checkpoint(finished[0] / "model.pt", heads=tuned[1] / "heads.pt")
     tokens = torch.tensor([tokenizer.encode("one two three four five six seven eight")])
     assert torch.equal(after(tokens), before(tokens))
-    old, new = (torch.load(folder / "model.pt")["weights"] for folder in (finished[0], tuned[1]))
-    assert all(torch.equal(new[name], weight) for name, weight in old.items() if not name.startswith("exit_norms"))
+    old, new = torch.load(finished[0] / "model.pt")["weights"], after.state_dict()
+    assert all(torch.equal(new[name], weight) for name, weight in before.state_dict().items() if name in old
+               and not name.startswith("exit_norms"))
     assert set(new) - set(old) == {f"{kind}.{layer}" for kind in ("adapters", "classifiers") for layer in (1, 2)}
+
+
+def test_a_training_of_heads_writes_the_heads_alone(tuned, finished):
+    """Neither its result nor the checkpoint that it goes on from holds the model again."""
+    names = {f"{kind}.{layer}" for kind in ("exit_norms", "adapters", "classifiers") for layer in (1, 2)}
+    result, checkpoint = (torch.load(tuned[1] / name) for name in ("heads.pt", "checkpoint.pt"))
+    assert set(result["weights"]) == set(checkpoint["weights"]) == names and not (tuned[1] / "model.pt").exists()
+    assert result["provenance"]["steps"] == 40 and result["provenance"]["config"]["train"] == "heads"
+    assert result["config"]["exit_layers"] == (1, 2) and result["weights"]["adapters.1"].dtype == torch.float16
+    assert (tuned[1] / "heads.pt").stat().st_size < (finished[0] / "model.pt").stat().st_size / 3
+
+
+def test_a_cut_off_training_of_heads_goes_on_to_the_same_heads(tuned, tmp_path, monkeypatch):
+    heads, folder = tuned
+    shape, steps = shape_from(heads, {"adapter": "lowrank:4"}), heads.max_steps
+    monkeypatch.setattr(runs.Run, "write_result", lambda run: None)
+    train.run_training(dataclasses.replace(heads, max_steps=17), shape, tmp_path)  # its learning rates are others
+    stopped = torch.load(tmp_path / "checkpoint.pt")
+    monkeypatch.undo()
+    whole = contents(folder)
+    assert stopped["training"]["step"] == 17
+    calls = itertools.count(1)
+    real = train.train_step
+
+    def interrupted(*args):
+        if next(calls) == 18:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    with pytest.raises(SystemExit):
+        train.run_training(heads, shape, tmp_path, overwrite=True)
+    assert read_heads(tmp_path / "checkpoint.pt")["training"]["step"] == 18
+    train.run_training(heads, shape, tmp_path)
+    assert contents(folder) == whole
+    ended, expected = (read_heads(path / "heads.pt")["weights"] for path in (tmp_path, folder))
+    assert steps == 40 and all(torch.equal(ended[name], weight) for name, weight in expected.items())
+
+
+def test_heads_learned_over_a_shortlist_keep_its_ids(finished, config, tmp_path):
+    changes = {"init": str(finished[0] / "model.pt"), "train": "heads", "loss": "distill", "max_steps": 2, "shortlist": 20}
+    heads = dataclasses.replace(config, **changes)
+    with pytest.raises(ValueError, match="shortlist is 20, but 0 frequent ids are known; count them with"):
+        train.run_training(heads, shape_from(heads, {}), tmp_path / "run")
+    np.save(tmp_path / "ids.npy", np.arange(259, 279, dtype=np.int32))
+    heads = dataclasses.replace(heads, frequent_ids=str(tmp_path / "ids.npy"))
+    train.run_training(heads, shape_from(heads, {"adapter": "mlp:4"}), tmp_path / "run")
+    model, _ = load_checkpoint(finished[0] / "model.pt", heads=tmp_path / "run" / "heads.pt")
+    assert model.frequent_ids.tolist() == [*range(259, 279)] and model.config.adapter == "mlp:4"
+    again = dataclasses.replace(heads, frequent_ids=None, heads=str(tmp_path / "run" / "heads.pt"), max_steps=1)
+    train.run_training(again, shape_from(again, {}), tmp_path / "again")  # those in the heads
+    assert read_heads(tmp_path / "again" / "heads.pt")["frequent_ids"].tolist() == [*range(259, 279)]
+
+
+def test_with_their_prompts_learned_documents_teach_every_token_but_the_first(config, tmp_path):
+    def learned(**changes) -> np.ndarray:
+        changed = dataclasses.replace(config, **changes)
+        return load_data(changed, SHAPE, tmp_path)[1]
+
+    some, every = learned(), learned(learn_prompts=True)
+    assert np.array_equal(some["token"], every["token"])
+    assert np.array_equal(some["flags"] & batching.START, every["flags"] & batching.START)
+    (part,) = itertools.islice(batching.batches(every, 1, 48, seed=None), 1)
+    (less,) = itertools.islice(batching.batches(some, 1, 48, seed=None), 1)
+    inside = part.documents > 0
+    assert np.array_equal(part.targets >= 0, inside) and 0 < (less.targets >= 0).sum() < inside.sum()
+    assert np.array_equal(learned()["flags"], some["flags"])  # the file is as it was
+
+
+def test_heads_do_not_go_on_over_another_model(tuned, finished, config, tmp_path):
+    """--init is the same name, but was trained further since."""
+    heads, model = tuned[0], tmp_path / "model.pt"
+    model.write_bytes((finished[0] / "model.pt").read_bytes())
+    heads = dataclasses.replace(heads, init=str(model), max_steps=2, warmup=0)
+    shape = shape_from(heads, {"adapter": "lowrank:4"})
+    train.run_training(heads, shape, tmp_path / "run")
+    content = torch.load(model)
+    content["weights"]["blocks.1.qkv"] += 0.01
+    torch.save(content, model)
+    with pytest.raises(ValueError, match=r"run/checkpoint.pt: .*model.pt has changed since; give another --out"):
+        train.run_training(dataclasses.replace(heads, max_steps=3), shape, tmp_path / "run")
 
 
 def test_heads_alone_learn_to_agree(tuned):
     heads, folder = tuned
     (array,) = load_data(heads, SHAPE, folder)[2].values()
-    start = make_model(heads, shape_from(heads, {"adapter_rank": 4}))
+    start = make_model(heads, shape_from(heads, {"adapter": "lowrank:4"}))
     model = make_model(
-        dataclasses.replace(heads, init=str(folder / "model.pt")), shape_from(heads, {"adapter_rank": 4})
+        dataclasses.replace(heads, heads=str(folder / "heads.pt")), shape_from(heads, {"adapter": "lowrank:4"})
     )
     before, after = (validate(each, array, heads) for each in (start, model))
     assert after[3] == before[3] and all(after[layer][0] < before[layer][0] for layer in (1, 2))
@@ -553,9 +636,9 @@ def test_new_heads_begin_as_the_models_own(finished, config):
         config, init=str(finished[0] / "model.pt"), train="heads", loss="rotate", classifier=True
     )
     plain = dataclasses.replace(heads, train="all", exits=(), classifier=False)
-    new = make_model(heads, shape_from(heads, {"exit_norms": (2,), "adapter_rank": 4}))
+    new = make_model(heads, shape_from(heads, {"exit_norms": (2,), "adapter": "lowrank:4"}))
     model, hidden = make_model(plain, SHAPE), torch.randn(5, 32)
-    assert new.config.exit_norms == (1, 2) == new.config.classifiers and new.config.adapter_rank == 4
+    assert new.config.exit_norms == (1, 2) == new.config.classifiers and new.config.adapter == "lowrank:4"
     assert_close(new.head(hidden, 2), model.head(hidden, 2))
     assert_close(new.classify(hidden, 2), torch.full((5,), 0.5))
 
@@ -579,13 +662,13 @@ def test_a_fine_tuned_model_keeps_its_chat_template(finished, config, tmp_path):
 
 
 @pytest.mark.parametrize("change, complaint", [
-    ({"adapter_rank": 8}, "the weights do not fit"), ({"exit_norms": (1,)}, "exit_norms.2 has no place in it"),
-    ({"adapter_rank": 0}, "has no place in it"),
+    ({"adapter": "lowrank:8"}, "the weights do not fit"), ({"exit_norms": (1,)}, "exit_norms.2 has no place in it"),
+    ({"adapter": None}, "has no place in it"),
 ])  # fmt: skip
 def test_a_shape_that_drops_or_resizes_heads_of_init_is_refused_before_training(
     change, complaint, tuned, config, tmp_path
 ):
-    tuning = dataclasses.replace(config, init=str(tuned[1] / "model.pt"))
+    tuning = dataclasses.replace(config, init=tuned[0].init, heads=str(tuned[1] / "heads.pt"))
     with pytest.raises(ValueError, match=complaint):
         train.run_training(tuning, shape_from(tuning, change), tmp_path / "run")
 
@@ -605,8 +688,8 @@ def test_a_checkpoint_that_lacks_a_weight_is_not_trained_from(finished, config, 
 
 def test_a_checkpoint_is_not_overwritten_by_what_starts_from_it(tuned):
     before = contents(tuned[1])
-    with pytest.raises(ValueError, match=r"model.pt: is in --out, where it would be overwritten"):
-        again = dataclasses.replace(tuned[0], init=str(tuned[1] / "model.pt"))
+    with pytest.raises(ValueError, match=r"heads.pt: is in --out, where it would be overwritten"):
+        again = dataclasses.replace(tuned[0], heads=str(tuned[1] / "heads.pt"))
         train.run_training(again, shape_from(again, {}), tuned[1], overwrite=True)
     assert contents(tuned[1]) == before
 
@@ -700,6 +783,12 @@ MISTAKES = {  # a flag -> what the line must say
     "--length=49": "length is 49, the model has 48 positions",
     "--train=tops": "unknown train 'tops'; choose from all, heads",
     "--train=heads": "train is heads, which needs --init",
+    "--shortlist=9": "shortlist is 9, but train is all",
+    "--heads={files}/dev.tsv": "belong to a model to start from; name it with --init",
+    "--frequent-ids={files}/dev.tsv": "belong to a model to start from; name it with --init",
+    "--init={out}/model.pt --heads={files}/dev.tsv": "dev.tsv: its archive",
+    "--init={out}/model.pt --heads={out}/model.pt": "model.pt: holds a whole model",
+    "--adapter=mlp": "it must be one of lowrank:SIZE, mlp:SIZE",
     "--layer-dropout=2": "min_lr and layer_dropout between 0 and 1",
     "--exit-weights=1,2": "give 3 above 0, one an exit and the last layer's",
     "--init={files}/dev.tsv": "dev.tsv: not a readable checkpoint",
@@ -709,7 +798,7 @@ MISTAKES = {  # a flag -> what the line must say
     "--exit-weights=1,nan,1": "give 3 above 0",
     "--seed=99999999999999999999999": "it must be at least 0, and finite",
     "--loss=none --classifier": "classifier is True, but loss is none",
-    "--exit-norms= --adapter-rank=3": "above 0 only with exit_norms",
+    "--exit-norms= --adapter=lowrank:3": "it stands before norms in exit_norms, and there are none",
     "--data={files}/malformed.tsv --overwrite": "malformed.tsv, line 2: has 1 columns; 2 are needed",
     "--tokenizer={files}/empty.tsv --overwrite": "empty.tsv: neither a checkpoint nor a tokenizer",
     "--eos-id=1 --overwrite": "eos_id is 1, but the tokenizer ends texts with 2; give --eos-id 2",

@@ -200,7 +200,7 @@ def split(full: Spent, spent: Spent, shape: ModelConfig) -> dict[str, float]:
 
 def print_split(args: argparse.Namespace) -> None:
     """A table of the settings beside the checkpoint. Raises UserError where there are none, or no tokenizer."""
-    settings = Path(args.checkpoint).with_suffix(".json")
+    settings = Path(args.heads or args.checkpoint).with_suffix(".json")
     model, tokenizer = load_model(args)
     print(f"where the missing efficiency goes, {INPUTS} dev inputs of each task, as shares of a setting's time:")
     print(f"{'':20}" + "".join(f"  {column}" for column in COLUMNS))

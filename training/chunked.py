@@ -6,7 +6,8 @@ will get. n = max(CHUNK, FEWEST V) numbers at a time take 4 n bytes each for log
 and the last layer's logits, whatever N: 16 MiB on a CPU, 512 MiB on a GPU, and 256 MiB on a CPU for V = 262,144; and
 there is one gradient of the unembedding, (V, d).
 
-Dimensions: N learned targets of a micro-batch, n of them in a chunk, d model width, V vocabulary.
+Dimensions: N learned targets of a micro-batch, n of them in a chunk, d model width, V vocabulary, or the part of it
+that is trained over (training/part.py).
 """
 
 from collections.abc import Callable
@@ -30,15 +31,16 @@ class LastLogits:
     """The last layer's logits of some rows, without a gradient, made when they are first asked for: most losses never
     do."""
 
-    def __init__(self, model: Transformer, hidden: Tensor):
-        self.model, self.hidden = model, hidden  # (n, d)
+    def __init__(self, model: Transformer, hidden: Tensor, unembed: Tensor):
+        self.model, self.hidden, self.unembed = model, hidden, unembed  # (n, d), (V, d)
         self.known: Tensor | None = None
 
     def __call__(self) -> Tensor:
         """(n, V)."""
         if self.known is None:
             with torch.no_grad():
-                self.known = self.model.head(self.hidden)
+                last = self.model.config.n_layers
+                self.known = self.model.score(self.model.exit_norm(self.hidden, last), self.unembed)
         return self.known
 
 
@@ -77,19 +79,20 @@ def chunked_sum(
     weights: dict[int, float],
     each: TargetLoss,
     compare: bool,
+    vocabulary: Tensor,
 ) -> Summed:
     """As `losses.plain_sum`, chunk by chunk."""
     last, learns, N = max(rows), torch.is_grad_enabled(), len(targets)
-    unembed = model.unembed.detach().requires_grad_(learns and model.unembed.requires_grad)
+    unembed = vocabulary.detach().requires_grad_(learns and vocabulary.requires_grad)
     deepest_first = sorted(weights, reverse=True)
     normed = {layer: model.exit_norm(rows[layer], layer) for layer in deepest_first}  # (N, d)
     slopes = {layer: torch.empty_like(x) for layer, x in normed.items()}  # gradients of the sum
     losses = {layer: targets.new_zeros((), dtype=torch.float32) for layer in weights}
     agreed = {layer: [] for layer in weights if layer != last}
-    size = max(FEWEST, chunk_size(targets.device) // model.config.vocab_size)
+    size = max(FEWEST, chunk_size(targets.device) // len(unembed))
     for start in range(0, N, size):
         part = slice(start, start + size)
-        final = LastLogits(model, rows[last][part])
+        final = LastLogits(model, rows[last][part], unembed)
         for layer in deepest_first:
             x = normed[layer].detach()[part].requires_grad_(learns)
             logits = model.score(x, unembed)  # (n, V)
@@ -106,7 +109,7 @@ def chunked_sum(
     if learns:
         inputs, gradients = [*normed.values()], [*slopes.values()]
         if unembed.requires_grad:
-            inputs.append(model.unembed)
+            inputs.append(vocabulary)
             gradients.append(unembed.grad)
         total = KnownGradient.apply(total, gradients, *inputs)
     return total, losses, {layer: torch.cat(parts) for layer, parts in agreed.items()} if compare else {}

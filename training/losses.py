@@ -21,6 +21,7 @@ To try a loss of your own, write a file, and name it: `python train.py --loss my
 `@register_loss("smooth")` above the function gives it a name of its own, as the losses below have.
 
 Dimensions: N learned targets of a micro-batch, n some of these, d model width, V vocabulary. Layers count from 1 to L.
+With --shortlist V is a part of the vocabulary (training/part.py), and targets are places in it.
 """
 
 import math
@@ -61,14 +62,15 @@ def plain_sum(
     weights: dict[int, float],
     each: TargetLoss,
     compare: bool,
+    unembed: Tensor,
 ) -> Summed:
     """The weighted sum of the losses of the layers in `weights`: a loss is the mean over the N targets of what `each`
     gives. Returns it, the losses by layer without gradient, and with `compare` where each exit's argmax is the last
-    layer's, (N,) bool. rows: states (N, d) of the layers in `weights` and of the last."""
+    layer's, (N,) bool. rows: states (N, d) of the layers in `weights` and of the last; unembed (V, d)."""
     last, losses, agreed = max(rows), {}, {}
-    final = LastLogits(model, rows[last])
+    final = LastLogits(model, rows[last], unembed)
     for layer in weights:
-        logits = model.head(rows[layer], layer)  # (N, V)
+        logits = model.score(model.exit_norm(rows[layer], layer), unembed)  # (N, V)
         losses[layer] = losses_of_targets(each, logits, targets, None if layer == last else final).mean()
         if compare and layer != last:
             agreed[layer] = logits.argmax(-1) == final().argmax(-1)
@@ -83,11 +85,14 @@ def sum_of_losses(
     weights: dict[int, float],
     each: TargetLoss = cross_entropy,
     compare: bool = False,
+    unembed: Tensor | None = None,
 ) -> Summed:
-    """`plain_sum`, or where its logits would be many the chunked form of it, which gives the same in less memory."""
-    numbers = len(targets) * model.config.vocab_size * len(weights)  # logits in all
+    """`plain_sum`, or where its logits would be many the chunked form of it, which gives the same in less memory.
+    unembed (V, d), or the rows of a part of the vocabulary, whose places the targets are; None: all of the model's."""
+    unembed = model.unembed if unembed is None else unembed
+    numbers = len(targets) * len(unembed) * len(weights)  # logits in all
     form = plain_sum if numbers <= chunk_size(targets.device) else chunked_sum
-    return form(model, rows, targets, weights, each, compare)
+    return form(model, rows, targets, weights, each, compare, unembed)
 
 
 # ---------------------------------------------------------------- what a loss sees
@@ -110,6 +115,10 @@ class LossConfig:
     per_step: int = option(2, "rotate, distill, hidden: exits a step", group="losses")
     hidden_weight: float = option(1.0, "hidden: weight of the distance between states", group="losses")
     classifier: bool = option(False, "also train a confidence classifier at every exit", group="losses")
+    shortlist: int | None = option(
+        None, "train heads: learn over so many frequent ids and those of the batch; none: over the whole vocabulary",
+        group="losses"
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "exits", tuple(sorted(set(self.exits))))
@@ -160,13 +169,16 @@ class Exits:
         learned: Tensor,
         targets: Tensor,
         train_last: bool = True,
+        unembed: Tensor | None = None,
     ):
-        """states: h_0 .. h_L (B T, d); which of their rows learn, and what comes next there: (N,), (N,)."""
+        """states: h_0 .. h_L (B T, d); which of their rows learn, and what comes next there: (N,), (N,); `unembed` as
+        in `sum_of_losses`."""
         self.model, self.config, self.step = model, config, step
         self.last = model.config.n_layers
         self.learned, self.targets = learned, targets
         self.asked: set[int] = set()  # layers whose logits the loss has used
         self.deepest: Tensor | None = None  # of the last weighted sum the deepest layer's loss: what the log shows
+        self._unembed = model.unembed if unembed is None else unembed
         self._states, self._learned_states, self._agreed = states, {}, {}
         self._top = [self.last] if train_last else []
 
@@ -187,13 +199,15 @@ class Exits:
     def logits(self, layer: int) -> Tensor:
         """z_l: (N, V), with gradient; kept until the backward pass, which for a large V is much memory."""
         self.asked.add(layer)
-        return self.model.head(self.state(layer), layer)
+        return self.model.score(self.model.exit_norm(self.state(layer), layer), self._unembed)
 
     def weighted_sum(self, layers: list[int], each: TargetLoss = cross_entropy) -> Tensor:
         """The mean over the targets of `each`, summed over these layers by their `shares`: a scalar."""
         rows = {layer: self.state(layer) for layer in {*layers, self.last}}
         weights = shares(self.config, layers, self.last)
-        total, losses, agreed = sum_of_losses(self.model, rows, self.targets, weights, each, self.config.classifier)
+        compare = self.config.classifier
+        summed = sum_of_losses(self.model, rows, self.targets, weights, each, compare, self._unembed)
+        total, losses, agreed = summed
         self.asked.update(layers)
         self._agreed.update(agreed)
         self.deepest = losses[max(losses)]

@@ -14,6 +14,7 @@ from common.processes import processes
 from model import Transformer
 from training.device import DeviceBatch
 from training.losses import Exits, ask_loss, classifier_loss
+from training.part import part_of_vocabulary
 from training.settings import TrainConfig
 
 
@@ -33,7 +34,8 @@ class Objective(nn.Module):
             states = model.hidden_states(
                 batch.inputs, batch.documents, skipped, config.recompute
             )  # L + 1 times (B T, d)
-        exits = Exits(model, config, step, states, batch.learned, batch.targets, train_last=not frozen)
+        unembed, targets = part_of_vocabulary(model, config.shortlist, batch)
+        exits = Exits(model, config, step, states, batch.learned, targets, not frozen, unembed)
         loss = ask_loss(config.loss, exits)
         deepest = loss.detach() if exits.deepest is None else exits.deepest
         if config.classifier:

@@ -17,7 +17,8 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import parse_json, whole_file
 from common.processes import by_first, processes, tell
-from formats.checkpoint import fitting, read_checkpoint, save_checkpoint
+from formats.checkpoint import as_blob, fitting, read_checkpoint, save_checkpoint
+from formats.heads import FIELDS, HEAD_WEIGHTS, fingerprint, read_heads, same_model, save_heads
 from model import ModelConfig, Transformer
 from training.settings import MAY_CHANGE, TrainConfig
 
@@ -108,15 +109,14 @@ class Log:
 
 
 class Run:
-    """A training in its folder: where it stands, its checkpoint.pt to go on from, its log.jsonl, model.pt at its end.
-    Only the first process writes."""
+    """A training in its folder: where it stands, its checkpoint.pt to go on from, its log.jsonl, at its end model.pt;
+    with --train heads heads.pt, and no file holds the model again. Only the first process writes."""
 
     def __init__(self, config: TrainConfig, shape: ModelConfig, folder: Path, overwrite: bool = False):
         """Looks for a checkpoint to go on from. Raises UserError for one of another run, and for what would be lost."""
         self.config, self.folder, self.overwrite = config, folder, overwrite
-        self.checkpoint, self.model_file, self.log_file = (
-            folder / name for name in ("checkpoint.pt", "model.pt", "log.jsonl")
-        )
+        self.checkpoint, self.result_file, self.log_file = output_files(config, folder)
+        self.heads_alone = config.train == "heads"
         self.settings = {**asdict(config), "accumulate": config.accumulate * processes()[1]}
         self.step = 0
         self.results: Results = {}  # of the last validation
@@ -124,10 +124,13 @@ class Run:
         if overwrite:
             return
         if self.checkpoint.exists():
-            self.found = read_checkpoint(self.checkpoint)
-            check_resumable(self.checkpoint, self.found, {**self.settings, **asdict(shape)})
-        elif self.model_file.exists():
-            raise UserError(f"{self.model_file} is there already; {REMEDY}")
+            read = read_heads if self.heads_alone else read_checkpoint
+            self.found = read(self.checkpoint)
+            told = FIELDS if self.heads_alone else asdict(shape)  # of the shape, by the file
+            settings = self.settings | {name: getattr(shape, name) for name in told}
+            check_resumable(self.checkpoint, self.found, settings)
+        elif self.result_file.exists():
+            raise UserError(f"{self.result_file} is there already; {REMEDY}")
         elif self.log_file.exists() and self.log_file.stat().st_size:
             raise UserError(
                 f"{self.log_file} is there already, of a training that left no checkpoint to go on from; {REMEDY}"
@@ -137,13 +140,14 @@ class Run:
         """From the checkpoint if there is one, else from the start, in which case files to overwrite go. Raises
         UserError if the checkpoint was trained on other data."""
         self.model, self.optimizer, self.tokenizer = model, optimizer, tokenizer
-        self.fingerprint = zlib.crc32(data.view(np.uint8))
+        self.data = zlib.crc32(data.view(np.uint8))
+        self.belongs_to = fingerprint(read_checkpoint(self.config.init)) if self.heads_alone else None
         first = processes()[0] == 0
         if self.found:
             self.restore()
             tell(f"going on from {self.checkpoint} at step {self.step} of {self.config.max_steps}")
         elif first and self.overwrite:
-            for path in (self.checkpoint, self.model_file, self.log_file):
+            for path in (self.checkpoint, self.result_file, self.log_file):
                 path.unlink(missing_ok=True)
         self.log = Log(self.log_file, self.step) if first else None
 
@@ -152,10 +156,16 @@ class Run:
         content, training, path = self.found, self.found["training"], self.checkpoint
         tokenizer = content["tokenizer"]
         same = isinstance(tokenizer, Tensor) and tokenizer.numpy().tobytes() == self.tokenizer
-        if not same or training["data"] != self.fingerprint:
+        if not same or training["data"] != self.data:
             raise UserError(f"{path}: the training files have changed since; {REMEDY}")
+        weights = content["weights"]
+        if self.heads_alone:
+            if not same_model(content["model"], self.belongs_to):
+                raise UserError(f"{path}: {self.config.init} has changed since; {REMEDY}")
+            frozen = {name: x for name, x in self.model.state_dict().items() if not name.startswith(HEAD_WEIGHTS)}
+            weights = frozen | weights
         with fitting(path):
-            self.model.load_state_dict(content["weights"])
+            self.model.load_state_dict(weights)
         try:
             self.optimizer.load_state_dict(training["optimizer"])
             check_moments(self.optimizer, training["step"])
@@ -171,49 +181,61 @@ class Run:
                 "step": self.step,
                 "results": self.results,
                 "config": self.settings,
-                "data": self.fingerprint,
+                "data": self.data,
                 "optimizer": self.optimizer.state_dict(),
             }
-            save_checkpoint(self.checkpoint, self.model, self.tokenizer, training=training)
+            if self.heads_alone:
+                blob = as_blob(self.tokenizer)
+                save_heads(self.checkpoint, self.model, self.belongs_to, tokenizer=blob, training=training)
+            else:
+                save_checkpoint(self.checkpoint, self.model, self.tokenizer, training=training)
 
-    def write_model(self) -> None:
-        """Writes model.pt: matrices in float16, or as --init has them; what was not trained, as it was there."""
+    def write_result(self) -> None:
+        """Writes model.pt, or heads.pt: matrices in float16, or as --init has them."""
         if processes()[0] > 0:
             return
         model, config, dtype, kept = self.model, self.config, torch.float16, {}
         if config.init:
             content = read_checkpoint(config.init)
-            start = content["weights"]
             if "chat_template" in content and not config.tokenizer:
                 kept["chat_template"] = content["chat_template"]
-            dtype = start["embedding"].dtype
-            for name, weight in start.items():
-                if not model.get_parameter(name).requires_grad:
-                    model.get_parameter(name).data = weight.to(config.device)
+            if model.frequent_ids is not None:
+                kept["frequent_ids"] = model.frequent_ids
+            dtype = content["weights"]["embedding"].dtype
         provenance = {
             "command": " ".join(sys.argv),
             "config": asdict(config),
             "steps": self.step,
             "loss and agreement by layer": self.results,
         }
-        save_checkpoint(self.model_file, model, self.tokenizer, dtype, provenance=provenance, **kept)
-        tell(f"wrote {self.model_file}")
+        if self.heads_alone:
+            save_heads(self.result_file, model, self.belongs_to, dtype, provenance=provenance)
+            tell(f"wrote {self.result_file}, for --checkpoint {config.init} --heads {self.result_file}")
+        else:
+            save_checkpoint(self.result_file, model, self.tokenizer, dtype, provenance=provenance, **kept)
+            tell(f"wrote {self.result_file}")
 
     def end(self, signals: list[int]) -> None:
         """The model's file; or where a signal came before the last step, what to do, and the exit status of that
         signal."""
         if self.step == self.config.max_steps:
-            self.write_model()
+            self.write_result()
             return
         at = f"{self.checkpoint} is at step {self.step} of {self.config.max_steps}"
         tell(f"stopped by a signal; {at}, and the same command goes on from there")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
 
+def output_files(config: TrainConfig, folder: Path) -> tuple[Path, Path, Path]:
+    """What a training writes: its checkpoint, its result, its log."""
+    result = "heads.pt" if config.train == "heads" else "model.pt"
+    return folder / "checkpoint.pt", folder / result, folder / "log.jsonl"
+
+
 def check_outputs(config: TrainConfig, folder: Path) -> None:
     """Raises UserError if the training would overwrite what it starts from."""
-    outputs = [(folder / name).resolve() for name in ("checkpoint.pt", "model.pt", "log.jsonl")]
-    for source in filter(None, (config.init, config.tokenizer)):
+    outputs = [path.resolve() for path in output_files(config, folder)]
+    for source in filter(None, (config.init, config.tokenizer, config.heads, config.frequent_ids)):
         if Path(source).resolve() in outputs:
             raise UserError(f"{source}: is in --out, where it would be overwritten; give another --out")
 

@@ -26,17 +26,27 @@ class TrainConfig(LossConfig):
     )
     init: str | None = option(None, "checkpoint to start from, shape and tokenizer included; none: random weights")
     train: str = option(
-        "all", "all: every weight; heads: norm, adapter and classifier of each exit, the model's own output unchanged"
+        "all", "all: every weight, into model.pt; heads: norm, adapter and classifier of each exit, the model's own "
+        "output unchanged, into heads.pt, a few MB"
     )
     max_steps: int = option(7500, "steps in all")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     dtype: str | None = option(None, "float32 or bfloat16 (autocast); none: bfloat16 on a GPU, float32 on a CPU")
+
+    heads: str | None = option(
+        None, "file of heads to start from, in place of those in --init", group="a model with heads, or a shortlist"
+    )
+    frequent_ids: str | None = option(
+        None, "ids for --shortlist, as tools/shortlist.py writes them, kept in what is written; none: those in --init",
+        group="a model with heads, or a shortlist"
+    )
 
     tokenizer: str | None = option(
         None, "sentencepiece model, or checkpoint that holds one; none: that of --init, or a new one", group="batches"
     )
     rows: int = option(16, "rows of a micro-batch", group="batches")
     length: int = option(128, "positions of a row; documents are packed into rows", group="batches")
+    learn_prompts: bool = option(False, "learn from prompts, too, not from completions alone", group="batches")
     accumulate: int = option(1, "micro-batches of a step, in each process", group="batches")
     lr: float = option(1.5e-3, "peak learning rate", group="optimization")
     min_lr: float = option(0.02, "learning rate at the end, as a share of the peak, 0 to 1", group="optimization")
@@ -74,10 +84,17 @@ class TrainConfig(LossConfig):
             raise UserError("there is nothing to train on; name a file with --data")
         if self.train == "heads":
             self.check_heads()
+        if self.init is None and (self.heads or self.frequent_ids):
+            raise UserError("--heads and --frequent-ids belong to a model to start from; name it with --init")
+        if self.shortlist is not None and self.train != "heads":
+            raise UserError(f"shortlist is {self.shortlist}, but train is {self.train}: only heads learn over a part "
+                            "of the vocabulary, a model needs all of it")
 
     def check_numbers(self) -> None:
         """Raises UserError for a number out of its range."""
         least = dict.fromkeys(("warmup", "weight_decay", "seed", "hidden_weight"), 0)
+        if self.shortlist is not None:
+            least["shortlist"] = 2
         least |= dict.fromkeys(
             ("per_step", "max_steps", "rows", "length", "accumulate", "validate_every", "save_every"), 1
         )

@@ -10,24 +10,19 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.files import digest, whole_file
 from common.processes import by_first
-from formats.checkpoint import fitting, read_checkpoint, read_tokenizer
+from formats.checkpoint import fitting, read_tokenizer
 from formats.data import Corpus
+from formats.frequent_ids import find_frequent_ids
+from formats.heads import HEAD_WEIGHTS, read_model
 from formats.int8 import dequantized
 from formats.pieces import train_tokenizer
 from formats.shape import check_layers
 from formats.tokenizer_files import load_tokenizer
 from model import ModelConfig, Transformer
-from training.batches import describe, prepare_file, read_prepared
+from training.batches import LEARN, describe, prepare_file, read_prepared
 from training.settings import TrainConfig
 
-HEADS = ("exit_norms", "adapters", "classifiers")  # what --train heads trains
-ADDED = {
-    "exit_norms",
-    "classifiers",
-    "adapter_rank",
-    "max_len",
-    "eos_id",
-}  # what flags may change of the model of --init
+ADDED = {"exit_norms", "classifiers", "adapter", "max_len", "eos_id"}  # what flags may change of the model of --init
 
 
 # ---------------------------------------------------------------- tokenizer and data
@@ -89,7 +84,11 @@ def find_data(config: TrainConfig, shape: ModelConfig, folder: Path) -> tuple[by
         differs = f"eos_id is {shape.eos_id}, but the tokenizer ends texts with {ends[0]}"
         raise UserError(f"{differs}; give --eos-id {ends[0]}")
     dev = {file: prepare_data((file,), tokenizer, folder, config.length) for file in config.dev}
-    return tokenizer, prepare_data(config.data, tokenizer, folder, config.length), dev
+    records = prepare_data(config.data, tokenizer, folder, config.length)
+    if config.learn_prompts:
+        records = records.copy()  # the file stays as it is
+        records["flags"] |= LEARN
+    return tokenizer, records, dev
 
 
 # ---------------------------------------------------------------- the model
@@ -100,15 +99,15 @@ def shape_from(config: TrainConfig, given: dict) -> ModelConfig:
     Raises UserError."""
     shape = {}
     if config.init:
-        content = read_checkpoint(config.init)
-        with fitting(config.init):
+        content = read_model(config.init, config.heads)
+        with fitting(config.heads or config.init):
             shape = asdict(ModelConfig(**content["config"]))
         other = sorted(set(given) - ADDED)
         if other:
             raise UserError(f"{other[0]} comes from --init {config.init}; leave the flag out")
     shape |= given
     if config.loss != "none":
-        before = shape.get("exit_layers", ()) if config.train == "heads" else ()
+        before = shape.get("exit_norms", ()) if config.train == "heads" else ()  # heads trained before
         shape["exit_layers"] = tuple(sorted({*before, *config.exits}))
     if config.train == "heads":
         shape["exit_norms"] = tuple(sorted({*shape.get("exit_norms", ()), *config.exits}))
@@ -123,26 +122,32 @@ def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
     torch.manual_seed(config.seed)
     model = Transformer(shape)
     if config.init:
-        load_start(model, config.init)
+        load_start(model, config)
     if config.train == "heads":
         for name, weight in model.named_parameters():
-            if not name.startswith(HEADS):
+            if not name.startswith(HEAD_WEIGHTS):
                 weight.requires_grad_(False).data = weight.data.to(getattr(torch, config.dtype))
     return model.to(config.device)
 
 
-def load_start(model: Transformer, path: str) -> None:
-    """Gives the model the weights of the checkpoint. Heads that it lacks begin as the final norm, the identity, and a
-    classifier that is undecided. Raises UserError if it has other weights."""
-    with fitting(path):
-        content = read_checkpoint(path)
+def load_start(model: Transformer, config: TrainConfig) -> None:
+    """Gives the model the weights and the frequent ids of --init. Heads that it lacks begin as the final norm, the
+    identity, and a classifier that is undecided. Raises UserError if it has other weights, or fewer frequent ids than
+    --shortlist asks for."""
+    content, source = read_model(config.init, config.heads), config.heads or config.init
+    with fitting(source):
         weights = dequantized(content["weights"], content.get("scales", {}))
         missing, more = model.load_state_dict(weights, strict=False)
-        lost = [name for name in missing if not name.startswith(HEADS)]
+        lost = [name for name in missing if not name.startswith(HEAD_WEIGHTS)]
         if lost:
             raise KeyError(f"{lost[0]} is missing")
         if more:
-            raise KeyError(f"{more[0]} has no place in it; exit_norms, classifiers and adapter_rank may only add to it")
+            raise KeyError(f"{more[0]} has no place in it; exit_norms, classifiers and adapter may only add to it")
+    model.frequent_ids = find_frequent_ids(config.frequent_ids, source, content, model.config.vocab_size)
+    known = 0 if model.frequent_ids is None else len(model.frequent_ids)
+    if config.shortlist is not None and config.shortlist > known:
+        raise UserError(f"shortlist is {config.shortlist}, but {known} frequent ids are known; count them with python "
+                        "-m tools.shortlist, and name the file with --frequent-ids")
     for name in missing:
         if name.startswith("exit_norms"):
             model.get_parameter(name).data.copy_(model.norm.data)

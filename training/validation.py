@@ -10,6 +10,7 @@ from model import Transformer
 from training.batches import batches
 from training.device import autocast, to_device
 from training.losses import sum_of_losses
+from training.part import part_of_vocabulary
 from training.settings import TrainConfig
 
 VALIDATION_BATCHES = 16
@@ -20,7 +21,8 @@ def validate(
     model: Transformer, records: np.ndarray, config: TrainConfig, progress: Callable[[int], None] | None = None
 ) -> dict[int, list[float]]:
     """[loss in nats per target, agreement with the last layer's argmax in [0, 1]] of every trained exit and of the last
-    layer, over the first batches of a validation set. `progress` is told how many batches are done."""
+    layer, over the first batches of a validation set; with a shortlist over the part of the vocabulary that is trained
+    over, so that losses are lower. `progress` is told how many batches are done."""
     last = model.config.n_layers
     layers = [*config.exits, last]
     losses, agreed, count = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0), 0
@@ -34,7 +36,8 @@ def validate(
             states = model.hidden_states(here.inputs, here.documents)
             rows = {layer: states[layer][here.learned] for layer in layers}
             equal = dict.fromkeys(layers, 1.0)
-            _, means, same = sum_of_losses(model, rows, here.targets, equal, compare=True)
+            unembed, targets = part_of_vocabulary(model, config.shortlist, here)
+            _, means, same = sum_of_losses(model, rows, targets, equal, compare=True, unembed=unembed)
         for layer in layers:
             losses[layer] += means[layer].item() * N
             agreed[layer] += N if layer == last else same[layer].sum().item()

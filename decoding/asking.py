@@ -30,3 +30,13 @@ def whose(function, layer: int) -> str:
     """The function asked, its file, and the layer, in words."""
     name = getattr(function, "__name__", repr(function))
     return f"{name_and_file('confidence', name, function)} at layer {layer}"
+
+
+def ask_alone(run, trace, layer: int):
+    """The trace of the newest position as if it had been asked at `layer` alone, and stopped there. `run` is a
+    decode.Run, `trace` the confidence.Trace of a pass that came so far."""
+    alone = run.new_trace()
+    for state in trace.hidden[: layer + 1]:
+        alone.hidden.append(state)
+    alone.decided(math.inf)
+    return alone

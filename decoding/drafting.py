@@ -1,0 +1,162 @@
+"""Drafting by measurement (`draft = auto`): the exit layer, the threshold and the number of drafts that promise most
+tokens a second, from what was seen so far and a table of costs; where none promises more than the full model, its
+depth. After DEL (Entezari Zarch 2025), which chooses layer and number; costs in seconds take the place of layers.
+
+What is seen: for every exit layer, by confidence, how often the full model would have put the token that this exit
+would have drafted. An exit in use tells it with every draft that is judged, up to the first that is not kept, and with
+every question that was not confident enough, since that pass goes to the top. Of the others, an exploring pass tells
+it, now and then: full depth, after which every exit is asked by itself.
+
+All this decides only how long to draft, from what lies in the past, so verification stays exact.
+
+Dimensions: E exit layers, B bins of confidence, N drafts at most.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from decoding.asking import ask_alone
+from decoding.costs import Costs
+from decoding.prediction import distribution, penalize
+from decoding.record import Token
+
+BINS = 16  # of confidence
+DRAFTS = 15  # at most, in a round
+DOUBT = 2.0  # drafts not kept, as if seen before at every exit and threshold: an exit has to show its worth
+MARGIN = 0.01  # so much more than full depth drafting must promise
+FADING = 0.998  # weight of an observation at each that follows: about the last 500 of an exit count
+START, SHARE = 4.0, 0.015  # exploring: full-depth tokens' worth at once, and a share of the time
+RENEWAL = 16  # observations after which the plan is made anew
+ASKED = 1e-9  # the lowest threshold: at 0 nothing would be asked, and nothing learned
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a round is drafted: up to `drafts` tokens from the exit at `layer`, each while its confidence reaches the
+    threshold; then a pass to the top. Without drafts, full depth. `pace`: seconds a token expected of it."""
+
+    layer: int
+    threshold: float
+    drafts: int
+    pace: float
+
+
+class Drafting:
+    """What has been learned, and the plan that follows from it. It may go on from text to text of one kind, under one
+    setting: what it does follows from the costs and from the texts alone."""
+
+    def __init__(self, costs: Costs):
+        self.costs, self.layers = costs, list(costs.ask)
+        self.asked = np.zeros((len(self.layers), BINS))  # positions at which a confidence fell into a bin
+        self.agreed = np.zeros((len(self.layers), BINS))  # of these, where the full model would keep the draft
+        self.full = Plan(0, 1.0, 0, pace=costs.layers * costs.block[1] + costs.top[1])
+        self.plan, self.exploring = self.full, False
+        self.spent, self.explored = 0.0, 0.0  # seconds by the table: of all rounds, and what exploring added to them
+        self.news = 0  # observations since the plan was made
+
+    def exits(self, drafts: int) -> dict[int, float]:
+        """The exit of the next pass with its threshold, in a round of so many drafts so far; none: to the top."""
+        if drafts == 0:
+            self.exploring = self.explored + self.exploration <= START * self.full.pace + SHARE * self.spent
+        if self.exploring or drafts >= self.plan.drafts:
+            return {}
+        return {self.plan.layer: self.plan.threshold}
+
+    @property
+    def exploration(self) -> float:
+        """Seconds that an exploring pass costs more than a token of the plan."""
+        return sum(self.costs.ask.values()) + self.full.pace - self.plan.pace
+
+    def learn(self, run, trace, drafts: list[Token], kept: int) -> None:
+        """Learns from a round of a decode.Run that has been judged; `trace` is that of its pass to the top."""
+        for number, draft in enumerate(drafts[: kept + 1]):  # those after the first that was not kept tell nothing
+            self.observe(self.plan.layer, draft.confidences[self.plan.layer], float(number < kept))
+        self.spent += (kept + 1) * self.plan.pace
+        if kept == len(drafts) < len(trace.final):  # the newest row is that of a token of the text
+            if self.exploring:
+                self.spent += self.exploration
+                self.explored += self.exploration
+                self.explore(run, trace)
+            for layer, confidence in trace.confidences.items():
+                self.observe(layer, confidence, agreement(run, trace, layer, trace.final[-1]))
+        if self.news >= RENEWAL:
+            self.plan, self.news = self.best(), 0
+
+    def explore(self, run, trace) -> None:
+        """Asks every exit, by itself, about the newest position of a pass to the top."""
+        for layer in self.layers:
+            alone = ask_alone(run, trace, layer)
+            self.observe(layer, alone.confidences[layer], agreement(run, alone, layer, trace.final[-1]))
+            run.counters.head_flops += sum(alone.flops.values())
+            run.counters.confidence_flops += sum(alone.flops.values())
+        self.news = max(self.news, RENEWAL)
+
+    def observe(self, layer: int, confidence: float, agreed: float) -> None:
+        """Takes in what one exit said, and the chance that the full model keeps it."""
+        row, column = self.layers.index(layer), min(int(confidence * BINS), BINS - 1)
+        self.asked[row] *= FADING
+        self.agreed[row] *= FADING
+        self.asked[row, column] += 1
+        self.agreed[row, column] += agreed
+        self.news += 1
+
+    def best(self) -> Plan:
+        """The plan that promises most."""
+        paces = expected_paces(self.costs, self.asked, self.agreed)
+        row, column, number = np.unravel_index(paces.argmin(), paces.shape)
+        pace = float(paces[row, column, number])
+        if pace * (1 + MARGIN) > self.full.pace:
+            return self.full
+        return Plan(self.layers[row], max(ASKED, column / BINS), int(number) + 1, pace)
+
+
+def expected_paces(costs: Costs, asked: np.ndarray, agreed: np.ndarray) -> np.ndarray:
+    """Seconds a token of drafting at every exit, from every bin on, 1 to N drafts: (E, B, N); from how often each bin
+    was seen, and agreed with the full model, (E, B) both.
+
+    Let q be the share of positions whose confidence reaches the threshold, a the share of these at which the draft is
+    kept, both independent from token to token; e the exit layer, b(r) a block of r rows, t(r) the top.
+    A round has at least k drafts with probability q^k up to k = n, its bound, and its k-th draft is kept, with all
+    before it, with (q a)^k. So it yields 1 + sum over k = 1 .. n of (q a)^k tokens.
+    It asks in the passes 0 .. n - 1, which cost (e b(1) + ask) sum over k < n of q^k; its last pass brings k + 1 rows
+    from layer e on, (L - e) b(k + 1) + t(k + 1), with probability q^k (1 - q) for k < n, and q^n for k = n, where e
+    b(1) comes to it without a question.
+    """
+    reached, right = from_bin_on(asked), from_bin_on(agreed)
+    q = (reached / np.maximum(reached[:, :1], 1e-9))[..., None]  # (E, B, 1)
+    a = (right / (reached + DOUBT))[..., None]
+    k = np.arange(DRAFTS + 1)
+    powers = q**k  # (E, B, N + 1)
+    tokens = ((q * a) ** k).cumsum(-1)[..., 1:]  # (E, B, N)
+    block, top = by_rows(costs.block), by_rows(costs.top)
+    layer = np.array(list(costs.ask))[:, None, None]  # (E, 1, 1)
+    ask = np.array(list(costs.ask.values()))[:, None, None]
+    below = layer * block[0]
+    last = (costs.layers - layer) * block + top  # (E, 1, N + 1) by drafts before it
+    asking = (below + ask) * powers.cumsum(-1)[..., :-1]
+    stopped = (powers * (1 - q) * last).cumsum(-1)[..., :-1]
+    bounded = powers[..., 1:] * (last[..., 1:] + below)
+    return (asking + stopped + bounded) / tokens
+
+
+def from_bin_on(counts: np.ndarray) -> np.ndarray:
+    """Sums over each bin and those above it."""
+    return counts[:, ::-1].cumsum(1)[:, ::-1]
+
+
+def by_rows(costs: dict[int, float]) -> np.ndarray:
+    """Seconds of 1 .. N + 1 rows: between the rows that were measured, in a straight line."""
+    return np.interp(np.arange(1, DRAFTS + 2), list(costs), list(costs.values()))
+
+
+def agreement(run, trace, layer: int, final) -> float:
+    """The chance that the full model, whose logits (V,) are `final`, keeps what the exit at `layer` drafts or would
+    have drafted for the newest token of the text: 0 or 1; sampled, the sum of min(p, q) (Leviathan 2023)."""
+    sampling, seen = run.predictor.sampling, run.text[:-1]
+    drafted = penalize(trace.logits(layer), seen, sampling.repetition_penalty, trace.candidates)
+    if sampling.temperature == 0:
+        return float(int(trace.token(drafted.argmax())) == run.text[-1])
+    p = distribution(penalize(final, seen, sampling.repetition_penalty), sampling)
+    q = trace.spread(distribution(drafted, sampling))
+    return float(p.minimum(q).sum())

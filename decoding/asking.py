@@ -32,11 +32,11 @@ def whose(function, layer: int) -> str:
     return f"{name_and_file('confidence', name, function)} at layer {layer}"
 
 
-def ask_alone(run, trace, layer: int):
-    """The trace of the newest position as if it had been asked at `layer` alone, and stopped there. `run` is a
-    decode.Run, `trace` the confidence.Trace of a pass that came so far."""
-    alone = run.new_trace()
-    for state in trace.hidden[: layer + 1]:
-        alone.hidden.append(state)
-    alone.decided(math.inf)
-    return alone
+def ask_alone(run, states: list):
+    """The trace of a position that was asked at one layer alone, whatever it answered: `states` are its h_0 .. h_l,
+    (1, d) each, `run` a decode.Run."""
+    trace = run.new_trace()
+    for state in states:
+        trace.hidden.append(state)
+    trace.decided(math.inf)
+    return trace

@@ -107,7 +107,7 @@ def measure(model: Transformer, config: DecodeConfig, run_type: Callable) -> Cos
     prompt = [model.config.vocab_size // 2] * min(PROMPT, room - rows[-1])
     run = run_type(model, prompt, replace(config, draft="fixed", max_new_tokens=rows[-1]), Counters())
     newest, _ = run.advance(prompt, {})
-    states = newest.hidden[-1].repeat(rows[-1], 1)  # (R, d)
+    states = newest.hidden[-1][-1:].repeat(rows[-1], 1)  # (R, d)
 
     def choose(logits) -> None:
         """A token from each row, which also waits for a GPU."""
@@ -123,11 +123,11 @@ def measure(model: Transformer, config: DecodeConfig, run_type: Callable) -> Cos
         choose(model.head(states[:count]))
 
     def question(layer: int) -> None:
-        run.emit(ask_alone(run, newest, layer), layer)
+        below = [state[-1:] for state in newest.hidden[: layer + 1]]
+        run.emit(ask_alone(run, below), layer)
         run.text.pop()
 
     layers = list(config.exits(model.config))
-    newest.final = None  # its questions are those of a pass that stopped below the top
     actions = [(deep, count) for count in rows] + [(top, count) for count in rows]
     actions += [(question, layer) for layer in layers]
     spent = seconds(actions)

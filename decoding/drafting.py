@@ -3,9 +3,10 @@ tokens a second, from what was seen so far and a table of costs; where none prom
 depth. After DEL (Entezari Zarch 2025), which chooses layer and number; costs in seconds take the place of layers.
 
 What is seen: for every exit layer, by confidence, how often the full model would have put the token that this exit
-would have drafted. An exit in use tells it with every draft that is judged, up to the first that is not kept, and with
-every question that was not confident enough, since that pass goes to the top. Of the others, an exploring pass tells
-it, now and then: full depth, after which every exit is asked by itself.
+drafted or would have drafted. The exit in use tells it with every draft that is judged, up to the first that is not
+kept, and with every answer below the threshold, since that pass goes to the top. The others are asked now and then,
+once a round is judged, about each of its positions: its passes have left the states of all layers there (DEL calls
+these shadow tokens). A round begins with the first pass after a judgement and ends with the next judgement.
 
 All this decides only how long to draft, from what lies in the past, so verification stays exact.
 
@@ -26,7 +27,7 @@ DRAFTS = 15  # at most, in a round
 DOUBT = 2.0  # drafts not kept, as if seen before at every exit and threshold: an exit has to show its worth
 MARGIN = 0.01  # so much more than full depth drafting must promise
 FADING = 0.998  # weight of an observation at each that follows: about the last 500 of an exit count
-START, SHARE = 4.0, 0.015  # exploring: full-depth tokens' worth at once, and a share of the time
+START, SHARE = 2.0, 0.015  # exploring: full-depth tokens' worth at once, and a share of the time
 RENEWAL = 16  # observations after which the plan is made anew
 ASKED = 1e-9  # the lowest threshold: at 0 nothing would be asked, and nothing learned
 
@@ -51,46 +52,44 @@ class Drafting:
         self.asked = np.zeros((len(self.layers), BINS))  # positions at which a confidence fell into a bin
         self.agreed = np.zeros((len(self.layers), BINS))  # of these, where the full model would keep the draft
         self.full = Plan(0, 1.0, 0, pace=costs.layers * costs.block[1] + costs.top[1])
-        self.plan, self.exploring = self.full, False
-        self.spent, self.explored = 0.0, 0.0  # seconds by the table: of all rounds, and what exploring added to them
+        self.plan, self.exploring = self.full, True
+        self.spent, self.explored = 0.0, 0.0  # seconds by the table: of decoding, and what exploring added to them
         self.news = 0  # observations since the plan was made
 
     def exits(self, drafts: int) -> dict[int, float]:
         """The exit of the next pass with its threshold, in a round of so many drafts so far; none: to the top."""
-        if drafts == 0:
-            self.exploring = self.explored + self.exploration <= START * self.full.pace + SHARE * self.spent
-        if self.exploring or drafts >= self.plan.drafts:
+        if drafts >= self.plan.drafts:
             return {}
         return {self.plan.layer: self.plan.threshold}
 
-    @property
-    def exploration(self) -> float:
-        """Seconds that an exploring pass costs more than a token of the plan."""
-        return sum(self.costs.ask.values()) + self.full.pace - self.plan.pace
-
-    def learn(self, run, trace, drafts: list[Token], kept: int) -> None:
-        """Learns from a round of a decode.Run that has been judged; `trace` is that of its pass to the top."""
+    def learn(self, run, passes: list, drafts: list[Token], settled: list[Token], kept: int) -> None:
+        """Learns from a round of a decode.Run that has been judged: `passes` are the confidence.Trace of each of its
+        passes, the last one to the top; `settled` its tokens, the first of which are the drafts kept."""
+        deep, first = passes[-1], len(run.text) - len(settled)  # where its tokens begin in the text
         for number, draft in enumerate(drafts[: kept + 1]):  # those after the first that was not kept tell nothing
             self.observe(self.plan.layer, draft.confidences[self.plan.layer], float(number < kept))
-        self.spent += (kept + 1) * self.plan.pace
-        if kept == len(drafts) < len(trace.final):  # the newest row is that of a token of the text
-            if self.exploring:
-                self.spent += self.exploration
-                self.explored += self.exploration
-                self.explore(run, trace)
-            for layer, confidence in trace.confidences.items():
-                self.observe(layer, confidence, agreement(run, trace, layer, trace.final[-1]))
+        if kept == len(drafts):  # then the last pass was about a token of the text, too
+            for layer, confidence in deep.confidences.items():
+                self.observe(layer, confidence, agreement(run, deep, layer, deep.final[-1], first + kept))
+        self.spent += len(settled) * self.plan.pace
+        if self.exploring:
+            for number in range(min(kept + 1, len(deep.final))):
+                self.explore(run, position_states(passes, number), deep.final[number], first + number)
         if self.news >= RENEWAL:
             self.plan, self.news = self.best(), 0
+        cost = sum(self.costs.ask.values())
+        self.exploring = self.explored + cost <= START * self.full.pace + SHARE * self.spent
 
-    def explore(self, run, trace) -> None:
-        """Asks every exit, by itself, about the newest position of a pass to the top."""
+    def explore(self, run, states: list, final, at: int) -> None:
+        """Asks every exit but that in use about one position, by itself."""
         for layer in self.layers:
-            alone = ask_alone(run, trace, layer)
-            self.observe(layer, alone.confidences[layer], agreement(run, alone, layer, trace.final[-1]))
-            run.counters.head_flops += sum(alone.flops.values())
-            run.counters.confidence_flops += sum(alone.flops.values())
-        self.news = max(self.news, RENEWAL)
+            if layer == self.plan.layer:
+                continue
+            trace = ask_alone(run, states[: layer + 1])
+            self.observe(layer, trace.confidences[layer], agreement(run, trace, layer, final, at))
+            self.explored += self.costs.ask[layer]
+            run.counters.head_flops += sum(trace.flops.values())
+            run.counters.confidence_flops += sum(trace.flops.values())
 
     def observe(self, layer: int, confidence: float, agreed: float) -> None:
         """Takes in what one exit said, and the chance that the full model keeps it."""
@@ -150,13 +149,22 @@ def by_rows(costs: dict[int, float]) -> np.ndarray:
     return np.interp(np.arange(1, DRAFTS + 2), list(costs), list(costs.values()))
 
 
-def agreement(run, trace, layer: int, final) -> float:
-    """The chance that the full model, whose logits (V,) are `final`, keeps what the exit at `layer` drafts or would
-    have drafted for the newest token of the text: 0 or 1; sampled, the sum of min(p, q) (Leviathan 2023)."""
-    sampling, seen = run.predictor.sampling, run.text[:-1]
+def position_states(passes: list, number: int) -> list:
+    """h_0 .. h_L, (1, d) each, of a position of a round, counted from 0: up to the layer that its own pass reached
+    from that pass, from there on from the last one, whose head took a row for every position."""
+    own, deep = passes[number].hidden, passes[-1].hidden
+    row = number - len(passes[-1].final)  # from the end
+    above = [state[row:][:1] for state in deep[len(own) :]]
+    return [state[-1:] for state in own] + above
+
+
+def agreement(run, trace, layer: int, final, at: int) -> float:
+    """The chance that the full model keeps what the exit at `layer` says of the token at place `at` of the text: 0 or
+    1; sampled, the sum of min(p, q) (Leviathan 2023). final: the full model's logits (V,)."""
+    sampling, seen = run.predictor.sampling, run.text[:at]
     drafted = penalize(trace.logits(layer), seen, sampling.repetition_penalty, trace.candidates)
     if sampling.temperature == 0:
-        return float(int(trace.token(drafted.argmax())) == run.text[-1])
+        return float(int(trace.token(drafted.argmax())) == run.text[at])
     p = distribution(penalize(final, seen, sampling.repetition_penalty), sampling)
     q = trace.spread(distribution(drafted, sampling))
     return float(p.minimum(q).sum())

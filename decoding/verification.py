@@ -24,13 +24,14 @@ def verified(run, drafting: Drafting | None = None) -> Iterator[Token]:
     None: this text begins anew."""
     if drafting is None and run.config.draft == "auto":
         drafting = Drafting(costs_of(run.model, run.config, type(run)))
-    tokens, drafts = run.prompt, []
+    tokens, drafts, passes = run.prompt, [], []
     while run.unfinished:
         if drafting_is_over(run, drafts):  # a pass without a new token: it takes the drafts' rows to the top
             trace, layer = run.advance([], exits={})
         else:
             exits = drafting.exits(len(drafts)) if drafting else run.exits()
             trace, layer = run.advance(tokens, exits)
+        passes.append(trace)
         if layer < run.top:
             drafts.append(run.emit(trace, layer))
             run.settle([], trace)
@@ -39,9 +40,9 @@ def verified(run, drafting: Drafting | None = None) -> Iterator[Token]:
             settled, kept = judged(run, trace, drafts)
             run.settle(settled, trace)
             if drafting:
-                drafting.learn(run, trace, drafts, kept)
+                drafting.learn(run, passes, drafts, settled, kept)
             yield from settled
-            tokens, drafts = [settled[-1].id], []  # the last one has not been read yet
+            tokens, drafts, passes = [settled[-1].id], [], []  # the last one has not been read yet
 
 
 def drafting_is_over(run, drafts: list[Token]) -> bool:

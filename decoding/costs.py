@@ -26,7 +26,7 @@ from model import Transformer
 
 ROWS = (1, 2, 4, 8, 16)  # of the passes that are measured
 PROMPT = 32  # tokens before them
-TURNS = 9  # of every measurement; the median counts
+TURNS, AT_LEAST = 9, 3.0  # turns of every measurement, or more to fill so many seconds; the median counts
 MEASURED = 1  # the manner of measuring: files of another one are not read
 
 
@@ -60,7 +60,8 @@ def costs_of(model: Transformer, config: DecodeConfig, run_type: Callable) -> Co
         costs = measure(model, config, run_type)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"of": key, **asdict(costs)})
-        print(f"measured what passes cost here, in {perf_counter() - started:.0f} s; kept in {path}", file=sys.stderr)
+        spent = perf_counter() - started
+        print(f"measured what passes cost here, in {spent:.0f} s, and kept it in {path}", file=sys.stderr)
     content = read_json(path, "costs of passes")
     content.pop("of", None)
     try:
@@ -81,8 +82,9 @@ def key_of(model: Transformer, config: DecodeConfig) -> dict:
     key = {"measured": MEASURED, "device": torch.cuda.get_device_name() if weight.is_cuda else processor()}
     key |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     key |= {"dtype": str(weight.dtype), "weights": model.form, "model": repr(model.config)}
-    for name in ("confidence", "shortlist", "prune", "prune_k", "prune_min", "premature_layers"):
-        key[name] = repr(getattr(config, name))
+    for name in ("shortlist", "prune", "prune_k", "prune_min", "premature_layers"):
+        key[name] = getattr(config, name)
+    key["confidence"] = getattr(config.confidence, "__qualname__", config.confidence)
     key |= {"exits": list(config.exits(model.config)), "sampled": config.temperature > 0}
     return key | {"penalty": config.repetition_penalty > 1}
 
@@ -138,9 +140,10 @@ def measure(model: Transformer, config: DecodeConfig, run_type: Callable) -> Cos
 
 
 def seconds(actions: list[tuple[Callable, int]]) -> dict[tuple, float]:
-    """The median time of each action, a function and its argument, over TURNS turns after one that warms up."""
-    times = {action: [] for action in actions}
-    for _ in range(TURNS + 1):
+    """The median time of each action, a function and its argument, over all turns but the first, which warms up."""
+    times, begun, turns = {action: [] for action in actions}, perf_counter(), 0
+    while turns <= TURNS or perf_counter() - begun < AT_LEAST:
+        turns += 1
         for function, argument in actions:
             started = perf_counter()
             function(argument)

@@ -24,10 +24,10 @@ from decoding.record import Token
 
 BINS = 16  # of confidence
 DRAFTS = 15  # at most, in a round
-DOUBT = 2.0  # drafts not kept, as if seen before at every exit and threshold: an exit has to show its worth
+DOUBT = 1.0  # drafts not kept, as if seen before, so that an exit has to show its worth; not one after all blocks
 MARGIN = 0.01  # so much more than full depth drafting must promise
 FADING = 0.998  # weight of an observation at each that follows: about the last 500 of an exit count
-START, SHARE = 2.0, 0.015  # exploring: full-depth tokens' worth at once, and a share of the time
+START, SHARE = 1.0, 0.01  # exploring: seconds for it, in full-depth tokens at first, then as a share of the time
 RENEWAL = 16  # observations after which the plan is made anew
 ASKED = 1e-9  # the lowest threshold: at 0 nothing would be asked, and nothing learned
 
@@ -52,6 +52,8 @@ class Drafting:
         self.asked = np.zeros((len(self.layers), BINS))  # positions at which a confidence fell into a bin
         self.agreed = np.zeros((len(self.layers), BINS))  # of these, where the full model would keep the draft
         self.full = Plan(0, 1.0, 0, pace=costs.layers * costs.block[1] + costs.top[1])
+        certain = np.full((len(self.layers), BINS), 1e9)
+        self.ideal = expected_paces(costs, certain, certain).min((1, 2))  # (E,) seconds a token if all drafts were kept
         self.plan, self.exploring = self.full, True
         self.spent, self.explored = 0.0, 0.0  # seconds by the table: of decoding, and what exploring added to them
         self.news = 0  # observations since the plan was made
@@ -77,14 +79,17 @@ class Drafting:
                 self.explore(run, position_states(passes, number), deep.final[number], first + number)
         if self.news >= RENEWAL:
             self.plan, self.news = self.best(), 0
-        cost = sum(self.costs.ask.values())
+        cost = sum(self.costs.ask[layer] for layer in self.rivals())
         self.exploring = self.explored + cost <= START * self.full.pace + SHARE * self.spent
 
+    def rivals(self) -> list[int]:
+        """The exits that are not in use and could be better, if all of their drafts were kept."""
+        better = [layer for layer, ideal in zip(self.layers, self.ideal) if ideal < self.plan.pace]
+        return [layer for layer in better if layer != self.plan.layer]
+
     def explore(self, run, states: list, final, at: int) -> None:
-        """Asks every exit but that in use about one position, by itself."""
-        for layer in self.layers:
-            if layer == self.plan.layer:
-                continue
+        """Asks every rival about one position, by itself."""
+        for layer in self.rivals():
             trace = ask_alone(run, states[: layer + 1])
             self.observe(layer, trace.confidences[layer], agreement(run, trace, layer, final, at))
             self.explored += self.costs.ask[layer]
@@ -124,7 +129,8 @@ def expected_paces(costs: Costs, asked: np.ndarray, agreed: np.ndarray) -> np.nd
     """
     reached, right = from_bin_on(asked), from_bin_on(agreed)
     q = (reached / np.maximum(reached[:, :1], 1e-9))[..., None]  # (E, B, 1)
-    a = (right / (reached + DOUBT))[..., None]
+    doubt = DOUBT * (np.array(list(costs.ask)) < costs.layers)[:, None]
+    a = (right / np.maximum(reached + doubt, 1e-9))[..., None]
     k = np.arange(DRAFTS + 1)
     powers = q**k  # (E, B, N + 1)
     tokens = ((q * a) ** k).cumsum(-1)[..., 1:]  # (E, B, N)

@@ -11,6 +11,7 @@ from formats.shape import check_layers
 from model import ModelConfig
 
 EXITS, CONTRASTED, SAMPLED = "more about exits", "contrast", "more about sampling"  # groups of flags
+AUTO_CHOOSES = ("exit_layers", "layer_thresholds", "max_owed")  # what draft = auto leaves nobody else to say
 COLDEST = 1e-4  # temperature: below, float32 knows no other token than the best
 
 
@@ -133,7 +134,7 @@ class DecodeConfig:
                             "set verify")
         if self.confidence is None:
             raise UserError("draft is auto, but confidence is none; name one, such as softmax")
-        for name in ("exit_layers", "layer_thresholds", "max_owed"):
+        for name in AUTO_CHOOSES:
             if getattr(self, name) is not None:
                 raise UserError(f"draft is auto, which chooses {name} itself; leave it out")
         if self.threshold_schedule != "constant":

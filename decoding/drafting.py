@@ -112,7 +112,7 @@ class Drafting:
         pace = float(paces[row, column, number])
         if pace * (1 + MARGIN) > self.full.pace:
             return self.full
-        return Plan(self.layers[row], max(ASKED, column / BINS), int(number) + 1, pace)
+        return Plan(self.layers[row], max(ASKED, float(column) / BINS), int(number) + 1, pace)
 
 
 def expected_paces(costs: Costs, asked: np.ndarray, agreed: np.ndarray) -> np.ndarray:

@@ -48,8 +48,8 @@ RECIPES = {
         depth=1 / 4,
     ),
     "del": Recipe(
-        "DEL (Entezari Zarch 2025): self-speculative decoding whose exit layer and number of drafts follow from what was "
-        "kept so far, of every layer",
+        "DEL (Entezari Zarch 2025): self-speculative decoding whose exit layer and number of drafts follow from what "
+        "was kept so far, of every layer",
         "the threshold follows, too; costs are seconds measured on this machine, where the paper counts layers; exits "
         "not in use are asked now and then, where the paper reads them all in every round",
         {"confidence": "softmax", "verify": True, "draft": "auto"},

@@ -73,8 +73,8 @@ def recipe_row(name: str, task: Task, model, custom: dict) -> DecodeConfig:
 
 
 def changed(config: DecodeConfig, custom: dict) -> DecodeConfig:
-    """The setting with changes; a static exit, whose threshold is 0, stays static, and drafting by measurement makes its
-    own choice."""
+    """The setting with changes; a static exit, whose threshold is 0, stays static, and drafting by measurement makes
+    its own choice."""
     if config.threshold == 0:
         custom = {**custom, "threshold": 0.0}
     if config.draft == "auto":

@@ -27,7 +27,7 @@ from model import Transformer
 ROWS = (1, 2, 4, 8, 16)  # of the passes that are measured
 PROMPT = 32  # tokens before them
 TURNS, AT_LEAST = 9, 3.0  # turns of every measurement, or more to fill so many seconds; the median counts
-MEASURED = 1  # the manner of measuring: files of another one are not read
+MEASURED = 2  # the manner of measuring: files of another one are not read
 
 
 @dataclass(frozen=True)
@@ -104,48 +104,53 @@ def processor() -> str:
 def measure(model: Transformer, config: DecodeConfig, run_type: Callable) -> Costs:
     """Times passes to the top of 1 to 16 rows, their heads alone, and the questions of every exit, in turns, so that a
     drift of the machine meets all alike."""
-    room = model.config.max_len - 1
-    rows = [count for count in ROWS if count < room]
+    room, L = model.config.max_len - 1, model.config.n_layers
+    rows, layers = [count for count in ROWS if count < room], list(config.exits(model.config))
     prompt = [model.config.vocab_size // 2] * min(PROMPT, room - rows[-1])
     run = run_type(model, prompt, replace(config, draft="fixed", max_new_tokens=rows[-1]), Counters())
     newest, _ = run.advance(prompt, {})
     states = newest.hidden[-1][-1:].repeat(rows[-1], 1)  # (R, d)
 
-    def choose(logits) -> None:
-        """A token from each row, which also waits for a GPU."""
-        for row in logits:
-            pick(row, config.sampling, run.predictor.generator)
-
-    def deep(count: int) -> None:
+    def deep(count: int) -> float:
+        """A pass of so many rows to the top, and a token from each, which also waits for a GPU."""
+        started = perf_counter()
         trace, _ = run.advance(prompt[:1] * count, {})
-        choose(trace.final)
+        for row in trace.final:
+            pick(row, config.sampling, run.predictor.generator)
+        spent = perf_counter() - started
         run.cache.rollback(len(prompt))
+        return spent
 
-    def top(count: int) -> None:
-        choose(model.head(states[:count]))
+    def top(count: int) -> float:
+        started = perf_counter()
+        for row in model.head(states[:count]):
+            pick(row, config.sampling, run.predictor.generator)
+        return perf_counter() - started
 
-    def question(layer: int) -> None:
-        below = [state[-1:] for state in newest.hidden[: layer + 1]]
-        run.emit(ask_alone(run, below), layer)
+    def question(layer: int) -> float:
+        """One question and its draft, after the blocks below, which leave little of the head in the CPU's cache."""
+        trace, _ = run.advance(prompt[:1], {layer: 0.0})
+        started = perf_counter()
+        alone = ask_alone(run, [state[-1:] for state in trace.hidden])
+        run.emit(alone, layer)
+        spent = perf_counter() - started
         run.text.pop()
+        run.cache.rollback(len(prompt))
+        return spent
 
-    layers = list(config.exits(model.config))
     actions = [(deep, count) for count in rows] + [(top, count) for count in rows]
-    actions += [(question, layer) for layer in layers]
-    spent = seconds(actions)
-    L = model.config.n_layers
+    spent = medians(actions + [(question, layer) for layer in layers])
     tops = {count: spent[top, count] for count in rows}
     blocks = {count: max(1e-9, spent[deep, count] - tops[count]) / L for count in rows}
     return Costs(L, blocks, tops, {layer: spent[question, layer] for layer in layers})
 
 
-def seconds(actions: list[tuple[Callable, int]]) -> dict[tuple, float]:
-    """The median time of each action, a function and its argument, over all turns but the first, which warms up."""
+def medians(actions: list[tuple[Callable[[int], float], int]]) -> dict[tuple, float]:
+    """The median of the seconds that each action says it took, a function and its argument, over all turns but the
+    first, which warms up."""
     times, begun, turns = {action: [] for action in actions}, perf_counter(), 0
     while turns <= TURNS or perf_counter() - begun < AT_LEAST:
         turns += 1
         for function, argument in actions:
-            started = perf_counter()
-            function(argument)
-            times[function, argument].append(perf_counter() - started)
+            times[function, argument].append(function(argument))
     return {action: median(values[1:]) for action, values in times.items()}

@@ -54,9 +54,9 @@ class Drafting:
         self.full = Plan(0, 1.0, 0, pace=costs.layers * costs.block[1] + costs.top[1])
         certain = np.full((len(self.layers), BINS), 1e9)
         self.ideal = expected_paces(costs, certain, certain).min((1, 2))  # (E,) seconds a token if all drafts were kept
-        self.plan, self.exploring = self.full, True
+        self.plan, self.news = self.full, 0  # observations since the plan was made
         self.spent, self.explored = 0.0, 0.0  # seconds by the table: of decoding, and what exploring added to them
-        self.news = 0  # observations since the plan was made
+        self.exploring = self.affordable()  # whether this round is asked about, once it is judged
 
     def exits(self, drafts: int) -> dict[int, float]:
         """The exit of the next pass with its threshold, in a round of so many drafts so far; none: to the top."""
@@ -79,8 +79,12 @@ class Drafting:
                 self.explore(run, position_states(passes, number), deep.final[number], first + number)
         if self.news >= RENEWAL:
             self.plan, self.news = self.best(), 0
+        self.exploring = self.affordable()
+
+    def affordable(self) -> bool:
+        """Whether exploring one position keeps within what may be spent on it."""
         cost = sum(self.costs.ask[layer] for layer in self.rivals())
-        self.exploring = self.explored + cost <= START * self.full.pace + SHARE * self.spent
+        return self.explored + cost <= START * self.full.pace + SHARE * self.spent
 
     def rivals(self) -> list[int]:
         """The exits that are not in use and could be better, if all of their drafts were kept."""

@@ -233,6 +233,18 @@ def test_useless_exits_cost_little_and_are_tried_again(tiny_model):
     assert 0 < len(asked) * 0.3 <= 0.03 * 400 * 6 and max(asked) > 300
 
 
+def test_dear_questions_are_put_off_until_they_are_a_small_share(tiny_model):
+    """Asking all four exits costs 20 s, a token 14 s, which is what may be spent at the start, and 1 % of the time: after
+    40 tokens nothing was asked, after 80 something was."""
+    state = Drafting(Costs(5, FLAT, {1: 9.0}, dict.fromkeys(range(1, 5), 5.0)))
+    asked = []
+    state.observe = lambda *one: asked.append(one)
+    generate(tiny_model(0), PROMPT, auto(), drafting=state)
+    assert not asked and state.plan == state.full
+    generate(tiny_model(0), PROMPT, auto(), drafting=state)
+    assert len(asked) == 4
+
+
 def test_good_exits_are_used_and_save_passes(tiny_model):
     """A model whose upper three layers change nothing: all drafts of layer 2 are kept, and most tokens are drafts."""
     model = tiny_model(4)

@@ -17,7 +17,7 @@ from decode import Run, generate, stream
 from decoding import drafting as module
 from decoding.costs import Costs, costs_of, key_of, measure
 from decoding.drafting import BINS, DRAFTS, Drafting, expected_paces
-from decoding.prediction import distribution
+from decoding.prediction import distribution, penalize
 from decoding.settings import DecodeConfig
 from decoding.thresholds import THRESHOLDS
 from formats.checkpoint import save_checkpoint
@@ -155,6 +155,12 @@ def test_the_plan_is_the_exit_that_promises_most():
     plan = observed(GOOD, (2, 0.9, 1.0), (2, 0.3, 0.0), (4, 0.5, 0.0)).best()
     assert plan.layer == 2 and 0.3 < plan.threshold <= 0.9 and plan.drafts > 1 and plan.pace < Drafting(GOOD).full.pace
     assert observed(GOOD, (2, 0.9, 0.0), (4, 0.5, 1.0)).best().layer == 4
+    both = observed(GOOD, (2, 0.9, 1.0), (4, 0.9, 1.0))
+    assert both.rivals() == [2, 4]
+    both.plan = both.best()
+    assert both.plan.layer == 2 and both.rivals() == []  # exit 4 could not be better
+    both.plan = replace(both.plan, pace=both.full.pace)
+    assert both.rivals() == [4]
     wrong = observed(GOOD, (2, 0.9, 0.0), (4, 0.9, 0.0))
     assert wrong.best() == wrong.full
     dear = observed(replace(GOOD, ask={2: 5.0, 4: 5.0}), (2, 0.9, 1.0), (4, 0.9, 1.0))
@@ -172,8 +178,8 @@ def test_what_was_seen_long_ago_fades():
 # ---------------------------------------------------------------- what it learns
 
 
-@pytest.mark.parametrize("shortlist", [None, 15])
-def test_what_it_learns_is_what_full_passes_say(tiny_model, monkeypatch, shortlist):
+@pytest.mark.parametrize("shortlist, penalty", [(None, 1.0), (15, 1.0), (None, 1.8)])
+def test_what_it_learns_is_what_full_passes_say(tiny_model, monkeypatch, shortlist, penalty):
     """Every observation of a text, against whole forward passes: that an exit, asked by itself about one of its
     positions, has this confidence, and that its best token is the text's or not. Once it drafts, exits in use and
     others are observed."""
@@ -183,8 +189,7 @@ def test_what_it_learns_is_what_full_passes_say(tiny_model, monkeypatch, shortli
     state = Drafting(Costs(5, FLAT, {1: 9.0}, dict.fromkeys(auto(shortlist=shortlist).exits(model.config), 0.1)))
     learn = state.observe
     state.observe = lambda *one: seen.append((one, state.plan.layer)) or learn(*one)
-    config = auto(shortlist=shortlist)
-    out = generate(model, PROMPT, config, drafting=state)
+    out = generate(model, PROMPT, auto(shortlist=shortlist, repetition_penalty=penalty), drafting=state)
     text = PROMPT + out.tokens
     states, known = model.hidden_states(torch.tensor([text])), {}
     for position in range(len(PROMPT) - 1, len(text) - 1):
@@ -194,7 +199,8 @@ def test_what_it_learns_is_what_full_passes_say(tiny_model, monkeypatch, shortli
         for layer in state.layers:
             logits = model.head(states[layer][position : position + 1], layer)[0, ids]
             first, second = logits.softmax(-1).topk(2).values.tolist()
-            known.setdefault(layer, []).append((first - second, float(ids[logits.argmax()] == text[position + 1])))
+            best = ids[penalize(logits, text[: position + 1], penalty, ids).argmax()]
+            known.setdefault(layer, []).append((first - second, float(best == text[position + 1])))
     for (layer, confidence, agreed), _ in seen:
         assert any(abs(confidence - c) < 1e-4 and agreed == a for c, a in known[layer])
     assert {layer for (layer, *_), _ in seen} == set(state.layers) and {a for (*_, a), _ in seen} == {0.0, 1.0}

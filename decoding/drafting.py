@@ -27,7 +27,7 @@ DRAFTS = 15  # at most, in a round
 DOUBT = 1.0  # drafts not kept, as if seen before, so that an exit has to show its worth; not one after all blocks
 MARGIN = 0.01  # so much more than full depth drafting must promise
 FADING = 0.998  # weight of an observation at each that follows: about the last 500 of an exit count
-START, SHARE = 1.0, 0.01  # exploring: seconds for it, in full-depth tokens at first, then as a share of the time
+START, SHARE = 2.0, 0.01  # exploring: seconds for it, in full-depth tokens at first, then as a share of the time
 RENEWAL = 16  # observations after which the plan is made anew
 ASKED = 1e-9  # the lowest threshold: at 0 nothing would be asked, and nothing learned
 

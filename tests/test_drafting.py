@@ -240,9 +240,9 @@ def test_useless_exits_cost_little_and_are_tried_again(tiny_model):
 
 
 def test_dear_questions_are_put_off_until_they_are_a_small_share(tiny_model):
-    """Asking all four exits costs 20 s, a token 14 s, which is what may be spent at the start, and 1 % of the time: after
+    """Asking all four exits costs 34 s, a token 14 s, two of which may be spent at the start, and 1 % of the time: after
     40 tokens nothing was asked, after 80 something was."""
-    state = Drafting(Costs(5, FLAT, {1: 9.0}, dict.fromkeys(range(1, 5), 5.0)))
+    state = Drafting(Costs(5, FLAT, {1: 9.0}, dict.fromkeys(range(1, 5), 8.5)))
     asked = []
     state.observe = lambda *one: asked.append(one)
     generate(tiny_model(0), PROMPT, auto(), drafting=state)

@@ -17,6 +17,7 @@ from confidence import Trace, resolve
 from decoding.checks import check_amateur, check_prompt, check_stops
 from decoding.command import make_parser, show_runs
 from decoding.copying import copy_up
+from decoding.drafting import Drafting
 from decoding.prediction import Companion, Predictor
 from decoding.record import Counters, Generation, Token
 from decoding.settings import DecodeConfig
@@ -148,20 +149,22 @@ class Run:
 
 @torch.inference_mode()
 def stream(model: Transformer, prompt: list[int], config: DecodeConfig, counters: Counters | None = None,
-           trace_type: type[Trace] = Trace, amateur: Transformer | None = None) -> Iterator[Token]:
+           trace_type: type[Trace] = Trace, amateur: Transformer | None = None, drafting: Drafting | None = None
+           ) -> Iterator[Token]:
     """Yields tokens up to and including the end of the text, adding the work to `counters`. Batch size 1: `prompt` is
-    one list of token ids. `trace_type` may be a Trace that observes; `amateur` is a second model to contrast with.
-    Raises UserError for a prompt that is empty or too long, for layers that the model does not have, and for an
-    amateur that cannot be."""
+    one list of token ids. `trace_type` may be a Trace that observes; `amateur` is a second model to contrast with;
+    `drafting` goes on with what earlier texts taught. Raises UserError for a prompt that is empty or too long, for
+    layers that the model does not have, and for an amateur that cannot be."""
     run = Run(model, prompt, config, counters or Counters(), trace_type, amateur)
-    yield from verified(run) if config.verify else plain(run)
+    yield from verified(run, drafting) if config.verify else plain(run)
 
 
 def generate(model: Transformer, prompt: list[int], config: DecodeConfig = DecodeConfig(),
-             trace_type: type[Trace] = Trace, amateur: Transformer | None = None) -> Generation:
+             trace_type: type[Trace] = Trace, amateur: Transformer | None = None, drafting: Drafting | None = None
+             ) -> Generation:
     """Decodes one prompt; see `stream` for what it raises."""
     counters = Counters()
-    return Generation.of(stream(model, prompt, config, counters, trace_type, amateur), counters)
+    return Generation.of(stream(model, prompt, config, counters, trace_type, amateur, drafting), counters)
 
 
 def main() -> None:

@@ -30,3 +30,13 @@ def whose(function, layer: int) -> str:
     """The function asked, its file, and the layer, in words."""
     name = getattr(function, "__name__", repr(function))
     return f"{name_and_file('confidence', name, function)} at layer {layer}"
+
+
+def ask_alone(run, states: list):
+    """The trace of a position that was asked at one layer alone, whatever it answered: `states` are its h_0 .. h_l,
+    (1, d) each, `run` a decode.Run."""
+    trace = run.new_trace()
+    for state in states:
+        trace.hidden.append(state)
+    trace.decided(math.inf)
+    return trace

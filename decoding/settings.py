@@ -11,6 +11,7 @@ from formats.shape import check_layers
 from model import ModelConfig
 
 EXITS, CONTRASTED, SAMPLED = "more about exits", "contrast", "more about sampling"  # groups of flags
+AUTO_CHOOSES = ("exit_layers", "layer_thresholds", "max_owed")  # what draft = auto leaves nobody else to say
 COLDEST = 1e-4  # temperature: below, float32 knows no other token than the best
 
 
@@ -37,6 +38,12 @@ class DecodeConfig:
         None,
         "ask over so many frequent ids with those of the text, and exit at layer L, too; none: over the whole "
         "vocabulary",
+        EXITS,
+    )
+    draft: str = option(
+        "fixed",
+        "verified mode, what decides how long to draft: fixed (the exits and thresholds given), or auto (exit layer, "
+        "threshold and number of drafts by measurement)",
         EXITS,
     )
     layer_thresholds: tuple[float, ...] | None = option(
@@ -115,13 +122,29 @@ class DecodeConfig:
         if self.verify and self.predict != "own":
             raise UserError("verify is True, but predict is contrast; drafts are judged by the full model's own "
                             "distribution")
+        if self.draft == "auto":
+            self.check_auto()
         if self.confidence is not None:
             resolve(self.confidence)
+
+    def check_auto(self) -> None:
+        """Raises UserError for what contradicts drafting by measurement."""
+        if not self.verify:
+            raise UserError("draft is auto, but verify is False; only drafts that the full model judges can teach, so "
+                            "set verify")
+        if self.confidence is None:
+            raise UserError("draft is auto, but confidence is none; name one, such as softmax")
+        for name in AUTO_CHOOSES:
+            if getattr(self, name) is not None:
+                raise UserError(f"draft is auto, which chooses {name} itself; leave it out")
+        if self.threshold_schedule != "constant":
+            raise UserError(f"draft is auto, but threshold_schedule is {self.threshold_schedule}; auto chooses "
+                            "thresholds itself, so leave it out")
 
     def check_choices(self) -> None:
         """Raises UserError for a word that is not known."""
         choices = {"threshold_schedule": THRESHOLDS, "fill": ("parallel", "copy"), "prune": SCHEDULES,
-                   "predict": ("own", "contrast"), "form": CONTRASTS}
+                   "draft": ("fixed", "auto"), "predict": ("own", "contrast"), "form": CONTRASTS}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}")
@@ -207,6 +230,8 @@ class DecodeConfig:
             exits = self.exits(shape)
             layers, thresholds = ",".join(map(str, exits)), ",".join(f"{t:g}" for t in sorted(set(exits.values())))
             shown = [f"{self.confidence} at layers {layers} from {thresholds} on"]
+            if self.draft == "auto":
+                shown = [f"{self.confidence} at one of the layers {layers}, as measured"]
         told = {"confidence", "threshold", "layer_thresholds", "exit_layers"}
         for each in fields(self):
             value = getattr(self, each.name)

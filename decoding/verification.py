@@ -14,26 +14,35 @@ without exits: at batch 1 the time goes into reading weights, and eight rows rea
 
 from collections.abc import Iterator
 
+from decoding.costs import costs_of
+from decoding.drafting import Drafting
 from decoding.record import Token
 
 
-def verified(run) -> Iterator[Token]:
-    """Yields the tokens of a run once they are verified."""
-    tokens, drafts = run.prompt, []
+def verified(run, drafting: Drafting | None = None) -> Iterator[Token]:
+    """Yields the tokens of a run once they are verified. `drafting`: what earlier texts taught, where `draft` is auto;
+    None: this text begins anew."""
+    if drafting is None and run.config.draft == "auto":
+        drafting = Drafting(costs_of(run.model, run.config, type(run)))
+    tokens, drafts, passes = run.prompt, [], []
     while run.unfinished:
         if drafting_is_over(run, drafts):  # a pass without a new token: it takes the drafts' rows to the top
             trace, layer = run.advance([], exits={})
         else:
-            trace, layer = run.advance(tokens, run.exits())
+            exits = drafting.exits(len(drafts)) if drafting else run.exits()
+            trace, layer = run.advance(tokens, exits)
+        passes.append(trace)
         if layer < run.top:
             drafts.append(run.emit(trace, layer))
             run.settle([], trace)
             tokens = [drafts[-1].id]
         else:
-            settled = judged(run, trace, drafts)
+            settled, kept = judged(run, trace, drafts)
             run.settle(settled, trace)
+            if drafting:
+                drafting.learn(run, passes, drafts, settled, kept)
             yield from settled
-            tokens, drafts = [settled[-1].id], []  # the last one has not been read yet
+            tokens, drafts, passes = [settled[-1].id], [], []  # the last one has not been read yet
 
 
 def drafting_is_over(run, drafts: list[Token]) -> bool:
@@ -41,8 +50,9 @@ def drafting_is_over(run, drafts: list[Token]) -> bool:
     return bool(drafts) and (drafts[-1].id in run.ends or len(run.text) == run.length)
 
 
-def judged(run, trace, drafts: list[Token]) -> list[Token]:
-    """The drafts that the full model keeps, and its own token after them; both the text and the staircase follow."""
+def judged(run, trace, drafts: list[Token]) -> tuple[list[Token], int]:
+    """The drafts that the full model keeps, with its own token after them, and how many it keeps; both the text and the
+    staircase follow."""
     before = run.text[: len(run.text) - len(drafts)]
     kept, token = run.predictor.judge(trace.final, drafts, before)
     settled = drafts[:kept]
@@ -56,4 +66,4 @@ def judged(run, trace, drafts: list[Token]) -> list[Token]:
     first = run.cache.filled[0] - len(trace.final)  # the position whose row judges the first draft
     run.cache.rollback(first + 1 + kept)  # that one stays, and those of the kept drafts
     run.text = before + [token.id for token in settled]
-    return settled
+    return settled, kept

@@ -16,9 +16,11 @@ import torch
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.processes import gathered, processes
+from common.processes import by_first, gathered, processes
 from confidence import Trace
-from decode import generate, stream
+from decode import Run, generate, stream
+from decoding.costs import costs_of, processor
+from decoding.drafting import Drafting
 from decoding.record import Counters, Generation
 from decoding.settings import DecodeConfig
 from evaluation.tasks import Task
@@ -40,6 +42,7 @@ class Measured:
     outputs: list[Generation] = field(default_factory=list)
     times: list[list[float]] = field(default_factory=list)  # of each prompt, the seconds of every repeat
     first: list[float] = field(default_factory=list)  # until its first token, the median of its repeats
+    drafting: Drafting | None = None  # what its texts teach, one after the other, where draft is auto
 
     @property
     def seconds(self) -> list[float]:
@@ -53,15 +56,16 @@ def run_in_turns(
     """Decodes every prompt under every config, in turn, `repeat` times, after a warm-up. Several processes (torchrun)
     share the prompts."""
     rank, world = processes()
-    for config in configs.values():
-        generate(model, prompts[0], config)
     rows = {name: Measured(config) for name, config in configs.items()}
+    for row in rows.values():
+        generate(model, prompts[0], row.config, drafting=drafting_of(model, row.config))
+        row.drafting = drafting_of(model, row.config)
     own = prompts[rank::world]
     for prompt in tqdm(own, desc=title, unit="prompt", dynamic_ncols=True, disable=rank > 0):
         runs = {name: [] for name in rows}
         for _ in range(repeat):
             for name, row in rows.items():
-                runs[name].append(timed(model, prompt, row.config))
+                runs[name].append(timed(model, prompt, row.config, row.drafting))
         for name, row in rows.items():
             outputs, first, whole = zip(*runs[name])
             row.prompts.append(prompt)
@@ -71,12 +75,23 @@ def run_in_turns(
     return {name: merged([part[name] for part in gathered(rows)]) for name in rows}
 
 
-def timed(model: Transformer, prompt: list[int], config: DecodeConfig) -> tuple[Generation, float, float]:
+def drafting_of(model: Transformer, config: DecodeConfig) -> Drafting | None:
+    """For a run over several texts: where draft is auto, a beginner that knows the costs, which the first process
+    measures if nobody has."""
+    if config.draft == "fixed":
+        return None
+    by_first(costs_of, model, config, Run)
+    return Drafting(costs_of(model, config, Run))
+
+
+def timed(
+    model: Transformer, prompt: list[int], config: DecodeConfig, drafting: Drafting | None
+) -> tuple[Generation, float, float]:
     """The output, the seconds until its first token, and those until its last."""
     counters, tokens, first = Counters(), [], 0.0
     synchronize(model)
     started = time.perf_counter()
-    for token in stream(model, prompt, config, counters):
+    for token in stream(model, prompt, config, counters, drafting=drafting):
         first = first or time.perf_counter() - started
         tokens.append(token)
     synchronize(model)
@@ -122,9 +137,10 @@ def confidence_share(model: Transformer, prompts: list[list[int]], config: Decod
                 again += time.perf_counter() - started
             return exits
 
+    drafting = drafting_of(model, config)
     started = time.perf_counter()
     for prompt in prompts:
-        generate(model, prompt, config, Timed)
+        generate(model, prompt, config, Timed, drafting=drafting)
     return max(0.0, asking - again) / (time.perf_counter() - started - again)
 
 
@@ -159,16 +175,6 @@ def environment(model: Transformer) -> dict:
         "commit": commit(),
         "processes": processes()[1],
     }
-
-
-def processor() -> str:
-    """The name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor()
 
 
 def commit() -> str | None:

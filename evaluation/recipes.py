@@ -47,6 +47,13 @@ RECIPES = {
         {"confidence": "softmax", "threshold": 0.0, "verify": True, "max_owed": 6},
         depth=1 / 4,
     ),
+    "del": Recipe(
+        "DEL (Entezari Zarch 2025): self-speculative decoding whose exit layer and number of drafts follow from what "
+        "was kept so far, of every layer",
+        "the threshold follows, too; costs are seconds measured on this machine, where the paper counts layers; exits "
+        "not in use are asked now and then, where the paper reads them all in every round",
+        {"confidence": "softmax", "verify": True, "draft": "auto"},
+    ),
     "acd": Recipe(
         "ACD: autocontrastive decoding (Gera 2023): every token from the last layer contrasted with a fixed lower one",
         "the amateur is the layer at half the depth, read by its exit head; compared with the model's own prediction",

@@ -9,7 +9,7 @@ from common.errors import UserError
 from common.files import read_json
 from common.flags import given
 from decoding.choosing import COMMAND, beside_checkpoint, from_json, read_thresholds, with_thresholds
-from decoding.settings import DecodeConfig
+from decoding.settings import AUTO_CHOOSES, DecodeConfig
 from evaluation.recipes import RECIPES
 from evaluation.tasks import TASKS, Task
 
@@ -73,9 +73,12 @@ def recipe_row(name: str, task: Task, model, custom: dict) -> DecodeConfig:
 
 
 def changed(config: DecodeConfig, custom: dict) -> DecodeConfig:
-    """The setting with changes; a static exit, whose threshold is 0, stays static."""
+    """The setting with changes; a static exit, whose threshold is 0, stays static, and drafting by measurement makes
+    its own choice."""
     if config.threshold == 0:
         custom = {**custom, "threshold": 0.0}
+    if config.draft == "auto":
+        custom = {name: value for name, value in custom.items() if name not in AUTO_CHOOSES}
     return replace(config, **custom)
 
 

@@ -108,6 +108,7 @@ def tune(model, tokenizer, task: Task, examples: list[Example]) -> dict[str, dic
     chosen["softmax copy"] = replace(softmax, fill="copy")
     chosen["jsd verified"] = jsd_verified
     default = DecodeConfig(max_new_tokens=task.max_new_tokens)
+    chosen["verified auto"] = replace(default, confidence="softmax", verify=True, draft="auto")  # needs no tuning
     return {name: fields_that_differ(config, default) for name, config in chosen.items()}
 
 

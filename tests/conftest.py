@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from decoding import costs
 from model import ModelConfig, Transformer
 
 torch.set_num_threads(1)
@@ -32,3 +33,16 @@ def tiny_model():
 def idle_machine(monkeypatch):
     """No warning of a busy machine among what the commands say."""
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+
+
+@pytest.fixture(autouse=True)
+def made_up_costs(monkeypatch, tmp_path_factory):
+    """No test looks at a stopwatch to choose how to draft, nor leaves a file in the user's cache folder: a token costs 6
+    blocks, of which a head is one, whatever the rows; a question a tenth of one."""
+
+    def made_up(model, config, run_type) -> costs.Costs:
+        exits = config.exits(model.config)
+        return costs.Costs(model.config.n_layers, {1: 1.0}, {1: 1.0}, dict.fromkeys(exits, 0.1))
+
+    monkeypatch.setattr(costs, "measure", made_up)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

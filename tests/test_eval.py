@@ -198,7 +198,8 @@ def test_tune_writes_settings_that_the_table_reads(checkpoint, tiny_model, monke
     assert set(json.loads(new.read_text())) == {*EMBEDDED, "provenance"}
     chosen = read_settings(new, tasks.find_task("e2e"), tiny_model(), {})
     assert list(chosen) == ["static", "softmax", "weighted", "jsd", "verified", "softmax none", "softmax decaying", "softmax adaptive",
-                            "jsd none", "jsd decaying", "jsd adaptive", "softmax copy", "jsd verified"]  # fmt: skip
+                            "jsd none", "jsd decaying", "jsd adaptive", "softmax copy", "jsd verified", "verified auto"]  # fmt: skip
+    assert chosen.pop("verified auto") == DecodeConfig(max_new_tokens=8, confidence="softmax", verify=True, draft="auto")
     for name, row in chosen.items():
         schedule = name.split()[-1]
         assert row.prune == (schedule if schedule in ("decaying", "adaptive") else "none")
@@ -258,9 +259,9 @@ def test_quality_is_resampled_in_pairs():
 def test_rows_take_turns_on_the_same_prompts(tiny_model, monkeypatch):
     """After a warm-up, prompt by prompt, every repeat asks every row once."""
     calls = []
-    note = lambda model, prompt, config, *_: calls.append((prompt[0], config.threshold)) or Generation()  # noqa: E731
+    note = lambda model, prompt, config, *_, **__: calls.append((prompt[0], config.threshold)) or Generation()  # noqa: E731
     monkeypatch.setattr(measuring, "generate", note)
-    monkeypatch.setattr(measuring, "stream", lambda *asked: note(*asked).tokens)
+    monkeypatch.setattr(measuring, "stream", lambda *asked, **more: note(*asked, **more).tokens)
     rows = {name: DecodeConfig(threshold=threshold) for name, threshold in (("a", 0.1), ("b", 0.2))}
     measured = measuring.run_in_turns(tiny_model(), [[1], [2]], rows, 2, "")
     assert calls == [(1, 0.1), (1, 0.2)] + [(prompt, threshold) for prompt in (1, 2) for _ in range(2) for threshold in (0.1, 0.2)]

@@ -208,7 +208,7 @@ def test_the_embedded_model_is_small_and_plain():
 def test_the_embedded_settings_fit_the_embedded_model(task):
     model, _ = load_checkpoint(DEFAULT_CHECKPOINT)
     rows = read_settings(DEFAULT_CHECKPOINT.with_suffix(".json"), find_task(task), model, {})
-    assert set(MAIN) <= set(rows) and {name.split()[0] for name in rows} == set(MAIN) and len(rows) == 13
+    assert set(MAIN) <= set(rows) and {name.split()[0] for name in rows} == set(MAIN) and len(rows) == 14
 
 
 def test_the_embedded_model_translates_and_describes():

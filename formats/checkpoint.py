@@ -26,15 +26,17 @@ STORED = (torch.float32, torch.bfloat16, torch.float16)  # what weights may be i
 # ---------------------------------------------------------------- writing
 
 
-def save_checkpoint(path: str | os.PathLike, model, tokenizer: bytes | None, dtype: torch.dtype | None = None, **extra):
+def save_checkpoint(
+    path: str | os.PathLike, model, tokenizer: bytes | None, dtype: torch.dtype | None = None, weights=None, **extra
+):
     """Writes config, weights (matrices as `dtype`, vectors as they are), the tokenizer and `extra` (plain values,
-    tensors) to one file, whole or not at all. Raises UserError for a full disk."""
-    weights = {}
-    for name, weight in model.state_dict().items():
+    tensors) to one file, whole or not at all. `weights`: in place of the model's. Raises UserError for a full disk."""
+    stored = {}
+    for name, weight in (weights or model.state_dict()).items():
         kept = dtype or weight.dtype if weight.dim() > 1 else weight.dtype
-        weights[name] = weight.detach().to(kept).contiguous()
+        stored[name] = weight.detach().to(kept).contiguous()
     blob = None if tokenizer is None else torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
-    content = {"format": FORMAT, "config": asdict(model.config), "weights": weights, "tokenizer": blob, **extra}
+    content = {"format": FORMAT, "config": asdict(model.config), "weights": stored, "tokenizer": blob, **extra}
     write_content(path, content)
 
 

@@ -15,6 +15,7 @@ from model import Transformer
 from training.device import DeviceBatch
 from training.losses import Exits, ask_loss, classifier_loss
 from training.settings import TrainConfig
+from training.sharding import shard
 
 
 class Objective(nn.Module):
@@ -45,11 +46,13 @@ class Objective(nn.Module):
 
 
 def make_objective(model: Transformer, config: TrainConfig) -> nn.Module:
-    """What is minimized: compiled if asked, and with several processes exchanging gradients."""
+    """What is minimized: compiled if asked, and with several processes exchanging gradients, or sharded."""
     if config.compile:
         for block in model.blocks:
             block.compile()
     objective = Objective(model, config)
+    if config.shard:
+        return shard(objective, config)
     if processes()[1] == 1:
         return objective
     unused = bool(config.layer_dropout or model.config.exit_norms or model.config.classifiers)  # in some steps
@@ -62,7 +65,8 @@ def unwrapped(objective: nn.Module) -> Objective:
 
 
 def synced(objective: nn.Module, last: bool):
-    """With several processes, gradients are exchanged in the backward pass of a step's `last` micro-batch alone."""
+    """With several processes, gradients are exchanged in the backward pass of a step's `last` micro-batch alone; of a
+    sharded model in each, for whole gradients would not fit."""
     return nullcontext() if last or isinstance(objective, Objective) else objective.no_sync()
 
 

@@ -20,6 +20,7 @@ from common.processes import by_first, processes, tell
 from formats.checkpoint import fitting, read_checkpoint, save_checkpoint
 from model import ModelConfig, Transformer
 from training.settings import MAY_CHANGE, TrainConfig
+from training.sharding import gathered, gathered_moments, load_moments, load_weights
 
 try:
     import fcntl
@@ -155,9 +156,9 @@ class Run:
         if not same or training["data"] != self.fingerprint:
             raise UserError(f"{path}: the training files have changed since; {REMEDY}")
         with fitting(path):
-            self.model.load_state_dict(content["weights"])
+            load_weights(self.model, content["weights"])
         try:
-            self.optimizer.load_state_dict(training["optimizer"])
+            load_moments(self.optimizer, training["optimizer"])
             check_moments(self.optimizer, training["step"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(f"{path}: its optimizer does not fit the model ({error}); {REMEDY}") from None
@@ -165,22 +166,30 @@ class Run:
         self.found = None  # the file is about to be replaced
 
     def save(self) -> None:
-        """Writes checkpoint.pt, whole or not at all."""
+        """Writes checkpoint.pt, whole or not at all; every process gives its part."""
+        weights, moments = gathered(self.model.state_dict()), gathered_moments(self.optimizer)
         if processes()[0] == 0:
             training = {
                 "step": self.step,
                 "results": self.results,
                 "config": self.settings,
                 "data": self.fingerprint,
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": moments,
             }
-            save_checkpoint(self.checkpoint, self.model, self.tokenizer, training=training)
+            save_checkpoint(self.checkpoint, self.model, self.tokenizer, weights=weights, training=training)
+
+    def note(self, row: dict) -> None:
+        """Adds a row to the log; the first process alone has one."""
+        if self.log:
+            self.log.write(row)
 
     def write_model(self) -> None:
-        """Writes model.pt: matrices in float16, or as --init has them; what was not trained, as it was there."""
+        """Writes model.pt: matrices in float16, or as --init has them; what was not trained, as it was there. Every
+        process gives its part."""
+        model, config, dtype, kept = self.model, self.config, torch.float16, {}
+        weights = gathered(model.state_dict())
         if processes()[0] > 0:
             return
-        model, config, dtype, kept = self.model, self.config, torch.float16, {}
         if config.init:
             content = read_checkpoint(config.init)
             start = content["weights"]
@@ -189,14 +198,14 @@ class Run:
             dtype = start["embedding"].dtype
             for name, weight in start.items():
                 if not model.get_parameter(name).requires_grad:
-                    model.get_parameter(name).data = weight.to(config.device)
+                    weights[name] = weight
         provenance = {
             "command": " ".join(sys.argv),
             "config": asdict(config),
             "steps": self.step,
             "loss and agreement by layer": self.results,
         }
-        save_checkpoint(self.model_file, model, self.tokenizer, dtype, provenance=provenance, **kept)
+        save_checkpoint(self.model_file, model, self.tokenizer, dtype, weights, provenance=provenance, **kept)
         tell(f"wrote {self.model_file}")
 
     def end(self, signals: list[int]) -> None:

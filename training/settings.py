@@ -11,7 +11,9 @@ from training.losses import LossConfig
 
 EMBEDDED = ("translation", "translation", "e2e")  # tasks of the default training; translation is seen twice as often
 # What may change when a run goes on from its checkpoint.
-MAY_CHANGE = {"dev", "max_steps", "device", "tf32", "prefetch", "compile", "recompute", "validate_every", "save_every"}
+MAY_CHANGE = {
+    "dev", "max_steps", "device", "tf32", "prefetch", "compile", "recompute", "shard", "validate_every", "save_every"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class TrainConfig(LossConfig):
     recompute: bool = option(
         False,
         "make the insides of blocks anew for the gradient: less memory, a third more work",
+        group="speed and memory",
+    )
+    shard: bool = option(
+        False,
+        "under torchrun, each process keeps its part of the model alone: for one that does not fit a device",
         group="speed and memory",
     )
     validate_every: int = option(750, "steps between validations", group="long runs")

@@ -118,16 +118,17 @@ def shape_from(config: TrainConfig, given: dict) -> ModelConfig:
 
 def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
     """The model at the start, its weights float32; with --train heads those that stay as they are in the dtype of
-    training."""
+    training. To be sharded, in main memory, and all float32: what is gathered together has one dtype."""
     torch.manual_seed(config.seed)
     model = Transformer(shape)
     if config.init:
         load_start(model, config.init)
     if config.train == "heads":
+        frozen = torch.float32 if config.shard else getattr(torch, config.dtype)
         for name, weight in model.named_parameters():
             if not name.startswith(HEADS):
-                weight.requires_grad_(False).data = weight.data.to(getattr(torch, config.dtype))
-    return model.to(config.device)
+                weight.requires_grad_(False).data = weight.data.to(frozen)
+    return model if config.shard else model.to(config.device)
 
 
 def load_start(model: Transformer, path: str) -> None:

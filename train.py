@@ -39,6 +39,7 @@ from training.runs import Run, check_outputs, locked, noted_signals
 from training.settings import TrainConfig
 from training.sharding import check_sharding, heads_whole, whole
 from training.start import check_start, load_data, make_model, shape_from
+from training.utilization import peak_flops, speeds
 from training.validation import VALIDATION_BATCHES, result_table, validate
 
 
@@ -51,17 +52,18 @@ def train_loop(
     start = training.step * config.accumulate * world + rank
     stream = on_device(batches(records, config.rows, config.length, config.seed, start, every=world), config)
     positions = config.rows * config.length * config.accumulate * world  # of a step
+    peak, counted = peak_flops(config), unwrapped(objective)
     counts = {"total": config.max_steps, "initial": training.step, "unit": "step"}
     with tqdm(**counts, dynamic_ncols=True, mininterval=1, disable=rank > 0) as bar:
         while training.step < config.max_steps and not total(len(signals), config.device):
-            started = time.perf_counter()
+            started, before = time.perf_counter(), counted.flops
             loss = train_step(objective, training.optimizer, stream, config, training.step)
             training.step += 1
             at_end = training.step == config.max_steps
-            speed = round(positions / (time.perf_counter() - started))
-            training.note({"step": training.step, "loss": round(loss, 4), "positions_per_s": speed})
+            speed = speeds(positions, counted.flops - before, time.perf_counter() - started, peak)
+            training.note({"step": training.step, "loss": round(loss, 4), **speed})
             bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", positions_per_s=speed)
+            bar.set_postfix(loss=f"{loss:.3f}", **speed)
             if training.step % config.validate_every == 0 or at_end:
                 validate_all(training, objective, dev, bar)
             if training.step % config.save_every == 0 or at_end:

@@ -16,6 +16,7 @@ from training.device import DeviceBatch
 from training.losses import Exits, ask_loss, classifier_loss
 from training.settings import TrainConfig
 from training.sharding import shard
+from training.utilization import batch_flops
 
 
 class Objective(nn.Module):
@@ -24,6 +25,7 @@ class Objective(nn.Module):
     def __init__(self, model: Transformer, config: TrainConfig):
         super().__init__()
         self.model, self.config = model, config
+        self.flops = 0  # of all micro-batches so far, see training/utilization.py
 
     def forward(self, batch: DeviceBatch, step: int, skipped: frozenset[int] = frozenset()) -> tuple[Tensor, Tensor]:
         """The loss, and without gradient that of the deepest layer trained; means over the learned targets. Layers in
@@ -42,6 +44,8 @@ class Objective(nn.Module):
             for layer in layers:
                 labels = exits.agreement(layer)
                 loss = loss + classifier_loss(model, exits.state(layer), layer, labels) / len(layers)
+        layers = model.config.n_layers - len(skipped)
+        self.flops += batch_flops(model.config, *batch.inputs.shape, layers, len(batch.targets), exits.asked, frozen)
         return loss, deepest
 
 

@@ -89,8 +89,8 @@ def read_log(path: Path) -> list[dict]:
 
 
 class Log:
-    """JSON lines: step, loss and positions_per_s of each step; step, dev file and [loss, agreement] by layer of each
-    validation."""
+    """JSON lines: step, loss, positions_per_s and perhaps share_of_peak of each step; step, dev file and [loss,
+    agreement] by layer of each validation."""
 
     def __init__(self, path: Path, step: int):
         """Goes on after `step`; what an interrupted run has written beyond it goes."""

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import digest, whole_file
+from common.files import check_input, digest, whole_file
 from common.processes import by_first
 from formats.checkpoint import fitting, read_checkpoint, read_tokenizer
 from formats.data import Corpus
@@ -40,8 +40,7 @@ def check_start(config: TrainConfig, shape: ModelConfig) -> None:
             f"length is {config.length}, the model has {shape.max_len} positions; lower --length or raise --max-len"
         )
     for file in (*config.data, *config.dev):
-        if not Path(file).is_file():
-            raise UserError(f"{file}: no such data file; check --data and --dev")
+        check_input(file, "no such data file; check --data and --dev")
 
 
 def prepare_tokenizer(config: TrainConfig, folder: Path, vocab_size: int) -> bytes:

@@ -5,6 +5,7 @@ embedded data.
     python train.py --init model.pt --train heads --exits 4,8 --data mine.jsonl --dev dev.jsonl --out runs/heads
     python train.py --loss my_file:smooth --out runs/smooth         a loss of your own: training/losses.py says how
     torchrun --nproc-per-node 4 train.py --out runs/mine            on several GPUs of one machine
+    torchrun --nproc-per-node 4 train.py --shard --out runs/mine    so, each with its part of the model alone
     python train.py --plot runs/mine/log.jsonl                      draws loss and agreement of every exit
 
 Memory of --train all: 16 bytes a weight (float32 weight, gradient and AdamW's two moments), with --dtype bfloat16 2

@@ -564,7 +564,7 @@ MISTAKES = {
     "calibrate --tasks e2e --limit 4": "4 inputs cannot prove a risk below 0.05 at error level 0.05, whatever their losses; take at",
     "--limit=100000000000000000000": "limit is 100000000000000000000; it must be at least 0 and at most",
     "--tasks e2e --shots 99999 --confidence jsd": "shots is 99999, but e2e has 4862 solved examples; take fewer",
-    "--tasks file=.": "unknown kind of data file",
+    "--tasks file=.": ".: is a folder; name a file in it",
     "--tasks file=folder.tsv": "folder.tsv: is a folder; name a file in it",
     "calibrate --tasks e2e --tolerance 1": "tolerance is 1.0; it must lie between 0 and 1",
     "calibrate --tasks e2e --error 0": "error is 0.0; it must lie between 0 and 1",

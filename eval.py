@@ -20,7 +20,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.config import reader
+from common.config import check_range, reader
 from common.errors import UserError, run
 from common.flags import Parser, add_flags, add_model_flags
 from common.processes import process_group
@@ -167,8 +167,8 @@ def parse() -> argparse.Namespace:
     args.beside = getattr(args, "settings", None) is None
     if args.beside:
         args.settings = Path(args.heads or args.checkpoint).with_suffix(".json")
-    if args.limit < 0 or args.repeat < 1 or args.shots < 0:
-        raise UserError(f"limit is {args.limit}, repeat {args.repeat}, shots {args.shots}; at least 0, 1 and 0")
+    for name, least in {"limit": 0, "repeat": 1, "shots": 0}.items():
+        check_range(name, getattr(args, name), least=least, most=10**9)
     if args.shot_file and not args.shots:
         raise UserError("--shot-file gives solved examples; say how many with --shots")
     return args

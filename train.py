@@ -5,6 +5,7 @@ embedded data.
     python train.py --init model.pt --train heads --exits 4,8 --data mine.jsonl --dev dev.jsonl --out runs/heads
     python train.py --loss my_file:smooth --out runs/smooth         a loss of your own: training/losses.py says how
     torchrun --nproc-per-node 4 train.py --out runs/mine            on several GPUs of one machine
+    torchrun --nproc-per-node 4 train.py --shard --out runs/mine    so, each with its part of the model alone
     python train.py --plot runs/mine/log.jsonl                      draws loss and agreement of every exit
 
 Memory of --train all: 16 bytes a weight (float32 weight, gradient and AdamW's two moments), with --dtype bfloat16 2
@@ -37,7 +38,9 @@ from training.objective import make_objective, skipped_layers, synced, unwrapped
 from training.optimizer import learning_rate, make_optimizer
 from training.runs import Run, check_outputs, locked, noted_signals
 from training.settings import TrainConfig
+from training.sharding import check_sharding, heads_whole, whole
 from training.start import check_start, load_data, make_model, shape_from
+from training.utilization import peak_flops, speeds
 from training.validation import VALIDATION_BATCHES, result_table, validate
 
 
@@ -50,20 +53,20 @@ def train_loop(
     start = training.step * config.accumulate * world + rank
     stream = on_device(batches(records, config.rows, config.length, config.seed, start, every=world), config)
     positions = config.rows * config.length * config.accumulate * world  # of a step
+    peak, counted = peak_flops(config), unwrapped(objective)
     counts = {"total": config.max_steps, "initial": training.step, "unit": "step"}
     with tqdm(**counts, dynamic_ncols=True, mininterval=1, disable=rank > 0) as bar:
         while training.step < config.max_steps and not total(len(signals), config.device):
-            started = time.perf_counter()
+            started, before = time.perf_counter(), counted.flops
             loss = train_step(objective, training.optimizer, stream, config, training.step)
             training.step += 1
             at_end = training.step == config.max_steps
-            if rank == 0:
-                speed = round(positions / (time.perf_counter() - started))
-                training.log.write({"step": training.step, "loss": round(loss, 4), "positions_per_s": speed})
-                bar.update()
-                bar.set_postfix(loss=f"{loss:.3f}", positions_per_s=speed)
-                if training.step % config.validate_every == 0 or at_end:
-                    validate_all(training, dev, bar)
+            speed = speeds(positions, counted.flops - before, time.perf_counter() - started, peak)
+            training.note({"step": training.step, "loss": round(loss, 4), **speed})
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", **speed)
+            if training.step % config.validate_every == 0 or at_end:
+                validate_all(training, objective, dev, bar)
             if training.step % config.save_every == 0 or at_end:
                 training.save()
         if training.step < config.max_steps:
@@ -89,13 +92,16 @@ def train_step(
     sums = torch.zeros(2, device=config.device)
     for turn, batch in enumerate(parts):
         share = len(batch.targets) / targets
-        skipped = skipped_layers(config, model.config.n_layers, (step * config.accumulate + turn) * world + rank)
+        number = step * config.accumulate + turn
+        if not config.shard:  # where processes gather every block together, they leave out the same ones
+            number = number * world + rank
+        skipped = skipped_layers(config, model.config.n_layers, number)
         with autocast(config), synced(objective, turn == config.accumulate - 1):
             loss, deepest = objective(batch, step, skipped)
             (loss * (share * world)).backward()  # the processes' gradients are averaged
         sums += share * torch.stack([loss.detach().float(), deepest.float()])
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    norm = nn.utils.clip_grad_norm_(trained, config.clip)
+    norm = whole(nn.utils.clip_grad_norm_(trained, config.clip))
     *means, norm = torch.cat([sums, norm[None]]).tolist()  # a GPU is waited for once a step
     mean, deepest = total(means, config.device)
     check_finite(mean, deepest, norm, config, step)
@@ -115,12 +121,16 @@ def check_finite(loss: float, deepest: float, norm: float, config: TrainConfig, 
     )
 
 
-def validate_all(training: Run, dev: dict[str, np.ndarray], bar: tqdm) -> None:
-    """Validates on every file, into the log, and prints the table."""
+def validate_all(training: Run, objective: nn.Module, dev: dict[str, np.ndarray], bar: tqdm) -> None:
+    """Validates on every file, into the log, and prints the table. The first process does it alone, unless the model is
+    sharded."""
+    if processes()[0] > 0 and not training.config.shard:
+        return
     for file, records in dev.items():
         progress = partial(show_validation, bar, file)
-        training.results[file] = validate(training.model, records, training.config, progress)
-        training.log.write({"step": training.step, "dev": file, "layers": training.results[file]})
+        with heads_whole(objective):
+            training.results[file] = validate(training.model, records, training.config, progress)
+        training.note({"step": training.step, "dev": file, "layers": training.results[file]})
     bar.set_postfix_str("")
     tell(result_table(training.step, training.results))
 
@@ -138,15 +148,16 @@ def run_training(config: TrainConfig, shape: ModelConfig, folder: Path, overwrit
     run in the same folder, and for a loss that is not finite."""
     check_start(config, shape)
     check_outputs(config, folder)
+    check_sharding(config)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         training = Run(config, shape, folder, overwrite)
         tokenizer, records, dev = load_data(config, shape, folder)
         set_precision(config)
         model = make_model(config, shape)
+        objective = make_objective(model, config)
         optimizer = make_optimizer(model, config)
         training.begin(model, optimizer, tokenizer, records)
-        objective = make_objective(model, config)
         with noted_signals() as signals:
             train_loop(training, objective, records, dev, signals)
         training.end(signals)

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from common.errors import UserError
 
 
-def option(default, text: str, group: str = ""):
+def option(default, text: str, group: str = "", **limits):
     """A field of a config dataclass that is also a flag; `text` describes it, with unit or range. `group`: the title in
-    --help under which the flag stands; none for those that a beginner needs first."""
-    return dataclasses.field(default=default, metadata={"help": text, "group": group})
+    --help under which the flag stands; none for those that a beginner needs first. `limits`: those of `check_range`,
+    for `check_limits` to check."""
+    return dataclasses.field(default=default, metadata={"help": text, "group": group, "limits": limits})
 
 
 def reader(kind) -> Callable[[str], object]:
@@ -45,6 +46,28 @@ def read_field(config: type, name: str, text: str):
         return reader(kinds[field])(text)
     except (ValueError, KeyError):
         raise UserError(f"{name} cannot be {text!r}") from None
+
+
+def check_range(name: str, value, least=None, most=None, above=None) -> None:
+    """Raises UserError unless the number is at least `least`, at most `most` and above `above`, where these are given;
+    NaN is not."""
+    inside, asked = True, []
+    if least is not None:
+        inside, asked = inside and value >= least, [*asked, f"at least {least}"]
+    if above is not None:
+        inside, asked = inside and value > above, [*asked, f"above {above}"]
+    if most is not None:
+        inside, asked = inside and value <= most, [*asked, f"at most {most}"]
+    if not inside:
+        raise UserError(f"{name} is {value}; it must be {' and '.join(asked)}")
+
+
+def check_limits(config) -> None:
+    """Raises UserError for a field of a config that is outside the limits that its `option` gives; None is not."""
+    for field in dataclasses.fields(config):
+        value, limits = getattr(config, field.name), field.metadata.get("limits")
+        if value is not None and limits:
+            check_range(field.name, value, **limits)
 
 
 def check_kinds(config) -> None:

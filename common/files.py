@@ -44,6 +44,16 @@ def check_replaceable(path: str | os.PathLike) -> None:
         raise UserError(f"{path}: there is no folder {os.path.dirname(path) or target} to write to")
 
 
+def check_input(path: str | os.PathLike, missing: str = "no such file") -> None:
+    """Raises UserError unless `path` is a regular file; where there is nothing, `missing` says what is."""
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a folder; name a file in it")
+    if not os.path.exists(path):
+        raise UserError(f"{path}: {missing}")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: is no regular file, and others are not read; copy it into one")
+
+
 def check_outputs(outputs: list, inputs: list) -> None:
     """Raises UserError for a file to write (None: none) that cannot be written, that is one of the files to read, or
     that is named twice."""
@@ -69,8 +79,7 @@ def write_json(path: Path, content: dict) -> None:
 def read_json(path: str | os.PathLike, what: str) -> dict:
     """The object in a JSON file, which is to be used as `what` (in words). Raises UserError for anything else."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; it was to be used as {what}")
+    check_input(path, f"no such file; it was to be used as {what}")
     content = parse_json(path.read_bytes(), str(path))
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object, so it is not usable as {what}")

@@ -9,7 +9,7 @@ import typing
 
 import torch
 
-from common.config import reader
+from common.config import check_range, reader
 from common.errors import UserError
 
 DTYPES = {
@@ -114,10 +114,8 @@ def loading(args: argparse.Namespace) -> dict:
 
 def use_threads(count: int | None) -> None:
     """Sets PyTorch's threads, or leaves them as they are. Raises UserError for a number that cannot be."""
-    limit = 1024
     if count is not None:
-        if not 1 <= count <= limit:
-            raise UserError(f"threads is {count}; it must be between 1 and {limit}")
+        check_range("threads", count, least=1, most=1024)
         torch.set_num_threads(count)
 
 

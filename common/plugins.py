@@ -20,10 +20,13 @@ def find_function(kind: str, name: str, known: dict[str, Callable], arguments: t
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{kind} {name!r} cannot be loaded: {error}") from None
+    wanted = f"a function of {' and '.join(arguments)}"
+    if inspect.isbuiltin(function) or inspect.isclass(function):
+        raise UserError(f"{kind} {name!r} is not {wanted}: it is a part of Python or a class; write a function")
     try:
         inspect.signature(function).bind(*arguments)
     except (TypeError, ValueError):
-        raise UserError(f"{kind} {name!r} is not a function of {' and '.join(arguments)}") from None
+        raise UserError(f"{kind} {name!r} is not {wanted}") from None
     return function
 
 

@@ -51,8 +51,9 @@ def check_flags(args: argparse.Namespace, custom: dict, tasks: list[Task]) -> No
         raise UserError("layer_thresholds outranks the threshold that is to be found; leave it out")
     if custom.get("confidence", "softmax") is None:
         raise UserError("calibrate needs a confidence function; confidence is none")
-    if not (0 < args.tolerance < 1 and 0 < args.error < 1):
-        raise UserError(f"tolerance is {args.tolerance}, error {args.error}; both must lie between 0 and 1")
+    for name in ("tolerance", "error"):
+        if not 0 < getattr(args, name) < 1:
+            raise UserError(f"{name} is {getattr(args, name)}; it must lie between 0 and 1")
     if len(tasks) != 1:
         names = ",".join(task.name for task in tasks)
         raise UserError(f"calibrate finds a threshold for one task; choose it with --tasks (here: {names})")

@@ -78,6 +78,8 @@ def load_inputs(args: argparse.Namespace, task: Task, split: str) -> tuple[Task,
         if not args.shot_file and "{}" not in task.file:
             raise UserError(f"{task.name}: name the file that the shots come from with --shot-file")
         solved = read_task(replace(task, file=args.shot_file or task.file), "train", skipped)
+        if args.shots > len(solved):
+            raise UserError(f"shots is {args.shots}, but {task.name} has {len(solved)} solved examples; take fewer")
         shots = sample(solved, args.shots, args.draw_seed)
     for message in skipped or []:
         tell(f"skipped: {message}")

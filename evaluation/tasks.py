@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import check_input
 from evaluation.metrics import METRICS
 from formats import data
 from formats.chat import Chat, conversation
@@ -124,8 +125,7 @@ def read_task(task: Task, split: str, skipped: list[str] | None = None) -> list[
     """Its examples of the train, dev or test split; of stories, openings to go on from. Raises and skips as
     `data.read_pairs` does."""
     path = data.locate(task.file.replace("{}", split))
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such data file")
+    check_input(path, "no such data file")
     if task.openings:
         return openings(path, skipped)
     examples = data.read_examples(path, skipped)

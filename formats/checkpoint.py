@@ -29,12 +29,14 @@ STORED = (torch.float32, torch.bfloat16, torch.float16)  # what weights may be i
 # ---------------------------------------------------------------- writing
 
 
-def save_checkpoint(path: str | os.PathLike, model, tokenizer: bytes | None, dtype: torch.dtype | None = None, **extra):
+def save_checkpoint(
+    path: str | os.PathLike, model, tokenizer: bytes | None, dtype: torch.dtype | None = None, weights=None, **extra
+):
     """Writes config, weights (matrices as `dtype`, vectors as they are), the tokenizer and `extra` (plain values,
-    tensors) to one file, whole or not at all. Raises UserError for a full disk."""
-    weights = as_stored(model.state_dict(), dtype)
-    content = {"format": FORMAT, "config": asdict(model.config), "weights": weights, "tokenizer": as_blob(tokenizer)}
-    write_content(path, {**content, **extra})
+    tensors) to one file, whole or not at all. `weights`: in place of the model's. Raises UserError for a full disk."""
+    stored, blob = as_stored(weights or model.state_dict(), dtype), as_blob(tokenizer)
+    content = {"format": FORMAT, "config": asdict(model.config), "weights": stored, "tokenizer": blob, **extra}
+    write_content(path, content)
 
 
 def as_stored(weights: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

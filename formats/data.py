@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import parse_json
+from common.files import check_input, parse_json
 
 HERE = Path(__file__).parent.parent
 FILES = {
@@ -75,8 +75,7 @@ def read_pairs(path: str | Path, skipped: list[str] | None = None) -> Iterator[t
     if inner.suffix not in readers:
         endings = f"{', '.join(readers)} (then .xz or .gz if compressed)"
         raise UserError(f"{path}: unknown kind of data file; its name must end in {endings}")
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such data file")
+    check_input(path, "no such data file")
     count = 0
     try:
         with open_text(path) as file:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import check_input
 
 
 def find_frequent_ids(file: str | os.PathLike | None, checkpoint: str | os.PathLike, content: dict,
@@ -23,8 +24,7 @@ def find_frequent_ids(file: str | os.PathLike | None, checkpoint: str | os.PathL
 
 def read_ids(file: str | os.PathLike) -> Tensor | None:
     """What a .npy file holds; None if that is no row of numbers. Raises UserError for another file."""
-    if not os.path.isfile(file):
-        raise UserError(f"{file}: no such file; it was to hold frequent ids (python -m tools.shortlist makes one)")
+    check_input(file, "no such file; it was to hold frequent ids (python -m tools.shortlist makes one)")
     try:
         with open(file, "rb") as opened:
             return torch.from_numpy(np.lib.format.read_array(opened, allow_pickle=False))

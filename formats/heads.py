@@ -58,11 +58,13 @@ def same_model(one: dict, other: dict) -> bool:
 # ---------------------------------------------------------------- writing and reading
 
 
-def save_heads(path: str | os.PathLike, model, belongs_to: dict, dtype: torch.dtype | None = None, **extra) -> None:
+def save_heads(
+    path: str | os.PathLike, model, belongs_to: dict, dtype: torch.dtype | None = None, weights=None, **extra
+) -> None:
     """Writes the heads of a model, whose fingerprint `belongs_to` is, and `extra`, to one file, whole or not at all;
-    matrices as `dtype`. Raises UserError for a full disk."""
-    config = asdict(model.config)
-    heads = {name: weight for name, weight in model.state_dict().items() if name.startswith(HEAD_WEIGHTS)}
+    matrices as `dtype`. `weights`: in place of the model's. Raises UserError for a full disk."""
+    config, weights = asdict(model.config), weights or model.state_dict()
+    heads = {name: weight for name, weight in weights.items() if name.startswith(HEAD_WEIGHTS)}
     content = {
         "format": HEADS, "config": {field: config[field] for field in FIELDS}, "weights": as_stored(heads, dtype),
         "model": belongs_to,

@@ -1,6 +1,6 @@
 """What the configuration of a model must satisfy, whoever wrote it: each mistake is one line."""
 
-from common.config import check_kinds
+from common.config import check_kinds, check_range
 from common.errors import UserError
 from formats.adapters import adapter_shape
 
@@ -51,13 +51,11 @@ def check_shape(config) -> None:
 def check_numbers(config) -> None:
     """Raises UserError for a size below 1 or beyond its limit, and for a factor that is not above 0."""
     for name in SIZES:
-        value, limit = getattr(config, name), LIMITS.get(name, 2**31)
-        if value is not None and not 1 <= value <= limit:
-            raise UserError(f"{name} is {value}; it must be at least 1 and at most {limit}")
+        if getattr(config, name) is not None:
+            check_range(name, getattr(config, name), least=1, most=LIMITS.get(name, 2**31))
     for name in FACTORS:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise UserError(f"{name} is {value}; it must be above 0")
+        if getattr(config, name) is not None:
+            check_range(name, getattr(config, name), above=0)
 
 
 def check_heads(config) -> None:

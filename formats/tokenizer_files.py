@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import read_json
+from common.files import check_input, read_json
 from formats.bpe_sources import find_bpe, from_gguf, from_json, from_ranks, reading
 from formats.checkpoint import read_checkpoint
 from formats.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, build_tokenizer
@@ -41,8 +41,7 @@ def find_tokenizer(*folders: Path) -> tuple[bytes | None, str]:
 
 def load_tokenizer(path: str | Path) -> bytes:
     """The tokenizer in a checkpoint, or in a file of its own. Raises UserError if there is none."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; it was to hold a tokenizer")
+    check_input(path, "no such file; it was to hold a tokenizer")
     if zipfile.is_zipfile(path):  # what torch.save writes
         blob = read_checkpoint(path)["tokenizer"]
         if blob is None:

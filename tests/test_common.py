@@ -1,6 +1,7 @@
 """What every command shares: files written whole, JSON of others, errors in one line, flags and their groups,
 threads."""
 
+import math
 import os
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import pytest
 import torch
 
 from common import errors, flags
-from common.config import option
+from common.config import check_limits, check_range, option
 from common.errors import UserError, run
-from common.files import parse_json, read_json, whole_file, write_json
+from common.files import check_input, parse_json, read_json, whole_file, write_json
 from common.flags import Parser, add_flags, add_model_flags, loading
 
 HERE = Path(__file__).parent.parent
@@ -48,6 +49,17 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path):
         with pytest.raises(UserError, match="is no regular file, and nothing else is replaced"):
             write(path, "new")
     assert not Path("/dev/null").is_file() and (tmp_path / "fifo").is_fifo() and not list(tmp_path.glob("*.part"))
+
+
+def test_what_is_to_be_read_must_be_a_file_and_a_folder_is_called_one(tmp_path):
+    write(tmp_path / "file", "text")
+    check_input(tmp_path / "file")
+    with pytest.raises(UserError, match=r"none: no such file; look elsewhere$"):
+        check_input(tmp_path / "none", "no such file; look elsewhere")
+    with pytest.raises(UserError, match=rf"^{tmp_path}: is a folder; name a file in it$"):
+        check_input(tmp_path)
+    with pytest.raises(UserError, match="/dev/null: is no regular file"):
+        check_input("/dev/null")
 
 
 def test_where_nothing_may_be_written_is_said_by_name(tmp_path):
@@ -88,8 +100,8 @@ def test_json_that_cannot_be_used_is_one_line_that_names_the_file(tmp_path, kind
 def test_json_is_read_as_it_was_written_and_must_be_a_file(tmp_path):
     write_json(tmp_path / "a.json", {"a": [1, "ö"]})
     assert read_json(tmp_path / "a.json", "settings") == parse_json('{"a": [1, "ö"]}', "here") == {"a": [1, "ö"]}
-    for path in (tmp_path, tmp_path / "none"):
-        with pytest.raises(UserError, match="no such file; it was to be used as settings"):
+    for path, said in ((tmp_path, "is a folder"), (tmp_path / "none", "no such file; it was to be used as settings")):
+        with pytest.raises(UserError, match=said):
             read_json(path, "settings")
 
 
@@ -156,6 +168,28 @@ def test_flags_stand_in_groups_in_the_order_of_the_fields():
     assert flags.given(parser.parse_args(["--second", "5", "--odd", "none"]), Settings) == {"second": (5,), "odd": None}
 
 
+@dataclass(frozen=True)
+class Limited:
+    share: float = option(0.5, "a share", least=0, most=1)
+    rate: float | None = option(None, "a rate", above=0)
+    free: int = option(0, "anything")
+
+
+def test_a_value_outside_its_limits_is_named_alone_with_them():
+    for fine in (Limited(), Limited(0, 0.1, -5), Limited(1, None), Limited(rate=math.inf)):
+        check_limits(fine)
+    for settings, said in (
+        (Limited(1.5, -1), r"^share is 1.5; it must be at least 0 and at most 1$"),
+        (Limited(math.nan), r"^share is nan; it must be at least 0 and at most 1$"),
+        (Limited(rate=0), r"^rate is 0; it must be above 0$"),
+        (Limited(rate=math.nan), r"^rate is nan; it must be above 0$"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check_limits(settings)
+    with pytest.raises(UserError, match=rf"^n is {10**20}; it must be at least 1 and at most 5$"):
+        check_range("n", 10**20, least=1, most=5)
+
+
 def test_shortened_flags_are_refused():
     parser = Parser("text")
     add_flags(parser, Settings(), "main")
@@ -185,7 +219,7 @@ def test_threads_are_set_as_asked_and_left_alone_otherwise(threads):
 
 
 @pytest.mark.parametrize("words, message", [
-    (("--threads", "0"), "threads is 0; it must be between 1 and 1024"),
+    (("--threads", "0"), "threads is 0; it must be at least 1 and at most 1024"),
     (("--threads", "1000000"), "threads is 1000000"),
     (("--dtype", "int3"), "unknown dtype 'int3'"),
     (("--device", "mps"), "device 'mps' is not there to use; supported are cpu and cuda"),

@@ -211,10 +211,13 @@ def test_columns_of_e2e_are_found_by_name(tmp_path):
     assert list(read_pairs(tmp_path / "b.csv")) == [("a", "b")]
 
 
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: None])
-def test_what_is_no_file_of_data_is_said_to_be_none(tmp_path, make):
+@pytest.mark.parametrize("make, said", [
+    (os.mkdir, "is a folder; name a file in it"), (os.mkfifo, "is no regular file"),
+    (lambda path: None, "no such data file"),
+])  # fmt: skip
+def test_what_is_no_file_of_data_is_said_to_be_none(tmp_path, make, said):
     make(tmp_path / "a.tsv")
-    with pytest.raises(UserError, match=r"a\.tsv: no such data file"):
+    with pytest.raises(UserError, match=rf"a\.tsv: {said}"):
         list(read_pairs(tmp_path / "a.tsv"))
 
 

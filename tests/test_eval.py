@@ -557,13 +557,18 @@ def test_malformed_lines_are_named_or_counted_and_skipped(checkpoint, monkeypatc
 
 MISTAKES = {
     "--limit=-1": "limit is -1",
-    "--repeat=0": "repeat 0, shots 0; at least 0, 1 and 0",
+    "--repeat=0": "repeat is 0; it must be at least 1",
     "--tasks=chess": "unknown task 'chess'; choose from translation, e2e",
     "--tasks=squad": "task squad needs its file: squad=FILE",
     "--tasks=squad=missing.json": "missing.json: no such data file",
-    "--shots=-1": "shots -1; at least 0, 1 and 0",
+    "--shots=-1": "shots is -1; it must be at least 0",
     "calibrate --tasks e2e --limit 4": "4 inputs cannot prove a risk below 0.05 at error level 0.05, whatever their losses; take at",
-    "calibrate --tasks e2e --tolerance 1": "both must lie between 0 and 1",
+    "--limit=100000000000000000000": "limit is 100000000000000000000; it must be at least 0 and at most",
+    "--tasks e2e --shots 99999 --confidence jsd": "shots is 99999, but e2e has 4862 solved examples; take fewer",
+    "--tasks file=.": ".: is a folder; name a file in it",
+    "--tasks file=folder.tsv": "folder.tsv: is a folder; name a file in it",
+    "calibrate --tasks e2e --tolerance 1": "tolerance is 1.0; it must lie between 0 and 1",
+    "calibrate --tasks e2e --error 0": "error is 0.0; it must lie between 0 and 1",
     "--tolerance=0.1": "unrecognized arguments: --tolerance=0.1",
     "calibrate --tasks e2e --json x.json": "unrecognized arguments: --json x.json",
     "sweep --over threshold 0.5 --rows softmax": "unrecognized arguments: --rows softmax",
@@ -634,6 +639,7 @@ def test_a_mistake_ends_in_one_line_and_status_2(mistake, checkpoint, monkeypatc
     with pytest.raises(SystemExit) as end:
         monkeypatch.chdir(checkpoint.parent)
         Path("plain.txt").write_text("Some words.")
+        Path("folder.tsv").mkdir(exist_ok=True)
         Path("list.json").write_text("[1]")
         words, base = mistake.split(), ("--checkpoint", checkpoint)
         first = 1 if words and words[0].isalpha() else 0

@@ -285,6 +285,10 @@ nothing = lambda exits: None
 constant = lambda exits: exits.state(1).detach().mean()
 mean = lambda exits: exits.weighted_sum([1, 3], lambda logits, targets, final: F.cross_entropy(logits, targets))
 answer = 42
+
+class Thing:
+    def __init__(self, exits):
+        pass
 """
 
 
@@ -364,6 +368,8 @@ def test_an_exception_in_a_loss_names_it_and_keeps_its_traceback(own):
     ("own_losses:mine", "cannot be loaded: module 'own_losses' has no attribute 'mine'"),
     ("no_such_file:mine", "cannot be loaded: No module named 'no_such_file'"),
     ("own_losses:answer", "is not a function"),
+    ("os:system", "is not a function of exits: it is a part of Python or a class; write a function"),
+    ("own_losses:Thing", "is not a function of exits: it is a part of Python or a class; write a function"),
     (":", "cannot be loaded"),
 ])  # fmt: skip
 def test_a_loss_that_is_not_there_is_said_to_be(name, said, own):

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache import KVCache
-from common.errors import UserError, run
+from common.config import check_range
+from common.errors import run
 from common.flags import Parser, add_model_flags, loading, read_dtype
 from confidence import FUNCTIONS, Trace
 from decode import generate, run_pass
@@ -333,8 +334,7 @@ def make_parser() -> Parser:
 
 def main() -> None:
     args = make_parser().parse_args()
-    if args.repeat < 1:
-        raise UserError(f"repeat is {args.repeat}; it must be at least 1")
+    check_range("repeat", args.repeat, least=1, most=10**6)
     if args.training:
         dtype = str(read_dtype(args.dtype or "float32")).removeprefix("torch.")
         device = loading(args)["device"]

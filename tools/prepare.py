@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.config import check_range
 from common.errors import UserError, run
 from common.files import check_replaceable, whole_file
 from common.flags import Parser
@@ -32,8 +33,8 @@ def make_parser() -> Parser:
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for what could not be written in the end, or would be lost."""
-    if args.length < 2:
-        raise UserError(f"length is {args.length}; it must be at least 2")
+    check_range("length", args.length, least=2, most=2**20)
+    check_range("vocab_size", args.vocab_size, least=1, most=2**20)
     if args.out is None:
         return
     if args.out.suffix != ".npy" or not args.out.parent.is_dir():

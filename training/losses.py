@@ -112,12 +112,14 @@ class LossConfig:
     exit_weights: tuple[float, ...] = option(
         (), "weights of the exits' losses, lowest first, then the last layer's; none: by depth", group="losses"
     )
-    per_step: int = option(2, "rotate, distill, hidden: exits a step", group="losses")
-    hidden_weight: float = option(1.0, "hidden: weight of the distance between states", group="losses")
+    per_step: int = option(2, "rotate, distill, hidden: exits a step", group="losses", least=1, most=10_000)
+    hidden_weight: float = option(
+        1.0, "hidden: weight of the distance between states", group="losses", least=0, most=10**6
+    )
     classifier: bool = option(False, "also train a confidence classifier at every exit", group="losses")
     shortlist: int | None = option(
         None, "train heads: learn over so many frequent ids and those of the batch; none: over the whole vocabulary",
-        group="losses"
+        group="losses", least=2, most=10**9
     )
 
     def __post_init__(self):

@@ -16,6 +16,8 @@ from training.device import DeviceBatch
 from training.losses import Exits, ask_loss, classifier_loss
 from training.part import part_of_vocabulary
 from training.settings import TrainConfig
+from training.sharding import shard
+from training.utilization import batch_flops
 
 
 class Objective(nn.Module):
@@ -24,6 +26,7 @@ class Objective(nn.Module):
     def __init__(self, model: Transformer, config: TrainConfig):
         super().__init__()
         self.model, self.config = model, config
+        self.flops = 0  # of all micro-batches so far, see training/utilization.py
 
     def forward(self, batch: DeviceBatch, step: int, skipped: frozenset[int] = frozenset()) -> tuple[Tensor, Tensor]:
         """The loss, and without gradient that of the deepest layer trained; means over the learned targets. Layers in
@@ -43,15 +46,20 @@ class Objective(nn.Module):
             for layer in layers:
                 labels = exits.agreement(layer)
                 loss = loss + classifier_loss(model, exits.state(layer), layer, labels) / len(layers)
+        layers = model.config.n_layers - len(skipped)
+        counted = len(targets), exits.asked, frozen, len(unembed)
+        self.flops += batch_flops(model.config, *batch.inputs.shape, layers, *counted)
         return loss, deepest
 
 
 def make_objective(model: Transformer, config: TrainConfig) -> nn.Module:
-    """What is minimized: compiled if asked, and with several processes exchanging gradients."""
+    """What is minimized: compiled if asked, and with several processes exchanging gradients, or sharded."""
     if config.compile:
         for block in model.blocks:
             block.compile()
     objective = Objective(model, config)
+    if config.shard:
+        return shard(objective, config)
     if processes()[1] == 1:
         return objective
     unused = bool(config.layer_dropout or model.config.exit_norms or model.config.classifiers)  # in some steps
@@ -64,7 +72,8 @@ def unwrapped(objective: nn.Module) -> Objective:
 
 
 def synced(objective: nn.Module, last: bool):
-    """With several processes, gradients are exchanged in the backward pass of a step's `last` micro-batch alone."""
+    """With several processes, gradients are exchanged in the backward pass of a step's `last` micro-batch alone; of a
+    sharded model in each, for whole gradients would not fit."""
     return nullcontext() if last or isinstance(objective, Objective) else objective.no_sync()
 
 

@@ -21,6 +21,7 @@ from formats.checkpoint import as_blob, fitting, read_checkpoint, save_checkpoin
 from formats.heads import FIELDS, HEAD_WEIGHTS, fingerprint, read_heads, same_model, save_heads
 from model import ModelConfig, Transformer
 from training.settings import MAY_CHANGE, TrainConfig
+from training.sharding import gathered, gathered_moments, load_moments, load_weights
 
 try:
     import fcntl
@@ -89,8 +90,8 @@ def read_log(path: Path) -> list[dict]:
 
 
 class Log:
-    """JSON lines: step, loss and positions_per_s of each step; step, dev file and [loss, agreement] by layer of each
-    validation."""
+    """JSON lines: step, loss, positions_per_s and perhaps share_of_peak of each step; step, dev file and [loss,
+    agreement] by layer of each validation."""
 
     def __init__(self, path: Path, step: int):
         """Goes on after `step`; what an interrupted run has written beyond it goes."""
@@ -162,39 +163,51 @@ class Run:
         if self.heads_alone:
             if not same_model(content["model"], self.belongs_to):
                 raise UserError(f"{path}: {self.config.init} has changed since; {REMEDY}")
-            frozen = {name: x for name, x in self.model.state_dict().items() if not name.startswith(HEAD_WEIGHTS)}
-            weights = frozen | weights
+            if set(weights) != set(self.weights()):
+                raise UserError(f"{path}: its weights are not those of the heads; {REMEDY}")
         with fitting(path):
-            self.model.load_state_dict(weights)
+            load_weights(self.model, weights, strict=not self.heads_alone)
         try:
-            self.optimizer.load_state_dict(training["optimizer"])
+            load_moments(self.optimizer, training["optimizer"])
             check_moments(self.optimizer, training["step"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(f"{path}: its optimizer does not fit the model ({error}); {REMEDY}") from None
         self.step, self.results = training["step"], training.get("results", {})
         self.found = None  # the file is about to be replaced
 
+    def weights(self) -> dict[str, Tensor]:
+        """What the files of this training hold of the model."""
+        held = HEAD_WEIGHTS if self.heads_alone else ""
+        return {name: weight for name, weight in self.model.state_dict().items() if name.startswith(held)}
+
     def save(self) -> None:
-        """Writes checkpoint.pt, whole or not at all."""
+        """Writes checkpoint.pt, whole or not at all; every process gives its part."""
+        weights, moments = gathered(self.weights()), gathered_moments(self.optimizer)
         if processes()[0] == 0:
             training = {
                 "step": self.step,
                 "results": self.results,
                 "config": self.settings,
                 "data": self.data,
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": moments,
             }
             if self.heads_alone:
-                blob = as_blob(self.tokenizer)
-                save_heads(self.checkpoint, self.model, self.belongs_to, tokenizer=blob, training=training)
+                extra = {"tokenizer": as_blob(self.tokenizer), "training": training}
+                save_heads(self.checkpoint, self.model, self.belongs_to, None, weights, **extra)
             else:
-                save_checkpoint(self.checkpoint, self.model, self.tokenizer, training=training)
+                save_checkpoint(self.checkpoint, self.model, self.tokenizer, weights=weights, training=training)
+
+    def note(self, row: dict) -> None:
+        """Adds a row to the log; the first process alone has one."""
+        if self.log:
+            self.log.write(row)
 
     def write_result(self) -> None:
-        """Writes model.pt, or heads.pt: matrices in float16, or as --init has them."""
+        """Writes model.pt, or heads.pt: matrices in float16, or as --init has them. Every process gives its part."""
+        model, config, dtype, kept = self.model, self.config, torch.float16, {}
+        weights = gathered(self.weights())
         if processes()[0] > 0:
             return
-        model, config, dtype, kept = self.model, self.config, torch.float16, {}
         if config.init:
             content = read_checkpoint(config.init)
             if "chat_template" in content and not config.tokenizer:
@@ -209,10 +222,10 @@ class Run:
             "loss and agreement by layer": self.results,
         }
         if self.heads_alone:
-            save_heads(self.result_file, model, self.belongs_to, dtype, provenance=provenance)
+            save_heads(self.result_file, model, self.belongs_to, dtype, weights, provenance=provenance)
             tell(f"wrote {self.result_file}, for --checkpoint {config.init} --heads {self.result_file}")
         else:
-            save_checkpoint(self.result_file, model, self.tokenizer, dtype, provenance=provenance, **kept)
+            save_checkpoint(self.result_file, model, self.tokenizer, dtype, weights, provenance=provenance, **kept)
             tell(f"wrote {self.result_file}")
 
     def end(self, signals: list[int]) -> None:

@@ -4,14 +4,18 @@ from dataclasses import dataclass
 
 import torch
 
-from common.config import option
+from common.config import check_limits, option
 from common.errors import UserError
 from formats.data import task_file
 from training.losses import LossConfig
 
 EMBEDDED = ("translation", "translation", "e2e")  # tasks of the default training; translation is seen twice as often
+MOST_STEPS = 10**9
 # What may change when a run goes on from its checkpoint.
-MAY_CHANGE = {"dev", "max_steps", "device", "tf32", "prefetch", "compile", "recompute", "validate_every", "save_every"}
+MAY_CHANGE = {
+    "dev", "max_steps", "device", "tf32", "prefetch", "compile", "recompute", "shard", "peak_tflops", "validate_every",
+    "save_every",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class TrainConfig(LossConfig):
         "all", "all: every weight, into model.pt; heads: norm, adapter and classifier of each exit, the model's own "
         "output unchanged, into heads.pt, a few MB"
     )
-    max_steps: int = option(7500, "steps in all")
+    max_steps: int = option(7500, "steps in all", least=1, most=MOST_STEPS)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     dtype: str | None = option(None, "float32 or bfloat16 (autocast); none: bfloat16 on a GPU, float32 on a CPU")
 
@@ -44,19 +48,35 @@ class TrainConfig(LossConfig):
     tokenizer: str | None = option(
         None, "sentencepiece model, or checkpoint that holds one; none: that of --init, or a new one", group="batches"
     )
-    rows: int = option(16, "rows of a micro-batch", group="batches")
-    length: int = option(128, "positions of a row; documents are packed into rows", group="batches")
-    learn_prompts: bool = option(False, "learn from prompts, too, not from completions alone", group="batches")
-    accumulate: int = option(1, "micro-batches of a step, in each process", group="batches")
-    lr: float = option(1.5e-3, "peak learning rate", group="optimization")
-    min_lr: float = option(0.02, "learning rate at the end, as a share of the peak, 0 to 1", group="optimization")
-    warmup: int = option(300, "steps of linear warm-up, before the cosine", group="optimization")
-    weight_decay: float = option(0.1, "weight decay of matrices; norms have none", group="optimization")
-    clip: float = option(1.0, "largest norm of the gradient", group="optimization")
-    layer_dropout: float = option(
-        0.0, "chance to leave out the last layer, less for lower ones, 0 to 1", group="optimization"
+    rows: int = option(16, "rows of a micro-batch", group="batches", least=1, most=2**16)
+    length: int = option(
+        128, "positions of a row; documents are packed into rows", group="batches", least=1, most=2**20
     )
-    seed: int = option(0, "seed of the weights, of the data's order and of the layers left out", group="optimization")
+    learn_prompts: bool = option(False, "learn from prompts, too, not from completions alone", group="batches")
+    accumulate: int = option(
+        1, "micro-batches of a step, in each process", group="batches", least=1, most=2**16
+    )
+    lr: float = option(1.5e-3, "peak learning rate", group="optimization", above=0, most=1000)
+    min_lr: float = option(
+        0.02, "learning rate at the end, as a share of the peak, 0 to 1", group="optimization", least=0, most=1
+    )
+    warmup: int = option(
+        300, "steps of linear warm-up, before the cosine", group="optimization", least=0, most=MOST_STEPS
+    )
+    weight_decay: float = option(
+        0.1, "weight decay of matrices; norms have none", group="optimization", least=0, most=1000
+    )
+    clip: float = option(1.0, "largest norm of the gradient; inf: any", group="optimization", above=0)
+    layer_dropout: float = option(
+        0.0, "chance to leave out the last layer, less for lower ones, 0 to 1", group="optimization", least=0, most=1
+    )
+    seed: int = option(
+        0,
+        "seed of the weights, of the data's order and of the layers left out",
+        group="optimization",
+        least=0,
+        most=2**63 - 1,
+    )
     tf32: bool = option(True, "on a GPU, TF32 in what is left of float32 matrix products", group="speed and memory")
     prefetch: bool = option(
         torch.cuda.is_available(), "pack and copy the next batch while this one is worked on", group="speed and memory"
@@ -67,8 +87,20 @@ class TrainConfig(LossConfig):
         "make the insides of blocks anew for the gradient: less memory, a third more work",
         group="speed and memory",
     )
-    validate_every: int = option(750, "steps between validations", group="long runs")
-    save_every: int = option(250, "steps between checkpoints", group="long runs")
+    shard: bool = option(
+        False,
+        "under torchrun, each process keeps its part of the model alone: for one that does not fit a device",
+        group="speed and memory",
+    )
+    peak_tflops: float | None = option(
+        None,
+        "TFLOP/s that a device can do, to tell the share of it used; none: known cards",
+        group="speed and memory",
+        above=0,
+        most=10**9,
+    )
+    validate_every: int = option(750, "steps between validations", group="long runs", least=1, most=MOST_STEPS)
+    save_every: int = option(250, "steps between checkpoints", group="long runs", least=1, most=MOST_STEPS)
 
     def __post_init__(self):
         super().__post_init__()
@@ -79,7 +111,7 @@ class TrainConfig(LossConfig):
         for name, known in {"dtype": ("float32", "bfloat16"), "train": ("all", "heads")}.items():
             if getattr(self, name) not in known:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}")
-        self.check_numbers()
+        check_limits(self)
         if not self.data:
             raise UserError("there is nothing to train on; name a file with --data")
         if self.train == "heads":
@@ -89,21 +121,6 @@ class TrainConfig(LossConfig):
         if self.shortlist is not None and self.train != "heads":
             raise UserError(f"shortlist is {self.shortlist}, but train is {self.train}: only heads learn over a part "
                             "of the vocabulary, a model needs all of it")
-
-    def check_numbers(self) -> None:
-        """Raises UserError for a number out of its range."""
-        least = dict.fromkeys(("warmup", "weight_decay", "seed", "hidden_weight"), 0)
-        if self.shortlist is not None:
-            least["shortlist"] = 2
-        least |= dict.fromkeys(
-            ("per_step", "max_steps", "rows", "length", "accumulate", "validate_every", "save_every"), 1
-        )
-        for name, low in least.items():
-            if not low <= getattr(self, name) < 2**63:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {low}, and finite")
-        if not (self.lr > 0 and self.clip > 0 and 0 <= self.min_lr <= 1 and 0 <= self.layer_dropout <= 1):
-            found = f"lr {self.lr}, clip {self.clip}, min_lr {self.min_lr}, layer_dropout {self.layer_dropout}"
-            raise UserError(f"{found}: lr and clip must be above 0, min_lr and layer_dropout between 0 and 1")
 
     def check_heads(self) -> None:
         """Raises UserError for what does not go with training the heads alone."""

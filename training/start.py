@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import digest, whole_file
+from common.files import check_input, digest, whole_file
 from common.processes import by_first
 from formats.checkpoint import fitting, read_tokenizer
 from formats.data import Corpus
@@ -36,8 +36,7 @@ def check_start(config: TrainConfig, shape: ModelConfig) -> None:
             f"length is {config.length}, the model has {shape.max_len} positions; lower --length or raise --max-len"
         )
     for file in (*config.data, *config.dev):
-        if not Path(file).is_file():
-            raise UserError(f"{file}: no such data file; check --data and --dev")
+        check_input(file, "no such data file; check --data and --dev")
 
 
 def prepare_tokenizer(config: TrainConfig, folder: Path, vocab_size: int) -> bytes:
@@ -118,16 +117,17 @@ def shape_from(config: TrainConfig, given: dict) -> ModelConfig:
 
 def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
     """The model at the start, its weights float32; with --train heads those that stay as they are in the dtype of
-    training."""
+    training. To be sharded, in main memory, and all float32: what is gathered together has one dtype."""
     torch.manual_seed(config.seed)
     model = Transformer(shape)
     if config.init:
         load_start(model, config)
     if config.train == "heads":
+        frozen = torch.float32 if config.shard else getattr(torch, config.dtype)
         for name, weight in model.named_parameters():
             if not name.startswith(HEAD_WEIGHTS):
-                weight.requires_grad_(False).data = weight.data.to(getattr(torch, config.dtype))
-    return model.to(config.device)
+                weight.requires_grad_(False).data = weight.data.to(frozen)
+    return model if config.shard else model.to(config.device)
 
 
 def load_start(model: Transformer, config: TrainConfig) -> None:

@@ -2,7 +2,7 @@
 
     python eval.py                                        the table; --wide for all figures, --all for all rows
     python eval.py --confidence softmax --threshold 0.6   the full model against one setting
-    python eval.py --rows calm,free,layerskip             against the papers' settings; also acd, dola
+    python eval.py --rows calm,free,layerskip             against the papers' settings; also del, acd, dola
     python eval.py --html page.html                       a page that shows three inputs of each task, pass by pass
     python eval.py --tasks samsum=val.jsonl               another task
     python eval.py --thresholds FILE                      the full model against settings that calibrate wrote

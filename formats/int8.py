@@ -17,7 +17,7 @@ FEW = 32  # rows up to which the kernel is faster than a float32 product with th
 class Int8Matrix:
     """A matrix (d_out, d_in) where a float one may stand: `rows` int8, `scale` (d_out,) bfloat16."""
 
-    is_mkldnn, dtype = False, torch.int8
+    dtype, is_mkldnn, is_cuda = torch.int8, False, False
 
     def __init__(self, rows: Tensor, scale: Tensor):
         self.rows, self.scale = rows, scale

@@ -217,7 +217,7 @@ def test_every_candidate_fits_its_model():
 
 def test_layers_are_chosen_among_those_that_the_model_exits_at():
     sets = tune.exit_sets(tune.SHARES, 12, [2, 3, 4, 6, 8, 10])
-    assert sets == [(3,), (3, 6), (4,), (4, 6, 8), (4, 8), (6,), (6, 8)]
+    assert sets == [(3,), (3, 4, 6), (3, 4, 6, 8), (3, 6), (4,), (4, 6, 8), (4, 8), (6,), (6, 8)]
     assert tune.exit_sets(tune.SHARES, 12, [5, 7]) == [(5,), (5, 7)]
 
 

@@ -7,6 +7,7 @@ import torch
 
 import convert
 import decode
+import eval as evaluate
 import formats.int8
 from decode import DecodeConfig, generate
 from formats.checkpoint import read_checkpoint, save_checkpoint
@@ -15,6 +16,7 @@ from formats.weights import linear
 from model import load_checkpoint
 from tests.public import LLAMA, write_hf
 from tests.test_model import FEATURES
+from tools import bench
 
 FULL = DecodeConfig(max_new_tokens=30)
 
@@ -174,3 +176,14 @@ def test_decode_takes_dtype_int8(tiny_model, tmp_path, monkeypatch, capsys):
     model, _ = load_checkpoint(tmp_path / "model.pt", dtype=torch.int8)
     tokens = generate(model, [1, 2, 3], DecodeConfig(max_new_tokens=5)).tokens
     assert " ".join(map(str, tokens)) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [
+    ["eval.py", "--tasks=e2e", "--limit=2", "--wide", "--rows=softmax,verified auto"],
+    ["bench.py", "--repeat=1"], ["bench.py", "--split", "--repeat=1"], ["bench.py", "--large-vocabulary", "--repeat=1"],
+])  # fmt: skip
+def test_every_command_takes_dtype_int8(monkeypatch, capsys, command):
+    monkeypatch.setattr(sys, "argv", [*command, "--dtype=int8", "--threads=1"])
+    (evaluate if command[0] == "eval.py" else bench).main()
+    printed = capsys.readouterr()
+    assert "int8" in printed.out + printed.err or "--split" in command

@@ -200,7 +200,7 @@ def test_no_placeholder_is_left():
 def test_the_embedded_model_is_small_and_plain():
     assert DEFAULT_CHECKPOINT.stat().st_size < 25e6
     content = torch.load(DEFAULT_CHECKPOINT, weights_only=True)
-    assert {weight.dtype for weight in content["weights"].values()} == {torch.float16}
+    assert {weight.dtype for weight in content["weights"].values() if weight.dim() > 1} == {torch.float16}
     assert 8e6 <= sum(weight.numel() for weight in content["weights"].values()) <= 12e6
 
 

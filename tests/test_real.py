@@ -9,6 +9,7 @@ import os
 import re
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -111,6 +112,15 @@ def dequantize(path: Path, out: Path) -> None:
     writer.close()
 
 
+def eight_bits(path: Path, out: Path) -> None:
+    """Writes a GGUF file of float32 with its matrices as Q8_0."""
+    import llama_cpp
+
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = 7, os.cpu_count()  # LLAMA_FTYPE_MOSTLY_Q8_0
+    assert llama_cpp.llama_model_quantize(str(path).encode(), str(out).encode(), settings) == 0
+
+
 def test_the_tokenizer_equals_that_of_llama_cpp(case):
     import llama_cpp
 
@@ -153,8 +163,8 @@ def read_speed() -> float:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("path", sorted(Path(FOLDER).glob("*.gguf")) if FOLDER else [], ids=lambda path: getattr(path, "stem", "none"))
 def test_speed_is_printed_beside_that_of_transformers_and_llama_cpp(path, dtype, tmp_path):
-    """64 greedy tokens after 32, in turn, medians of five turns; llama.cpp on the file as it is, quantized. The first
-    two have the same weights and dtype."""
+    """64 greedy tokens after 32, in turn, medians of five turns; here also in int8, and llama.cpp on the file as it is,
+    of four bits, and in eight. Of this project and transformers the first two have the same weights and dtype."""
     import llama_cpp
     from transformers import AutoModelForCausalLM
 
@@ -163,23 +173,29 @@ def test_speed_is_printed_beside_that_of_transformers_and_llama_cpp(path, dtype,
     model, tokenizer = load_checkpoint(tmp_path / "model.pt", dtype=dtype)
     model.config = replace(model.config, eos_id=None)
     reference = AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=path.name, dtype=dtype).eval()
-    quantized = llama_cpp.Llama(str(path), n_ctx=256, n_threads=os.cpu_count(), verbose=False)
+    small, _ = load_checkpoint(tmp_path / "model.pt", dtype=torch.int8)
+    small.config = model.config
+    dequantize(path, tmp_path / "whole.gguf")
+    eight_bits(tmp_path / "whole.gguf", tmp_path / "eight.gguf")
+    options = {"n_ctx": 256, "n_threads": os.cpu_count(), "verbose": False}
+    four, eight = (llama_cpp.Llama(str(file), **options) for file in (path, tmp_path / "eight.gguf"))
     prompt = tokenizer.encode(" ".join(english(5)))[:32] if tokenizer else list(range(1000, 1032))
 
-    def ours() -> None:
+    def ours(model) -> None:
         generate(model, prompt, DecodeConfig(max_new_tokens=NEW))
 
     def theirs() -> None:
         with torch.inference_mode():
             reference.generate(torch.tensor([prompt]), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
 
-    def cpp() -> None:
+    def cpp(quantized) -> None:
         quantized.reset()
         stream = quantized.generate(prompt, temp=0.0, repeat_penalty=1.0)
         for _ in range(NEW):
             next(stream)
 
-    actions, times = {"this project": ours, "transformers": theirs, "llama.cpp, quantized": cpp}, {}
+    actions, times = {"this project": partial(ours, model), "in int8": partial(ours, small), "transformers": theirs}, {}
+    actions |= {"llama.cpp Q8_0": partial(cpp, eight), "llama.cpp, the file": partial(cpp, four)}
     for turn in range(6):  # the first warms up
         for name, action in actions.items():
             started = time.perf_counter()

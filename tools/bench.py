@@ -107,8 +107,11 @@ def plain_rotation(x: Tensor, start: int, base: float) -> Tensor:
 
 
 def print_loops(args: argparse.Namespace, model: Transformer) -> None:
-    """Full depth, beside the plain loop on the same weights."""
-    plain, _ = load_checkpoint(args.checkpoint, **loading(args) | {"form": "plain"})
+    """Full depth, beside the plain loop on the same weights, or where those are int8 on float32 ones."""
+    options = loading(args) | {"form": "plain"}
+    if model.form == "int8":
+        options["dtype"] = torch.float32
+    plain, _ = load_checkpoint(args.checkpoint, **options)
     prompt, config = [5] * PROMPT, DecodeConfig(max_new_tokens=ANSWER)
     loops = {"plain": lambda: plain_loop(plain, prompt, ANSWER), "full": lambda: generate(model, prompt, config)}
     spent = seconds(loops, args.device, args.repeat)
@@ -218,9 +221,10 @@ def random_model(args: argparse.Namespace) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**LARGE)).requires_grad_(False)
     model.frequent_ids = torch.randperm(model.config.vocab_size)
-    model.to(options["device"], options["dtype"] or torch.float32)
+    small = options["dtype"] == torch.int8
+    model.to(options["device"], torch.float32 if small else options["dtype"] or torch.float32)
     if options["device"] == "cpu":
-        store(model, options["form"])
+        store(model, "int8" if small else options["form"])
     return model
 
 

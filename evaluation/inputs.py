@@ -47,11 +47,17 @@ def load_model(args: argparse.Namespace) -> tuple[Transformer, object]:
     return model, tokenizer
 
 
+def from_here(path) -> str:
+    """The path as seen from this folder, if it lies in it."""
+    path = Path(path).absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def run_record(args: argparse.Namespace, model: Transformer) -> dict:
     """How a run was made, which is said on stderr and kept beside its figures."""
     record = environment(model)
     files = [args.checkpoint, args.heads] if args.heads else [args.checkpoint]
-    record |= {"checkpoint": " with ".join(map(str, files)), "checkpoint_id": digest(*map(Path, files))}
+    record |= {"checkpoint": " with ".join(map(from_here, files)), "checkpoint_id": digest(*map(Path, files))}
     record |= {
         "split_of_data": args.split,
         "limit": args.limit,

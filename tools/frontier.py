@@ -16,6 +16,7 @@ from statistics import median
 
 from tqdm import tqdm
 
+from common.config import check_range
 from common.errors import UserError, run
 from common.files import check_outputs, write_json
 from common.flags import Parser, add_model_flags, loading
@@ -127,7 +128,7 @@ def draw(figures: list[dict], score: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--small", required=True, metavar="FILES", help="checkpoints of the smaller models, comma-separated")
@@ -137,9 +138,13 @@ def main() -> None:
     add("--json", type=Path, metavar="FILE", help="write all figures")
     add("--plot", type=Path, metavar="FILE", help="draw the picture (needs matplotlib)")
     add_model_flags(parser, str(DEFAULT_CHECKPOINT))
-    args = parser.parse_args()
-    if args.limit < 1 or args.repeat < 1:
-        raise UserError(f"limit is {args.limit}, repeat {args.repeat}; both must be at least 1")
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    check_range("limit", args.limit, least=1)
+    check_range("repeat", args.repeat, least=1)
     files = args.small.split(",")
     check_outputs([args.json, args.plot], [args.checkpoint, *files])
     model, tokenizer = load_model(args)

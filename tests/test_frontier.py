@@ -29,5 +29,5 @@ def test_every_kind_of_row_is_measured_on_the_same_inputs(monkeypatch, capsys, t
 
 def test_a_model_of_another_tokenizer_is_refused(monkeypatch):
     other = DEFAULT_CHECKPOINT.parent / "stories.pt"
-    with pytest.raises(UserError, match="stories.pt: has another tokenizer than"):
+    with pytest.raises(UserError, match=r"stories\.pt: has another tokenizer than"):
         command(monkeypatch, "--small", other)

@@ -74,7 +74,7 @@ def measure(rows: list[Row], prompts: list[list[int]], repeat: int, title: str) 
         times = [[] for _ in rows]
         for turn in range(repeat):
             for number, row in enumerate(rows):
-                output, _, seconds = timed(row.model, prompt, row.config)
+                output, _, seconds = timed(row.model, prompt, row.config, drafting=None)
                 times[number].append(seconds)
                 if turn == 0:
                     outputs[number].append(output)

@@ -178,7 +178,8 @@ def load_weights(model, path, heads, content: dict, device: torch.device, dtype:
         adopt(model, weights, weights, device, dtype)
     if device.type == "cpu":
         store(model, form)
-        if model.form != "plain" and not scales:  # the rest from a new mapping: the old one keeps all that was read
+        if form == "int8" or (model.form != "plain" and not scales):
+            # What is left comes from a new mapping of the file: the old one keeps all that was read.
             rest = torch.float32 if form == "int8" else dtype
             adopt(model, weights, read_model(path, heads)["weights"], device, rest)
 

@@ -153,13 +153,14 @@ def test_heads_fit_their_model_in_int8(tiny_model, tmp_path):
     write_hf(tmp_path / "hf", without_heads(model), "llama")
     for name, dtype in (("whole.pt", torch.float32), ("small.pt", torch.int8)):
         convert.convert(tmp_path / "hf", tmp_path / name, dtype)
-    save_heads(tmp_path / "heads.pt", model, fingerprint(read_checkpoint(tmp_path / "whole.pt")))
+    save_heads(tmp_path / "heads.pt", model, fingerprint(read_checkpoint(tmp_path / "whole.pt")), torch.bfloat16)
     from_file, _ = load_checkpoint(tmp_path / "small.pt", heads=tmp_path / "heads.pt")
     in_memory, _ = load_checkpoint(tmp_path / "whole.pt", dtype=torch.int8, heads=tmp_path / "heads.pt")
     for attached in (from_file, in_memory):
         assert attached.form == "int8" and attached.config.exit_layers == model.config.exit_layers
         hidden = torch.randn(3, 32)
-        assert_close(attached.exit_norm(hidden, 2), model.exit_norm(hidden, 2), rtol=1e-4, atol=1e-5)
+        assert attached.adapters["2"].dtype == torch.float32
+        assert_close(attached.exit_norm(hidden, 2), model.exit_norm(hidden, 2), rtol=0.02, atol=0.02)
     other = tiny_model(2, **SHAPE, **LLAMA)
     save_heads(tmp_path / "heads.pt", other, fingerprint({"weights": other.state_dict()}))
     with pytest.raises(ValueError, match="belong to another model"):

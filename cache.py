@@ -58,7 +58,7 @@ class KVCache:
     def store(self, layer: int, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Appends the keys and values of the R rows that follow filled[layer], from qkv (R, (H + 2K) C). Returns the
         rows' queries (1, H, R, C), the S keys and values of the layer that they may see, (1, K, S, C), and who sees
-        which (R, S); None: all see all."""
+        which (R, S); None for a single row, which sees them all."""
         first, rows = self.filled[layer], qkv.shape[0]  # len(qkv) takes ten times as long
         stop = self.filled[layer] = first + rows
         start, rope, mask = self._seen(first, stop, self._slides[layer])

@@ -27,7 +27,7 @@ from model import Transformer
 ROWS = (1, 2, 4, 8, 16)  # of the passes that are measured
 PROMPT = 32  # tokens before them
 TURNS, AT_LEAST = 9, 3.0  # turns of every measurement, or more to fill so many seconds; the median counts
-MEASURED = 2  # the manner of measuring: files of another one are not read
+MEASURED = 3  # the manner of measuring: files of another one are not read
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ def key_of(model: Transformer, config: DecodeConfig) -> dict:
         key[name] = getattr(config, name)
     key["confidence"] = getattr(config.confidence, "__qualname__", config.confidence)
     key |= {"exits": list(config.exits(model.config)), "sampled": config.temperature > 0}
+    key |= {"cut": (config.top_k is not None, config.top_p < 1)}
     return key | {"penalty": config.repetition_penalty > 1}
 
 
@@ -130,6 +131,8 @@ def measure(model: Transformer, config: DecodeConfig, run_type: Callable) -> Cos
     def question(layer: int) -> float:
         """One question and its draft, after the blocks below, which leave little of the head in the CPU's cache."""
         trace, _ = run.advance(prompt[:1], {layer: 0.0})
+        if model.embedding.is_cuda:
+            torch.cuda.synchronize()  # the blocks are no part of the question
         started = perf_counter()
         alone = ask_alone(run, [state[-1:] for state in trace.hidden])
         run.emit(alone, layer)

@@ -1,8 +1,9 @@
 """Matrices in int8: a byte a weight and one scale a row, so that decoding, which reads every weight once a token, reads
 a quarter of float32's bytes.
 
-A row w is kept as round(w / s), with s = max |w| / 127 rounded to bfloat16, as the kernel reads it. What is multiplied
-with it is rounded to bfloat16, too; between the products states stay float32.
+A row w is kept as round(w / s), with s = max |w| / 127 rounded to bfloat16, as the kernel reads it. The kernel,
+for up to FEW rows, takes and gives bfloat16; more rows, or all where it is missing, are multiplied in float32. The
+residual stream is float32.
 """
 
 import functools
@@ -53,8 +54,8 @@ class Int8Matrix:
         return self.scale.new_empty(*shape, dtype=torch.float32)
 
     def product(self, x: Tensor) -> Tensor:
-        """x (N, d_in) times the matrix: (N, d_out), bfloat16 of up to FEW rows and float32 of more. The kernel treats
-        every row alike, so that up to FEW rows give bit for bit what each gives alone."""
+        """x (N, d_in) times the matrix: (N, d_out), bfloat16 of up to FEW rows where there is a kernel, else float32.
+        The kernel treats every row alike, so that up to FEW rows give bit for bit what each gives alone."""
         if x.shape[0] <= FEW and has_kernel():
             return torch._weight_int8pack_mm(x.bfloat16(), self.rows, self.scale)
         return F.linear(x.float(), self.rows.float()) * self.scale

@@ -1,9 +1,9 @@
 """How weights are stored, and the two operations that decoding spends its time in, norm and matrix product, for each
 way.
 
-The model calls `rms_norm` and `linear`; the plain forms are `F.rms_norm` and `F.linear`, and tests hold the others
-equal to them. Private functions of torch are called here alone, after a trial; where they are missing or raise,
-weights stay plain, or are multiplied as plain ones.
+The model calls `rms_norm` and `linear`; the plain forms are `F.rms_norm` and `F.linear`, and tests hold the other forms
+equal to them, int8 near them. Private functions of torch are called here and in formats/int8.py alone, after a trial;
+where they are missing or raise, weights stay plain, or are multiplied as plain ones.
 """
 
 import functools
@@ -151,7 +151,8 @@ def fold(block: dict[str, Tensor | Int8Matrix], config, norms: bool) -> None:
 
 
 def default_dtype(content: dict, device: torch.device) -> torch.dtype:
-    """The file's own, but float32 where a float16 file meets a CPU: slow at several rows in half precision."""
+    """The file's own, int8 among them, but float32 where a float16 file meets a CPU: slow at several rows in half
+    precision."""
     if content.get("scales"):
         return torch.int8
     stored = content["weights"]["embedding"].dtype

@@ -28,7 +28,7 @@ from evaluation.inputs import load_model
 from evaluation.measure import encode_inputs, environment, timed
 from evaluation.plots import pyplot
 from evaluation.rows import exit_layers_of, read_settings
-from evaluation.tasks import TASKS, Task, read_task, sample
+from evaluation.tasks import Task, find_task, read_task, sample
 from model import Transformer, load_checkpoint
 
 THRESHOLDS = (0.95, 0.8, 0.6, 0.4, 0.2)
@@ -48,7 +48,10 @@ class Row:
 def rows_of(model: Transformer, small: dict[str, Transformer], task: Task, settings: Path) -> list[Row]:
     """All rows of one task."""
     tuned = read_settings(settings, task, model, custom={})
-    softmax = tuned["softmax"]
+    missing = [name for name in ("softmax", "verified") if name not in tuned]
+    if missing:
+        raise UserError(f"{settings}: has no row {missing[0]!r} for {task.name}; choose rows with eval.py tune")
+    softmax = replace(tuned["softmax"], layer_thresholds=None)
     full = softmax.full()
     rows = [Row("smaller", name, each, full) for name, each in small.items()]
     rows.append(Row("full", f"{model.config.n_layers} layers", model, full))
@@ -56,7 +59,7 @@ def rows_of(model: Transformer, small: dict[str, Transformer], task: Task, setti
         config = replace(full, confidence="softmax", threshold=0.0, exit_layers=(layer,))
         rows.append(Row("static", f"layer {layer}", model, config))
     for kind in ("softmax", "classifier"):
-        if kind == "classifier" and not set(softmax.exit_layers) <= set(model.config.classifiers):
+        if kind == "classifier" and not set(softmax.exits(model.config)) <= set(model.config.classifiers):
             continue
         for threshold in THRESHOLDS:
             config = replace(softmax, confidence=kind, threshold=threshold)
@@ -85,7 +88,7 @@ def measure(rows: list[Row], prompts: list[list[int]], repeat: int, title: str) 
 def compare(args: argparse.Namespace, model, tokenizer, small: dict, task: Task) -> list[dict]:
     """The figures of every row on one task."""
     examples = sample(read_task(task, "test"), args.limit, 0)
-    rows = rows_of(model, small, task, Path(args.checkpoint).with_suffix(".json"))
+    rows = rows_of(model, small, task, Path(args.heads or args.checkpoint).with_suffix(".json"))
     labelled = {f"{row.kind} {row.name}": row.config for row in rows}
     prompts, stopping = encode_inputs(model, tokenizer, task, examples, labelled)
     for row, config in zip(rows, stopping.values()):
@@ -147,18 +150,25 @@ def main() -> None:
     check_range("repeat", args.repeat, least=1)
     files = args.small.split(",")
     check_outputs([args.json, args.plot], [args.checkpoint, *files])
+    tasks = [find_task(name) for name in args.tasks.split(",")]
+    if args.plot:
+        pyplot()  # says at once if it is not there
+        for task in tasks:
+            if "bleu" not in task.metrics:
+                raise UserError(f"--plot draws BLEU, which {task.name} has not; leave it out")
     model, tokenizer = load_model(args)
     small = {}
     for file in files:
-        smaller, other = load_checkpoint(file, **loading(args))
+        smaller, other = load_checkpoint(file, **loading(args) | {"heads": None, "frequent_ids": None})
         if other is None or other.to_blob() != tokenizer.to_blob():
             raise UserError(f"{file}: has another tokenizer than {args.checkpoint}; compare models of one tokenizer")
-        small[f"{smaller.config.n_layers} layers"] = smaller
+        name = f"{smaller.config.n_layers} layers"
+        if name in small:
+            raise UserError(f"{file}: a second model of {name}; compare one of each depth")
+        small[name] = smaller
     figures = []
-    for name in args.tasks.split(","):
-        if name not in TASKS:
-            raise UserError(f"unknown task {name!r}; choose from {', '.join(TASKS)}")
-        rows = compare(args, model, tokenizer, small, TASKS[name])
+    for task in tasks:
+        rows = compare(args, model, tokenizer, small, task)
         print(table(rows), end="\n\n", flush=True)
         figures += rows
     if args.json:

@@ -509,7 +509,7 @@ def test_the_help_begins_with_what_a_beginner_needs(monkeypatch, capsys):
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
     save_checkpoint(tmp_path / "checkpoint.pt", untrained(), None, training={"step": 1})
     before = contents(tmp_path)
-    with pytest.raises(Exception, match="pickle|local object"):
+    with pytest.raises(Exception, match=r"pickle|local object"):
         save_checkpoint(tmp_path / "checkpoint.pt", untrained(), None, training=lambda: "fails once the file is open")
     assert contents(tmp_path) == before
 

@@ -8,7 +8,7 @@ import common.threads  # noqa: F401  before torch
 import torch
 from torch import Tensor
 
-from formats.rotary import rotation, split_pairs
+from formats.rotary import rotation
 from model import Transformer, attention, split_heads, visible
 
 
@@ -29,6 +29,7 @@ class KVCache:
         self.config, self.rope = model.config, model.rope
         shape = (1, 2 * self.config.n_kv_heads, length, self.config.head_dim)  # of a layer: its keys, then its values
         self.keys_values = [model.embedding.new_empty(shape) for _ in model.blocks]
+        self.beside = {layer: model.embedding.new_empty(shape) for layer in model.side_blocks}  # of adapters
         self.hidden = model.embedding.new_empty(length, self.config.d_model)
         self.filled = [0] * (self.config.n_layers + 2)
         self._slides = [False] + [self.config.slides(layer) for layer in range(1, self.config.n_layers + 1)]
@@ -50,25 +51,22 @@ class KVCache:
             x = x[start - first :]
         return start, x
 
-    def attend(self, layer: int, qkv: Tensor) -> Tensor:
-        """`attend` of a block: stores the rows' keys and values, then attends to what they may see.
-        (R, (H + 2K) C) -> (R, H C)."""
-        return attention(*self.store(layer, qkv), self.config)
+    def attend(self, layer: int, qkv: Tensor, beside: bool = False) -> Tensor:
+        """`attend` of a block: stores the rows' keys and values, then attends to what they may see. `beside`: of the
+        adapter's block at this layer, which has just stored the same rows. (R, (H + 2K) C) -> (R, H C)."""
+        return attention(*self.store(layer, qkv, beside), self.config)
 
-    def store(self, layer: int, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def store(self, layer: int, qkv: Tensor, beside: bool = False) -> tuple[Tensor | None, ...]:
         """Appends the keys and values of the R rows that follow filled[layer], from qkv (R, (H + 2K) C). Returns the
         rows' queries (1, H, R, C), the S keys and values of the layer that they may see, (1, K, S, C), and who sees
         which (R, S); None for a single row, which sees them all."""
-        first, rows = self.filled[layer], qkv.shape[0]  # len(qkv) takes ten times as long
+        rows = qkv.shape[0]  # len(qkv) takes ten times as long
+        first = self.filled[layer] - rows if beside else self.filled[layer]
         stop = self.filled[layer] = first + rows
         start, rope, mask = self._seen(first, stop, self._slides[layer])
         rope = rope if self._rotates[layer] else None
-        if self.rope.is_complex():
-            q, kv = split_pairs(qkv, 1, self.config, rope)
-        else:
-            q, k, v = split_heads(qkv, 1, self.config, rope)
-            kv = torch.cat([k, v], 1)
-        stored, K = self.keys_values[layer - 1], self.config.n_kv_heads
+        q, kv = split_heads(qkv, 1, self.config, rope)
+        stored, K = self.beside[layer] if beside else self.keys_values[layer - 1], self.config.n_kv_heads
         stored.narrow(2, first, rows).copy_(kv)  # stored[:, :, first:stop] = kv, in two thirds of the time
         seen = stored.narrow(2, start, stop - start)
         return q.type_as(seen), seen.narrow(1, 0, K), seen.narrow(1, K, K), mask

@@ -32,6 +32,7 @@ class Trace:
         self.model = model
         self.confidence = confidence
         self.hidden: list[Tensor] = []
+        self.adapted: dict[int, Tensor] = {}     # layer whose adapter is a block -> what its exit reads of h_l, (R, d)
         self.final: Tensor | None = None         # (R, V) logits of the rows that the head took, if any did
         self.candidates: Tensor | None = None    # (n,) int64 token ids; None is the whole vocabulary
         self.n = model.config.vocab_size         # how many candidates there are
@@ -51,6 +52,10 @@ class Trace:
     def layer(self) -> int:
         """The newest layer l."""
         return len(self.hidden) - 1
+
+    def exit_state(self, layer: int) -> Tensor:
+        """What the exit at `layer` reads: (1, d)."""
+        return self.adapted.get(layer, self.hidden[layer])[-1:]
 
     def decided(self, threshold: float) -> bool:
         """Whether the confidence after the newest layer reaches the threshold. A threshold of 0 is reached without
@@ -94,7 +99,7 @@ class Trace:
         if missing:
             if self._weights is None:
                 self._weights = [self.model.unembed[self.candidates]]
-            rows = torch.cat([self.model.exit_norm(self.hidden[layer][-1:], layer) for layer in missing])  # (m, d)
+            rows = torch.cat([self.model.exit_norm(self.exit_state(layer), layer) for layer in missing])  # (m, d)
             parts = [self.model.score(rows, weight) for weight in self._weights]
             logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # (m, n)
             self._logits.update(zip(missing, logits.unbind()))
@@ -118,7 +123,7 @@ class Trace:
     def whole(self) -> "Trace":
         """The same position at the last layer over the whole vocabulary."""
         trace, L = Trace(self.model, premature_layers=self._premature), self.model.config.n_layers
-        trace.hidden, trace._logits = self.hidden, {L: self.final[-1]}
+        trace.hidden, trace.adapted, trace._logits = self.hidden, self.adapted, {L: self.final[-1]}
         return trace
 
     def premature(self, layer: int) -> list[int]:
@@ -195,7 +200,7 @@ def hidden(trace: Trace, layer: int) -> Tensor:
 def classifier(trace: Trace, layer: int) -> Tensor:
     """sigmoid(w_l norm_l(h_l) + b_l), trained to predict argmax p_l = argmax p_L (CALM, section 3.5, early-exit
     classifier). Raises UserError for a layer without one."""
-    return trace.model.classify(trace.hidden[layer][-1:], layer)[0]
+    return trace.model.classify(trace.exit_state(layer), layer)[0]
 
 
 @register("entropy")

@@ -53,6 +53,8 @@ def run_pass(model: Transformer, cache: KVCache, tokens: list[int], trace: Trace
         if first < stop:  # without new tokens there are no rows until a layer that is owed some
             attend = partial(cache.attend, layer)  # stores these rows' keys and values, then attends
             x = block.forward(x, attend)  # not block(x, attend): a module's hooks cost time at every call
+            if layer in model.side_blocks:
+                trace.adapted[layer] = model.beside(layer, x, partial(attend, beside=True))
         trace.hidden.append(x)
         if layer in exits and trace.decided(exits[layer]):
             cache.hidden[first:stop] = x  # here they wait, at this depth, for a pass that goes on

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from common.config import option
 from common.errors import UserError
-from formats.adapters import adapt, adapter_shape
+from formats.adapters import adapt, at_size_one, make_adapters
 from formats.checkpoint import check_finite, check_size, fitting, read_tokenizer
 from formats.frequent_ids import find_frequent_ids
 from formats.heads import read_model
@@ -47,7 +47,7 @@ class ModelConfig:
     exit_norms: tuple[int, ...] = option((), "exit layers with a norm of their own; the others share the final norm")
     classifiers: tuple[int, ...] = option((), "exit layers with a confidence classifier")
     exit_layers: tuple[int, ...] = option((), "layers that the model was trained to exit at")
-    adapter: str | None = option(None, "before every norm in exit_norms: lowrank:RANK, mlp:WIDTH, or none")
+    adapter: str | None = option(None, "before norms in exit_norms: lowrank:RANK, mlp:WIDTH, block:WIDTH, or none")
     eos_id: tuple[int, ...] | int | None = option(2, "token that ends a text, or several; none: nothing does")
     head_dim: int | None = option(None, "width of a head, even; none: d_model / n_heads")
     activation: str = option("silu", "of the gated MLP: silu, or gelu_tanh (Gemma)")
@@ -95,18 +95,17 @@ class ModelConfig:
 # ---------------------------------------------------------------- positions and attention
 
 
-def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: Tensor | None) -> tuple[Tensor, ...]:
-    """(B T, (H + 2K) C) -> q (B, H, T, C), k and v (B, K, T, C); q and k are rotated by their positions. rope: from
-    `rotation`; None: not rotated."""
+def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B T, (H + 2K) C) -> q (B, H, T, C), and k above v (B, 2K, T, C); q and k are rotated by their positions. rope:
+    from `rotation`; None: not rotated."""
     if rope is not None and rope.is_complex():  # the weights are folded, see formats/weights.py
-        q, kv = split_pairs(qkv, batch, config, rope)
-        return q, *kv.chunk(2, 1)
+        return split_pairs(qkv, batch, config, rope)
     H, K, C = config.n_heads, config.n_kv_heads, config.head_dim
     heads = qkv.view(batch, -1, H + 2 * K, C).transpose(1, 2)  # (B, H + 2K, T, C)
-    qk, v = heads[:, : H + K], heads[:, H + K :]
-    if rope is not None:  # SmolLM3 has layers without
-        qk = rotate(qk, rope)
-    return qk[:, :H], qk[:, H:], v
+    if rope is None:  # SmolLM3 has layers without
+        return heads[:, :H], heads[:, H:]
+    qk, v = rotate(heads[:, : H + K], rope), heads[:, H + K :]
+    return qk[:, :H], torch.cat([qk[:, H:], v], 1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: ModelConfig, causal=False) -> Tensor:
@@ -219,9 +218,8 @@ class Transformer(nn.Module):
         if not config.tie_embeddings:
             self.unembedding = nn.Parameter(torch.empty(config.vocab_size, d))
         self.exit_norms = nn.ParameterDict({str(layer): torch.ones(d) for layer in config.exit_norms})
-        adapter = adapter_shape(config.adapter, d)  # None: there are none
-        adapted = config.exit_norms if adapter else ()
-        self.adapters = nn.ParameterDict({str(layer): torch.zeros(adapter) for layer in adapted})
+        self.adapters = make_adapters(config, Block)
+        self.side_blocks = {int(layer): block for layer, block in self.adapters.items() if isinstance(block, Block)}
         self.classifiers = nn.ParameterDict({str(layer): torch.zeros(d + 1) for layer in config.classifiers})  # w, b
         self.register_buffer("rope", rope_table(config), persistent=False)
         self.initialize()
@@ -229,10 +227,10 @@ class Transformer(nn.Module):
     def initialize(self) -> None:
         """Normal matrices; what writes into the residual stream starts smaller, by depth (GPT-2, Radford 2019)."""
         for name, weight in self.named_parameters():
-            if weight.dim() > 1:
+            if weight.dim() > 1 and not name.startswith("adapters"):  # these begin as nothing
                 residual = name.endswith(("out", "down"))
                 std = 0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02
-                nn.init.normal_(weight[:-1] if name.startswith("adapters") else weight, std=std)
+                nn.init.normal_(weight, std=std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Final-layer logits of a full pass without a cache: tokens (B, T) int64 -> (B, T, V) float32."""
@@ -270,10 +268,14 @@ class Transformer(nn.Module):
             mask = (mask & (documents[:, :, None] == documents[:, None, :]))[:, None]  # (B, 1, T, T)
 
         def attend(qkv: Tensor) -> Tensor:
-            q, k, v = split_heads(qkv, B, config, rope)
-            return attention(q, k, v, mask, config, causal=mask is None).type_as(qkv)
+            q, kv = split_heads(qkv, B, config, rope)
+            return attention(q, *kv.chunk(2, 1), mask, config, causal=mask is None).type_as(qkv)
 
         return attend
+
+    def beside(self, layer: int, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the exit at `layer` reads of h_l, where its adapter is a block: x (N, d) -> (N, d)."""
+        return self.side_blocks[layer].forward(at_size_one(x, self.config.norm_eps), attend)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """h_0 of tokens (N,): (N, d)."""
@@ -291,10 +293,10 @@ class Transformer(nn.Module):
         return self.unembed if self.packed_unembed is None else self.packed_unembed
 
     def exit_norm(self, hidden: Tensor, layer: int) -> Tensor:
-        """norm_l(h_l), (N, d): the layer's own norm, after its adapter, where it has them; else the final norm."""
+        """norm_l(h_l), (N, d): the layer's own norm, after its adapter unless that is a block; else the final norm."""
         if layer not in self.config.exit_norms:
             return rms_norm(hidden, self.norm, self.config.norm_eps)
-        if self.config.adapter:
+        if self.config.adapter and not self.side_blocks:
             hidden = adapt(hidden, self.adapters[str(layer)], self.config.norm_eps)
         return rms_norm(hidden, self.exit_norms[str(layer)], self.config.norm_eps)
 

@@ -2,6 +2,7 @@
 
 from cache import KVCache
 from decoding.record import Counters
+from formats.adapters import at_size_one
 from model import Transformer
 
 
@@ -11,4 +12,7 @@ def copy_up(model: Transformer, cache: KVCache, layer: int, counters: Counters) 
     for above, block in enumerate(model.blocks[layer:], layer + 1):
         rows = cache.owed(above, cache.filled[0])  # of the one position, at the depth of its exit
         cache.store(above, block.project(rows))
+        if above in model.side_blocks:
+            x = at_size_one(rows, model.config.norm_eps)
+            cache.store(above, model.side_blocks[above].project(x), beside=True)
         counters.block_flops += 2 * block.qkv.numel() * len(rows)

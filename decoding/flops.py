@@ -1,15 +1,12 @@
 """Floating-point operations of the model's parts, multiply-adds counted twice."""
 
-import math
-
-from formats.adapters import adapter_shape
+from formats.adapters import adapter_weights
 from model import ModelConfig
 
 
 def head_flops(config: ModelConfig, layer: int, n: int) -> int:
-    """One row's head over n tokens: 2 a weight, those of the layer's adapter included."""
-    adapter = adapter_shape(config.adapter, config.d_model) if layer in config.exit_norms else None
-    return 2 * config.d_model * n + 2 * math.prod(adapter or (0,))
+    """One row's head over n tokens: 2 a weight, those of the layer's adapter included if it is no block."""
+    return 2 * config.d_model * n + (2 * adapter_weights(config) if layer in config.exit_norms else 0)
 
 
 def block_flops(config: ModelConfig, first: int, stop: int) -> int:

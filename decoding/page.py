@@ -19,6 +19,7 @@ from decoding.display import layer_colour, piece, pieces
 from decoding.record import Token
 from decoding.replay import Emitted, Pass, Recorder
 from decoding.settings import DecodeConfig
+from formats.adapters import exit_states
 from model import Transformer
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -89,9 +90,10 @@ class Page:
         if lost:
             self.read(text + [each.token.id for each, _ in lost], lost)
 
+    @torch.inference_mode()
     def read(self, text: list[int], tokens: list[tuple[Emitted, dict]]) -> None:
         """Adds to the rows of tokens of `text` what every layer would have said in their place."""
-        states = hidden_states(self.model, text[:-1])
+        states = exit_states(self.model, torch.tensor([text[:-1]], device=self.model.embedding.device))
         for each, row in tokens:
             log_p = layer_log_probs(self.model, states, each.at - 1)
             best = log_p.topk(BEST)
@@ -138,12 +140,6 @@ def row_times(passes: list[Pass]) -> list[tuple[int, float, int]]:
             if each.rows(layer):
                 times.setdefault(each.rows(layer), []).append(seconds)
     return [(rows, short(median(times[rows])), len(times[rows])) for rows in sorted(times)]
-
-
-@torch.inference_mode()
-def hidden_states(model: Transformer, text: list[int]) -> list[Tensor]:
-    """h_0 .. h_L of a full pass over a text, each (T, d)."""
-    return model.hidden_states(torch.tensor([text], device=model.embedding.device))
 
 
 @torch.inference_mode()

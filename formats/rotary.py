@@ -66,14 +66,12 @@ def pair_order(config) -> Tensor:
     return torch.cat([rows[:turned].mT.flatten(), rows[turned:].flatten()])
 
 
-def split_pairs(qkv: Tensor, batch: int, config, turns: Tensor | None) -> tuple[Tensor, Tensor]:
+def split_pairs(qkv: Tensor, batch: int, config, turns: Tensor) -> tuple[Tensor, Tensor]:
     """`split_heads` where pairs are neighbours: one product of complex numbers, (x1 + i x2) e^(i angle), turns all
     heads. qkv (B T, (H + 2K) C) -> q (B, H, T, C), and k above v (B, 2K, T, C), float32 or finer. `turns` from
-    `rotation`; None: not rotated."""
+    `rotation`."""
     H, K, C = config.n_heads, config.n_kv_heads, config.head_dim
     heads = qkv.float() if qkv.element_size() < 4 else qkv
-    if turns is not None:
-        pairs = torch.view_as_complex(heads.view(batch, -1, H + 2 * K, C // 2, 2))
-        heads = torch.view_as_real(pairs * turns)
-    heads = heads.view(batch, -1, H + 2 * K, C).transpose(1, 2)
+    pairs = torch.view_as_complex(heads.view(batch, -1, H + 2 * K, C // 2, 2))
+    heads = torch.view_as_real(pairs * turns).view(batch, -1, H + 2 * K, C).transpose(1, 2)
     return heads.narrow(1, 0, H), heads.narrow(1, H, 2 * K)

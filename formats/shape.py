@@ -2,7 +2,7 @@
 
 from common.config import check_kinds, check_range
 from common.errors import UserError
-from formats.adapters import adapter_shape
+from formats.adapters import read_adapter
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 LIMITS = {"n_layers": 10_000, "max_len": 2**20}  # every layer is an object, every position a row of the rotary table
@@ -35,7 +35,7 @@ def check_shape(config) -> None:
     check_heads(config)
     if config.activation not in ACTIVATIONS:
         raise UserError(f"unknown activation {config.activation!r}; choose from {', '.join(ACTIVATIONS)}")
-    if adapter_shape(config.adapter, config.d_model) and not config.exit_norms:
+    if read_adapter(config.adapter)[0] and not config.exit_norms:
         raise UserError(f"adapter is {config.adapter}, but it stands before norms in exit_norms, and there are none")
     for name in ("exit_norms", "classifiers", "exit_layers"):
         check_layers(name, getattr(config, name), config.n_layers)

@@ -216,7 +216,7 @@ def test_sampled_agreement_is_the_chance_to_be_kept(tiny_model):
         trace, _ = running.advance(PROMPT, {})
         running.text.append(5)
         below = [state[-1:] for state in trace.hidden[:3]]
-        alone = module.ask_alone(running, below)
+        alone = module.ask_alone(running, below, {})
         said = module.agreement(running, alone, 2, trace.final[-1], len(PROMPT))
     listed = alone.candidates.numpy()
     p = np.exp(trace.final[-1].double().numpy() / 0.8)

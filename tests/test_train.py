@@ -797,7 +797,7 @@ MISTAKES = {  # a flag -> what the line must say
     "--frequent-ids={files}/dev.tsv": "belong to a model to start from; name it with --init",
     "--init={out}/model.pt --heads={files}/dev.tsv": "dev.tsv: its archive",
     "--init={out}/model.pt --heads={out}/model.pt": "model.pt: holds a whole model",
-    "--adapter=mlp": "it must be one of lowrank:SIZE, mlp:SIZE",
+    "--adapter=mlp": "it must be one of lowrank:SIZE, mlp:SIZE, block:SIZE",
     "--layer-dropout=2": "layer_dropout is 2.0; it must be at least 0 and at most 1",
     "--exit-weights=1,2": "give 3 above 0, one an exit and the last layer's",
     "--init={files}/dev.tsv": "dev.tsv: not a readable checkpoint",

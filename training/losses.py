@@ -172,16 +172,17 @@ class Exits:
         targets: Tensor,
         train_last: bool = True,
         unembed: Tensor | None = None,
+        read: Callable[[int, Tensor], Tensor] = lambda layer, state: state,
     ):
         """states: h_0 .. h_L (B T, d); which of their rows learn, and what comes next there: (N,), (N,); `unembed` as
-        in `sum_of_losses`."""
+        in `sum_of_losses`; `read` gives what the exit of a layer reads of a state, where adapters are blocks."""
         self.model, self.config, self.step = model, config, step
         self.last = model.config.n_layers
         self.learned, self.targets = learned, targets
         self.asked: set[int] = set()  # layers whose logits the loss has used
         self.deepest: Tensor | None = None  # of the last weighted sum the deepest layer's loss: what the log shows
         self._unembed = model.unembed if unembed is None else unembed
-        self._states, self._learned_states, self._agreed = states, {}, {}
+        self._states, self._read, self._learned_states, self._agreed = states, read, {}, {}
         self._top = [self.last] if train_last else []
 
     def every(self) -> list[int]:
@@ -193,9 +194,9 @@ class Exits:
         return [*exits_in_turn(self.config.exits, self.config.per_step, self.step), *self._top]
 
     def state(self, layer: int) -> Tensor:
-        """h_l at the learned positions: (N, d)."""
+        """h_l at the learned positions, or what the adapter's block at this exit makes of it: (N, d)."""
         if layer not in self._learned_states:
-            self._learned_states[layer] = self._states[layer][self.learned]
+            self._learned_states[layer] = self._read(layer, self._states[layer])[self.learned]
         return self._learned_states[layer]
 
     def logits(self, layer: int) -> Tensor:

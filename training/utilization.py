@@ -6,13 +6,12 @@ asked. Not counted is what an implementation adds, blocks made anew with --recom
 what is small: norms, rotation, softmax.
 """
 
-import math
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 
 import torch
 
-from formats.adapters import adapter_shape
+from formats.adapters import adapter_weights, read_adapter, side_shape
 from model import ModelConfig
 from training.settings import TrainConfig
 
@@ -63,16 +62,21 @@ def batch_flops(
     """Operations of a micro-batch of rows of `length` positions, forward and backward, that ran `layers` blocks, and
     asked the heads of these layers, over so many `ids` (None: all), for its targets. `frozen`: --train heads, in which
     blocks only go forward, and the unembedding gets no gradient."""
-    C, d = config.head_dim, config.d_model
-    weights = d * (2 * (config.n_heads + config.n_kv_heads) * C + 3 * config.d_ff)  # of a block's matrices
-    position = 2 * weights + 4 * config.n_heads * C * length  # forward
-    blocks = rows * length * layers * position
-    unembed = targets * len(heads) * 2 * d * (ids or config.vocab_size)
-    adapted = set(heads) & set(config.exit_norms)
-    adapters = targets * len(adapted) * 2 * math.prod(adapter_shape(config.adapter, d) or (0,))
+    blocks = rows * length * layers * position_flops(config, length)
+    unembed = targets * len(heads) * 2 * config.d_model * (ids or config.vocab_size)
+    adapted = len(set(heads) & set(config.exit_norms))
+    adapters = targets * adapted * 2 * adapter_weights(config)
+    if adapted and read_adapter(config.adapter)[0] == "block":
+        adapters = rows * length * adapted * position_flops(side_shape(config), length)
     if frozen:
         return blocks + 2 * unembed + 3 * adapters
     return 3 * (blocks + unembed + adapters)
+
+
+def position_flops(config: ModelConfig, length: int) -> int:
+    """Operations of one block, forward, for one of `length` positions."""
+    weights = config.d_model * (2 * (config.n_heads + config.n_kv_heads) * config.head_dim + 3 * config.d_ff)
+    return 2 * weights + 4 * config.n_heads * config.head_dim * length
 
 
 def speeds(positions: int, flops: int, seconds: float, peak: float | None) -> dict[str, float]:

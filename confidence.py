@@ -16,6 +16,8 @@ from torch import Tensor
 from common.plugins import find_function
 from decoding.asking import ask
 from decoding.flops import head_flops
+from formats.classifiers import belief
+from formats.weights import lookup
 from model import Transformer
 
 ALPHA = 0.1  # plausibility: tokens of at least this share of the largest probability (Li 2022, section 3.2)
@@ -43,7 +45,7 @@ class Trace:
         self._schedule, self._limits = SCHEDULES[prune], (prune_k, prune_min)
         self._premature = premature_layers
         self._logits: dict[int, Tensor] = {}     # layer -> z over the candidates, (n,)
-        self._guesses: dict[int, Tensor] = {}    # layer asked -> its best candidate, noted before candidates go
+        self._guesses: dict[int, Tensor] = {}    # layer asked -> its candidates, the best first, before these go
         self._weights: list[Tensor] | None = [model.head_weight]  # (n, d) side by side; None: not gathered yet
         if shortlist is not None:
             self.candidates, self._weights, self.n = shortlist.ids, shortlist.weights, len(shortlist.ids)
@@ -77,13 +79,13 @@ class Trace:
         if size >= self.n:
             return
         for layer in self.confidences:  # what earlier exits would have said may go with the candidates
-            self._guesses.setdefault(layer, self.token(self.logits(layer).argmax()))
+            self._guesses.setdefault(layer, self.token(self.logits(layer).argmax(keepdim=True)))
         best, index = newest.topk(size)  # (size,) by falling z_l
         self.candidates = self.token(index)
         self._weights, self.n = None, size
         del self._logits[self.layer]
         self._logits = {layer: logits[index] for layer, logits in self._logits.items()}
-        self._logits[self.layer], self._guesses[self.layer] = best, self.candidates[0]  # the best is the first
+        self._logits[self.layer], self._guesses[self.layer] = best, self.candidates
 
     def logits(self, layer: int) -> Tensor:
         """z of `layer` <= l over the candidates: (n,)."""
@@ -98,8 +100,9 @@ class Trace:
         missing = [layer for layer in layers if layer not in self._logits]
         if missing:
             if self._weights is None:
-                self._weights = [self.model.unembed[self.candidates]]
-            rows = torch.cat([self.model.exit_norm(self.exit_state(layer), layer) for layer in missing])  # (m, d)
+                self._weights = [lookup(self.model.unembed, self.candidates)]
+            normed = [self.model.exit_norm(self.exit_state(layer), layer) for layer in missing]
+            rows = normed[0] if len(normed) == 1 else torch.cat(normed)  # (m, d)
             parts = [self.model.score(rows, weight) for weight in self._weights]
             logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # (m, n)
             self._logits.update(zip(missing, logits.unbind()))
@@ -112,7 +115,7 @@ class Trace:
 
     def guess(self, layer: int) -> int:
         """Token id of the most probable candidate at `layer`, of those that there were when it was asked."""
-        return int(self._guesses[layer] if layer in self._guesses else self.token(self.logits(layer).argmax()))
+        return int(self._guesses[layer][0] if layer in self._guesses else self.token(self.logits(layer).argmax()))
 
     def spread(self, probs: Tensor | None) -> Tensor | None:
         """Probabilities of the candidates (n,) as those of the vocabulary (V,)."""
@@ -161,12 +164,12 @@ SCHEDULES: dict[str, Callable[[Trace, int, int], int] | None] = {
 
 # ---------------------------------------------------------------- confidence functions
 
-Confidence = Callable[[Trace, int], Tensor]
+Confidence = Callable[[Trace, int], Tensor | float]
 FUNCTIONS: dict[str, Confidence] = {}
 
 
 def register(name: str, reads_logits: bool = True) -> Callable[[Confidence], Confidence]:
-    """Registers a confidence function (trace, layer) -> scalar tensor in [0, 1] under `name`. Where it reads hidden
+    """Registers a confidence function (trace, layer) -> a number in [0, 1] under `name`. Where it reads hidden
     states alone, say reads_logits=False: no head is computed to ask it."""
 
     def add(function: Confidence) -> Confidence:
@@ -184,23 +187,24 @@ def resolve(name: str | Confidence) -> Confidence:
 
 
 @register("softmax")
-def softmax(trace: Trace, layer: int) -> Tensor:
+def softmax(trace: Trace, layer: int) -> float:
     """p_l(1st) - p_l(2nd) (CALM, Schuster 2022, section 3.5, softmax response)."""
     return margin(trace.logits(layer).softmax(-1))
 
 
 @register("hidden", reads_logits=False)
-def hidden(trace: Trace, layer: int) -> Tensor:
+def hidden(trace: Trace, layer: int) -> float:
     """max(0, cos(h_l, h_{l-1})) (CALM, section 3.5, hidden-state saturation)."""
     now, before = trace.hidden[layer][-1].float(), trace.hidden[layer - 1][-1].float()
-    return torch.cosine_similarity(now, before, dim=-1).clamp(0, 1)
+    sizes = math.sqrt(float(now.dot(now)) * float(before.dot(before)))
+    return max(0.0, float(now.dot(before)) / max(sizes, 1e-12))  # numbers: operations on tensors cost more than this
 
 
 @register("classifier", reads_logits=False)
-def classifier(trace: Trace, layer: int) -> Tensor:
+def classifier(trace: Trace, layer: int) -> float:
     """sigmoid(w_l norm_l(h_l) + b_l), trained to predict argmax p_l = argmax p_L (CALM, section 3.5, early-exit
     classifier). Raises UserError for a layer without one."""
-    return trace.model.classify(trace.exit_state(layer), layer)[0]
+    return belief(trace.model, trace.exit_state(layer), layer)
 
 
 @register("entropy")
@@ -211,7 +215,7 @@ def entropy(trace: Trace, layer: int) -> Tensor:
 
 
 @register("weighted")
-def weighted(trace: Trace, layer: int) -> Tensor:
+def weighted(trace: Trace, layer: int) -> float:
     """Margin of p_l contrasted with the fixed amateur m = max(1, floor(l/2)) (after ACD, Gera 2023). Layer 1 is its
     own amateur: there the plausible tokens become equal, and the margin is 0 unless there is one alone."""
     return margin(contrasted(trace, layer, halfway(trace, layer)))
@@ -223,7 +227,7 @@ def halfway(trace: Trace, layer: int) -> int:
 
 
 @register("jsd")
-def jsd(trace: Trace, layer: int) -> Tensor:
+def jsd(trace: Trace, layer: int) -> float:
     """Margin of p_l contrasted with the layer that `most_different` finds (after DoLa, Chuang 2023); of p_l alone
     where there is none."""
     amateur = most_different(trace, layer)
@@ -242,9 +246,9 @@ def most_different(trace: Trace, layer: int, by_distance: bool = True) -> int | 
     return premature[int((jensen_shannon(log_p, log_q) / distance).argmax())]
 
 
-def margin(probs: Tensor) -> Tensor:
-    """Difference of the two largest probabilities of (..., n), in [0, 1]."""
-    first, second = probs.topk(2).values.unbind(-1)
+def margin(probs: Tensor) -> float:
+    """Difference of the two largest probabilities of (n,), in [0, 1]."""
+    first, second = probs.topk(2).values.tolist()
     return first - second
 
 

@@ -211,6 +211,7 @@ class Transformer(nn.Module):
         self.config = config
         self.form = "plain"  # how the weights are stored, see formats/weights.py
         self.packed_unembed: Tensor | None = None  # the unembedding so stored, where that is a second copy
+        self.ready_classifiers: dict[int, tuple[Tensor, float]] = {}  # of final weights, see formats/classifiers.py
         self.frequent_ids: Tensor | None = None  # (n,) by falling frequency in a corpus, see decoding/shortlist.py
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, d))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -294,11 +295,14 @@ class Transformer(nn.Module):
 
     def exit_norm(self, hidden: Tensor, layer: int) -> Tensor:
         """norm_l(h_l), (N, d): the layer's own norm, after its adapter unless that is a block; else the final norm."""
-        if layer not in self.config.exit_norms:
-            return rms_norm(hidden, self.norm, self.config.norm_eps)
-        if self.config.adapter and not self.side_blocks:
-            hidden = adapt(hidden, self.adapters[str(layer)], self.config.norm_eps)
-        return rms_norm(hidden, self.exit_norms[str(layer)], self.config.norm_eps)
+        gain = self.exit_norms[str(layer)] if layer in self.config.exit_norms else self.norm
+        return rms_norm(self.adapted(hidden, layer), gain, self.config.norm_eps)
+
+    def adapted(self, hidden: Tensor, layer: int) -> Tensor:
+        """What norm_l gets, (N, d): h_l after the layer's adapter, where it has one that is no block."""
+        if not self.config.adapter or self.side_blocks or layer not in self.config.exit_norms:
+            return hidden
+        return adapt(hidden, self.adapters[str(layer)], self.config.norm_eps)
 
     def score(self, normed: Tensor, weight: Tensor) -> Tensor:
         """Logits of the tokens whose rows of the unembedding are `weight` (n, d): norm_l(h_l) (N, d) -> (N, n)
@@ -309,16 +313,6 @@ class Transformer(nn.Module):
     def head(self, hidden: Tensor, layer: int | None = None) -> Tensor:
         """z_l = W norm_l(h_l): hidden (N, d) after `layer` (None: the last) -> logits (N, V) float32."""
         return self.score(self.exit_norm(hidden, layer or self.config.n_layers), self.head_weight)
-
-    def classify(self, hidden: Tensor, layer: int) -> Tensor:
-        """sigmoid(w_l norm_l(h_l) + b_l), the classifier's belief that exit `layer` agrees with the last layer:
-        (N, d) -> (N,) float32. Raises UserError if this layer has none."""
-        if layer not in self.config.classifiers:
-            have = ", ".join(map(str, self.config.classifiers)) or "none"
-            raise UserError(f"layer {layer} has no confidence classifier (layers with one: {have}); train it, or ask "
-                            "another confidence")
-        w = self.classifiers[str(layer)]
-        return (self.exit_norm(hidden, layer).to(w.dtype) @ w[:-1] + w[-1]).float().sigmoid()
 
 
 # ---------------------------------------------------------------- from a file

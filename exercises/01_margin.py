@@ -4,7 +4,7 @@ A model may stop after layer l if the next token is decided there. CALM's simple
 "softmax response"): take the distribution p_l over the vocabulary that layer l would predict, and subtract the second
 largest probability from the largest. 1 is certain, 0 is a tie.
 
-A confidence function gets the trace of the newest position and a layer, and returns a scalar tensor in [0, 1].
+A confidence function gets the trace of the newest position and a layer, and returns a number in [0, 1].
 `trace.logits(layer)` are the layer's logits, (n,). Write it below, then
 
     python -m pytest exercises/01_margin.py

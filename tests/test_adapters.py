@@ -13,6 +13,7 @@ from decode import DecodeConfig, Run, generate
 from decoding.drafting import position_states
 from decoding.flops import block_flops
 from formats.adapters import at_size_one, exit_state, exit_states, side_shape
+from formats.classifiers import belief
 from formats.weights import store
 from model import Block, ModelConfig, Transformer
 from training.batches import Batch
@@ -61,7 +62,7 @@ def test_what_exits_said_in_decoding_is_what_they_say_in_a_full_pass(tiny_model,
         for layer, confidence in confidences.items():
             row = read[layer][len(PROMPT) - 1 + number][None]
             logits = plain.head(row, layer)
-            expected = plain.classify(row, layer) if config.confidence == "classifier" else margin(logits.softmax(-1))
+            expected = belief(plain, row, layer) if config.confidence == "classifier" else margin(logits[0].softmax(-1))
             assert confidence == pytest.approx(float(expected), abs=2e-4)
             checked += 1
     assert checked and (out.counters.drafted if config.verify else min(out.exit_layers) < 5)

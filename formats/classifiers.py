@@ -1,0 +1,37 @@
+"""The confidence classifier of an exit: sigmoid(w norm(h) + b) of one state, in as few operations as it takes. A
+question must cost little beside a block, and on a CPU an operation on a few hundred numbers costs what a Python call
+does. So the norm's gain is multiplied into w beforehand, and what is left are two scalar products.
+
+Dimensions: d model width.
+"""
+
+import math
+
+from torch import Tensor
+
+from common.errors import UserError
+
+
+def belief(model, state: Tensor, layer: int) -> float:
+    """The classifier's belief that exit `layer` agrees with the last layer, of what the exit reads, (1, d). Raises
+    UserError if this layer has none."""
+    row, bias = model.ready_classifiers.get(layer) or folded(model, layer)
+    x = model.adapted(state, layer)[0].to(row.dtype)
+    size = math.sqrt(float(x.dot(x)) / len(row) + model.config.norm_eps)
+    return sigmoid(float(x.dot(row)) / size + bias)
+
+
+def folded(model, layer: int) -> tuple[Tensor, float]:
+    """w times the gain of the layer's norm, (d,) float32 or finer, and b."""
+    if layer not in model.config.classifiers:
+        have = ", ".join(map(str, model.config.classifiers)) or "none"
+        raise UserError(f"layer {layer} has no confidence classifier (layers with one: {have}); train it, or ask "
+                        "another confidence")
+    w = model.classifiers[str(layer)].detach().float()
+    gain = model.exit_norms[str(layer)] if layer in model.config.exit_norms else model.norm
+    return w[:-1] * gain.detach(), float(w[-1])
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + e^-x), for any x."""
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

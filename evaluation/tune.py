@@ -3,11 +3,11 @@ checkpoint.
 
 What is promised: of a function's threshold and of the static exit, with the layers chosen before on other inputs,
 candidates are walked from cautious to bold and the walk ends at the first that does not keep 99 % of every score of the
-full model at the lower end of its bootstrap interval. So the chance that a chosen row keeps less on inputs of the same
-source is about 5 %, given a few hundred inputs: a bootstrap does not know of losses that it has not met, and what is
-not met in n inputs may still happen in 3 of n. The other pruning schedules and the copy fill share the chosen layers
-and threshold without a promise of their own; verified rows keep everything anyway. Whether inputs of test are of the
-same source as those of dev, no margin can promise.
+full model at the lower end of its bootstrap interval; then shortlists, where frequent ids are known. So the chance that
+a chosen row keeps less on inputs of the same source is about 5 %, given a few hundred inputs: a bootstrap does not know
+of losses that it has not met, and what is not met in n inputs may still happen in 3 of n. The other pruning schedules
+and the copy fill share the chosen layers and threshold without a promise of their own; verified rows keep everything
+anyway. Whether inputs of test are of the same source as those of dev, no margin can promise.
 """
 
 import argparse
@@ -46,6 +46,7 @@ SHARES = (
 DRAFTS = ((1 / 6,), (1 / 4,), (1 / 3,), (1 / 4, 1 / 2))  # exit sets of verified mode, whose early tokens are drafts
 COARSE, FINE = (0.6, 0.3), (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # thresholds, from cautious to bold
 LOOSE, OWED = (0.6, 0.4, 0.2), (8, 16)  # verified mode: thresholds, bounds of the owed rows
+SHORTLISTS = (1 / 2, 1 / 4)  # of the vocabulary, from cautious to bold
 PRUNING = {
     "none": {"prune": "none"},
     "decaying": {"prune": "decaying"},
@@ -96,11 +97,24 @@ def tune(model, tokenizer, task: Task, examples: list[Example]) -> dict[str, dic
         configs = candidates(model.config.n_layers, exits, task.max_new_tokens, name, layers, verify)
         return measure_candidates(model, tokenizer, task, inputs, configs, f"{task.name}, {name}{' verified' * verify}")
 
+    def try_shortlists(inputs: list[Example], row: DecodeConfig) -> list[Tried]:
+        title = f"{task.name}, {row.confidence}{' verified' * row.verify}, shortlists"
+        return measure_candidates(model, tokenizer, task, inputs, with_shortlists(model, row), title)
+
     layers = fastest(try_out(some, "softmax")).exit_layers
     verified, jsd_verified = (fastest(try_out(some, name, verify=True)) for name in ("softmax", "jsd"))
     static = boldest(try_out(others, "static"))
     softmax, weighted, jsd = (boldest(try_out(others, name, layers)) for name in ("softmax", "weighted", "jsd"))
+    softmax, weighted, jsd = (boldest(try_shortlists(others, row)) for row in (softmax, weighted, jsd))
+    verified, jsd_verified = (fastest(try_shortlists(some, row)) for row in (verified, jsd_verified))
     chosen = {"static": static, "softmax": softmax, "weighted": weighted, "jsd": jsd, "verified": verified}
+    return rows_of(task, chosen, jsd_verified)
+
+
+def rows_of(task: Task, chosen: dict[str, DecodeConfig], jsd_verified: DecodeConfig) -> dict[str, dict]:
+    """All rows of a task, those `chosen` and those that share their layers and thresholds, as the fields that differ
+    from DecodeConfig's defaults."""
+    chosen, softmax, jsd = dict(chosen), chosen["softmax"], chosen["jsd"]
     for schedule, changes in PRUNING.items():
         chosen[f"softmax {schedule}"] = replace(softmax, **changes)
     for schedule, changes in PRUNING.items():
@@ -108,7 +122,8 @@ def tune(model, tokenizer, task: Task, examples: list[Example]) -> dict[str, dic
     chosen["softmax copy"] = replace(softmax, fill="copy")
     chosen["jsd verified"] = jsd_verified
     default = DecodeConfig(max_new_tokens=task.max_new_tokens)
-    chosen["verified auto"] = replace(default, confidence="softmax", verify=True, draft="auto")  # needs no tuning
+    auto = {"confidence": "softmax", "verify": True, "draft": "auto"}  # needs no tuning
+    chosen["verified auto"] = replace(default, **auto, shortlist=chosen["verified"].shortlist)
     return {name: fields_that_differ(config, default) for name, config in chosen.items()}
 
 
@@ -127,6 +142,14 @@ def candidates(
         return [replace(base, exit_layers=each, threshold=bar, max_owed=owed, verify=True) for each, bar, owed in grid]
     grid = product([layers], FINE) if layers else product(exit_sets(SHARES, n_layers, exits), COARSE)
     return [replace(base, exit_layers=each, threshold=bar) for each, bar in grid]
+
+
+def with_shortlists(model, row: DecodeConfig) -> list[DecodeConfig]:
+    """A setting asked over the vocabulary, and over shortlists, from cautious to bold; alone where no frequent ids are
+    known, or too few."""
+    known = 0 if model.frequent_ids is None else len(model.frequent_ids)
+    sizes = [int(share * model.config.vocab_size) for share in SHORTLISTS]
+    return [row, *(replace(row, shortlist=size) for size in sizes if size <= known)]
 
 
 def exit_sets(shares: tuple[tuple[float, ...], ...], n_layers: int, exits: list[int]) -> list[tuple[int, ...]]:
@@ -200,6 +223,7 @@ def told(each: Tried) -> DecodeConfig:
     """The setting of a candidate, after saying why it was taken."""
     config = each.config
     bound = f", at most {config.max_owed} owed," if config.verify else ""
+    bound += f", shortlist {config.shortlist}," if config.shortlist else ""
     tqdm.write(
         f"{each.title}: exits {config.exit_layers}, threshold {config.threshold}{bound} keep {each.kept:.1%}, surely "
         f"{each.surely:.1%}, at {each.speedup:.2f} times the full model's speed on {each.inputs} inputs"

@@ -1,7 +1,8 @@
 """Frequent ids: the token ids of a corpus by falling count, which a shortlist begins with (decoding/shortlist.py).
-tools/shortlist.py counts them; they lie in a checkpoint, or in a small .npy file of their own."""
+tools/shortlist.py counts them; they lie in a checkpoint, or in a small .npy file of their own, perhaps beside it."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,8 +14,11 @@ from common.files import check_input
 
 def find_frequent_ids(file: str | os.PathLike | None, checkpoint: str | os.PathLike, content: dict,
                       vocab_size: int) -> Tensor | None:
-    """The ids in `file`, or without one those in the content of a checkpoint, if there are any: (n,) int64. Raises
-    UserError for what is no list of a model's ids."""
+    """The ids in `file`, or without one those in the content of a checkpoint, or in the file beside it (model.ids.npy
+    beside model.pt), if there are any: (n,) int64. Raises UserError for what is no list of a model's ids."""
+    beside = Path(checkpoint).with_suffix(".ids.npy")
+    if file is None and "frequent_ids" not in content and beside.is_file():
+        file = beside
     if file is not None:
         return checked(read_ids(file), vocab_size, file)
     if "frequent_ids" not in content:

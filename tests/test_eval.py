@@ -207,6 +207,15 @@ def test_tune_writes_settings_that_the_table_reads(checkpoint, tiny_model, monke
     run_command(monkeypatch, "--checkpoint", checkpoint, "--limit", 1, "--settings", new)
 
 
+def test_shortlists_are_tried_where_frequent_ids_are_known(tiny_model):
+    model, row = tiny_model(), DecodeConfig(confidence="softmax", prune="fixed")
+    assert tune.with_shortlists(model, row) == [row]
+    model.frequent_ids = torch.arange(30)
+    assert [each.shortlist for each in tune.with_shortlists(model, row)] == [None, 25, 12]
+    model.frequent_ids = torch.arange(20)
+    assert tune.with_shortlists(model, row) == [row, replace(row, shortlist=12)]
+
+
 def test_every_candidate_fits_its_model():
     for n_layers in (3, 5, 12, 30):
         for name, layers, verify in (("static", None, False), ("softmax", None, False), ("jsd", (1, 2), False), ("softmax", None, True)):

@@ -58,8 +58,8 @@ def expected_ids(checkpoint) -> list[int]:
     """By falling count, of equal counts the lower id first, counted once more, in another way."""
     _, tokenizer = load_checkpoint(checkpoint)
     counts = np.zeros(4096, int)
-    for prompt, completion in PAIRS:
-        np.add.at(counts, [*encode_prompt(tokenizer, prompt), *tokenizer.encode(completion), EOS], 1)
+    for _, completion in PAIRS:
+        np.add.at(counts, [*tokenizer.encode(completion), EOS], 1)
     np.add.at(counts, [*tokenizer.encode("Once more."), EOS], 1)
     order = np.argsort(-counts, kind="stable")
     return order[: np.count_nonzero(counts)].tolist()
@@ -72,15 +72,15 @@ def test_ids_go_by_falling_count_and_equal_counts_by_id():
 def test_every_tenth_document_is_left_out():
     documents = [([1], [number]) for number in range(100, 125)]
     counts, held_counts, held = shortlist.count(documents)
-    assert held == [([1], [109]), ([1], [119])] and held_counts == {1: 2, 109: 1, 119: 1}
-    assert counts[1] == 23 and counts[109] == 0 and counts.total() == 46
+    assert held == [([1], [109]), ([1], [119])] and held_counts == {109: 1, 119: 1}
+    assert counts[1] == 0 == counts[109] and counts[110] == 1 and counts.total() == 23
 
 
 def test_coverage_by_hand():
-    """Of the prompt 5 5 8 and the completion 5 8 9 9, the list [5] holds three of seven tokens; in decoding 5 is
-    listed, 8 stands in the prompt, and the second 9 is in the text by then: three of four."""
-    assert shortlist.coverage([5], [([5, 5, 8], [5, 8, 9, 9])]) == (3 / 7, 3 / 4)
-    assert shortlist.coverage([5], [([5, 5, 8], [5, 8, 9, 9]), ([], [5])]) == (4 / 8, 4 / 5)
+    """Of the completion 5 8 9 9 the list [5] holds one of four tokens; in decoding, after the prompt 5 5 8, 5 is listed,
+    8 stands in the prompt, and the second 9 is in the text by then: three of four."""
+    assert shortlist.coverage([5], [([5, 5, 8], [5, 8, 9, 9])]) == (1 / 4, 3 / 4)
+    assert shortlist.coverage([5], [([5, 5, 8], [5, 8, 9, 9]), ([], [5])]) == (2 / 5, 4 / 5)
 
 
 def test_a_copy_of_the_checkpoint_has_the_ids_and_all_else(checkpoint, data, command):
@@ -118,6 +118,11 @@ def test_the_ids_alone_are_a_small_file_that_outranks_the_checkpoint(checkpoint,
     content = {"frequent_ids": torch.tensor([4, 2])}
     assert find_frequent_ids(None, checkpoint, content, 4096).tolist() == [4, 2]
     assert find_frequent_ids(out, checkpoint, content, 4096).tolist() == ids.tolist()
+    assert find_frequent_ids(None, checkpoint, {}, 4096) is None
+    out.rename(checkpoint.with_suffix(".ids.npy"))
+    assert find_frequent_ids(None, checkpoint, {}, 4096).tolist() == ids.tolist()
+    assert load_checkpoint(checkpoint)[0].frequent_ids.tolist() == ids.tolist()
+    assert find_frequent_ids(None, checkpoint, content, 4096).tolist() == [4, 2]
 
 
 def test_the_flag_gives_a_checkpoint_its_ids(checkpoint, data, command, monkeypatch):

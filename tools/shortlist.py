@@ -1,9 +1,11 @@
-"""Counts the token ids of a corpus, which --shortlist asks over (decoding/shortlist.py), the most frequent first.
+"""Counts the token ids of a corpus, which --shortlist asks over (decoding/shortlist.py), the most frequent first: those
+of completions, for the ids of a prompt are in the shortlist of its text anyway, or of whole texts.
 
-    python -m tools.shortlist --checkpoint model.pt --data train.jsonl --out counted.pt    a copy of the checkpoint
-    python -m tools.shortlist --checkpoint model.pt --data train.jsonl --out ids.npy       the ids alone
+    python -m tools.shortlist --checkpoint model.pt --data train.jsonl --out model.ids.npy    ids alone
+    python -m tools.shortlist --checkpoint model.pt --data train.jsonl --out counted.pt       a copy of it
 
-The copy has the ids inside; those alone are given to decode.py and eval.py by --frequent-ids ids.npy.
+In model.ids.npy beside model.pt the ids are found; elsewhere decode.py and eval.py are told, --frequent-ids ids.npy.
+The copy has them inside.
 """
 
 import common.threads  # noqa: F401  before torch
@@ -27,7 +29,7 @@ from formats.data import Corpus
 from formats.tokenizer import encode_prompt
 from model import load_checkpoint
 
-SIZES = (1024, 4096, 8192, 16384)  # of shortlists whose coverage is printed
+SIZES = (1024, 2048, 4096, 8192, 16384)  # of shortlists whose coverage is printed
 HELD_OUT = 10                      # every so many-th pair is left out to measure it
 Encoded = tuple[list[int], list[int]]  # the token ids of a prompt and of its completion
 
@@ -46,40 +48,39 @@ def by_count(counts: Counter) -> list[int]:
 
 
 def count(documents: Iterator[Encoded]) -> tuple[Counter, Counter, list[Encoded]]:
-    """How often every id occurred: in all documents but every tenth, in these, and these themselves."""
+    """How often every id occurred in completions: of all documents but every tenth, of these; and these themselves."""
     counts, held_counts, held = Counter(), Counter(), []
     for number, (prompt, completion) in enumerate(documents, 1):
         if number % HELD_OUT == 0:
-            held_counts.update(prompt + completion)
+            held_counts.update(completion)
             held.append((prompt, completion))
         else:
-            counts.update(prompt + completion)
+            counts.update(completion)
     return counts, held_counts, held
 
 
 def coverage(ids: list[int], documents: list[Encoded]) -> tuple[float, float]:
-    """What share of the tokens of documents a shortlist of these ids holds: of all tokens; and of those of the
-    completions, with the ids of the text before each, as in decoding."""
-    listed, tokens, held, generated, held_generated = set(ids), 0, 0, 0, 0
+    """What share of the tokens of completions a shortlist of these ids holds: by itself; and with the ids of the text
+    before each, as in decoding."""
+    listed, tokens, held, held_with_text = set(ids), 0, 0, 0
     for prompt, completion in documents:
-        tokens += len(prompt) + len(completion)
-        held += sum(token in listed for token in prompt + completion)
+        tokens += len(completion)
         known = set(prompt)
         for token in completion:
-            held_generated += token in listed or token in known
+            held += token in listed
+            held_with_text += token in listed or token in known
             known.add(token)
-        generated += len(completion)
-    return held / tokens, held_generated / generated
+    return held / tokens, held_with_text / tokens
 
 
 def print_coverage(counts: Counter, held: list[Encoded]) -> None:
     """A table over sizes of the shortlist."""
     ids = by_count(counts)
     print(f"on every {HELD_OUT}th pair ({len(held):,}), whose tokens the others did not count, a shortlist holds")
-    print(f"  {'ids':>8}  {'of all tokens':>14}  {'of completions, with the ids of the text before':>48}")
+    print(f"  {'ids':>8}  {'of the tokens':>14}  {'with the ids of the text before':>32}")
     for size in [size for size in SIZES if size < len(ids)] + [len(ids)]:
-        of_all, of_completions = coverage(ids[:size], held)
-        print(f"  {size:>8,}  {of_all:>14.1%}  {of_completions:>48.1%}")
+        alone, with_text = coverage(ids[:size], held)
+        print(f"  {size:>8,}  {alone:>14.1%}  {with_text:>32.1%}")
 
 
 def write(out: Path, ids: list[int], checkpoint: str) -> None:
@@ -119,7 +120,7 @@ def main() -> None:
     pairs = tqdm(Corpus(args.data), desc="counting", unit="pair", disable=None, leave=False)
     counts, held_counts, held = count(encoded(pairs, tokenizer, sorted(model.config.ends)))
     everything = counts + held_counts
-    print(f"{everything.total():,} tokens, {len(everything):,} of {model.config.vocab_size:,} ids")
+    print(f"{everything.total():,} tokens of completions, {len(everything):,} of {model.config.vocab_size:,} ids")
     if held:
         print_coverage(counts, held)
     ids = by_count(everything)

@@ -51,21 +51,27 @@ class Measured:
 
 
 def run_in_turns(
-    model: Transformer, prompts: list[list[int]], configs: dict[str, DecodeConfig], repeat: int, title: str
+    model: Transformer,
+    prompts: list[list[int]],
+    configs: dict[str, DecodeConfig],
+    repeat: int,
+    title: str,
+    others: dict[str, Transformer] | None = None,
 ) -> dict[str, Measured]:
-    """Decodes every prompt under every config, in turn, `repeat` times, after a warm-up. Several processes (torchrun)
-    share the prompts."""
+    """Decodes every prompt under every config, in turn, `repeat` times, after a warm-up; rows named in `others` by a
+    model of their own. Several processes (torchrun) share the prompts."""
     rank, world = processes()
     rows = {name: Measured(config) for name, config in configs.items()}
-    for row in rows.values():
-        generate(model, prompts[0], row.config, drafting=drafting_of(model, row.config))
-        row.drafting = drafting_of(model, row.config)
+    models = dict.fromkeys(rows, model) | (others or {})
+    for name, row in rows.items():
+        generate(models[name], prompts[0], row.config, drafting=drafting_of(models[name], row.config))
+        row.drafting = drafting_of(models[name], row.config)
     own = prompts[rank::world]
     for prompt in tqdm(own, desc=title, unit="prompt", dynamic_ncols=True, disable=rank > 0):
         runs = {name: [] for name in rows}
         for _ in range(repeat):
             for name, row in rows.items():
-                runs[name].append(timed(model, prompt, row.config, row.drafting))
+                runs[name].append(timed(models[name], prompt, row.config, row.drafting))
         for name, row in rows.items():
             outputs, first, whole = zip(*runs[name])
             row.prompts.append(prompt)

@@ -12,20 +12,16 @@ import common.threads  # noqa: F401  before torch
 import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
-
-from tqdm import tqdm
 
 from common.config import check_range
 from common.errors import UserError, run
 from common.files import check_outputs, write_json
 from common.flags import Parser, add_model_flags, loading
-from decode import generate
 from decoding.choosing import DEFAULT_CHECKPOINT
 from decoding.settings import DecodeConfig
 from evaluation.figures import quality_figures
 from evaluation.inputs import load_model
-from evaluation.measure import encode_inputs, environment, timed
+from evaluation.measure import encode_inputs, environment, run_in_turns
 from evaluation.plots import pyplot
 from evaluation.rows import exit_layers_of, read_settings
 from evaluation.tasks import Task, find_task, read_task, sample
@@ -68,34 +64,17 @@ def rows_of(model: Transformer, small: dict[str, Transformer], task: Task, setti
     return rows
 
 
-def measure(rows: list[Row], prompts: list[list[int]], repeat: int, title: str) -> list[tuple[list, float]]:
-    """The outputs of every row, and its seconds a token: prompts in turn, the median of each one's repeats."""
-    outputs, spent = [[] for _ in rows], [0.0 for _ in rows]
-    for row in rows:
-        generate(row.model, prompts[0], row.config)
-    for prompt in tqdm(prompts, desc=title, unit="prompt", dynamic_ncols=True):
-        times = [[] for _ in rows]
-        for turn in range(repeat):
-            for number, row in enumerate(rows):
-                output, _, seconds = timed(row.model, prompt, row.config, drafting=None)
-                times[number].append(seconds)
-                if turn == 0:
-                    outputs[number].append(output)
-        spent = [before + median(each) for before, each in zip(spent, times)]
-    return [(texts, seconds / sum(len(text.tokens) for text in texts)) for texts, seconds in zip(outputs, spent)]
-
-
 def compare(args: argparse.Namespace, model, tokenizer, small: dict, task: Task) -> list[dict]:
     """The figures of every row on one task."""
     examples = sample(read_task(task, "test"), args.limit, 0)
     rows = rows_of(model, small, task, Path(args.heads or args.checkpoint).with_suffix(".json"))
     labelled = {f"{row.kind} {row.name}": row.config for row in rows}
     prompts, stopping = encode_inputs(model, tokenizer, task, examples, labelled)
-    for row, config in zip(rows, stopping.values()):
-        row.config = config
+    models = {f"{row.kind} {row.name}": row.model for row in rows}
     figures = []
-    for row, (outputs, pace) in zip(rows, measure(rows, prompts, args.repeat, task.name)):
-        texts = [tokenizer.decode(output.tokens) for output in outputs]
+    for row, measured in zip(rows, run_in_turns(model, prompts, stopping, args.repeat, task.name, models).values()):
+        texts = [tokenizer.decode(output.tokens) for output in measured.outputs]
+        pace = sum(measured.seconds) / sum(len(output.tokens) for output in measured.outputs)
         scores = quality_figures(task, texts, [list(example.references) for example in examples])["scores"]
         figures.append(
             {"task": task.name, "kind": row.kind, "name": row.name, "ms_per_token": 1000 * pace, "scores": scores}

@@ -209,3 +209,57 @@ def test_speed_is_printed_beside_that_of_transformers_and_llama_cpp(path, dtype,
     print(f"{path.stem}, {dtype}, {os.cpu_count()} threads: {figures} tokens/s")
     print(f"{ratio:.2f} times transformers, {share:.0%} of what memory gives")
     torch.set_num_threads(1)
+
+
+LLAMAS = sorted(Path(FOLDER).glob("*[Ll][Mm]*.gguf")) if FOLDER else []
+
+
+@pytest.mark.parametrize("path", LLAMAS, ids=lambda path: getattr(path, "stem", "none"))
+def test_early_exit_speed_is_printed_beside_that_of_transformers(path, tmp_path):
+    """48 greedy tokens after each of 8 texts, in turn, float32, drafts from the layer at two thirds of the depth:
+    transformers by its own `assistant_early_exit` (self-speculation after LayerSkip), this project with the model's own
+    head there, choosing by measurement, and where EARLY_EXIT_HEADS names a file, with trained heads and their shortlist."""
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(os.cpu_count())
+    convert(path, tmp_path / "model.pt", torch.float32)
+    model, tokenizer = load_checkpoint(tmp_path / "model.pt")
+    reference = AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=path.name, dtype=torch.float32).eval()
+    layer, length = 2 * model.config.n_layers // 3, 48
+    model.config = replace(model.config, eos_id=None)
+    prompts = [tokenizer.encode(" ".join(english(5 * i + 5)[-5:]))[:64] for i in range(8)]
+    draft = DecodeConfig(
+        max_new_tokens=length, confidence="softmax", threshold=0.7, exit_layers=(layer,), verify=True, max_owed=6, prune="fixed"
+    )
+
+    def theirs(prompt: list[int], **options) -> list[int]:
+        with torch.inference_mode():
+            lengths = {"max_new_tokens": length, "min_new_tokens": length}
+            out = reference.generate(torch.tensor([prompt]), do_sample=False, **lengths, **options)
+        return out[0, len(prompt) :].tolist()
+
+    def ours(model, config: DecodeConfig, prompt: list[int]) -> list[int]:
+        return generate(model, prompt, config).tokens
+
+    rows = {
+        "transformers": theirs, "transformers, early exit": partial(theirs, assistant_early_exit=layer),
+        "this project": partial(ours, model, draft.full()), "drafts": partial(ours, model, draft),
+        "auto": partial(ours, model, replace(draft, draft="auto", exit_layers=None, max_owed=None)),
+    }  # fmt: skip
+    if os.environ.get("EARLY_EXIT_HEADS"):
+        trained, _ = load_checkpoint(tmp_path / "model.pt", heads=os.environ["EARLY_EXIT_HEADS"])
+        trained.config = replace(trained.config, eos_id=None)
+        size = None if trained.frequent_ids is None else min(8192, len(trained.frequent_ids))
+        rows["drafts, trained heads"] = partial(ours, trained, replace(draft, shortlist=size))
+    times, texts = {name: 0.0 for name in rows}, {name: [] for name in rows}
+    for number, prompt in enumerate([prompts[0], *prompts]):  # the first warms up
+        for name, action in rows.items():
+            started = time.perf_counter()
+            texts[name].append(action(prompt))
+            times[name] += (time.perf_counter() - started) * bool(number)
+    print(f"{path.stem}, float32, {os.cpu_count()} threads, drafts from layer {layer} of {model.config.n_layers}")
+    for name, seconds in times.items():
+        base = times["transformers" if name.startswith("transformers") else "this project"]
+        print(f"  {name}: {len(prompts) * length / seconds:.1f} tokens/s, {base / seconds:.2f} times full depth")
+    assert all(text == texts["this project"] for text in texts.values())
+    torch.set_num_threads(1)

@@ -30,11 +30,12 @@ class Trace:
 
     def __init__(self, model: Transformer, confidence: "Confidence | None" = None, prune: str = "none",
                  prune_k: int = 64, prune_min: int = 16, premature_layers: tuple[int, ...] | None = None,
-                 shortlist=None):
+                 shortlist=None, classifiers: dict | None = None):
         self.model = model
+        self.classifiers = {} if classifiers is None else classifiers  # layer -> made ready, once a text
         self.confidence = confidence
         self.hidden: list[Tensor] = []
-        self.adapted: dict[int, Tensor] = {}     # layer whose adapter is a block -> what its exit reads of h_l, (R, d)
+        self.beside: dict[int, Tensor] = {}      # layer whose adapter is a block -> what that makes of h_l, (R, d)
         self.final: Tensor | None = None         # (R, V) logits of the rows that the head took, if any did
         self.candidates: Tensor | None = None    # (n,) int64 token ids; None is the whole vocabulary
         self.n = model.config.vocab_size         # how many candidates there are
@@ -56,8 +57,8 @@ class Trace:
         return len(self.hidden) - 1
 
     def exit_state(self, layer: int) -> Tensor:
-        """What the exit at `layer` reads: (1, d)."""
-        return self.adapted.get(layer, self.hidden[layer])[-1:]
+        """What the exit at `layer` reads: h_l, or what the block beside it makes of it, (1, d)."""
+        return (self.beside if layer in self.model.side_blocks else self.hidden)[layer][-1:]
 
     def decided(self, threshold: float) -> bool:
         """Whether the confidence after the newest layer reaches the threshold. A threshold of 0 is reached without
@@ -79,7 +80,8 @@ class Trace:
         if size >= self.n:
             return
         for layer in self.confidences:  # what earlier exits would have said may go with the candidates
-            self._guesses.setdefault(layer, self.token(self.logits(layer).argmax(keepdim=True)))
+            if layer not in self._guesses:
+                self._guesses[layer] = self.token(self.logits(layer).argmax(keepdim=True))
         best, index = newest.topk(size)  # (size,) by falling z_l
         self.candidates = self.token(index)
         self._weights, self.n = None, size
@@ -126,7 +128,7 @@ class Trace:
     def whole(self) -> "Trace":
         """The same position at the last layer over the whole vocabulary."""
         trace, L = Trace(self.model, premature_layers=self._premature), self.model.config.n_layers
-        trace.hidden, trace.adapted, trace._logits = self.hidden, self.adapted, {L: self.final[-1]}
+        trace.hidden, trace.beside, trace._logits = self.hidden, self.beside, {L: self.final[-1]}
         return trace
 
     def premature(self, layer: int) -> list[int]:
@@ -196,15 +198,15 @@ def softmax(trace: Trace, layer: int) -> float:
 def hidden(trace: Trace, layer: int) -> float:
     """max(0, cos(h_l, h_{l-1})) (CALM, section 3.5, hidden-state saturation)."""
     now, before = trace.hidden[layer][-1].float(), trace.hidden[layer - 1][-1].float()
-    sizes = math.sqrt(float(now.dot(now)) * float(before.dot(before)))
-    return max(0.0, float(now.dot(before)) / max(sizes, 1e-12))  # numbers: operations on tensors cost more than this
+    sizes = math.sqrt(float(now.dot(now)) * float(before.dot(before)))  # numbers: operations on tensors cost more
+    return min(max(float(now.dot(before)) / max(sizes, 1e-12), 0.0), 1.0)
 
 
 @register("classifier", reads_logits=False)
 def classifier(trace: Trace, layer: int) -> float:
     """sigmoid(w_l norm_l(h_l) + b_l), trained to predict argmax p_l = argmax p_L (CALM, section 3.5, early-exit
     classifier). Raises UserError for a layer without one."""
-    return belief(trace.model, trace.exit_state(layer), layer)
+    return belief(trace.model, trace.exit_state(layer), layer, trace.classifiers)
 
 
 @register("entropy")

@@ -53,8 +53,8 @@ def run_pass(model: Transformer, cache: KVCache, tokens: list[int], trace: Trace
         if first < stop:  # without new tokens there are no rows until a layer that is owed some
             attend = partial(cache.attend, layer)  # stores these rows' keys and values, then attends
             x = block.forward(x, attend)  # not block(x, attend): a module's hooks cost time at every call
-            if layer in model.side_blocks:
-                trace.adapted[layer] = model.beside(layer, x, partial(attend, beside=True))
+            if layer in cache.beside:  # the exit's adapter is a block
+                trace.beside[layer] = model.beside(layer, x, partial(attend, beside=True))
         trace.hidden.append(x)
         if layer in exits and trace.decided(exits[layer]):
             cache.hidden[first:stop] = x  # here they wait, at this depth, for a pass that goes on
@@ -85,7 +85,8 @@ class Run:
         self.thresholds = config.thresholds(model.config)
         learns = self.thresholds.learns and config.fill == "parallel"
         self.owe_head = config.verify or learns  # do early tokens owe it their row, to be judged, or learned from?
-        self.cache = KVCache(model, self.length)
+        reads = config.confidence is not None or config.contrasting is not None  # layers below the top
+        self.cache = KVCache(model, self.length, beside=reads)
         self.cache.waive(len(prompt) - 1)  # only the last token of the prompt predicts
         companion = None
         if amateur is not None:
@@ -95,7 +96,7 @@ class Run:
         confidence = config.confidence and resolve(config.confidence)
         pruning = (config.prune, config.prune_k, config.prune_min)
         self.shortlist = Shortlist(model, config.shortlist, self.length) if config.shortlist else None
-        self.new_trace = partial(trace_type, model, confidence, *pruning, config.premature_layers, self.shortlist)
+        self.new_trace = partial(trace_type, model, confidence, *pruning, config.premature_layers, self.shortlist, {})
         self.prompt = list(prompt)
         if config.fill == "copy" and config.confidence and len(prompt) > 1:  # CALM: a prompt gets exact ones
             self.advance(prompt[:-1], {})

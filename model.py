@@ -211,7 +211,6 @@ class Transformer(nn.Module):
         self.config = config
         self.form = "plain"  # how the weights are stored, see formats/weights.py
         self.packed_unembed: Tensor | None = None  # the unembedding so stored, where that is a second copy
-        self.ready_classifiers: dict[int, tuple[Tensor, float]] = {}  # of final weights, see formats/classifiers.py
         self.frequent_ids: Tensor | None = None  # (n,) by falling frequency in a corpus, see decoding/shortlist.py
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, d))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -296,9 +295,9 @@ class Transformer(nn.Module):
     def exit_norm(self, hidden: Tensor, layer: int) -> Tensor:
         """norm_l(h_l), (N, d): the layer's own norm, after its adapter unless that is a block; else the final norm."""
         gain = self.exit_norms[str(layer)] if layer in self.config.exit_norms else self.norm
-        return rms_norm(self.adapted(hidden, layer), gain, self.config.norm_eps)
+        return rms_norm(self.before_norm(hidden, layer), gain, self.config.norm_eps)
 
-    def adapted(self, hidden: Tensor, layer: int) -> Tensor:
+    def before_norm(self, hidden: Tensor, layer: int) -> Tensor:
         """What norm_l gets, (N, d): h_l after the layer's adapter, where it has one that is no block."""
         if not self.config.adapter or self.side_blocks or layer not in self.config.exit_norms:
             return hidden
@@ -311,7 +310,7 @@ class Transformer(nn.Module):
         return logits if self.config.logit_cap is None else soft_cap(logits, self.config.logit_cap)  # Gemma 2
 
     def head(self, hidden: Tensor, layer: int | None = None) -> Tensor:
-        """z_l = W norm_l(h_l): hidden (N, d) after `layer` (None: the last) -> logits (N, V) float32."""
+        """z_l = W norm_l(h_l): what exit `layer` (None: the last) reads, (N, d) -> logits (N, V) float32."""
         return self.score(self.exit_norm(hidden, layer or self.config.n_layers), self.head_weight)
 
 
@@ -336,7 +335,7 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu",
             model = Transformer(config).eval()
         model.rope = rope_table(config).to(device)
         load_weights(model, path, heads, content, device, dtype or default_dtype(content, device), form)
-    model.frequent_ids = find_frequent_ids(frequent_ids, source, content, config.vocab_size)
+    model.frequent_ids = find_frequent_ids(frequent_ids, path, heads, content, config.vocab_size)
     blob = content["tokenizer"]
     tokenizer = None if blob is None else read_tokenizer(path, blob.numpy().tobytes(), model.config.vocab_size)
     return model, tokenizer

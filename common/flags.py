@@ -83,7 +83,7 @@ def add_model_flags(parser: argparse.ArgumentParser, checkpoint) -> None:
     text = "heads that train.py --train heads made for it (default: those in the checkpoint)"
     parser.add_argument("--heads", metavar="FILE", help=text)
     parser.add_argument("--check", action="store_true", help="first compare the checkpoint with its checksums")
-    text = "ids for --shortlist, as tools/shortlist.py writes them (default: those in the checkpoint)"
+    text = "ids for --shortlist (default: those in the checkpoint, or in model.ids.npy beside model.pt)"
     parser.add_argument("--frequent-ids", metavar="FILE", help=text)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(

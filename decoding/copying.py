@@ -12,7 +12,9 @@ def copy_up(model: Transformer, cache: KVCache, layer: int, counters: Counters) 
     for above, block in enumerate(model.blocks[layer:], layer + 1):
         rows = cache.owed(above, cache.filled[0])  # of the one position, at the depth of its exit
         cache.store(above, block.project(rows))
-        if above in model.side_blocks:
-            x = at_size_one(rows, model.config.norm_eps)
-            cache.store(above, model.side_blocks[above].project(x), beside=True)
+        if above in cache.beside:
+            side, x = model.side_blocks[above], at_size_one(rows, model.config.norm_eps)
+            cache.store(above, side.project(x), beside=True)
+            counters.head_flops += 2 * side.qkv.numel() * len(rows)
+            counters.confidence_flops += 2 * side.qkv.numel() * len(rows)
         counters.block_flops += 2 * block.qkv.numel() * len(rows)

@@ -27,7 +27,7 @@ from model import Transformer
 ROWS = (1, 2, 4, 8, 16)  # of the passes that are measured
 PROMPT = 32  # tokens before them
 TURNS, AT_LEAST = 9, 3.0  # turns of every measurement, or more to fill so many seconds; the median counts
-MEASURED = 3  # the manner of measuring: files of another one are not read
+MEASURED = 4  # the manner of measuring: files of another one are not read
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def measure(model: Transformer, config: DecodeConfig, run_type: Callable) -> Cos
         if model.embedding.is_cuda:
             torch.cuda.synchronize()  # the blocks are no part of the question
         started = perf_counter()
-        alone = ask_alone(run, [state[-1:] for state in trace.hidden], trace.adapted)
+        alone = ask_alone(run, [state[-1:] for state in trace.hidden], trace.beside)
         run.emit(alone, layer)
         spent = perf_counter() - started
         run.text.pop()

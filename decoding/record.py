@@ -9,7 +9,6 @@ from torch import Tensor
 from cache import KVCache
 from confidence import Trace
 from decoding.flops import block_flops, blocks_of_head
-from formats.adapters import side_shape
 from model import ModelConfig, Transformer
 
 
@@ -58,9 +57,9 @@ class Counters:
             self.block_runs += runs
             self.block_rows += runs * (stop - first)
             self.block_flops += runs * block_flops(model.config, first, stop)
-        for side in model.side_blocks:
+        for side in cache.beside:
             if side <= layer and before[side] < stop:  # run for its exit, so part of its head
-                flops = block_flops(side_shape(model.config), before[side], stop)
+                flops = block_flops(model.side_blocks[side].config, before[side], stop)
                 self.head_flops += flops
                 self.confidence_flops += flops if side != layer else 0
         if layer > L:

@@ -55,7 +55,7 @@ def frequent(model: Transformer, size: int) -> tuple[Tensor, Tensor, frozenset[i
     made = _FREQUENT.setdefault(model, {})
     if size not in made:
         if model.frequent_ids is None:
-            raise UserError(f"shortlist is {size}, but the checkpoint holds no counts of ids; count them with "
+            raise UserError(f"shortlist is {size}, but no frequent ids are known; count them with "
                             "python -m tools.shortlist")
         if len(model.frequent_ids) < size:
             raise UserError(f"shortlist is {size}, but only {len(model.frequent_ids)} ids occurred in the corpus "

@@ -39,7 +39,7 @@ def look(
         states = model.hidden_states(tokens)
         read = [exit_state(model, layer, state, tokens) for layer, state in enumerate(states)]
         for at in range(len(prompt) - 1, len(prompt) - 1 + wanted):
-            rows, seen = ([state[at : at + 1] for state in each] for each in (states, read))
+            rows, seen = [state[at : at + 1] for state in states], [state[at : at + 1] for state in read]
             token = int(model.head(rows[L]).argmax())
             logits = [model.head(seen[layer], layer)[0] for layer in range(1, L)]
             ranks.append([int((z > z[token]).sum()) + 1 for z in logits])
@@ -53,7 +53,7 @@ def asked(model: Transformer, name: str, rows: list[torch.Tensor], seen: list[to
     """The confidence of one function after each layer below the last. rows: h_0 .. h_L of one position, seen: what
     exits read of these; each (1, d)."""
     trace, answers = Trace(model, FUNCTIONS[name]), []
-    trace.adapted = dict(enumerate(seen))
+    trace.beside = dict(enumerate(seen))
     for layer in range(1, len(rows) - 1):
         trace.hidden = rows[: layer + 1]
         answers.append(float(FUNCTIONS[name](trace, layer)))

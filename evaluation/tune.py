@@ -3,11 +3,12 @@ checkpoint.
 
 What is promised: of a function's threshold and of the static exit, with the layers chosen before on other inputs,
 candidates are walked from cautious to bold and the walk ends at the first that does not keep 99 % of every score of the
-full model at the lower end of its bootstrap interval; then shortlists, where frequent ids are known. So the chance that
-a chosen row keeps less on inputs of the same source is about 5 %, given a few hundred inputs: a bootstrap does not know
-of losses that it has not met, and what is not met in n inputs may still happen in 3 of n. The other pruning schedules
-and the copy fill share the chosen layers and threshold without a promise of their own; verified rows keep everything
-anyway. Whether inputs of test are of the same source as those of dev, no margin can promise.
+full model at the lower end of its bootstrap interval; then shortlists for these functions, where frequent ids are
+known. So the chance that a chosen row keeps less on inputs of the same source is about 5 % a walk, given a few hundred
+inputs: a bootstrap does not know of losses that it has not met, and what is not met in n inputs may still happen in 3
+of n. The other pruning schedules and the copy fill share the chosen layers and threshold without a promise of their
+own; verified rows keep everything anyway. Whether inputs of test are of the same source as those of dev, no margin can
+promise.
 """
 
 import argparse
@@ -46,7 +47,7 @@ SHARES = (
 DRAFTS = ((1 / 6,), (1 / 4,), (1 / 3,), (1 / 4, 1 / 2))  # exit sets of verified mode, whose early tokens are drafts
 COARSE, FINE = (0.6, 0.3), (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # thresholds, from cautious to bold
 LOOSE, OWED = (0.6, 0.4, 0.2), (8, 16)  # verified mode: thresholds, bounds of the owed rows
-SHORTLISTS = (1 / 2, 1 / 4)  # of the vocabulary, from cautious to bold
+SHORTLISTS = (32768, 8192, 2048, 1024)  # from cautious to bold, those of at most half the vocabulary
 PRUNING = {
     "none": {"prune": "none"},
     "decaying": {"prune": "decaying"},
@@ -105,8 +106,9 @@ def tune(model, tokenizer, task: Task, examples: list[Example]) -> dict[str, dic
     verified, jsd_verified = (fastest(try_out(some, name, verify=True)) for name in ("softmax", "jsd"))
     static = boldest(try_out(others, "static"))
     softmax, weighted, jsd = (boldest(try_out(others, name, layers)) for name in ("softmax", "weighted", "jsd"))
-    softmax, weighted, jsd = (boldest(try_shortlists(others, row)) for row in (softmax, weighted, jsd))
-    verified, jsd_verified = (fastest(try_shortlists(some, row)) for row in (verified, jsd_verified))
+    if len(with_shortlists(model, softmax)) > 1:
+        softmax, weighted, jsd = (boldest(try_shortlists(others, row)) for row in (softmax, weighted, jsd))
+        verified, jsd_verified = (fastest(try_shortlists(some, row)) for row in (verified, jsd_verified))
     chosen = {"static": static, "softmax": softmax, "weighted": weighted, "jsd": jsd, "verified": verified}
     return rows_of(task, chosen, jsd_verified)
 
@@ -148,8 +150,8 @@ def with_shortlists(model, row: DecodeConfig) -> list[DecodeConfig]:
     """A setting asked over the vocabulary, and over shortlists, from cautious to bold; alone where no frequent ids are
     known, or too few."""
     known = 0 if model.frequent_ids is None else len(model.frequent_ids)
-    sizes = [int(share * model.config.vocab_size) for share in SHORTLISTS]
-    return [row, *(replace(row, shortlist=size) for size in sizes if size <= known)]
+    sizes = [size for size in SHORTLISTS if size <= min(known, model.config.vocab_size // 2)]
+    return [row, *(replace(row, shortlist=size) for size in sizes)]
 
 
 def exit_sets(shares: tuple[tuple[float, ...], ...], n_layers: int, exits: list[int]) -> list[tuple[int, ...]]:

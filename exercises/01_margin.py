@@ -25,7 +25,7 @@ CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default.pt"
 
 
 def margin(trace, layer):
-    """The largest probability at `layer` minus the second largest: a scalar tensor."""
+    """The largest probability at `layer` minus the second largest."""
     raise NotImplementedError("your turn")
 
 

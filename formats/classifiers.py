@@ -12,16 +12,18 @@ from torch import Tensor
 from common.errors import UserError
 
 
-def belief(model, state: Tensor, layer: int) -> float:
-    """The classifier's belief that exit `layer` agrees with the last layer, of what the exit reads, (1, d). Raises
-    UserError if this layer has none."""
-    row, bias = model.ready_classifiers.get(layer) or folded(model, layer)
-    x = model.adapted(state, layer)[0].to(row.dtype)
+def belief(model, state: Tensor, layer: int, ready: dict[int, tuple[Tensor, float]]) -> float:
+    """The classifier's belief that exit `layer` agrees with the last layer, of what the exit reads, (1, d); `ready`
+    keeps what is made for that from question to question. Raises UserError if this layer has no classifier."""
+    if layer not in ready:
+        ready[layer] = made_ready(model, layer)
+    row, bias = ready[layer]
+    x = model.before_norm(state, layer)[0].to(row.dtype)
     size = math.sqrt(float(x.dot(x)) / len(row) + model.config.norm_eps)
     return sigmoid(float(x.dot(row)) / size + bias)
 
 
-def folded(model, layer: int) -> tuple[Tensor, float]:
+def made_ready(model, layer: int) -> tuple[Tensor, float]:
     """w times the gain of the layer's norm, (d,) float32 or finer, and b."""
     if layer not in model.config.classifiers:
         have = ", ".join(map(str, model.config.classifiers)) or "none"

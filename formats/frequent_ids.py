@@ -12,18 +12,17 @@ from common.errors import UserError
 from common.files import check_input
 
 
-def find_frequent_ids(file: str | os.PathLike | None, checkpoint: str | os.PathLike, content: dict,
-                      vocab_size: int) -> Tensor | None:
-    """The ids in `file`, or without one those in the content of a checkpoint, or in the file beside it (model.ids.npy
-    beside model.pt), if there are any: (n,) int64. Raises UserError for what is no list of a model's ids."""
-    beside = Path(checkpoint).with_suffix(".ids.npy")
-    if file is None and "frequent_ids" not in content and beside.is_file():
-        file = beside
-    if file is not None:
-        return checked(read_ids(file), vocab_size, file)
-    if "frequent_ids" not in content:
-        return None
-    return checked(content["frequent_ids"], vocab_size, f"{checkpoint}, frequent_ids")
+def find_frequent_ids(file: str | os.PathLike | None, checkpoint: str | os.PathLike, heads: str | os.PathLike | None,
+                      content: dict, vocab_size: int) -> Tensor | None:
+    """The ids in `file`; without one those in the content of a checkpoint and its `heads`; without these those in a
+    file beside one of the two (model.ids.npy beside model.pt), if there are any: (n,) int64. Raises UserError for what
+    is no list of a model's ids."""
+    if file is None and "frequent_ids" in content:
+        return checked(content["frequent_ids"], vocab_size, f"{heads or checkpoint}, frequent_ids")
+    beside = [Path(each).with_suffix(".ids.npy") for each in (heads, checkpoint) if each is not None]
+    for found in [path for path in beside if path.is_file()] if file is None else [file]:
+        return checked(read_ids(found), vocab_size, found)
+    return None
 
 
 def read_ids(file: str | os.PathLike) -> Tensor | None:

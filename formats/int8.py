@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FEW = 32  # rows up to which the kernel is faster than a float32 product with the matrix dequantized
+WHOLE = 16  # the kernel reads a row by so many numbers
 
 
 class Int8Matrix:
@@ -54,9 +55,10 @@ class Int8Matrix:
         return self.scale.new_empty(*shape, dtype=torch.float32)
 
     def product(self, x: Tensor) -> Tensor:
-        """x (N, d_in) times the matrix: (N, d_out), bfloat16 of up to FEW rows where there is a kernel, else float32.
+        """x (N, d_in) times the matrix: (N, d_out), bfloat16 of up to FEW rows where there is a kernel (which reads
+        WHOLE numbers at a time, past the end of a row that is no multiple of these), else float32.
         The kernel treats every row alike, so that up to FEW rows give bit for bit what each gives alone."""
-        if x.shape[0] <= FEW and has_kernel():
+        if x.shape[0] <= FEW and self.rows.shape[1] % WHOLE == 0 and has_kernel():
             return torch._weight_int8pack_mm(x.bfloat16(), self.rows, self.scale)
         return F.linear(x.float(), self.rows.float()) * self.scale
 

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError
-from formats.classifiers import folded
 from formats.heads import read_model
 from formats.int8 import Int8Matrix, dequantized, lay_side_by_side
 from formats.rotary import pair_order, pair_table
@@ -184,7 +183,6 @@ def load_weights(model, path, heads, content: dict, device: torch.device, dtype:
             # What is left comes from a new mapping of the file: the old one keeps all that was read.
             rest = torch.float32 if form == "int8" else dtype
             adopt(model, weights, read_model(path, heads)["weights"], device, rest)
-    model.ready_classifiers = {layer: folded(model, layer) for layer in model.config.classifiers}
 
 
 def adopt(model, old: dict[str, Tensor], new: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:

@@ -45,7 +45,7 @@ def test_a_fresh_block_is_the_identity_of_the_models_own_kind_and_width():
 @pytest.mark.parametrize("shape", [{}, GEMMA, {"unrotated_layers": (2,), "qkv_bias": True}])
 @pytest.mark.parametrize("form", ["plain", "folded", "packed"])
 @pytest.mark.parametrize("options", [
-    {}, {"verify": True, "temperature": 0.5}, {"verify": True, "max_owed": 3, "temperature": 1.0},
+    {}, {"verify": True}, {"verify": True, "temperature": 0.5}, {"verify": True, "max_owed": 3, "temperature": 1.0},
     {"confidence": "classifier", "threshold": 0.5},
 ])  # fmt: skip
 def test_what_exits_said_in_decoding_is_what_they_say_in_a_full_pass(tiny_model, shape, form, options):
@@ -62,11 +62,13 @@ def test_what_exits_said_in_decoding_is_what_they_say_in_a_full_pass(tiny_model,
         for layer, confidence in confidences.items():
             row = read[layer][len(PROMPT) - 1 + number][None]
             logits = plain.head(row, layer)
-            expected = belief(plain, row, layer) if config.confidence == "classifier" else margin(logits[0].softmax(-1))
+            expected = belief(plain, row, layer, {}) if config.confidence == "classifier" else margin(logits[0].softmax(-1))
             assert confidence == pytest.approx(float(expected), abs=2e-4)
             checked += 1
     assert checked and (out.counters.drafted if config.verify else min(out.exit_layers) < 5)
-    if config.verify and not config.temperature:
+    if config.verify and config.temperature:
+        assert out.counters.accepted < out.counters.drafted
+    elif config.verify:
         assert out.tokens == generate(model, PROMPT, config.full()).tokens
 
 
@@ -94,6 +96,12 @@ def test_its_work_counts_as_asking(tiny_model):
     assert out.counters.block_flops == other.counters.block_flops and out.counters.block_runs == other.counters.block_runs
 
 
+def test_the_full_model_runs_no_block_beside(tiny_model):
+    out = generate(tiny_model(3, **SHAPE), PROMPT, DecodeConfig(max_new_tokens=9))
+    bare = generate(tiny_model(3, exit_norms=(2, 3), exit_layers=(2, 3)), PROMPT, DecodeConfig(max_new_tokens=9))
+    assert out.counters == bare.counters and out.counters.confidence_flops == 0
+
+
 def test_exits_asked_alone_read_what_they_would_have_read(tiny_model):
     """`draft auto` asks exits about positions of a round that is over."""
     model, passes = tiny_model(3, **SHAPE), []
@@ -108,9 +116,9 @@ def test_exits_asked_alone_read_what_they_would_have_read(tiny_model):
                 tokens = [drafts[-1].id]
         full = exit_states(model, torch.tensor([run.text]))
         for number in range(3):
-            states, adapted = position_states(passes, number)
-            assert len(states) == 6 and adapted.keys() == {2, 3}
-            for layer, state in adapted.items():
+            states, beside = position_states(passes, number)
+            assert len(states) == 6 and beside.keys() == {2, 3}
+            for layer, state in beside.items():
                 assert_close(state[0], full[layer][len(PROMPT) - 1 + number], rtol=1e-4, atol=1e-4)
 
 
@@ -133,7 +141,7 @@ def test_training_heads_teaches_the_blocks_of_the_exits_asked(tiny_model, loss):
 def test_copies_reach_the_blocks_too(tiny_model):
     """With fill copy every layer above the exit has as many keys beside the staircase as in it."""
     model = tiny_model(3, **SHAPE)
-    for block in (*model.blocks[2:], *model.side_blocks.values()):  # layers that hand on what they get
+    for block in model.blocks[2:]:  # layers that hand on what they get, so that copies are exact
         block.out.zero_(), block.down.zero_()
     config = DecodeConfig(max_new_tokens=20, confidence="softmax", threshold=0.05, fill="copy")
     out = generate(model, PROMPT, config)

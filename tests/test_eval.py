@@ -15,6 +15,7 @@ import torch
 import eval as evaluation
 from common.errors import run
 from confidence import FUNCTIONS
+from decode import generate
 from decoding.choosing import COMMAND
 from decoding.record import Counters, Generation
 from decoding.settings import DecodeConfig
@@ -208,10 +209,11 @@ def test_tune_writes_settings_that_the_table_reads(checkpoint, tiny_model, monke
     run_command(monkeypatch, "--checkpoint", checkpoint, "--limit", 1, "--settings", new)
 
 
-def test_shortlists_are_tried_where_frequent_ids_are_known(tiny_model):
+def test_shortlists_are_tried_where_frequent_ids_are_known(tiny_model, monkeypatch):
     model, row = tiny_model(), DecodeConfig(confidence="softmax", prune="fixed")
     assert tune.with_shortlists(model, row) == [row]
     model.frequent_ids = torch.arange(30)
+    monkeypatch.setattr(tune, "SHORTLISTS", (40, 25, 12))
     assert [each.shortlist for each in tune.with_shortlists(model, row)] == [None, 25, 12]
     model.frequent_ids = torch.arange(20)
     assert tune.with_shortlists(model, row) == [row, replace(row, shortlist=12)]
@@ -264,6 +266,15 @@ def test_quality_is_resampled_in_pairs():
     assert figures.quality_interval(task, texts, texts, references, level=0.9) == [1, 1]
     low, high = figures.quality_interval(task, ["a b c x y", *texts[1:]], texts, references, level=0.9)
     assert low < figures.quality_kept(task, ["a b c x y", *texts[1:]], texts, references) < high == 1
+
+
+def test_a_row_may_be_another_models(tiny_model):
+    rows, models = {"a": DecodeConfig(max_new_tokens=9), "b": DecodeConfig(max_new_tokens=9)}, [tiny_model(0), tiny_model(1)]
+    measured = measuring.run_in_turns(models[0], [[1], [2]], rows, 1, "", {"b": models[1]})
+    for row, model in zip(measured.values(), models):
+        expected = [generate(model, prompt, row.config).tokens for prompt in ([1], [2])]
+        assert [out.tokens for out in row.outputs] == expected
+    assert measured["a"].outputs[0].tokens != measured["b"].outputs[0].tokens
 
 
 def test_rows_take_turns_on_the_same_prompts(tiny_model, monkeypatch):

@@ -116,20 +116,23 @@ def test_the_ids_alone_are_a_small_file_that_outranks_the_checkpoint(checkpoint,
     ids = np.load(out)
     assert ids.dtype == np.int32 and ids.tolist() == expected_ids(checkpoint)
     content = {"frequent_ids": torch.tensor([4, 2])}
-    assert find_frequent_ids(None, checkpoint, content, 4096).tolist() == [4, 2]
-    assert find_frequent_ids(out, checkpoint, content, 4096).tolist() == ids.tolist()
-    assert find_frequent_ids(None, checkpoint, {}, 4096) is None
+    assert find_frequent_ids(None, checkpoint, None, content, 4096).tolist() == [4, 2]
+    assert find_frequent_ids(out, checkpoint, None, content, 4096).tolist() == ids.tolist()
+    assert find_frequent_ids(None, checkpoint, None, {}, 4096) is None
     out.rename(checkpoint.with_suffix(".ids.npy"))
-    assert find_frequent_ids(None, checkpoint, {}, 4096).tolist() == ids.tolist()
+    assert find_frequent_ids(None, checkpoint, None, {}, 4096).tolist() == ids.tolist()
+    assert find_frequent_ids(None, checkpoint, checkpoint.with_name("heads.pt"), {}, 4096).tolist() == ids.tolist()
+    np.save(checkpoint.with_name("heads.ids.npy"), ids[:3])
+    assert find_frequent_ids(None, checkpoint, checkpoint.with_name("heads.pt"), {}, 4096).tolist() == ids[:3].tolist()
     assert load_checkpoint(checkpoint)[0].frequent_ids.tolist() == ids.tolist()
-    assert find_frequent_ids(None, checkpoint, content, 4096).tolist() == [4, 2]
+    assert find_frequent_ids(None, checkpoint, None, content, 4096).tolist() == [4, 2]
 
 
 def test_the_flag_gives_a_checkpoint_its_ids(checkpoint, data, command, monkeypatch):
     out, seen = checkpoint.with_name("ids.npy"), []
     command(shortlist.main, "--checkpoint", checkpoint, "--data", data, "--out", out)
     words = ["--checkpoint", checkpoint, "--prompt", "Guten Tag", "--shortlist", 20, "--max-new-tokens", 3]
-    assert "the checkpoint holds no counts of ids" in command(decode.main, *words).err
+    assert "no frequent ids are known" in command(decode.main, *words).err
     stream = decode.stream
 
     def watched(model, prompt, config, *rest, **options):
@@ -157,7 +160,7 @@ def test_what_is_no_list_of_ids_is_refused_in_a_file_and_in_a_checkpoint(ids, me
         load_checkpoint(checkpoint, frequent_ids=tmp_path / "bad.npy")
     inside = ids if array.dtype.kind == "U" else torch.from_numpy(array)
     with pytest.raises(UserError, match=rf"tiny\.pt, frequent_ids: {message}"):
-        find_frequent_ids(None, checkpoint, {"frequent_ids": inside}, 4096)
+        find_frequent_ids(None, checkpoint, None, {"frequent_ids": inside}, 4096)
 
 
 @pytest.mark.parametrize("content", [b"", b"no array", b"\x93NUMPY\x01\x00", b"PK\x03\x04"])

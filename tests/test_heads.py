@@ -74,6 +74,7 @@ def command(monkeypatch, capsys):
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("options", [
     {"form": "plain"}, {"form": "packed"}, {"dtype": torch.bfloat16, "form": "plain"}, {"dtype": torch.float64, "form": "plain"},
+    {"dtype": torch.int8},
 ])  # fmt: skip
 def test_attached_heads_do_what_the_same_heads_do_inside_the_models_file(files, adapter, options):
     whole, bare, heads = files(adapter)

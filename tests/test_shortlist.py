@@ -124,7 +124,7 @@ def test_missing_tokens_are_counted_where_the_full_model_speaks(model_with_ids):
 @pytest.mark.parametrize("changes, message", [
     ({"exit_layers": (5,)}, "layer 5 is not an exit of a model of 5 layers; choose from 1 to 4"),
     ({"exit_layers": (6,), "shortlist": 10}, "layer 6 is not an exit"),
-    ({"shortlist": 10}, "shortlist is 10, but the checkpoint holds no counts of ids"),
+    ({"shortlist": 10}, "shortlist is 10, but no frequent ids are known"),
     ({"shortlist": 1}, "shortlist is 1; it must be at least 2"),
 ])  # fmt: skip
 def test_what_a_shortlist_needs_is_said(tiny_model, changes, message):

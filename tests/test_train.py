@@ -641,7 +641,7 @@ def test_new_heads_begin_as_the_models_own(finished, config):
     model, hidden = make_model(plain, SHAPE), torch.randn(5, 32)
     assert new.config.exit_norms == (1, 2) == new.config.classifiers and new.config.adapter == "lowrank:4"
     assert_close(new.head(hidden, 2), model.head(hidden, 2))
-    assert belief(new, hidden[:1], 2) == 0.5
+    assert belief(new, hidden[:1], 2, {}) == 0.5
 
 
 def test_fine_tuning_starts_from_the_weights_and_the_tokenizer_of_the_checkpoint(finished, config, tmp_path):

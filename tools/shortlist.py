@@ -1,11 +1,11 @@
-"""Counts the token ids of a corpus, which --shortlist asks over (decoding/shortlist.py), the most frequent first: those
-of completions, for the ids of a prompt are in the shortlist of its text anyway, or of whole texts.
+"""Counts the token ids of a corpus, which --shortlist asks over (decoding/shortlist.py), the most frequent first. Of
+prompts with completions only these are counted, for the ids of a prompt are in the shortlist of its text anyway.
 
     python -m tools.shortlist --checkpoint model.pt --data train.jsonl --out model.ids.npy    ids alone
     python -m tools.shortlist --checkpoint model.pt --data train.jsonl --out counted.pt       a copy of it
 
-In model.ids.npy beside model.pt the ids are found; elsewhere decode.py and eval.py are told, --frequent-ids ids.npy.
-The copy has them inside.
+In model.ids.npy beside model.pt the ids are found, unless others are inside; elsewhere decode.py and eval.py are told,
+--frequent-ids ids.npy. The copy has them inside.
 """
 
 import common.threads  # noqa: F401  before torch
@@ -24,10 +24,10 @@ from common.errors import UserError, run
 from common.files import check_replaceable, whole_file
 from common.flags import Parser
 from decoding.choosing import DEFAULT_CHECKPOINT
-from formats.checkpoint import read_checkpoint, write_content
+from formats.checkpoint import fitting, read_checkpoint, read_tokenizer, write_content
 from formats.data import Corpus
 from formats.tokenizer import encode_prompt
-from model import load_checkpoint
+from model import ModelConfig
 
 SIZES = (1024, 2048, 4096, 8192, 16384)  # of shortlists whose coverage is printed
 HELD_OUT = 10                      # every so many-th pair is left out to measure it
@@ -114,13 +114,16 @@ def check(args: argparse.Namespace) -> None:
 def main() -> None:
     args = make_parser().parse_args()
     check(args)
-    model, tokenizer = load_checkpoint(args.checkpoint, form="plain")  # memory-mapped, not packed
-    if tokenizer is None:
+    content = read_checkpoint(args.checkpoint)
+    with fitting(args.checkpoint):
+        config = ModelConfig(**content["config"])
+    if content["tokenizer"] is None:
         raise UserError(f"{args.checkpoint}: has no tokenizer, which is needed to count the tokens of text")
+    tokenizer = read_tokenizer(args.checkpoint, content["tokenizer"].numpy().tobytes(), config.vocab_size)
     pairs = tqdm(Corpus(args.data), desc="counting", unit="pair", disable=None, leave=False)
-    counts, held_counts, held = count(encoded(pairs, tokenizer, sorted(model.config.ends)))
+    counts, held_counts, held = count(encoded(pairs, tokenizer, sorted(config.ends)))
     everything = counts + held_counts
-    print(f"{everything.total():,} tokens of completions, {len(everything):,} of {model.config.vocab_size:,} ids")
+    print(f"{everything.total():,} tokens of completions, {len(everything):,} of {config.vocab_size:,} ids")
     if held:
         print_coverage(counts, held)
     ids = by_count(everything)

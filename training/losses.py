@@ -14,7 +14,7 @@ To try a loss of your own, write a file, and name it: `python train.py --loss my
    `exits.last`, is among those of the first two, unless --train heads leaves it alone.
 2. Say what one target costs there, from its logits alone, and `exits.weighted_sum` does the rest, in little memory.
    `final()` gives the last layer's logits (n, V) without a gradient; at the last layer itself `final` is None.
-3. Add what else you like: `exits.state(layer)` is (N, d), `exits.logits(layer)` (N, V), `exits.targets` (N,),
+3. Add what else you like: `exits.state(layer)` is h_l (N, d), `exits.logits(layer)` (N, V), `exits.targets` (N,),
    `exits.config` the settings, `exits.step` the number of the step. Return the mean over the N targets, so that
    micro-batches weigh by theirs.
 
@@ -182,7 +182,8 @@ class Exits:
         self.asked: set[int] = set()  # layers whose logits the loss has used
         self.deepest: Tensor | None = None  # of the last weighted sum the deepest layer's loss: what the log shows
         self._unembed = model.unembed if unembed is None else unembed
-        self._states, self._read, self._learned_states, self._agreed = states, read, {}, {}
+        self._states, self._learned_states, self._agreed = states, {}, {}
+        self._read, self._learned_reads = read, {}
         self._top = [self.last] if train_last else []
 
     def every(self) -> list[int]:
@@ -194,19 +195,27 @@ class Exits:
         return [*exits_in_turn(self.config.exits, self.config.per_step, self.step), *self._top]
 
     def state(self, layer: int) -> Tensor:
-        """h_l at the learned positions, or what the adapter's block at this exit makes of it: (N, d)."""
+        """h_l at the learned positions: (N, d)."""
         if layer not in self._learned_states:
-            self._learned_states[layer] = self._read(layer, self._states[layer])[self.learned]
+            self._learned_states[layer] = self._states[layer][self.learned]
         return self._learned_states[layer]
+
+    def read(self, layer: int) -> Tensor:
+        """What the exit reads there: h_l, or what its adapter makes of it where that is a block, (N, d)."""
+        if layer not in self.model.side_blocks:
+            return self.state(layer)
+        if layer not in self._learned_reads:
+            self._learned_reads[layer] = self._read(layer, self._states[layer])[self.learned]
+        return self._learned_reads[layer]
 
     def logits(self, layer: int) -> Tensor:
         """z_l: (N, V), with gradient; kept until the backward pass, which for a large V is much memory."""
         self.asked.add(layer)
-        return self.model.score(self.model.exit_norm(self.state(layer), layer), self._unembed)
+        return self.model.score(self.model.exit_norm(self.read(layer), layer), self._unembed)
 
     def weighted_sum(self, layers: list[int], each: TargetLoss = cross_entropy) -> Tensor:
         """The mean over the targets of `each`, summed over these layers by their `shares`: a scalar."""
-        rows = {layer: self.state(layer) for layer in {*layers, self.last}}
+        rows = {layer: self.read(layer) for layer in {*layers, self.last}}
         weights = shares(self.config, layers, self.last)
         compare = self.config.classifier
         summed = sum_of_losses(self.model, rows, self.targets, weights, each, compare, self._unembed)

@@ -48,7 +48,7 @@ class Objective(nn.Module):
             layers = sorted(exits.asked - {exits.last})
             for layer in layers:
                 labels = exits.agreement(layer)
-                loss = loss + classifier_loss(model, exits.state(layer), layer, labels) / len(layers)
+                loss = loss + classifier_loss(model, exits.read(layer), layer, labels) / len(layers)
         layers = model.config.n_layers - len(skipped)
         counted = len(targets), exits.asked, frozen, len(unembed)
         self.flops += batch_flops(model.config, *batch.inputs.shape, layers, *counted)

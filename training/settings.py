@@ -41,7 +41,7 @@ class TrainConfig(LossConfig):
         None, "file of heads to start from, in place of those in --init", group="a model with heads, or a shortlist"
     )
     frequent_ids: str | None = option(
-        None, "ids for --shortlist, as tools/shortlist.py writes them, kept in what is written; none: those in --init",
+        None, "ids for --shortlist, kept in what is written; none: those in or beside --init",
         group="a model with heads, or a shortlist"
     )
 

@@ -143,7 +143,9 @@ def load_start(model: Transformer, config: TrainConfig) -> None:
             raise KeyError(f"{lost[0]} is missing")
         if more:
             raise KeyError(f"{more[0]} has no place in it; exit_norms, classifiers and adapter may only add to it")
-    model.frequent_ids = find_frequent_ids(config.frequent_ids, source, content, model.config.vocab_size)
+    model.frequent_ids = find_frequent_ids(
+        config.frequent_ids, config.init, config.heads, content, model.config.vocab_size
+    )
     known = 0 if model.frequent_ids is None else len(model.frequent_ids)
     if config.shortlist is not None and config.shortlist > known:
         raise UserError(f"shortlist is {config.shortlist}, but {known} frequent ids are known; count them with python "

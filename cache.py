@@ -5,6 +5,8 @@ Dimensions: R rows of a pass, S positions seen, d model width, H query heads, K 
 
 import common.threads  # noqa: F401  before torch
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -24,12 +26,12 @@ class KVCache:
     the depth below it by the time a pass comes there: if position 7 stopped at layer 4 and 8 at layer 2, the next pass
     takes 8 along from layer 3 on, and 7 from layer 5 on, where all three stand side by side."""
 
-    def __init__(self, model: Transformer, length: int, beside: bool = False):
-        """Room for `length` positions; with `beside` also for the blocks beside the staircase, where adapters are."""
+    def __init__(self, model: Transformer, length: int, beside: Collection[int] = ()):
+        """Room for `length` positions, also in the blocks that stand `beside` these layers, if any do: adapters."""
         self.config, self.rope = model.config, model.rope
         shape = (1, 2 * self.config.n_kv_heads, length, self.config.head_dim)  # of a layer: its keys, then its values
         self.keys_values = [model.embedding.new_empty(shape) for _ in model.blocks]
-        self.beside = {layer: model.embedding.new_empty(shape) for layer in model.side_blocks if beside}
+        self.beside = {layer: model.embedding.new_empty(shape) for layer in model.side_blocks if layer in beside}
         self.hidden = model.embedding.new_empty(length, self.config.d_model)
         self.filled = [0] * (self.config.n_layers + 2)
         self._slides = [False] + [self.config.slides(layer) for layer in range(1, self.config.n_layers + 1)]

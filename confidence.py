@@ -170,12 +170,14 @@ Confidence = Callable[[Trace, int], Tensor | float]
 FUNCTIONS: dict[str, Confidence] = {}
 
 
-def register(name: str, reads_logits: bool = True) -> Callable[[Confidence], Confidence]:
+def register(name: str, reads_logits: bool = True, reads_own_layer: bool = False
+             ) -> Callable[[Confidence], Confidence]:
     """Registers a confidence function (trace, layer) -> a number in [0, 1] under `name`. Where it reads hidden
-    states alone, say reads_logits=False: no head is computed to ask it."""
+    states alone, say reads_logits=False: no head is computed to ask it. Where it asks no other layer's head or
+    exit_state, say reads_own_layer=True: adapters that are blocks then run at the exits alone."""
 
     def add(function: Confidence) -> Confidence:
-        function.reads_logits = reads_logits
+        function.reads_logits, function.reads_own_layer = reads_logits, reads_own_layer
         FUNCTIONS[name] = function
         return function
 
@@ -188,13 +190,13 @@ def resolve(name: str | Confidence) -> Confidence:
     return name if callable(name) else find_function("confidence", name, FUNCTIONS, ("trace", "layer"))
 
 
-@register("softmax")
+@register("softmax", reads_own_layer=True)
 def softmax(trace: Trace, layer: int) -> float:
     """p_l(1st) - p_l(2nd) (CALM, Schuster 2022, section 3.5, softmax response)."""
     return margin(trace.logits(layer).softmax(-1))
 
 
-@register("hidden", reads_logits=False)
+@register("hidden", reads_logits=False, reads_own_layer=True)
 def hidden(trace: Trace, layer: int) -> float:
     """max(0, cos(h_l, h_{l-1})) (CALM, section 3.5, hidden-state saturation)."""
     now, before = trace.hidden[layer][-1].float(), trace.hidden[layer - 1][-1].float()
@@ -202,14 +204,14 @@ def hidden(trace: Trace, layer: int) -> float:
     return min(max(float(now.dot(before)) / max(sizes, 1e-12), 0.0), 1.0)
 
 
-@register("classifier", reads_logits=False)
+@register("classifier", reads_logits=False, reads_own_layer=True)
 def classifier(trace: Trace, layer: int) -> float:
     """sigmoid(w_l norm_l(h_l) + b_l), trained to predict argmax p_l = argmax p_L (CALM, section 3.5, early-exit
     classifier). Raises UserError for a layer without one."""
     return belief(trace.model, trace.exit_state(layer), layer, trace.classifiers)
 
 
-@register("entropy")
+@register("entropy", reads_own_layer=True)
 def entropy(trace: Trace, layer: int) -> Tensor:
     """1 - H(p_l) / log n."""
     log_p = trace.log_probs(layer)

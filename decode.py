@@ -85,15 +85,15 @@ class Run:
         self.thresholds = config.thresholds(model.config)
         learns = self.thresholds.learns and config.fill == "parallel"
         self.owe_head = config.verify or learns  # do early tokens owe it their row, to be judged, or learned from?
-        reads = config.confidence is not None or config.contrasting is not None  # layers below the top
-        self.cache = KVCache(model, self.length, beside=reads)
+        confidence = config.confidence and resolve(config.confidence)
+        alone = config.contrasting is None and getattr(confidence, "reads_own_layer", confidence is None)
+        self.cache = KVCache(model, self.length, beside=config.exits(model.config) if alone else model.side_blocks)
         self.cache.waive(len(prompt) - 1)  # only the last token of the prompt predicts
         companion = None
         if amateur is not None:
             check_amateur(amateur, model, config.contrasting, self.length)
             companion = Companion(amateur, self.length, run_pass, counters)
         self.predictor = Predictor(config.sampling, config.contrasting, companion, counters, model.embedding.device)
-        confidence = config.confidence and resolve(config.confidence)
         pruning = (config.prune, config.prune_k, config.prune_min)
         self.shortlist = Shortlist(model, config.shortlist, self.length) if config.shortlist else None
         self.new_trace = partial(trace_type, model, confidence, *pruning, config.premature_layers, self.shortlist, {})

@@ -102,6 +102,14 @@ def test_the_full_model_runs_no_block_beside(tiny_model):
     assert out.counters == bare.counters and out.counters.confidence_flops == 0
 
 
+@pytest.mark.parametrize("confidence, layers", [("softmax", [3]), ("classifier", [3]), ("jsd", [2, 3]), ("weighted", [2, 3])])
+def test_blocks_run_where_an_exit_may_read_them(tiny_model, confidence, layers):
+    model = tiny_model(3, **SHAPE)
+    run = Run(model, PROMPT, DecodeConfig(confidence=confidence, exit_layers=(3,)), decode.Counters())
+    assert [*run.cache.beside] == layers
+    assert [*Run(model, PROMPT, DecodeConfig(predict="contrast"), decode.Counters()).cache.beside] == [2, 3]
+
+
 def test_exits_asked_alone_read_what_they_would_have_read(tiny_model):
     """`draft auto` asks exits about positions of a round that is over."""
     model, passes = tiny_model(3, **SHAPE), []

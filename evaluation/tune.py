@@ -225,7 +225,7 @@ def told(each: Tried) -> DecodeConfig:
     """The setting of a candidate, after saying why it was taken."""
     config = each.config
     bound = f", at most {config.max_owed} owed," if config.verify else ""
-    bound += f", shortlist {config.shortlist}," if config.shortlist else ""
+    bound = f"{bound or ','} shortlist {config.shortlist}," if config.shortlist else bound
     tqdm.write(
         f"{each.title}: exits {config.exit_layers}, threshold {config.threshold}{bound} keep {each.kept:.1%}, surely "
         f"{each.surely:.1%}, at {each.speedup:.2f} times the full model's speed on {each.inputs} inputs"

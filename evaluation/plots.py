@@ -199,6 +199,8 @@ def draw_speed(plt, rows: list[dict]):
         filled = "full" if config["verify"] or kind(row) == "full" else FILLINGS[config["prune"]]
         if config["fill"] == "copy":
             style["marker"] = "x"
+        elif config["draft"] == "auto":
+            style["marker"] = "P"
         axis.errorbar(
             row["speedup"],
             100 * row["kept"],

@@ -16,7 +16,7 @@ from torch import Tensor
 from common.plugins import find_function
 from decoding.asking import ask
 from decoding.flops import head_flops
-from formats.classifiers import belief
+from formats.classifiers import belief, numbers
 from formats.weights import lookup
 from model import Transformer
 
@@ -200,8 +200,8 @@ def softmax(trace: Trace, layer: int) -> float:
 def hidden(trace: Trace, layer: int) -> float:
     """max(0, cos(h_l, h_{l-1})) (CALM, section 3.5, hidden-state saturation)."""
     now, before = trace.hidden[layer][-1].float(), trace.hidden[layer - 1][-1].float()
-    sizes = math.sqrt(float(now.dot(now)) * float(before.dot(before)))  # numbers: operations on tensors cost more
-    return min(max(float(now.dot(before)) / max(sizes, 1e-12), 0.0), 1.0)
+    a, b, product = numbers(now.dot(now), before.dot(before), now.dot(before))  # operations on tensors cost more
+    return min(max(product / max(math.sqrt(a * b), 1e-12), 0.0), 1.0)
 
 
 @register("classifier", reads_logits=False, reads_own_layer=True)

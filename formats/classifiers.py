@@ -7,31 +7,40 @@ Dimensions: d model width.
 
 import math
 
+import torch
 from torch import Tensor
 
 from common.errors import UserError
 
 
-def belief(model, state: Tensor, layer: int, ready: dict[int, tuple[Tensor, float]]) -> float:
+def belief(model, state: Tensor, layer: int, ready: dict[int, tuple[Tensor, Tensor]]) -> float:
     """The classifier's belief that exit `layer` agrees with the last layer, of what the exit reads, (1, d); `ready`
     keeps what is made for that from question to question. Raises UserError if this layer has no classifier."""
     if layer not in ready:
         ready[layer] = made_ready(model, layer)
-    row, bias = ready[layer]
-    x = model.before_norm(state, layer)[0].to(row.dtype)
-    size = math.sqrt(float(x.dot(x)) / len(row) + model.config.norm_eps)
-    return sigmoid(float(x.dot(row)) / size + bias)
+    row, b = ready[layer]
+    x = model.before_norm(state, layer)[0].detach().to(row.dtype)
+    square, score, bias = numbers(x.dot(x), x.dot(row), b)
+    return sigmoid(score / math.sqrt(square / len(row) + model.config.norm_eps) + bias)
 
 
-def made_ready(model, layer: int) -> tuple[Tensor, float]:
-    """w times the gain of the layer's norm, (d,) float32 or finer, and b."""
+def made_ready(model, layer: int) -> tuple[Tensor, Tensor]:
+    """w times the gain of the layer's norm, (d,) float32 or finer, and b, a scalar."""
     if layer not in model.config.classifiers:
         have = ", ".join(map(str, model.config.classifiers)) or "none"
         raise UserError(f"layer {layer} has no confidence classifier (layers with one: {have}); train it, or ask "
                         "another confidence")
     w = model.classifiers[str(layer)].detach().float()
     gain = model.exit_norms[str(layer)] if layer in model.config.exit_norms else model.norm
-    return w[:-1] * gain.detach(), float(w[-1])
+    row = w[:-1] * gain.detach()
+    return row, w[-1].to(row.dtype)
+
+
+def numbers(*scalars: Tensor) -> list[float]:
+    """Scalar tensors as numbers; those of a GPU together, for it is waited for each time."""
+    if scalars[0].is_cpu:
+        return [float(scalar) for scalar in scalars]  # a third of the time of stacking them
+    return torch.stack(scalars).tolist()
 
 
 def sigmoid(x: float) -> float:

@@ -9,16 +9,19 @@ def head_flops(config: ModelConfig, layer: int, n: int) -> int:
     return 2 * config.d_model * n + (2 * adapter_weights(config) if layer in config.exit_norms else 0)
 
 
+def block_weights(config: ModelConfig) -> int:
+    """How many weights the matrices of one block have."""
+    attention = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
+    return config.d_model * (attention + 3 * config.d_ff)
+
+
 def block_flops(config: ModelConfig, first: int, stop: int) -> int:
     """One block on the positions first .. stop - 1: 2 a weight and row, 4 H C a row and position seen (without a
     window)."""
-    attention = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
-    weights = config.d_model * (attention + 3 * config.d_ff)
     seen = (first + 1 + stop) * (stop - first) // 2
-    return 2 * weights * (stop - first) + 4 * config.n_heads * config.head_dim * seen
+    return 2 * block_weights(config) * (stop - first) + 4 * config.n_heads * config.head_dim * seen
 
 
 def blocks_of_head(config: ModelConfig) -> float:
     """The head over the vocabulary in blocks: its weights over those of one block."""
-    attention = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
-    return config.vocab_size / (attention + 3 * config.d_ff)
+    return config.vocab_size * config.d_model / block_weights(config)

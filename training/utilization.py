@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from decoding.flops import block_weights
 from formats.adapters import adapter_weights, read_adapter, side_shape
 from model import ModelConfig
 from training.settings import TrainConfig
@@ -75,8 +76,7 @@ def batch_flops(
 
 def position_flops(config: ModelConfig, length: int) -> int:
     """Operations of one block, forward, for one of `length` positions."""
-    weights = config.d_model * (2 * (config.n_heads + config.n_kv_heads) * config.head_dim + 3 * config.d_ff)
-    return 2 * weights + 4 * config.n_heads * config.head_dim * length
+    return 2 * block_weights(config) + 4 * config.n_heads * config.head_dim * length
 
 
 def speeds(positions: int, flops: int, seconds: float, peak: float | None) -> dict[str, float]:

@@ -45,7 +45,7 @@ SHARES = (
     (1 / 4, 1 / 3, 1 / 2, 2 / 3),
 )  # of the depth
 DRAFTS = ((1 / 6,), (1 / 4,), (1 / 3,), (1 / 4, 1 / 2))  # exit sets of verified mode, whose early tokens are drafts
-COARSE, FINE = (0.6, 0.3), (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # thresholds, from cautious to bold
+COARSE, FINE = (0.8, 0.6, 0.3), (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # thresholds, from cautious to bold
 LOOSE, OWED = (0.6, 0.4, 0.2), (8, 16)  # verified mode: thresholds, bounds of the owed rows
 SHORTLISTS = (32768, 8192, 2048, 1024)  # from cautious to bold, those of at most half the vocabulary
 PRUNING = {

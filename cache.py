@@ -17,7 +17,7 @@ from model import Transformer, attention, split_heads, visible
 class KVCache:
     """The staircase of one text (batch size 1), told by one number a step:
 
-    filled[0]        positions begun
+    filled[0]        positions begun; ahead of filled[1] only within a pass
     filled[1 .. L]   positions whose keys and values are stored at that layer
     filled[L + 1]    positions that owe nothing to the head over the vocabulary
 
@@ -55,7 +55,7 @@ class KVCache:
 
     def attend(self, layer: int, qkv: Tensor, beside: bool = False) -> Tensor:
         """`attend` of a block: stores the rows' keys and values, then attends to what they may see. `beside`: of the
-        adapter's block at this layer, which has just stored the same rows. (R, (H + 2K) C) -> (R, H C)."""
+        adapter's block at this layer, after the layer's own has stored the same rows. (R, (H + 2K) C) -> (R, H C)."""
         return attention(*self.store(layer, qkv, beside), self.config)
 
     def store(self, layer: int, qkv: Tensor, beside: bool = False) -> tuple[Tensor | None, ...]:

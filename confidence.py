@@ -2,7 +2,7 @@
 
 Notation: h_l the hidden state of the newest position after layer l, z_l = W norm_l(h_l) its logits, p_l =
 softmax(z_l), over the n current candidates (the whole vocabulary V unless there is a shortlist or pruning).
-Everything is float32. Confidences lie in [0, 1]; exit when c >= threshold.
+Logits and probabilities are float32. Confidences lie in [0, 1]; exit when c >= threshold.
 """
 
 import common.threads  # noqa: F401  before torch
@@ -46,7 +46,7 @@ class Trace:
         self._schedule, self._limits = SCHEDULES[prune], (prune_k, prune_min)
         self._premature = premature_layers
         self._logits: dict[int, Tensor] = {}     # layer -> z over the candidates, (n,)
-        self._guesses: dict[int, Tensor] = {}    # layer asked -> its candidates, the best first, before these go
+        self._guesses: dict[int, Tensor] = {}    # layer asked -> its best token first: pruning may drop it
         self._weights: list[Tensor] | None = [model.head_weight]  # (n, d) side by side; None: not gathered yet
         if shortlist is not None:
             self.candidates, self._weights, self.n = shortlist.ids, shortlist.weights, len(shortlist.ids)
@@ -85,7 +85,7 @@ class Trace:
         best, index = newest.topk(size)  # (size,) by falling z_l
         self.candidates = self.token(index)
         self._weights, self.n = None, size
-        del self._logits[self.layer]
+        del self._logits[self.layer]  # `best` has been cut already
         self._logits = {layer: logits[index] for layer, logits in self._logits.items()}
         self._logits[self.layer], self._guesses[self.layer] = best, self.candidates
 

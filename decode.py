@@ -28,7 +28,7 @@ from model import Transformer
 
 def plain(run: "Run") -> Iterator[Token]:
     """The loop in its plain form, where every token is settled at once: pass, exit or go on, emit, owe."""
-    tokens = run.prompt
+    tokens = run.unread
     while run.unfinished:
         trace, layer = run.advance(tokens, run.exits())  # up to the first exit layer that is confident, or the top
         token = run.emit(trace, layer)                   # from the distribution of the layer reached
@@ -51,7 +51,7 @@ def run_pass(model: Transformer, cache: KVCache, tokens: list[int], trace: Trace
     for layer, block in enumerate(model.blocks, 1):
         first, x = cache.join(layer, first, x)
         if first < stop:  # without new tokens there are no rows until a layer that is owed some
-            attend = partial(cache.attend, layer)  # stores these rows' keys and values, then attends
+            attend = partial(cache.attend, layer)  # stores these rows' keys and values (filled[layer] = stop), attends
             x = block.forward(x, attend)  # not block(x, attend): a module's hooks cost time at every call
             if layer in cache.beside:  # the exit's adapter is a block
                 trace.beside[layer] = model.beside(layer, x, partial(attend, beside=True))
@@ -84,23 +84,23 @@ class Run:
         self.early = 0  # tokens emitted since a pass last reached the top
         self.thresholds = config.thresholds(model.config)
         learns = self.thresholds.learns and config.fill == "parallel"
-        self.owe_head = config.verify or learns  # do early tokens owe it their row, to be judged, or learned from?
+        self.owe_head = config.verify or learns  # must early tokens give it their row, to be judged or learned from?
         confidence = config.confidence and resolve(config.confidence)
-        alone = config.contrasting is None and getattr(confidence, "reads_own_layer", confidence is None)
-        self.cache = KVCache(model, self.length, beside=config.exits(model.config) if alone else model.side_blocks)
+        own = config.contrasting is None and getattr(confidence, "reads_own_layer", confidence is None)
+        self.cache = KVCache(model, self.length, beside=config.exits(model.config) if own else model.side_blocks)
         self.cache.waive(len(prompt) - 1)  # only the last token of the prompt predicts
         companion = None
         if amateur is not None:
             check_amateur(amateur, model, config.contrasting, self.length)
             companion = Companion(amateur, self.length, run_pass, counters)
         self.predictor = Predictor(config.sampling, config.contrasting, companion, counters, model.embedding.device)
-        pruning = (config.prune, config.prune_k, config.prune_min)
         self.shortlist = Shortlist(model, config.shortlist, self.length) if config.shortlist else None
-        self.new_trace = partial(trace_type, model, confidence, *pruning, config.premature_layers, self.shortlist, {})
-        self.prompt = list(prompt)
+        asking = (config.prune, config.prune_k, config.prune_min, config.premature_layers, self.shortlist)
+        self.new_trace = partial(trace_type, model, confidence, *asking, {})  # {}: classifiers, made ready once
+        self.unread = list(prompt)  # what of the prompt the loop begins with
         if config.fill == "copy" and config.confidence and len(prompt) > 1:  # CALM: a prompt gets exact ones
             self.advance(prompt[:-1], {})
-            self.prompt = prompt[-1:]
+            self.unread = prompt[-1:]
 
     @property
     def unfinished(self) -> bool:
@@ -135,8 +135,8 @@ class Run:
         return token
 
     def owe(self, layer: int) -> None:
-        """What becomes of the layers above the one reached: they are owed the newest position (parallel fill), or get a
-        copy at once. A settled token owes the head nothing, unless thresholds learn from it."""
+        """The layers above the one reached get a copy of the newest position at once, or are owed it, which takes no
+        step (parallel fill). A settled token owes the head nothing, unless thresholds learn from it."""
         if self.config.fill == "copy":
             copy_up(self.model, self.cache, layer, self.counters)
         if not self.owe_head:
@@ -171,7 +171,7 @@ def generate(model: Transformer, prompt: list[int], config: DecodeConfig = Decod
 
 
 def main() -> None:
-    show_runs(make_parser().parse_args(), stream)  # text begins there
+    show_runs(make_parser().parse_args(), stream)  # there token ids become text
 
 
 if __name__ == "__main__":

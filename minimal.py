@@ -5,8 +5,8 @@ above, which still owe its key and value to later tokens. The next pass that cli
 running all the rows that a layer lacks in one call: cheap, since reading the layer's weights is what takes the time.
 
     layer 4 │■■■■■■■■■■              filled[4] = 10    filled never increases from a layer to the next. So the rows
-    layer 3 │■■■■■■■■■■■■■           filled[3] = 13    owed at a layer, filled[layer] .. newest, have all run the one
-    layer 2 │■■■■■■■■■■■■■■          filled[2] = 14    below, where their states wait: that is all the bookkeeping.
+    layer 3 │■■■■■■■■■■■■■           filled[3] = 13    owed at a layer, filled[layer] .. newest, are one run, and by the
+    layer 2 │■■■■■■■■■■■■■■          filled[2] = 14    time a pass comes there all of them have run the layer below.
 
 R rows of a pass, S positions so far, d width, H heads, C = d / H, V vocabulary, L layers. Layers count from 1.
 """

@@ -98,7 +98,7 @@ class ModelConfig:
 def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B T, (H + 2K) C) -> q (B, H, T, C), and k above v (B, 2K, T, C); q and k are rotated by their positions. rope:
     from `rotation`; None: not rotated."""
-    if rope is not None and rope.is_complex():  # the weights are folded, see formats/weights.py
+    if rope is not None and rope.is_complex():  # folded weights, a CPU's default: the same function, by pairs
         return split_pairs(qkv, batch, config, rope)
     H, K, C = config.n_heads, config.n_kv_heads, config.head_dim
     heads = qkv.view(batch, -1, H + 2 * K, C).transpose(1, 2)  # (B, H + 2K, T, C)
@@ -227,7 +227,7 @@ class Transformer(nn.Module):
     def initialize(self) -> None:
         """Normal matrices; what writes into the residual stream starts smaller, by depth (GPT-2, Radford 2019)."""
         for name, weight in self.named_parameters():
-            if weight.dim() > 1 and not name.startswith("adapters"):  # these begin as nothing
+            if weight.dim() > 1 and not name.startswith("adapters"):  # these have begun, as the identity
                 residual = name.endswith(("out", "down"))
                 std = 0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02
                 nn.init.normal_(weight, std=std)

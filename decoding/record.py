@@ -74,7 +74,7 @@ class Counters:
         head = blocks_of_head(shape) if shortlist else 0
         return (shape.n_layers + head) * self.tokens / (self.block_runs + head * self.deep_passes)
 
-    def add_miss(self, trace: Trace, token: int | None) -> None:
+    def add_miss(self, trace: Trace, token: int) -> None:
         """Whether the full model's token was among the candidates that were asked over."""
         if trace.confidences and trace.candidates is not None:
             self.pruned_deep += 1

@@ -24,7 +24,7 @@ def verified(run, drafting: Drafting | None = None) -> Iterator[Token]:
     None: this text begins anew."""
     if drafting is None and run.config.draft == "auto":
         drafting = Drafting(costs_of(run.model, run.config, type(run)))
-    tokens, drafts, passes = run.prompt, [], []
+    tokens, drafts, passes = run.unread, [], []
     while run.unfinished:
         if drafting_is_over(run, drafts):  # a pass without a new token: it takes the drafts' rows to the top
             trace, layer = run.advance([], exits={})
@@ -34,7 +34,7 @@ def verified(run, drafting: Drafting | None = None) -> Iterator[Token]:
         passes.append(trace)
         if layer < run.top:
             drafts.append(run.emit(trace, layer))
-            run.settle([], trace)
+            run.settle([], trace)  # and no run.owe: a draft goes on owing the head its row
             tokens = [drafts[-1].id]
         else:
             settled, kept = judged(run, trace, drafts)
@@ -59,10 +59,9 @@ def judged(run, trace, drafts: list[Token]) -> tuple[list[Token], int]:
     if token is not None:
         settled.append(Token(token, run.top - 1, rolled_back=tuple(draft.id for draft in drafts[kept:])))
     run.counters.add_judgement(len(drafts), kept)
-    if kept == len(drafts):  # then the token is that of the newest row, which the trace is about
+    if kept == len(drafts) and token is not None:  # that of the newest row, which the trace is about
         run.counters.add_miss(trace, token)
-        if token is not None:
-            settled[-1].explain(trace)
+        settled[-1].explain(trace)
     first = run.cache.filled[0] - len(trace.final)  # the position whose row judges the first draft
     run.cache.rollback(first + 1 + kept)  # that one stays, and those of the kept drafts
     run.text = before + [token.id for token in settled]

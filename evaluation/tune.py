@@ -201,9 +201,9 @@ def measure_candidates(
     return tried
 
 
-def good(tried: list[Tried]) -> list[Tried]:
-    """Those that keep the scores by their estimate, the fastest first; if none does, the one that keeps most."""
-    kept = [each for each in tried if each.kept >= 1 - LOSS_ALLOWED] or [max(tried, key=lambda each: each.kept)]
+def good(tried: list[Tried], allowed: float = LOSS_ALLOWED) -> list[Tried]:
+    """Those that by their estimate lose no more than allowed, the fastest first; if none, the one that keeps most."""
+    kept = [each for each in tried if each.kept >= 1 - allowed] or [max(tried, key=lambda each: each.kept)]
     return sorted(kept, key=lambda each: each.speedup, reverse=True)
 
 
@@ -214,8 +214,9 @@ def fastest(tried: list[Tried]) -> DecodeConfig:
 
 
 def rivals(tried: list[Tried]) -> list[tuple[int, ...]]:
-    """The exit sets of the fastest that are good by their estimate, at most RIVALS."""
-    return list(dict.fromkeys(each.config.exit_layers for each in good(tried)))[:RIVALS]
+    """The exit sets of the fastest that are nearly good by their estimate, at most RIVALS: a walk may end at a more
+    cautious threshold than any tried here."""
+    return list(dict.fromkeys(each.config.exit_layers for each in good(tried, 2 * LOSS_ALLOWED)))[:RIVALS]
 
 
 def surely_good(tried: list[Tried]) -> list[Tried]:

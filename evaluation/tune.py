@@ -4,17 +4,17 @@ checkpoint.
 What is promised: of a function's threshold and of the static exit, with the layers chosen before on other inputs,
 candidates are walked from cautious to bold and the walk ends at the first that does not keep 99 % of every score of the
 full model at the lower end of its bootstrap interval; then shortlists for these functions, where frequent ids are
-known. Of `softmax` a few exit sets are walked and the fastest end is taken; their intervals are the wider. So the
-chance that a chosen row keeps less on inputs of the same source is about 5 % a walk, given a few hundred inputs: a
-bootstrap does not know of losses that it has not met, and what is not met in n inputs may still happen in 3 of n. The
-other pruning schedules and the copy fill share the chosen layers and threshold without a promise of their own; verified
-rows keep everything anyway. Whether inputs of test are of the same source as those of dev, no margin can promise.
+known. So the chance that a chosen row keeps less on inputs of the same source is about 5 % a walk, given a few hundred
+inputs: a bootstrap does not know of losses that it has not met, and what is not met in n inputs may still happen in 3
+of n. The other pruning schedules and the copy fill share the chosen layers and threshold without a promise of their
+own; verified rows keep everything anyway. Whether inputs of test are of the same source as those of dev, no margin can
+promise.
 """
 
 import argparse
 import math
 from dataclasses import dataclass, replace
-from itertools import product, takewhile
+from itertools import product
 
 from tqdm import tqdm
 
@@ -32,7 +32,6 @@ from formats.data import Example
 
 LOSS_ALLOWED = 0.01  # how much of the full model's scores a setting may lose
 LEVEL = 0.9  # of the interval whose lower end must keep the rest: 5 % lie below it
-RIVALS = 3  # exit sets whose thresholds are walked
 FIRST = 60  # inputs on which layers and drafts are chosen; thresholds are chosen on the others
 SHARES = (
     (1 / 4,),
@@ -46,7 +45,7 @@ SHARES = (
     (1 / 4, 1 / 3, 1 / 2, 2 / 3),
 )  # of the depth
 DRAFTS = ((1 / 6,), (1 / 4,), (1 / 3,), (1 / 4, 1 / 2))  # exit sets of verified mode, whose early tokens are drafts
-COARSE, FINE = (0.6, 0.3), (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # thresholds, from cautious to bold
+COARSE, FINE = (0.6, 0.3), (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # thresholds, from cautious to bold
 LOOSE, OWED = (0.6, 0.4, 0.2), (8, 16)  # verified mode: thresholds, bounds of the owed rows
 SHORTLISTS = (32768, 8192, 2048, 1024)  # from cautious to bold, those of at most half the vocabulary
 PRUNING = {
@@ -85,31 +84,28 @@ def main(args: argparse.Namespace) -> None:
 
 
 def tune(model, tokenizer, task: Task, examples: list[Example]) -> dict[str, dict]:
-    """Settings of every row, as the fields that differ from DecodeConfig's defaults. On some of the examples, exit sets
-    that may serve softmax and the drafts of verified mode; on the others, a static exit, the threshold of softmax with
-    each set, and for the best of them the thresholds of the other functions. Up to FIRST examples are too few to be
-    parted: then all serve both."""
+    """Settings of every row, as the fields that differ from DecodeConfig's defaults. On some of the examples, the exit
+    layers that serve softmax and the drafts of verified mode; on the others, a static exit and, for these layers, the
+    threshold of each function. Up to FIRST examples are too few to be parted: then all serve both."""
     step = math.ceil(len(examples) / FIRST)
     some = examples[::step]
     exits = exit_layers_of(model)
     others = [example for i, example in enumerate(examples) if i % step] or some
 
     def try_out(
-        inputs: list[Example], name: str, layers: tuple[int, ...] | None = None, verify: bool = False, walks: int = 1
+        inputs: list[Example], name: str, layers: tuple[int, ...] | None = None, verify: bool = False
     ) -> list[Tried]:
         configs = candidates(model.config.n_layers, exits, task.max_new_tokens, name, layers, verify)
-        title = f"{task.name}, {name}{' verified' * verify}"
-        return measure_candidates(model, tokenizer, task, inputs, configs, title, walks)
+        return measure_candidates(model, tokenizer, task, inputs, configs, f"{task.name}, {name}{' verified' * verify}")
 
     def try_shortlists(inputs: list[Example], row: DecodeConfig) -> list[Tried]:
         title = f"{task.name}, {row.confidence}{' verified' * row.verify}, shortlists"
         return measure_candidates(model, tokenizer, task, inputs, with_shortlists(model, row), title)
 
-    sets = rivals(try_out(some, "softmax"))
-    softmax = best_end([try_out(others, "softmax", each, walks=len(sets)) for each in sets])
+    layers = fastest(try_out(some, "softmax")).exit_layers
     verified, jsd_verified = (fastest(try_out(some, name, verify=True)) for name in ("softmax", "jsd"))
     static = boldest(try_out(others, "static"))
-    weighted, jsd = (boldest(try_out(others, name, softmax.exit_layers)) for name in ("weighted", "jsd"))
+    softmax, weighted, jsd = (boldest(try_out(others, name, layers)) for name in ("softmax", "weighted", "jsd"))
     if len(with_shortlists(model, softmax)) > 1:
         softmax, weighted, jsd = (boldest(try_shortlists(others, row)) for row in (softmax, weighted, jsd))
         verified, jsd_verified = (fastest(try_shortlists(some, row)) for row in (verified, jsd_verified))
@@ -183,10 +179,9 @@ class Tried:
 
 
 def measure_candidates(
-    model, tokenizer, task: Task, examples: list[Example], configs: list[DecodeConfig], title: str, walks: int = 1
+    model, tokenizer, task: Task, examples: list[Example], configs: list[DecodeConfig], title: str
 ) -> list[Tried]:
-    """Every candidate on the examples, in turn with the full model; for one of so many walks, among whose ends the best
-    is taken."""
+    """Every candidate on the examples, in turn with the full model."""
     labelled = {"full": configs[0].full()} | {str(number): config for number, config in enumerate(configs)}
     prompts, stopping = encode_inputs(model, tokenizer, task, examples, labelled)
     rows = run_in_turns(model, prompts, stopping, 1, title)
@@ -196,44 +191,27 @@ def measure_candidates(
     for config, row in zip(configs, rows.values()):
         texts = written(tokenizer, row)
         kept = quality_kept(task, texts, full_texts, references)
-        surely = quality_interval(task, texts, full_texts, references, 1 - (1 - LEVEL) / walks)[0]
+        surely = quality_interval(task, texts, full_texts, references, LEVEL)[0]
         tried.append(Tried(config, speed_figures(row, full)["speedup"], kept, surely, title, len(examples)))
     return tried
 
 
-def good(tried: list[Tried], allowed: float = LOSS_ALLOWED) -> list[Tried]:
-    """Those that by their estimate lose no more than allowed, the fastest first; if none, the one that keeps most."""
-    kept = [each for each in tried if each.kept >= 1 - allowed] or [max(tried, key=lambda each: each.kept)]
-    return sorted(kept, key=lambda each: each.speedup, reverse=True)
-
-
 def fastest(tried: list[Tried]) -> DecodeConfig:
-    """The fastest that is good by its estimate: it promises nothing for other inputs, and serves to choose drafts,
-    which change no text."""
-    return told(good(tried)[0])
-
-
-def rivals(tried: list[Tried]) -> list[tuple[int, ...]]:
-    """The exit sets of the fastest that are nearly good by their estimate, at most RIVALS: a walk may end at a more
-    cautious threshold than any tried here."""
-    return list(dict.fromkeys(each.config.exit_layers for each in good(tried, 2 * LOSS_ALLOWED)))[:RIVALS]
-
-
-def surely_good(tried: list[Tried]) -> list[Tried]:
-    """Walks from cautious to bold until one does not surely keep the scores: those before it."""
-    return list(takewhile(lambda each: each.surely >= 1 - LOSS_ALLOWED, tried))
-
-
-def best_end(walks: list[list[Tried]]) -> DecodeConfig:
-    """The fastest that surely keeps the scores, of several walks; if none does, the first, which promises nothing."""
-    best = max(walks, key=lambda tried: max((each.speedup for each in surely_good(tried)), default=0.0))
-    return boldest(best)
+    """Of those that keep the scores by their estimate the fastest; if none does, the one that keeps most. It promises
+    nothing for other inputs, and serves to choose layers, and drafts, which change no text."""
+    good = [each for each in tried if each.kept >= 1 - LOSS_ALLOWED]
+    best = max(good, key=lambda each: each.speedup) if good else max(tried, key=lambda each: each.kept)
+    return told(best)
 
 
 def boldest(tried: list[Tried]) -> DecodeConfig:
-    """The fastest of those that surely keep the scores; if the first does not, the first, which then promises
-    nothing."""
-    passed = surely_good(tried)
+    """Walks from cautious to bold until one does not surely keep the scores, and takes the fastest of those before it;
+    if the first fails, the first, which then promises nothing."""
+    passed = []
+    for each in tried:
+        if each.surely < 1 - LOSS_ALLOWED:
+            break
+        passed.append(each)
     if passed:
         return told(max(passed, key=lambda each: each.speedup))
     tqdm.write(

@@ -245,20 +245,6 @@ def test_a_row_is_chosen_by_what_it_surely_keeps_not_by_the_estimate():
     assert tune.fastest(walked) == walked[3].config and tune.fastest([tried(9, 0.5, 0.4), tried(1, 0.6, 0.5)]).threshold == 0.6
 
 
-def test_of_several_exit_sets_the_walk_that_ends_fastest_is_taken():
-    """The set that is fastest by a bold threshold may have to stop at a cautious one, or at none."""
-
-    def walk(layer: int, *ends) -> list[tune.Tried]:
-        return [replace(tried(*end), config=DecodeConfig(exit_layers=(layer,), threshold=end[1])) for end in ends]
-
-    bold = walk(1, (1.2, 1.0, 1.0), (9.0, 0.995, 0.9))
-    steady = walk(2, (1.1, 1.0, 1.0), (1.5, 0.999, 0.99), (2.0, 0.9, 0.8))
-    lossy = walk(3, (3.0, 0.9, 0.9))
-    assert tune.rivals([*steady, *bold, *lossy]) == [(1,), (2,)] and tune.rivals(lossy) == [(3,)]
-    assert tune.best_end([bold, steady, lossy]) == steady[1].config
-    assert tune.best_end([lossy, lossy]) == lossy[0].config
-
-
 def test_the_margin_keeps_the_promise_on_other_inputs():
     """Of many texts the full model has all right and a row 98.5 %. Judged on 400 of them, 50 times, it passes as one that keeps 99 % by
     the estimate in a quarter of them (four wrong or fewer; on average there are six), by the lower end of the interval hardly ever."""

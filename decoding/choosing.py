@@ -46,17 +46,20 @@ def beside_checkpoint(checkpoint: str) -> dict:
 def with_thresholds(path: str | Path | None, flags: dict) -> dict:
     """The fields of DecodeConfig in a file of thresholds, if there is one, and the flags, which outrank it: a
     threshold among them those of single layers, too."""
-    settings = {} if path is None else read_thresholds(path)
+    settings = {} if path is None else read_thresholds(path, flags.get("confidence"))
     if "threshold" in flags:
         settings.pop("layer_thresholds", None)
     return {**settings, **flags}
 
 
-def read_thresholds(path: str | Path) -> dict:
+def read_thresholds(path: str | Path, named: str | None = None) -> dict:
     """Settings from a JSON file, as calibration writes it: fields of DecodeConfig, and their `provenance`, which is not
-    read. Raises UserError for what is not that."""
+    read. named: the function that the flag --confidence names, which the file may name, too. Raises UserError for what
+    is not that."""
     content = read_json(path, "thresholds")
     content.pop("provenance", None)
+    if named is not None and content.get("confidence") == named:
+        del content["confidence"]
     try:
         return from_json(content)
     except UserError as error:

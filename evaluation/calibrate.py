@@ -25,9 +25,9 @@ CHECK_SHARE = (1 + TUNING_SHARE) / 2  # of a single file: from here on inputs to
 def main(args: argparse.Namespace) -> None:
     """Finds a threshold, says what was found, and writes it. Ends with status 1 if no threshold passes."""
     custom = custom_settings(args)
-    check_files(args, args.out)
+    check_files(args, args.out, settings=args.settings)
     tasks = chosen_tasks(args)
-    check_flags(args, custom, tasks)
+    check_flags(args, own_setting(args, tasks[0], custom), tasks)
     model, tokenizer = load_model(args)
     record = run_record(args, model)
     task, sets = two_sets(args, tasks[0])
@@ -45,11 +45,11 @@ def main(args: argparse.Namespace) -> None:
     tell(f"wrote {args.out}")
 
 
-def check_flags(args: argparse.Namespace, custom: dict, tasks: list[Task]) -> None:
+def check_flags(args: argparse.Namespace, config: DecodeConfig, tasks: list[Task]) -> None:
     """Raises UserError for what cannot be calibrated."""
-    if custom.get("layer_thresholds"):
+    if config.layer_thresholds:
         raise UserError("layer_thresholds outranks the threshold that is to be found; leave it out")
-    if custom.get("confidence", "softmax") is None:
+    if config.confidence is None:
         raise UserError("calibrate needs a confidence function; confidence is none")
     for name in ("tolerance", "error"):
         if not 0 < getattr(args, name) < 1:

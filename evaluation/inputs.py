@@ -98,7 +98,10 @@ def load_inputs(args: argparse.Namespace, task: Task, split: str) -> tuple[Task,
             "the references of equal prompts are put together"
         )
     task = replace(task.with_shots(shots), chat=args.template)
-    return task, [example for example in examples if example not in shots]
+    left = [example for example in examples if example not in shots]
+    if shots and not left:
+        raise UserError(f"shots is {args.shots}: all inputs of {task.name}; take fewer, or another --shot-file")
+    return task, left
 
 
 def show_prompts(args: argparse.Namespace) -> None:

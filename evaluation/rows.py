@@ -73,12 +73,18 @@ def recipe_row(name: str, task: Task, model, custom: dict) -> DecodeConfig:
 
 
 def changed(config: DecodeConfig, custom: dict) -> DecodeConfig:
-    """The setting with changes; a static exit, whose threshold is 0, stays static, and drafting by measurement makes
-    its own choice."""
-    if config.threshold == 0:
-        custom = {**custom, "threshold": 0.0}
+    """The setting with changes, a threshold also in place of those of single layers. What a row is about stays: a
+    static exit, whose threshold is 0, is static, drafting by measurement makes its own choice, copies owe nothing."""
+    fixed = ()
     if config.draft == "auto":
-        custom = {name: value for name, value in custom.items() if name not in AUTO_CHOOSES}
+        fixed = (*AUTO_CHOOSES, "threshold_schedule")
+    elif config.fill == "copy":
+        fixed = ("max_owed",)
+    custom = {name: value for name, value in custom.items() if name not in fixed}
+    if config.threshold == 0:
+        custom["threshold"] = 0.0
+    elif "threshold" in custom:
+        custom = {"layer_thresholds": None, **custom}
     return replace(config, **custom)
 
 
@@ -93,7 +99,8 @@ def read_settings_file(path: Path) -> dict:
 
 def default_tasks(settings: Path) -> list[str]:
     """The tasks that a checkpoint has settings for; else those of the embedded model."""
-    return [name for name in read_settings_file(settings) if name in TASKS] or ["translation", "e2e"]
+    embedded = [name for name, task in TASKS.items() if task.file]  # the others need a file to be named
+    return [name for name in read_settings_file(settings) if name in embedded] or ["translation", "e2e"]
 
 
 def read_settings(path: Path, task: Task, model, custom: dict) -> dict[str, DecodeConfig]:
@@ -126,7 +133,7 @@ def sources(args: argparse.Namespace, origin: str) -> str:
     if flags:
         parts.append(f"flags ({listed(flags)})")
     if args.thresholds:
-        parts.append(f"{args.thresholds} ({listed(read_thresholds(args.thresholds))})")
+        parts.append(f"{args.thresholds} ({listed(read_thresholds(args.thresholds, flags.get('confidence')))})")
     return f"settings: {', over '.join([*parts, origin])}"
 
 
@@ -143,9 +150,12 @@ def origin_of_rows(args: argparse.Namespace, custom: dict, model) -> str:
     """Where the rows of the table come from, in words."""
     if "confidence" in custom:
         return own_origin(args, custom, model)
-    if args.rows and set(args.rows.split(",")) <= set(RECIPES):
-        return "the recipes in evaluation/recipes.py"
-    return f"{args.settings}, beside the checkpoint" if args.beside else str(args.settings)
+    recipes = "the recipes in evaluation/recipes.py"
+    names = set(args.rows.split(",")) if args.rows else set()
+    if names and names <= set(RECIPES):
+        return recipes
+    rows = f"{args.settings}, beside the checkpoint" if args.beside else str(args.settings)
+    return f"{rows}, and {recipes}" if names & set(RECIPES) else rows
 
 
 def own_origin(args: argparse.Namespace, custom: dict, model) -> str:

@@ -126,7 +126,8 @@ def main(args: argparse.Namespace) -> None:
     custom = custom_settings(args)
     if "confidence" in custom and (args.rows is not None or args.all):
         raise UserError(
-            "--rows and --all choose among the settings, --confidence makes a row of its own; give one of them"
+            "--rows and --all choose among the settings, --confidence makes a row of its own, as does a file of "
+            "thresholds; give one of them"
         )
     check_written(args)
     check_page(args)
@@ -150,7 +151,8 @@ def main(args: argparse.Namespace) -> None:
 
 def check_written(args: argparse.Namespace) -> None:
     """Raises UserError for what could not be written in the end."""
-    check_files(args, args.json, getattr(args, "html", None), getattr(args, "results", None))
+    outputs = args.json, getattr(args, "html", None), getattr(args, "results", None)
+    check_files(args, *outputs, settings=args.settings)
     if args.plot:
         if not args.plot.parent.is_dir():
             raise UserError(f"{args.plot}: there is no folder {args.plot.parent} to write to")
@@ -161,10 +163,11 @@ def check_written(args: argparse.Namespace) -> None:
         pyplot()
 
 
-def check_files(args: argparse.Namespace, *paths: Path | None) -> None:
-    """Raises UserError for files that cannot be written, or that the command reads."""
-    thresholds = getattr(args, "thresholds", None)
-    check_outputs([*paths], [args.checkpoint, args.heads, thresholds, args.shot_file, args.frequent_ids])
+def check_files(args: argparse.Namespace, *paths: Path | None, settings: Path | None = None) -> None:
+    """Raises UserError for files that cannot be written, or that the command reads, `settings` and data among them."""
+    thresholds, data = getattr(args, "thresholds", None), [task.file for task in chosen_tasks(args)]
+    read = [args.checkpoint, args.heads, thresholds, args.shot_file, args.frequent_ids, settings, *data]
+    check_outputs([*paths], read)
 
 
 def finish(args: argparse.Namespace, result: dict, model, tokenizer) -> None:

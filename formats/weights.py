@@ -3,7 +3,7 @@ way.
 
 The model calls `rms_norm` and `linear`; the plain forms are `F.rms_norm` and `F.linear`, and tests hold the other forms
 equal to them, int8 near them. Private functions of torch are called here and in formats/int8.py alone, after a trial;
-where they are missing or raise, weights stay plain, or are multiplied as plain ones.
+where they are missing or raise, weights are folded alone, or multiplied as plain ones.
 """
 
 import functools

@@ -23,7 +23,7 @@ from evaluation import calibrate, figures, tasks, tune
 from evaluation import measure as measuring
 from evaluation import sweep as sweeping
 from evaluation.recipes import RECIPES
-from evaluation.rows import exit_layers_of, read_settings
+from evaluation.rows import default_tasks, exit_layers_of, read_settings
 from formats.checkpoint import save_checkpoint
 from formats.data import read_pairs, task_file
 from formats.pieces import train_tokenizer
@@ -207,6 +207,22 @@ def test_tune_writes_settings_that_the_table_reads(checkpoint, tiny_model, monke
         assert row.prune == (schedule if schedule in ("decaying", "adaptive") else "none")
         assert replace(row, prune="none", prune_k=64, fill="parallel") == safe and (row.fill == "copy") == name.endswith("copy")
     run_command(monkeypatch, "--checkpoint", checkpoint, "--limit", 1, "--settings", new)
+
+
+def test_a_change_leaves_a_row_what_it_is(tiny_model, tmp_path):
+    rows = {
+        "copy": {"confidence": "softmax", "exit_layers": [2], "fill": "copy"},
+        "auto": {"confidence": "softmax", "verify": True, "draft": "auto"},
+        "static": {"confidence": "softmax", "exit_layers": [2], "threshold": 0.0},
+        "layers": {"confidence": "softmax", "exit_layers": [2, 3], "layer_thresholds": [0.9, 0.2]},
+    }
+    (tmp_path / "rows.json").write_text(json.dumps({"e2e": rows, "samsum": rows}))
+    change = {"max_owed": 4, "threshold": 0.5, "threshold_schedule": "decaying"}
+    row = read_settings(tmp_path / "rows.json", tasks.find_task("e2e"), tiny_model(), change)
+    assert {name: each.max_owed for name, each in row.items()} == {"copy": None, "auto": None, "static": 4, "layers": 4}
+    assert row["auto"].draft == "auto" and row["auto"].threshold_schedule == "constant" and row["static"].threshold == 0
+    assert row["layers"].layer_thresholds is None and row["layers"].threshold == row["copy"].threshold == 0.5
+    assert default_tasks(tmp_path / "rows.json") == ["e2e"]  # samsum would need a file
 
 
 def test_shortlists_are_tried_where_frequent_ids_are_known(tiny_model, monkeypatch):
@@ -621,6 +637,12 @@ MISTAKES = {
     "sweep --results tiny.pt --over threshold 0.5": "tiny.pt: is read here, and would be overwritten",
     "sweep --results list.json --over threshold 0.5": "list.json, line 1: not a result of a sweep",
     "--json tiny.pt": "tiny.pt: is read here, and would be overwritten; give another name",
+    "--json tiny.json": "tiny.json: is read here, and would be overwritten; give another name",
+    "calibrate --tasks e2e --out tiny.json": "tiny.json: is read here, and would be overwritten; give another name",
+    "--tasks file=pairs.jsonl --json pairs.jsonl": "pairs.jsonl: is read here, and would be overwritten",
+    "--tasks file=pairs.jsonl --confidence jsd --shots 1 --shot-file pairs.jsonl": "shots is 1: all inputs of pairs",
+    "calibrate --tasks e2e --checkpoint layers.pt": "layer_thresholds outranks the threshold",
+    "sweep --over threshold 0.5 --checkpoint layers.pt": "layer_thresholds outranks the threshold",
     "--json a.json --html a.json": "a.json: two files would be written there",
     "--tasks=": "--tasks is empty; give a value, or leave it out",
     "calibrate --thresholds list.json --tasks e2e": "list.json: holds no JSON object, so it is not usable as thresholds",
@@ -634,7 +656,7 @@ MISTAKES = {
     "sweep --over threshold 2": "threshold is 2.0; it must lie between 0 and 1",
     "sweep --over colour 2": "unknown setting 'colour'",
     "sweep --over exit-layers 2 9": "layer 9 is not an exit",
-    "sweep --over threshold 0.5 --results=tiny.json": "tiny.json, line 1: not a result of a sweep",
+    "sweep --over threshold 0.5 --results=tiny.json": "tiny.json: is read here, and would be overwritten",
     "--threshold=2": "threshold is 2.0; it must lie between 0 and 1",
     "--rows=": "--rows is empty; give a value, or leave it out",
     "--json=": "argument --json: invalid path value: ''",
@@ -662,6 +684,8 @@ def test_a_mistake_ends_in_one_line_and_status_2(mistake, checkpoint, monkeypatc
         Path("plain.txt").write_text("Some words.")
         Path("folder.tsv").mkdir(exist_ok=True)
         Path("list.json").write_text("[1]")
+        Path("pairs.jsonl").write_text('{"prompt": "one", "completion": "two"}\n')
+        Path("layers.json").write_text('{"decode": {"exit_layers": [2], "layer_thresholds": [0.5]}}')
         words, base = mistake.split(), ("--checkpoint", checkpoint)
         first = 1 if words and words[0].isalpha() else 0
         run_command(monkeypatch, *words[:first], *(base if "--limit 3" not in mistake else ()), *words[first:])

@@ -123,6 +123,13 @@ def test_a_file_of_thresholds_gives_settings(tmp_path, settings):
     assert DecodeConfig(**read).confidence == settings["confidence"] and with_thresholds(None, {}) == {}
 
 
+def test_a_file_for_a_function_of_ones_own_needs_the_flag_that_names_it(tmp_path):
+    (tmp_path / "t.json").write_text('{"confidence": "my_file:stable", "threshold": 0.3}')
+    assert with_thresholds(tmp_path / "t.json", {"confidence": "my_file:stable"}) == {"confidence": "my_file:stable", "threshold": 0.3}
+    with pytest.raises(ValueError, match="named by the flag --confidence alone"):
+        with_thresholds(tmp_path / "t.json", {"confidence": "my_file:other"})
+
+
 @pytest.mark.parametrize("content, complaint", [
     ("{", "not JSON"), ("[1]", "not usable"), ("[" * 100_000, "nested too deep"),
     ('{"threshold": 2}', "threshold is 2"), ('{"treshold": 0.5}', "treshold"),

@@ -27,6 +27,7 @@ from formats import data
 from formats.checkpoint import read_checkpoint, save_checkpoint
 from formats.classifiers import belief
 from formats.heads import read_heads
+from formats.int8 import Int8Matrix
 from formats.tokenizer import encode_prompt
 from model import Block, ModelConfig, Transformer, load_checkpoint
 from train import train_step
@@ -685,6 +686,21 @@ def test_a_checkpoint_that_lacks_a_weight_is_not_trained_from(finished, config, 
     torch.save(content, tmp_path / "less.pt")
     with pytest.raises(ValueError, match=r"less.pt: the weights do not fit"):
         shape_from(tuning, {})
+
+
+def test_what_starts_from_int8_or_takes_another_tokenizer_ends_in_a_file_that_fits(finished, config, tmp_path):
+    """Matrices of int8 are trained dequantized, and written so; ids that were counted with another tokenizer are left behind."""
+    content = torch.load(finished[0] / "model.pt") | {"frequent_ids": torch.arange(20)}
+    small = {name: Int8Matrix.of(weight.float()) for name, weight in content["weights"].items() if weight.dim() > 1}
+    content["weights"] |= {name: matrix.rows for name, matrix in small.items()}
+    torch.save(content | {"scales": {name: matrix.scale for name, matrix in small.items()}}, tmp_path / "small.pt")
+    for name, kept in ((None, 20), (str(finished[0] / "model.pt"), None)):
+        tuning = dataclasses.replace(config, init=str(tmp_path / "small.pt"), tokenizer=name, max_steps=1)
+        folder = tmp_path / f"run-{kept}"
+        train.run_training(tuning, shape_from(tuning, {}), folder)
+        assert torch.load(folder / "model.pt")["weights"]["embedding"].dtype == torch.float16
+        ids = load_checkpoint(folder / "model.pt")[0].frequent_ids
+        assert (ids is None) if kept is None else len(ids) == kept
 
 
 def test_a_checkpoint_is_not_overwritten_by_what_starts_from_it(tuned):

@@ -17,7 +17,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import parse_json, whole_file
 from common.processes import by_first, processes, tell
-from formats.checkpoint import as_blob, fitting, read_checkpoint, save_checkpoint
+from formats.checkpoint import STORED, as_blob, fitting, read_checkpoint, save_checkpoint
 from formats.heads import FIELDS, HEAD_WEIGHTS, fingerprint, read_heads, same_model, save_heads
 from model import ModelConfig, Transformer
 from training.settings import MAY_CHANGE, TrainConfig
@@ -63,7 +63,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def lock(folder: Path) -> IO | None:
-    """A file that holds the lock as long as it is open; None where there are no locks, which is said."""
+    """A file that holds the lock as long as it is open; one that holds none, or None, where there are
+    no locks, which is said."""
     if fcntl is None:
         tell(f"this system has no file locks: make sure that no other training writes to {folder}")
         return None
@@ -212,9 +213,10 @@ class Run:
             content = read_checkpoint(config.init)
             if "chat_template" in content and not config.tokenizer:
                 kept["chat_template"] = content["chat_template"]
-            if model.frequent_ids is not None:
+            if model.frequent_ids is not None and (config.frequent_ids or not config.tokenizer):
                 kept["frequent_ids"] = model.frequent_ids
-            dtype = content["weights"]["embedding"].dtype
+            given = content["weights"]["embedding"].dtype
+            dtype = given if given in STORED else dtype  # int8 was dequantized for training
         provenance = {
             "command": " ".join(sys.argv),
             "config": asdict(config),

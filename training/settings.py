@@ -50,7 +50,7 @@ class TrainConfig(LossConfig):
     )
     rows: int = option(16, "rows of a micro-batch", group="batches", least=1, most=2**16)
     length: int = option(
-        128, "positions of a row; documents are packed into rows", group="batches", least=1, most=2**20
+        128, "positions of a row; documents are packed into rows", group="batches", least=2, most=2**20
     )
     learn_prompts: bool = option(False, "learn from prompts, too, not from completions alone", group="batches")
     accumulate: int = option(

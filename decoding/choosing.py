@@ -19,7 +19,7 @@ def settings_of(checkpoint: str, thresholds: str | None, flags: dict) -> tuple[D
     """The settings of a command, and where they come from: COMMAND, changed by `decode` in the JSON file beside the
     checkpoint, by a file of thresholds, and by the flags. Raises UserError."""
     beside = beside_checkpoint(checkpoint)
-    config = replace(replace(COMMAND, **beside), **with_thresholds(thresholds, flags))
+    config = replace(replace(COMMAND, **beside), **outranking(with_thresholds(thresholds, flags)))
     sources = ["defaults"]
     if beside:
         sources.append(Path(checkpoint).with_suffix(".json").name)
@@ -44,12 +44,14 @@ def beside_checkpoint(checkpoint: str) -> dict:
 
 
 def with_thresholds(path: str | Path | None, flags: dict) -> dict:
-    """The fields of DecodeConfig in a file of thresholds, if there is one, and the flags, which outrank it: a
-    threshold among them those of single layers, too."""
+    """The fields of DecodeConfig in a file of thresholds, if there is one, and the flags, which outrank it."""
     settings = {} if path is None else read_thresholds(path, flags.get("confidence"))
-    if "threshold" in flags:
-        settings.pop("layer_thresholds", None)
-    return {**settings, **flags}
+    return {**settings, **outranking(flags)}
+
+
+def outranking(fields: dict) -> dict:
+    """Fields of DecodeConfig as they replace those of a source below: a threshold those of single layers, too."""
+    return {"layer_thresholds": None, **fields} if "threshold" in fields else fields
 
 
 def read_thresholds(path: str | Path, named: str | None = None) -> dict:
@@ -94,5 +96,5 @@ def variants(config: DecodeConfig, names: str) -> dict[str, DecodeConfig]:
         for change in changes:
             field, _, text = change.partition("=")
             values[field.replace("-", "_")] = read_field(DecodeConfig, field, text)
-        configs[name] = replace(config, **values)
+        configs[name] = replace(config, **outranking(values))
     return configs

@@ -25,8 +25,8 @@ CHECK_SHARE = (1 + TUNING_SHARE) / 2  # of a single file: from here on inputs to
 def main(args: argparse.Namespace) -> None:
     """Finds a threshold, says what was found, and writes it. Ends with status 1 if no threshold passes."""
     custom = custom_settings(args)
-    check_files(args, args.out, settings=args.settings)
     tasks = chosen_tasks(args)
+    check_files(args, tasks, args.out, settings=args.settings)
     check_flags(args, own_setting(args, tasks[0], custom), tasks)
     model, tokenizer = load_model(args)
     record = run_record(args, model)

@@ -8,7 +8,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import read_json
 from common.flags import given
-from decoding.choosing import COMMAND, beside_checkpoint, from_json, read_thresholds, with_thresholds
+from decoding.choosing import COMMAND, beside_checkpoint, from_json, outranking, read_thresholds, with_thresholds
 from decoding.settings import AUTO_CHOOSES, DecodeConfig
 from evaluation.recipes import RECIPES
 from evaluation.tasks import TASKS, Task
@@ -27,7 +27,7 @@ def custom_settings(args: argparse.Namespace) -> dict:
 
 def own_setting(args: argparse.Namespace, task: Task, custom: dict) -> DecodeConfig:
     """One setting of your own: what decode.py does by itself with this checkpoint, changed by `custom`."""
-    return replace(command_setting(args), **{"max_new_tokens": task.max_new_tokens, **custom})
+    return replace(command_setting(args), **{"max_new_tokens": task.max_new_tokens, **outranking(custom)})
 
 
 def command_setting(args: argparse.Namespace) -> DecodeConfig:
@@ -73,8 +73,8 @@ def recipe_row(name: str, task: Task, model, custom: dict) -> DecodeConfig:
 
 
 def changed(config: DecodeConfig, custom: dict) -> DecodeConfig:
-    """The setting with changes, a threshold also in place of those of single layers. What a row is about stays: a
-    static exit, whose threshold is 0, is static, drafting by measurement makes its own choice, copies owe nothing."""
+    """The setting with changes. What a row is about stays: a static exit, whose threshold is 0, is static, drafting by
+    measurement makes its own choice, copies owe nothing."""
     fixed = ()
     if config.draft == "auto":
         fixed = (*AUTO_CHOOSES, "threshold_schedule")
@@ -83,9 +83,7 @@ def changed(config: DecodeConfig, custom: dict) -> DecodeConfig:
     custom = {name: value for name, value in custom.items() if name not in fixed}
     if config.threshold == 0:
         custom["threshold"] = 0.0
-    elif "threshold" in custom:
-        custom = {"layer_thresholds": None, **custom}
-    return replace(config, **custom)
+    return replace(config, **outranking(custom))
 
 
 # ---------------------------------------------------------------- settings in a file

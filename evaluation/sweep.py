@@ -31,8 +31,8 @@ def main(args: argparse.Namespace) -> None:
     """A table of every combination for each task, with its Pareto front."""
     custom = custom_settings(args)
     swept = swept_values(args.over)
-    check_written(args)
     tasks = chosen_tasks(args)
+    check_written(args, tasks)
     if "threshold" in swept and own_setting(args, tasks[0], custom).layer_thresholds:
         raise UserError("layer_thresholds outranks the threshold that is swept; leave it out")
     model, tokenizer = load_model(args)

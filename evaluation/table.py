@@ -129,9 +129,9 @@ def main(args: argparse.Namespace) -> None:
             "--rows and --all choose among the settings, --confidence makes a row of its own, as does a file of "
             "thresholds; give one of them"
         )
-    check_written(args)
-    check_page(args)
     tasks = chosen_tasks(args)
+    check_written(args, tasks)
+    check_page(args)
     model, tokenizer = load_model(args)
     result, pages = {"environment": run_record(args, model), "rows": []}, Pages(args, model, tokenizer)
     note(sources(args, origin_of_rows(args, custom, model)))
@@ -149,10 +149,10 @@ def main(args: argparse.Namespace) -> None:
     finish(args, result, model, tokenizer)
 
 
-def check_written(args: argparse.Namespace) -> None:
+def check_written(args: argparse.Namespace, tasks: list[Task]) -> None:
     """Raises UserError for what could not be written in the end."""
     outputs = args.json, getattr(args, "html", None), getattr(args, "results", None)
-    check_files(args, *outputs, settings=args.settings)
+    check_files(args, tasks, *outputs, settings=args.settings)
     if args.plot:
         if not args.plot.parent.is_dir():
             raise UserError(f"{args.plot}: there is no folder {args.plot.parent} to write to")
@@ -163,9 +163,11 @@ def check_written(args: argparse.Namespace) -> None:
         pyplot()
 
 
-def check_files(args: argparse.Namespace, *paths: Path | None, settings: Path | None = None) -> None:
-    """Raises UserError for files that cannot be written, or that the command reads, `settings` and data among them."""
-    thresholds, data = getattr(args, "thresholds", None), [task.file for task in chosen_tasks(args)]
+def check_files(
+    args: argparse.Namespace, tasks: list[Task], *paths: Path | None, settings: Path | None = None
+) -> None:
+    """Raises UserError for files that cannot be written, or that the command reads: `settings` and the data, too."""
+    thresholds, data = getattr(args, "thresholds", None), [task.file for task in tasks]
     read = [args.checkpoint, args.heads, thresholds, args.shot_file, args.frequent_ids, settings, *data]
     check_outputs([*paths], read)
 

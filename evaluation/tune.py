@@ -58,8 +58,8 @@ PRUNING = {
 def main(args: argparse.Namespace) -> None:
     """Tunes every task and writes its rows; those of other tasks in the file stay."""
     settings = read_settings_file(args.settings)
-    check_files(args, args.settings)
     tasks = chosen_tasks(args)
+    check_files(args, tasks, args.settings)
     model, tokenizer = load_model(args)
     record = run_record(args, model)
     for task in tasks:

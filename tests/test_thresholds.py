@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from decode import generate, stream
-from decoding.choosing import read_thresholds, with_thresholds
+from decoding.choosing import read_thresholds, settings_of, with_thresholds
 from decoding.settings import DecodeConfig
 from decoding.thresholds import THRESHOLDS, Adaptive, Constant, Decaying, fit_beta
 from model import ModelConfig
@@ -121,6 +121,15 @@ def test_a_file_of_thresholds_gives_settings(tmp_path, settings):
     read = read_thresholds(tmp_path / "t.json")
     assert read == {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items() if name != "provenance"}
     assert DecodeConfig(**read).confidence == settings["confidence"] and with_thresholds(None, {}) == {}
+
+
+def test_a_threshold_outranks_those_of_single_layers_from_below(tmp_path):
+    (tmp_path / "m.json").write_text('{"decode": {"exit_layers": [2, 4], "layer_thresholds": [0.9, 0.8]}}')
+    config, _ = settings_of(str(tmp_path / "m.pt"), None, {"threshold": 0.1})
+    assert config.layer_thresholds is None and config.threshold == 0.1 and config.exit_layers == (2, 4)
+    assert settings_of(str(tmp_path / "m.pt"), None, {})[0].layer_thresholds == (0.9, 0.8)
+    both = {"threshold": 0.1, "layer_thresholds": (0.5, 0.4)}
+    assert settings_of(str(tmp_path / "m.pt"), None, both)[0].layer_thresholds == (0.5, 0.4)
 
 
 def test_a_file_for_a_function_of_ones_own_needs_the_flag_that_names_it(tmp_path):

@@ -63,8 +63,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def lock(folder: Path) -> IO | None:
-    """A file that holds the lock as long as it is open; one that holds none, or None, where there are
-    no locks, which is said."""
+    """A file that holds the lock as long as it is open; one that holds none, or None, where there are no locks, which
+    is said."""
     if fcntl is None:
         tell(f"this system has no file locks: make sure that no other training writes to {folder}")
         return None

@@ -17,14 +17,15 @@ def option(default, text: str, group: str = "", **limits):
 
 
 def reader(kind) -> Callable[[str], object]:
-    """Text -> a value of `kind`: int, float, str, a tuple of these (comma-separated), or one of them or None (the word
-    none)."""
+    """Text -> a value of `kind`: int, float, str, a tuple of these (comma-separated; the word none: an empty one), or
+    one of them or None (the word none)."""
     if isinstance(kind, types.UnionType):
         inner = reader(next(arm for arm in typing.get_args(kind) if arm is not types.NoneType))
         read = lambda text: None if text.lower() == "none" else inner(text)  # noqa: E731
     elif typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
-        read = lambda text: tuple(item(part) for part in text.split(",") if part)  # noqa: E731
+        split = lambda text: [] if text.lower() == "none" else text.split(",")  # noqa: E731
+        read = lambda text: tuple(item(part) for part in split(text) if part)  # noqa: E731
         read.__name__ = f"list of {item.__name__}, separated by commas,"
         return read
     else:

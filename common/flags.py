@@ -105,7 +105,7 @@ def loading(args: argparse.Namespace) -> dict:
     """What the model flags say to `load_checkpoint`. Sets --threads, and warns of a busy machine. Raises UserError for
     what is not there."""
     use_threads(args.threads)
-    check_device(args.device)
+    use_device(args.device)
     dtype = read_dtype(args.dtype)
     warn_if_busy()
     return {"device": args.device, "dtype": dtype, "form": args.weights, "check": args.check,
@@ -131,12 +131,15 @@ def warn_if_busy() -> None:
         print(f"{busy}: figures of speed mean little, and fewer --threads may be faster", file=sys.stderr)
 
 
-def check_device(device: str) -> None:
-    """Raises UserError for a device that is not supported, or not there."""
+def use_device(device: str) -> None:
+    """Makes one of several GPUs, as cuda:1, the one that torch names, waits for and tells the memory of. Raises
+    UserError for a device that is not supported, or not there."""
     if device.partition(":")[0] not in DEVICES:
         raise UserError(f"device {device!r} is not there to use; supported are {' and '.join(DEVICES)}")
     try:
         torch.zeros(1, device=device).item()
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:80]
         raise UserError(f"device {device!r} is not there ({reason}); cpu always is") from None

@@ -11,14 +11,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.flags import check_device
+from common.flags import use_device
 
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[None]:
     """Under torchrun, this process as one of its group; by itself otherwise. Raises UserError for a device that is not
     there."""
-    check_device(device)
+    use_device(device)
     if "LOCAL_RANK" not in os.environ:
         yield
         return

@@ -130,15 +130,16 @@ def confidence_share(model: Transformer, prompts: list[list[int]], config: Decod
     class Timed(Trace):
         def decided(self, threshold: float) -> bool:
             nonlocal asking, again
+            weights = self._weights  # a head here multiplies with them; None: a few pruned candidates, next to nothing
             synchronize(model)
             started = time.perf_counter()
             exits = super().decided(threshold)
             asking += time.perf_counter() - started
-            if (
-                exits and self.flops.get(self.layer, 0) >= 2 * model.unembed.numel()
-            ):  # a pruned head costs next to nothing
+            if exits and weights and self.layer in self.flops:
                 started = time.perf_counter()
-                model.head(self.hidden[-1][-1:], self.layer)
+                normed = model.exit_norm(self.exit_state(self.layer), self.layer)
+                for weight in weights:
+                    model.score(normed, weight)
                 synchronize(model)
                 again += time.perf_counter() - started
             return exits

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common import errors, flags
-from common.config import check_limits, check_range, option
+from common.config import check_limits, check_range, option, reader
 from common.errors import UserError, run
 from common.files import check_input, parse_json, read_json, whole_file, write_json
 from common.flags import Parser, add_flags, add_model_flags, loading
@@ -228,6 +228,24 @@ def test_threads_are_set_as_asked_and_left_alone_otherwise(threads):
 def test_what_the_machine_cannot_be_is_refused(words, message, threads):
     with pytest.raises(UserError, match=message):
         loading(parsed(*words))
+
+
+def test_a_numbered_card_becomes_the_current_one(monkeypatch, threads):
+    """So its name, its memory and the wait for it are its own, not those of the first."""
+    current = []
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.tensor(0.0))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for device in ("cpu", "cuda", "cuda:1"):
+        loading(parsed("--device", device))
+    assert current == ["cuda:1"]
+
+
+@pytest.mark.parametrize("kind, text, value", [
+    (int, "3", 3), (int | None, "none", None), (tuple[int, ...], "4,8", (4, 8)), (tuple[int, ...], "none", ()),
+    (tuple[float, ...] | None, "None", None), (tuple[str, ...], "a", ("a",)),
+])  # fmt: skip
+def test_settings_are_read_as_help_shows_them(kind, text, value):
+    assert reader(kind)(text) == value
 
 
 @pytest.mark.parametrize("load, said", [(os.cpu_count(), 0), (os.cpu_count() + 0.1, 1)])

@@ -31,3 +31,17 @@ def test_a_model_of_another_tokenizer_is_refused(monkeypatch):
     other = DEFAULT_CHECKPOINT.parent / "stories.pt"
     with pytest.raises(UserError, match=r"stories\.pt: has another tokenizer than"):
         command(monkeypatch, "--small", other)
+
+
+def test_a_curve_of_its_own_for_models_trained_otherwise(monkeypatch, capsys, tmp_path):
+    """Two models of one depth need names; with them, each is a row and a curve in the picture."""
+    twice = ("--small", DEFAULT_CHECKPOINT, "--small", f"trained longer={DEFAULT_CHECKPOINT}")
+    pytest.importorskip("matplotlib")
+    command(monkeypatch, *twice, "--plot", tmp_path / "frontier.png")
+    printed = capsys.readouterr().out
+    assert "\nsmaller, 12 layers " in printed and "\ntrained longer, 12 layers " in printed
+    assert (tmp_path / "frontier.png").stat().st_size > 10_000
+    with pytest.raises(UserError, match="a second model of 12 layers; give it a curve of its own"):
+        command(monkeypatch, "--small", f"{DEFAULT_CHECKPOINT},{DEFAULT_CHECKPOINT}")
+    with pytest.raises(UserError, match="full is a curve of"):
+        command(monkeypatch, "--small", f"full={DEFAULT_CHECKPOINT}")

@@ -1,6 +1,7 @@
 """Is one model that exits early better than a smaller one? Quality against the time of a token, measured in turns:
 
     python -m tools.frontier --small runs/6/model.pt,runs/3/model.pt --plot frontier.png
+    python -m tools.frontier --small runs/6/model.pt --small "trained longer=runs/6x2/model.pt" --plot frontier.png
 
 Rows are the smaller models at full depth, and of --checkpoint the full model, static exits, `softmax` and `classifier`
 at falling thresholds, and drafts that are verified, with the exit layers of the settings beside it. All models must
@@ -11,6 +12,7 @@ import common.threads  # noqa: F401  before torch
 
 import argparse
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 
 from common.config import check_range
@@ -28,7 +30,8 @@ from evaluation.tasks import Task, find_task, read_task, sample
 from model import Transformer, load_checkpoint
 
 THRESHOLDS = (0.95, 0.8, 0.6, 0.4, 0.2)
-MARKS = {"full": "*", "smaller": "s", "static": "v", "softmax": "o", "classifier": "D", "verified": "P"}
+MARKS = {"full": "*", "static": "v", "softmax": "o", "classifier": "D", "verified": "P"}
+MARKS_OF_SMALLER = "sX<>^"  # of the curves of smaller models, in the order of the flags
 
 
 @dataclass
@@ -41,7 +44,29 @@ class Row:
     config: DecodeConfig
 
 
-def rows_of(model: Transformer, small: dict[str, Transformer], task: Task, settings: Path) -> list[Row]:
+def read_small(args: argparse.Namespace, model: Transformer, tokenizer) -> dict[tuple[str, str], Transformer]:
+    """The smaller models by the curve that each lies on and its name there."""
+    small = {}
+    for words in args.small:
+        kind, _, files = words.rpartition("=")
+        if kind in MARKS:
+            raise UserError(f"--small {words}: {kind} is a curve of {args.checkpoint}; give another name")
+        for file in files.split(","):
+            smaller, other = load_checkpoint(file, **loading(args) | {"heads": None, "frequent_ids": None})
+            if other is None or other.to_blob() != tokenizer.to_blob():
+                raise UserError(
+                    f"{file}: has another tokenizer than {args.checkpoint}; compare models of one tokenizer"
+                )
+            shape, width = smaller.config, smaller.config.d_model
+            name = f"{shape.n_layers} layers" + ("" if width == model.config.d_model else f" of {width}")
+            key = (kind or "smaller", name)
+            if key in small:
+                raise UserError(f"{file}: a second model of {name}; give it a curve of its own, --small NAME={file}")
+            small[key] = smaller
+    return small
+
+
+def rows_of(model: Transformer, small: dict[tuple[str, str], Transformer], task: Task, settings: Path) -> list[Row]:
     """All rows of one task."""
     tuned = read_settings(settings, task, model, custom={})
     missing = [name for name in ("softmax", "verified") if name not in tuned]
@@ -49,7 +74,7 @@ def rows_of(model: Transformer, small: dict[str, Transformer], task: Task, setti
         raise UserError(f"{settings}: has no row {missing[0]!r} for {task.name}; choose rows with eval.py tune")
     softmax = replace(tuned["softmax"], layer_thresholds=None)
     full = softmax.full()
-    rows = [Row("smaller", name, each, full) for name, each in small.items()]
+    rows = [Row(kind, name, each, full) for (kind, name), each in small.items()]
     rows.append(Row("full", f"{model.config.n_layers} layers", model, full))
     for layer in exit_layers_of(model):
         config = replace(full, confidence="softmax", threshold=0.0, exit_layers=(layer,))
@@ -85,10 +110,12 @@ def compare(args: argparse.Namespace, model, tokenizer, small: dict, task: Task)
 def table(figures: list[dict]) -> str:
     """One line a row."""
     scores = list(figures[0]["scores"])
-    lines = [f"{figures[0]['task']}:", f"{'':24}  ms a token  " + "  ".join(f"{name:>7}" for name in scores)]
-    for row in figures:
+    labels = [f"{row['kind']}, {row['name']}" for row in figures]
+    width = max(map(len, labels))
+    lines = [f"{figures[0]['task']}:", f"{'':{width}}  ms a token  " + "  ".join(f"{name:>7}" for name in scores)]
+    for label, row in zip(labels, figures):
         values = "  ".join(f"{100 * row['scores'][name]:7.1f}" for name in scores)
-        lines.append(f"{row['kind'] + ', ' + row['name']:24}  {row['ms_per_token']:10.2f}  {values}")
+        lines.append(f"{label:{width}}  {row['ms_per_token']:10.2f}  {values}")
     return "\n".join(lines)
 
 
@@ -98,7 +125,9 @@ def draw(figures: list[dict], score: str, path: Path) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in figures))
     figure, panels = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4.2), squeeze=False)
     for panel, task in zip(panels[0], tasks):
-        for kind, mark in MARKS.items():
+        kinds = dict.fromkeys(row["kind"] for row in figures)
+        marks = dict(zip([kind for kind in kinds if kind not in MARKS], cycle(MARKS_OF_SMALLER))) | MARKS
+        for kind, mark in marks.items():
             own = [row for row in figures if (row["task"], row["kind"]) == (task, kind)]
             if own:
                 points = sorted((row["ms_per_token"], 100 * row["scores"][score]) for row in own)
@@ -106,14 +135,19 @@ def draw(figures: list[dict], score: str, path: Path) -> None:
         panel.set(title=task, xlabel="ms a token, batch 1", ylabel=score)
         panel.grid(alpha=0.3)
     panels[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--small", required=True, metavar="FILES", help="checkpoints of the smaller models, comma-separated")
+    add(
+        "--small",
+        required=True,
+        action="append",
+        metavar="[NAME=]FILES",
+        help="checkpoints of the smaller models, comma-separated; again with a NAME for a curve of its own",
+    )
     add("--tasks", default="translation,e2e", help="default: %(default)s")
     add("--limit", type=int, default=60, help="test inputs of each task (default: %(default)s)")
     add("--repeat", type=int, default=1, help="times an input is decoded; the median counts (default: %(default)s)")
@@ -127,7 +161,7 @@ def main() -> None:
     args = make_parser().parse_args()
     check_range("limit", args.limit, least=1)
     check_range("repeat", args.repeat, least=1)
-    files = args.small.split(",")
+    files = [file for words in args.small for file in words.rpartition("=")[2].split(",")]
     check_outputs([args.json, args.plot], [args.checkpoint, *files])
     tasks = [find_task(name) for name in args.tasks.split(",")]
     if args.plot:
@@ -136,15 +170,7 @@ def main() -> None:
             if "bleu" not in task.metrics:
                 raise UserError(f"--plot draws BLEU, which {task.name} has not; leave it out")
     model, tokenizer = load_model(args)
-    small = {}
-    for file in files:
-        smaller, other = load_checkpoint(file, **loading(args) | {"heads": None, "frequent_ids": None})
-        if other is None or other.to_blob() != tokenizer.to_blob():
-            raise UserError(f"{file}: has another tokenizer than {args.checkpoint}; compare models of one tokenizer")
-        name = f"{smaller.config.n_layers} layers"
-        if name in small:
-            raise UserError(f"{file}: a second model of {name}; compare one of each depth")
-        small[name] = smaller
+    small = read_small(args, model, tokenizer)
     figures = []
     for task in tasks:
         rows = compare(args, model, tokenizer, small, task)

@@ -166,7 +166,7 @@ def read_prepared(path: Path, tokenizer: bytes, length: int) -> np.ndarray:
         return np.load(path, mmap_mode="r")
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise UserError(
-            f"{path}: not usable as prepared data ({error}); make it anew with python -m tools.prepare"
+            f"{path}: not usable as prepared data ({error}); delete it, or make it anew with python -m tools.prepare"
         ) from None
 
 

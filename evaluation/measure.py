@@ -5,6 +5,7 @@ all alike.
 """
 
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -26,11 +27,6 @@ from decoding.settings import DecodeConfig
 from evaluation.tasks import Task
 from formats.data import Example
 from model import Transformer
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 
 @dataclass
@@ -193,11 +189,11 @@ def commit() -> str | None:
         return None
 
 
-def peak_memory(model: Transformer) -> int | None:
-    """The largest memory so far, in MiB: of the GPU that the model is on, or of this process; None where the system
-    does not tell (Windows)."""
-    if model.embedding.is_cuda:
-        return torch.cuda.max_memory_allocated() >> 20
-    if resource is None:
-        return None
+def peak_memory(model: Transformer) -> int:
+    """The largest memory so far, in MiB: of the GPU that the model is on, or of this process."""
+    return torch.cuda.max_memory_allocated() >> 20 if model.embedding.is_cuda else peak_resident()
+
+
+def peak_resident() -> int:
+    """The largest resident memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)

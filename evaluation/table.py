@@ -95,14 +95,19 @@ def columns_of(task: Task, wide: bool) -> dict[str, Cell]:
 
 
 def table(rows: list[dict], task: Task, wide: bool) -> str:
-    """Rows of one task as aligned text, which is Markdown too."""
+    """Rows of one task as aligned text."""
     filled = {"": [row["name"] for row in rows]}
     for title, cell in columns_of(task, wide).items():
         cells = [cell(row) for row in rows]
         if any(cells):
             filled[title] = cells
-    widths = [max(map(len, [title, *cells])) for title, cells in filled.items()]
-    lines = [list(filled), ["---"] * len(filled), *zip(*filled.values())]
+    return aligned(filled)
+
+
+def aligned(columns: dict[str, list[str]]) -> str:
+    """Columns by title as aligned text, which is Markdown too."""
+    widths = [max(map(len, [title, *cells])) for title, cells in columns.items()]
+    lines = [list(columns), ["---"] * len(columns), *zip(*columns.values())]
     texts = []
     for line in lines:
         padded = [cell.ljust(width) for cell, width in zip(line, widths)]
@@ -163,9 +168,7 @@ def check_written(args: argparse.Namespace, tasks: list[Task]) -> None:
         pyplot()
 
 
-def check_files(
-    args: argparse.Namespace, tasks: list[Task], *paths: Path | None, settings: Path | None = None
-) -> None:
+def check_files(args: argparse.Namespace, tasks: list[Task], *paths: Path | None, settings: Path | None = None) -> None:
     """Raises UserError for files that cannot be written, or that the command reads: `settings` and the data, too."""
     thresholds, data = getattr(args, "thresholds", None), [task.file for task in tasks]
     read = [args.checkpoint, args.heads, thresholds, args.shot_file, args.frequent_ids, settings, *data]

@@ -2,7 +2,6 @@
 every line is printed."""
 
 import json
-import math
 import re
 from collections import Counter
 
@@ -39,12 +38,6 @@ def test_the_command_prints_its_figures(tiny_model, tmp_path, monkeypatch, capsy
     assert "questions after layers 2,3, all in vain" in printed
     assert all(f"  {name}: all 50 ids" in printed for name in ("softmax", "weighted", "jsd"))
     assert "shortlist" not in printed
-
-
-def test_memory_is_unknown_where_the_system_does_not_tell(monkeypatch):
-    assert bench.peak_mib() > 0
-    monkeypatch.setattr(bench, "resource", None)
-    assert math.isnan(bench.peak_mib())
 
 
 # ---------------------------------------------------------------- questions

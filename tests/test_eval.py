@@ -161,16 +161,6 @@ def test_a_row_of_your_own_is_what_decode_would_do(checkpoint, monkeypatch, tmp_
     assert config == json.loads(json.dumps(asdict(replace(COMMAND, max_new_tokens=8)))) and config["exit_layers"] is None
 
 
-def test_it_runs_where_there_is_no_module_resource(checkpoint):
-    code = (
-        "import sys; sys.modules['resource'] = None; import eval, types; from evaluation.measure import peak_memory; "
-        "print(peak_memory(types.SimpleNamespace(embedding=types.SimpleNamespace(is_cuda=False))))"
-    )
-    folder = Path(evaluation.__file__).parent
-    ended = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-    assert ended.stdout == "None\n", ended.stderr
-
-
 def test_merged_references_are_counted_and_said(checkpoint, monkeypatch, tmp_path, capsys):
     (tmp_path / "mine.jsonl").write_text('{"prompt": "one", "completion": "a"}\n' * 2 + '{"prompt": "two", "completion": "b"}\n')
     run_command(monkeypatch, "prompt", "--checkpoint", checkpoint, "--tasks", f"file={tmp_path}/mine.jsonl")

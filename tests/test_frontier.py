@@ -39,9 +39,39 @@ def test_a_curve_of_its_own_for_models_trained_otherwise(monkeypatch, capsys, tm
     pytest.importorskip("matplotlib")
     command(monkeypatch, *twice, "--plot", tmp_path / "frontier.png")
     printed = capsys.readouterr().out
-    assert "\nsmaller, 12 layers " in printed and "\ntrained longer, 12 layers " in printed
+    assert "\n| smaller, 12 layers " in printed and "\n| trained longer, 12 layers " in printed
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
     with pytest.raises(UserError, match="a second model of 12 layers; give it a curve of its own"):
         command(monkeypatch, "--small", f"{DEFAULT_CHECKPOINT},{DEFAULT_CHECKPOINT}")
     with pytest.raises(UserError, match="full is a curve of"):
         command(monkeypatch, "--small", f"full={DEFAULT_CHECKPOINT}")
+
+
+def test_rows_of_an_earlier_run_keep_their_time_beside_the_full_models(monkeypatch, capsys, tmp_path):
+    earlier, out = tmp_path / "earlier.json", tmp_path / "out.json"
+    rows = [
+        {"task": "e2e", "kind": "smaller", "name": "3 layers", "ms_per_token": 2.0, "scores": {"bleu": 0.5, "rougeL": 0.25}},
+        {"task": "e2e", "kind": "full", "name": "12 layers", "ms_per_token": 8.0, "scores": {"bleu": 0, "rougeL": 0}},
+        {"task": "translation", "kind": "smaller", "name": "3 layers", "ms_per_token": 1.0, "scores": {"bleu": 1}},
+    ]
+    earlier.write_text(json.dumps({"inputs": 1, "rows": rows}))
+    command(monkeypatch, "--small", DEFAULT_CHECKPOINT, "--with", earlier, "--json", out)
+    content = json.loads(out.read_text())
+    added, *others = content["rows"]
+    (full,) = [row for row in others if row["kind"] == "full"]
+    assert content["inputs"] == 1 and (added["name"], added["scores"]) == ("3 layers", rows[0]["scores"])
+    assert added["ms_per_token"] == pytest.approx(full["ms_per_token"] / 4) and full["scores"]["bleu"] > 0
+    assert "| 0.25    | 50.0 | 25.0    |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"rows": []}, "holds no figures of a frontier"),
+    ({"inputs": 1, "rows": [{"task": "e2e"}]}, "holds no figures of a frontier"),
+    ({"inputs": 2, "rows": []}, "of 2 inputs a task, not 1; --limit 2 takes the same"),
+    ({"inputs": 1, "rows": [{"task": "e2e", "kind": "full", "name": "9 layers", "ms_per_token": 1, "scores": {}}]},
+     "no row of a full model with 12 layers"),
+])  # fmt: skip
+def test_figures_of_an_earlier_run_must_be_comparable(content, message, monkeypatch, tmp_path):
+    (tmp_path / "earlier.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        command(monkeypatch, "--small", DEFAULT_CHECKPOINT, "--with", tmp_path / "earlier.json")

@@ -430,12 +430,6 @@ def test_a_killed_training_leaves_no_lock(tmp_path):
         pass
 
 
-def test_where_there_are_no_locks_it_is_said(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "fcntl", None)
-    with locked(tmp_path), locked(tmp_path):
-        assert f"make sure that no other training writes to {tmp_path}" in capsys.readouterr().out
-
-
 def test_a_log_without_a_checkpoint_is_not_replaced_unless_asked(config, tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0, "positions_per_s": 3}\n')
     with pytest.raises(ValueError, match=r"log.jsonl is there already, of a training that left no checkpoint to go on"):

@@ -13,7 +13,6 @@ import common.threads  # noqa: F401  before torch
 
 import argparse
 import math
-import sys
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +33,7 @@ from decoding.copying import copy_up
 from decoding.record import Counters
 from decoding.settings import DecodeConfig
 from decoding.shortlist import Shortlist
+from evaluation.measure import peak_resident
 from formats.data import read_examples, task_file
 from formats.tokenizer import encode_prompt
 from formats.weights import store
@@ -42,11 +42,6 @@ from tools.bench_split import print_split
 from tools.bench_training import print_training
 from tools.timing import seconds
 from training.settings import TrainConfig
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 PROMPT, ANSWER = 32, 64  # tokens
 PASSES = 20              # of the embedded model in one measurement: one is too short for the clock
@@ -239,13 +234,6 @@ def print_large(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- memory, and copied keys and values
 
 
-def peak_mib() -> float:
-    """The largest resident memory of this process so far; nan where the system does not tell (Windows)."""
-    if resource is None:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 @torch.inference_mode()
 def copy_error(model: Transformer, prompts: list[list[int]], config: DecodeConfig) -> dict[int, tuple[float, float]]:
     """Layer -> relative distances |K' - K| / |K| of the keys, and likewise of the values, that copy fill gave to the
@@ -309,11 +297,11 @@ def print_weights(model: Transformer) -> None:
 
 def print_decoding(args: argparse.Namespace) -> None:
     """What the command prints without flags."""
-    before = peak_mib()
+    before = peak_resident()
     model, tokenizer = load_checkpoint(args.checkpoint, **loading(args))
     ends, model.config = model.config, replace(model.config, eos_id=None)  # every run has the same length
     generate(model, [5] * PROMPT, DecodeConfig(max_new_tokens=ANSWER))
-    peak, weights = peak_mib() - before, sum(weight.nbytes for weight in model.parameters()) / 2**20
+    peak, weights = peak_resident() - before, sum(weight.nbytes for weight in model.parameters()) / 2**20
     print_weights(model)
     print(f"memory over the imports: at most {peak:.0f} MiB, of which weights {weights:.0f}")
     print_loops(args, model)

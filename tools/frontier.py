@@ -2,10 +2,13 @@
 
     python -m tools.frontier --small runs/6/model.pt,runs/3/model.pt --plot frontier.png
     python -m tools.frontier --small runs/6/model.pt --small "trained longer=runs/6x2/model.pt" --plot frontier.png
+    python -m tools.frontier --small runs/mine/model.pt --with docs/frontier.json --limit 200 --plot frontier.png
 
 Rows are the smaller models at full depth, and of --checkpoint the full model, static exits, `softmax` and `classifier`
 at falling thresholds, and drafts that are verified, with the exit layers of the settings beside it. All models must
-share a tokenizer, so that a token means as much to each.
+share a tokenizer, so that a token means as much to each. A training takes longer than a comparison, so figures may come
+from several runs: --with adds to this run's rows those of an earlier one's --json that it has not, such as
+docs/frontier.json, with their times in proportion to the full model's, which every run measures.
 """
 
 import common.threads  # noqa: F401  before torch
@@ -17,7 +20,7 @@ from pathlib import Path
 
 from common.config import check_range
 from common.errors import UserError, run
-from common.files import check_outputs, write_json
+from common.files import check_outputs, read_json, write_json
 from common.flags import Parser, add_model_flags, loading
 from decoding.choosing import DEFAULT_CHECKPOINT
 from decoding.settings import DecodeConfig
@@ -26,6 +29,7 @@ from evaluation.inputs import load_model
 from evaluation.measure import encode_inputs, environment, run_in_turns
 from evaluation.plots import pyplot
 from evaluation.rows import exit_layers_of, read_settings
+from evaluation.table import TITLES, aligned
 from evaluation.tasks import Task, find_task, read_task, sample
 from model import Transformer, load_checkpoint
 
@@ -107,16 +111,48 @@ def compare(args: argparse.Namespace, model, tokenizer, small: dict, task: Task)
     return figures
 
 
+def read_earlier(path: Path, limit: int) -> list[dict]:
+    """The rows of an earlier run. Raises UserError for a file that holds none, or of other inputs."""
+    content = read_json(path, "figures of an earlier run")
+    try:
+        inputs, rows = content["inputs"], content["rows"]
+        for row in rows:
+            row["scores"] = {name: float(score) for name, score in row["scores"].items()}
+            row["ms_per_token"] = float(row["ms_per_token"])
+            (row["task"], row["kind"], row["name"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: holds no figures of a frontier ({error!r}); --json writes such a file") from None
+    if inputs != limit:
+        raise UserError(f"{path}: of {inputs} inputs a task, not {limit}; --limit {inputs} takes the same")
+    return rows
+
+
+def joined(figures: list[dict], earlier: list[dict]) -> list[dict]:
+    """The earlier rows of a task that are not among its figures, in front of these; their times become what they were
+    beside the full model's. Raises UserError where that was another model."""
+    same_task = [row for row in earlier if row["task"] == figures[0]["task"]]
+    if not same_task:
+        return figures
+    names, (full,) = [(row["kind"], row["name"]) for row in figures], [row for row in figures if row["kind"] == "full"]
+    before = [row for row in same_task if (row["kind"], row["name"]) == ("full", full["name"])]
+    if not before:
+        raise UserError(f"the figures of an earlier run have no row of a full model with {full['name']}")
+    scale = full["ms_per_token"] / before[0]["ms_per_token"]
+    new = [row for row in same_task if (row["kind"], row["name"]) not in names]
+    return [row | {"ms_per_token": scale * row["ms_per_token"]} for row in new] + figures
+
+
 def table(figures: list[dict]) -> str:
-    """One line a row."""
-    scores = list(figures[0]["scores"])
-    labels = [f"{row['kind']}, {row['name']}" for row in figures]
-    width = max(map(len, labels))
-    lines = [f"{figures[0]['task']}:", f"{'':{width}}  ms a token  " + "  ".join(f"{name:>7}" for name in scores)]
-    for label, row in zip(labels, figures):
-        values = "  ".join(f"{100 * row['scores'][name]:7.1f}" for name in scores)
-        lines.append(f"{label:{width}}  {row['ms_per_token']:10.2f}  {values}")
-    return "\n".join(lines)
+    """The rows of one task as aligned text."""
+    full = next(row["ms_per_token"] for row in figures if row["kind"] == "full")
+    columns = {
+        figures[0]["task"]: [f"{row['kind']}, {row['name']}" for row in figures],
+        "ms a token": [f"{row['ms_per_token']:.2f}" for row in figures],
+        "of full": [f"{row['ms_per_token'] / full:.2f}" for row in figures],
+    }
+    for name in figures[0]["scores"]:
+        columns[TITLES[name]] = [f"{100 * row['scores'][name]:.1f}" for row in figures]
+    return aligned(columns)
 
 
 def draw(figures: list[dict], score: str, path: Path) -> None:
@@ -148,6 +184,13 @@ def make_parser() -> Parser:
         metavar="[NAME=]FILES",
         help="checkpoints of the smaller models, comma-separated; again with a NAME for a curve of its own",
     )
+    add(
+        "--with",
+        type=Path,
+        dest="earlier",
+        metavar="FILE",
+        help="add rows of an earlier run's --json, times in proportion",
+    )
     add("--tasks", default="translation,e2e", help="default: %(default)s")
     add("--limit", type=int, default=60, help="test inputs of each task (default: %(default)s)")
     add("--repeat", type=int, default=1, help="times an input is decoded; the median counts (default: %(default)s)")
@@ -163,6 +206,7 @@ def main() -> None:
     check_range("repeat", args.repeat, least=1)
     files = [file for words in args.small for file in words.rpartition("=")[2].split(",")]
     check_outputs([args.json, args.plot], [args.checkpoint, *files])
+    earlier = read_earlier(args.earlier, args.limit) if args.earlier else []
     tasks = [find_task(name) for name in args.tasks.split(",")]
     if args.plot:
         pyplot()  # says at once if it is not there
@@ -173,11 +217,11 @@ def main() -> None:
     small = read_small(args, model, tokenizer)
     figures = []
     for task in tasks:
-        rows = compare(args, model, tokenizer, small, task)
+        rows = joined(compare(args, model, tokenizer, small, task), earlier)
         print(table(rows), end="\n\n", flush=True)
         figures += rows
     if args.json:
-        write_json(args.json, {"environment": environment(model), "rows": figures})
+        write_json(args.json, {"environment": environment(model), "inputs": args.limit, "rows": figures})
     if args.plot:
         draw(figures, "bleu", args.plot)
 

@@ -1,6 +1,7 @@
 """What keeps a long training safe: one run in a folder at a time, its checkpoint, its log, its end by a signal."""
 
 import contextlib
+import fcntl
 import json
 import signal
 import sys
@@ -22,11 +23,6 @@ from formats.heads import FIELDS, HEAD_WEIGHTS, fingerprint, read_heads, same_mo
 from model import ModelConfig, Transformer
 from training.settings import MAY_CHANGE, TrainConfig
 from training.sharding import gathered, gathered_moments, load_moments, load_weights
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 REMEDY = "give another --out, or --overwrite"
 Results = dict[str, dict[int, list[float]]]  # validation file -> layer -> [loss, agreement]
@@ -62,12 +58,8 @@ def locked(folder: Path) -> Iterator[None]:
             file.close()
 
 
-def lock(folder: Path) -> IO | None:
-    """A file that holds the lock as long as it is open; one that holds none, or None, where there are no locks, which
-    is said."""
-    if fcntl is None:
-        tell(f"this system has no file locks: make sure that no other training writes to {folder}")
-        return None
+def lock(folder: Path) -> IO:
+    """A file that holds the lock as long as it is open; one that holds none where there are no locks, which is said."""
     file = open(folder / ".lock", "a")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

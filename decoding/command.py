@@ -81,7 +81,7 @@ def show_runs(args: argparse.Namespace, stream: Callable[..., Iterator[Token]]) 
                 print(f"--- {name}")
             recorder = Recorder()
             tokens = recorder.watch(stream(model, prompt, each, recorder, recorder.trace, amateur), len(prompt))
-            ids = show(tokens, tokenizer, model.config.n_layers, recorder, trace, args.staircase)
+            ids = show(tokens, tokenizer, model.config, each, recorder, trace, args.staircase)
             if name:
                 print(f"{difference(ids, [token.id for token in full.settled], tokenizer)}\n")
             if each.confidence or each.full() != config.full():

@@ -11,8 +11,9 @@ from typing import TextIO
 
 from common.errors import UserError
 from decoding.record import Counters, Token
+from decoding.settings import DecodeConfig
 from formats.tokenizer import encode_prompt
-from model import Transformer, load_checkpoint
+from model import ModelConfig, Transformer, load_checkpoint
 
 CIVIDIS = (  # red, green, blue
     (0, 52, 110), (62, 78, 108), (112, 113, 115), (156, 149, 116), (205, 188, 99), (254, 232, 56),
@@ -81,10 +82,11 @@ def pieces(tokenizer, tokens: Iterator[Token]) -> Iterator[tuple[Token, str]]:
         yield token, new
 
 
-def show(tokens: Iterator[Token], tokenizer, n_layers: int, counters: Counters, trace: TextIO | None = None,
-         staircase: bool = False) -> list[int]:
+def show(tokens: Iterator[Token], tokenizer, shape: ModelConfig, config: DecodeConfig, counters: Counters,
+         trace: TextIO | None = None, staircase: bool = False) -> list[int]:
     """Streams the text and a legend, and one JSON line per token to `trace`; returns the token ids. `staircase`: one
     token a line, with `counters.filled` (decoding/replay.py) after it."""
+    n_layers = shape.n_layers
     on = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     ids, layers, started, elapsed = [], [], time.perf_counter(), 0.0
     for token, text in pieces(tokenizer, tokens):
@@ -97,7 +99,8 @@ def show(tokens: Iterator[Token], tokenizer, n_layers: int, counters: Counters, 
             print(f"{' ' * max(1, 20 - len(text))}{steps(counters.filled)}")
         if trace:
             trace.write(json.dumps(trace_row(token, text, elapsed), ensure_ascii=False) + "\n")
-    print(f"\n\n{figures(layers, elapsed, n_layers, counters, on)}")
+    ideal = counters.ideal_speedup(shape, bool(config.shortlist))
+    print(f"\n\n{figures(layers, elapsed, n_layers, counters, ideal, on)}")
     return ids
 
 
@@ -120,14 +123,13 @@ def trace_row(token: Token, text: str, elapsed: float) -> dict:
             "seconds": round(elapsed, 6)}
 
 
-def figures(layers: list[int], seconds: float, n_layers: int, counters: Counters, on: bool) -> str:
+def figures(layers: list[int], seconds: float, n_layers: int, counters: Counters, ideal: float, on: bool) -> str:
     """The legend of exit layers, and speed and work, in words."""
     n = len(layers)
     shown = [f"{colour(str(layer), layer, n_layers, on)} ({layers.count(layer)})" for layer in sorted(set(layers))]
     drafts = ""
     if counters.drafted:
         drafts = f"; drafts: {counters.accepted} kept, {counters.drafted - counters.accepted} rolled back"
-    ideal = n_layers * n / counters.block_runs
     return (f"exit layers: {'  '.join(shown)}{drafts}\n{n} tokens in {seconds:.2f} s ({n / seconds:.0f} tokens/s), "
             f"average exit layer {sum(layers) / n:.1f} of {n_layers}, {counters.block_runs / n:.1f} block runs a token "
             f"(ideal speed-up {ideal:.2f})")

@@ -8,6 +8,7 @@ import torch
 
 from confidence import FUNCTIONS
 from decode import generate, stream
+from decoding.display import show
 from decoding.record import Counters
 from decoding.settings import DecodeConfig
 from decoding.shortlist import Shortlist
@@ -137,13 +138,15 @@ def test_a_shortlist_beyond_the_ids_counted_is_refused(model_with_ids):
         generate(model_with_ids(0, count=8), PROMPT, DecodeConfig(confidence="softmax", shortlist=20))
 
 
-def test_the_ideal_counts_the_head_as_a_step_that_a_shortlist_leaves_out(model_with_ids):
+def test_the_ideal_counts_the_head_as_a_step_that_a_shortlist_leaves_out(model_with_ids, capsys):
     """V = 50 against blocks of 2 (4 + 2) 8 + 3 48 = 240 columns: a head is 50/240 blocks. Exits at layer 5 alone, threshold
     0: 5 of 5.208 steps a token; without a shortlist the head is no step."""
     model = model_with_ids(0)
     config = DecodeConfig(max_new_tokens=10, confidence="softmax", threshold=0.0, exit_layers=(5,), shortlist=12)
     counters = generate(model, PROMPT, config).counters
     assert counters.ideal_speedup(model.config, shortlist=True) == pytest.approx((5 + 50 / 240) / 5)
+    show(stream(model, PROMPT, config, counters := Counters()), None, model.config, config, counters)
+    assert "(ideal speed-up 1.04)" in capsys.readouterr().out
     full = generate(model, PROMPT, DecodeConfig(max_new_tokens=10)).counters
     assert full.ideal_speedup(model.config, shortlist=True) == pytest.approx(1)
     assert full.ideal_speedup(model.config, shortlist=False) == 1

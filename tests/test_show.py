@@ -30,7 +30,7 @@ def test_the_trace_file_holds_one_line_per_token(tiny_model, tmp_path, capsys):
     config = DecodeConfig(max_new_tokens=10, confidence="jsd", threshold=0.1, exit_layers=(3, 4))
     with open(tmp_path / "trace.jsonl", "w") as file:
         counters = Counters()
-        ids = show(stream(model, PROMPT, config, counters), None, 5, counters, file)
+        ids = show(stream(model, PROMPT, config, counters), None, model.config, config, counters, file)
     rows = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
     out = generate(model, PROMPT, config)
     assert [row["id"] for row in rows] == out.tokens == ids and [row["exit_layer"] for row in rows] == out.exit_layers
@@ -70,7 +70,7 @@ def test_drafts_that_were_rolled_back_are_struck_through_and_counted(tiny_model,
     tokens = list(stream(tiny_model(0), PROMPT, config, counters))
     dropped = [i for token in tokens for i in token.rolled_back]
     assert len(dropped) == counters.drafted - counters.accepted > 0
-    assert show(iter(tokens), None, 5, counters) == plain
+    assert show(iter(tokens), None, tiny_model(0).config, config, counters) == plain
     printed = capsys.readouterr().out
     assert f"drafts: {counters.accepted} kept, {len(dropped)} rolled back" in printed
     assert printed.count("\033[9;90m") == (sum(bool(token.rolled_back) for token in tokens) if on else 0)

@@ -118,12 +118,12 @@ class Run:
             self.shortlist.add(tokens)
         trace, before = self.new_trace(), list(self.cache.filled)
         layer = run_pass(self.model, self.cache, tokens, trace, exits)
-        self.counters.add_pass(self.model, before, self.cache, layer, trace)
         self.early = 0 if layer == self.top else self.early + 1
         if self.thresholds.learns and trace.final is not None:
             self.thresholds.compare(trace)
         elif self.thresholds.learns and self.owe_head:
             self.thresholds.hold(trace, layer)
+        self.counters.add_pass(self.model, before, self.cache, layer, trace)
         return trace, layer
 
     def emit(self, trace: Trace, layer: int) -> Token:

@@ -336,6 +336,6 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu",
         model.rope = rope_table(config).to(device)
         load_weights(model, path, heads, content, device, dtype or default_dtype(content, device), form)
     model.frequent_ids = find_frequent_ids(frequent_ids, path, heads, content, config.vocab_size)
-    blob = content["tokenizer"]
+    blob = content.get("tokenizer")
     tokenizer = None if blob is None else read_tokenizer(path, blob.numpy().tobytes(), model.config.vocab_size)
     return model, tokenizer

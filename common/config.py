@@ -25,7 +25,7 @@ def reader(kind) -> Callable[[str], object]:
     elif typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         split = lambda text: [] if text.lower() == "none" else text.split(",")  # noqa: E731
-        read = lambda text: tuple(item(part) for part in split(text) if part)  # noqa: E731
+        read = lambda text: tuple(item(part) for part in split(text))  # noqa: E731
         read.__name__ = f"list of {item.__name__}, separated by commas,"
         return read
     else:

@@ -18,13 +18,12 @@ from common.flags import use_device
 def process_group(device: str) -> Iterator[None]:
     """Under torchrun, this process as one of its group; by itself otherwise. Raises UserError for a device that is not
     there."""
-    use_device(device)
-    if "LOCAL_RANK" not in os.environ:
+    rank = os.environ.get("LOCAL_RANK")
+    use_device(f"cuda:{rank}" if device == "cuda" and rank is not None else device)
+    if rank is None:
         yield
         return
     cuda = torch.device(device).type == "cuda"
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))  # the first may prepare much data meanwhile
     try:

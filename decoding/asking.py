@@ -22,7 +22,8 @@ def ask(function, trace) -> float:
     except (TypeError, ValueError, RuntimeError):  # None, text, several numbers
         confidence = math.nan
     if not -ROUNDING <= confidence <= 1 + ROUNDING:
-        raise UserError(f"{whose(function, trace.layer)} returned {value!r:.60}; it must be one number from 0 to 1")
+        said = " ".join(repr(value).split())  # a tensor's has several lines
+        raise UserError(f"{whose(function, trace.layer)} returned {said:.60}; it must be one number from 0 to 1")
     return confidence
 
 

@@ -28,6 +28,9 @@ def check_amateur(amateur: Transformer, model: Transformer, settings: Contrast |
     ours, theirs = model.config.vocab_size, amateur.config.vocab_size
     if settings is None:
         raise UserError("there is an amateur, but predict is own; set it to contrast")
+    if settings.amateur != Contrast.amateur:
+        raise UserError(f"contrast {settings.amateur} names an amateur within the model, but there is a second model; "
+                        "leave one out")
     if ours != theirs:
         raise UserError(f"the amateur knows {theirs} tokens, the model {ours}; that must be equal")
     if amateur.config.max_len < length:

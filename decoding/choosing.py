@@ -50,8 +50,9 @@ def with_thresholds(path: str | Path | None, flags: dict) -> dict:
 
 
 def outranking(fields: dict) -> dict:
-    """Fields of DecodeConfig as they replace those of a source below: a threshold those of single layers, too."""
-    return {"layer_thresholds": None, **fields} if "threshold" in fields else fields
+    """Fields of DecodeConfig as they replace those of a source below: a threshold those of single layers, too, and so
+    do other exit layers, since these thresholds belonged to others."""
+    return {"layer_thresholds": None, **fields} if {"threshold", "exit_layers"} & set(fields) else fields
 
 
 def read_thresholds(path: str | Path, named: str | None = None) -> dict:
@@ -75,7 +76,7 @@ def from_json(content: dict) -> dict:
         raise UserError(f"settings must be fields and values, not {content!r:.40}")
     settings = {}
     for name, value in content.items():
-        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        text = ",".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
         settings[name.replace("-", "_")] = read_field(DecodeConfig, name, text)
     confidence = settings.get("confidence")
     if confidence is not None and confidence not in FUNCTIONS:

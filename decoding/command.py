@@ -7,11 +7,13 @@
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
-from common.files import check_outputs
+from common.errors import UserError
+from common.files import check_outputs, whole_file
 from common.flags import Parser, add_flags, add_model_flags, given, loading
 from decoding.checks import check_prompt
 from decoding.choosing import COMMAND, DEFAULT_CHECKPOINT, settings_of, variants
@@ -21,6 +23,7 @@ from decoding.record import Token
 from decoding.replay import Recorder, recorded
 from decoding.settings import DecodeConfig
 from formats.chat import conversation, load_chat
+from formats.frequent_ids import ids_beside
 from model import load_checkpoint
 
 
@@ -49,6 +52,16 @@ def make_parser() -> Parser:
     return parser
 
 
+@contextmanager
+def trace_file(path: str | None) -> Iterator[TextIO | None]:
+    """The file for --trace, if it is asked for; one that was there is replaced at the end of the runs."""
+    if path is None:
+        yield None
+        return
+    with whole_file(path) as part, open(part, "w", encoding="utf-8") as file:
+        yield file
+
+
 def show_runs(args: argparse.Namespace, stream: Callable[..., Iterator[Token]]) -> None:
     """Decodes as the arguments say, by decode.stream, and shows it. Raises UserError."""
     options = loading(args)
@@ -58,6 +71,8 @@ def show_runs(args: argparse.Namespace, stream: Callable[..., Iterator[Token]]) 
     config, source = settings_of(tuned, args.thresholds, contrast | given(args, DecodeConfig))
     prompt = read_prompt(args.prompt, tokenizer)
     amateur = read_amateur(args.amateur, tokenizer, options | {"heads": None})
+    if amateur is None and config.amateur_temperature != 1:
+        raise UserError("amateur_temperature is a second model's; name that model with --amateur")
     if args.chat:
         chat = load_chat(args.checkpoint, tokenizer)
         (prompt,) = chat.encode([conversation(args.prompt)])
@@ -67,21 +82,25 @@ def show_runs(args: argparse.Namespace, stream: Callable[..., Iterator[Token]]) 
     for each in configs.values():
         each.exits(model.config)  # a mistake there leaves an old trace file alone
     read = [args.checkpoint, args.heads, Path(tuned).with_suffix(".json"), args.thresholds, args.amateur]
-    check_outputs([args.trace, args.html], [*read, args.frequent_ids])
+    read += [args.frequent_ids, *(ids_beside(file) for file in (args.checkpoint, args.heads) if file)]
+    check_outputs([args.trace, args.html], read)
     full, runs = Recorder(), {}
     if args.compare or args.html:
         list(stream(model, prompt, replace(config.full(), max_new_tokens=4), amateur=amateur))  # warms up
         full = recorded(stream, model, prompt, config.full(), amateur)
         runs["full model"] = config.full(), full
     print(args.prompt)
-    with open(args.trace, "w", encoding="utf-8") if args.trace else nullcontext() as trace:
+    for each in configs.values():
+        if each.draft == "auto":  # measures what passes cost, if nobody has, before a clock runs
+            list(stream(model, prompt, replace(each, max_new_tokens=1), amateur=amateur))
+    with trace_file(args.trace) as trace:
         for name, each in configs.items():
             print(f"settings: {each.describe(model.config)} ({source})", file=sys.stderr)
             if name:
                 print(f"--- {name}")
             recorder = Recorder()
             tokens = recorder.watch(stream(model, prompt, each, recorder, recorder.trace, amateur), len(prompt))
-            ids = show(tokens, tokenizer, model.config, each, recorder, trace, args.staircase)
+            ids = show(tokens, tokenizer, model.config, each, recorder, trace, args.staircase, name)
             if name:
                 print(f"{difference(ids, [token.id for token in full.settled], tokenizer)}\n")
             if each.confidence or each.full() != config.full():

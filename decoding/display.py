@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import TextIO
 
 from common.errors import UserError
-from decoding.record import Counters, Token
+from decoding.record import Counters, Token, first_difference
 from decoding.settings import DecodeConfig
 from formats.tokenizer import encode_prompt
 from model import ModelConfig, Transformer, load_checkpoint
@@ -83,9 +83,10 @@ def pieces(tokenizer, tokens: Iterator[Token]) -> Iterator[tuple[Token, str]]:
 
 
 def show(tokens: Iterator[Token], tokenizer, shape: ModelConfig, config: DecodeConfig, counters: Counters,
-         trace: TextIO | None = None, staircase: bool = False) -> list[int]:
-    """Streams the text and a legend, and one JSON line per token to `trace`; returns the token ids. `staircase`: one
-    token a line, with `counters.filled` (decoding/replay.py) after it."""
+         trace: TextIO | None = None, staircase: bool = False, name: str = "") -> list[int]:
+    """Streams the text and a legend, and one JSON line per token to `trace`, with the `name` of the setting where it
+    has one; returns the token ids. `staircase`: one token a line, with `counters.filled` (decoding/replay.py) after
+    it."""
     n_layers = shape.n_layers
     on = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     ids, layers, started, elapsed = [], [], time.perf_counter(), 0.0
@@ -98,7 +99,8 @@ def show(tokens: Iterator[Token], tokenizer, shape: ModelConfig, config: DecodeC
         if staircase:
             print(f"{' ' * max(1, 20 - len(text))}{steps(counters.filled)}")
         if trace:
-            trace.write(json.dumps(trace_row(token, text, elapsed), ensure_ascii=False) + "\n")
+            row = ({"setting": name} if name else {}) | trace_row(token, text, elapsed)
+            trace.write(json.dumps(row, ensure_ascii=False) + "\n")
     ideal = counters.ideal_speedup(shape, bool(config.shortlist))
     print(f"\n\n{figures(layers, elapsed, n_layers, counters, ideal, on)}")
     return ids
@@ -137,9 +139,9 @@ def figures(layers: list[int], seconds: float, n_layers: int, counters: Counters
 
 def difference(ids: list[int], full: list[int], tokenizer) -> str:
     """Where a text first differs from the full model's, in words."""
-    if ids == full:
+    at = first_difference(ids, full)
+    if at is None:
         return "the same text as the full model's"
-    at = next((i for i, pair in enumerate(zip(ids, full)) if pair[0] != pair[1]), min(len(ids), len(full)))
     ours, theirs = (describe(side, at, tokenizer) for side in (ids, full))
     return f"differs from the full model's text first at token {at + 1}: {ours} in place of {theirs}"
 

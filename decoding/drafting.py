@@ -70,9 +70,11 @@ class Drafting:
         deep, first = passes[-1], len(run.text) - len(settled)  # where its tokens begin in the text
         for number, draft in enumerate(drafts[: kept + 1]):  # those after the first that was not kept tell nothing
             self.observe(self.plan.layer, draft.confidences[self.plan.layer], float(number < kept))
+        known = sum(deep.flops.values())
         if kept == len(drafts):  # then the last pass was about a token of the text, too
             for layer, confidence in deep.confidences.items():
                 self.observe(layer, confidence, agreement(run, deep, layer, deep.final[-1], first + kept))
+        run.counters.confidence_flops += sum(deep.flops.values()) - known  # of functions that read no head
         self.spent += len(settled) * self.plan.pace
         if self.exploring:
             for number in range(min(kept + 1, len(deep.final))):

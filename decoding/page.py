@@ -16,7 +16,7 @@ from torch import Tensor
 from common.files import whole_file
 from confidence import jensen_shannon
 from decoding.display import layer_colour, piece, pieces
-from decoding.record import Token
+from decoding.record import Token, first_difference
 from decoding.replay import Emitted, Pass, Recorder
 from decoding.settings import DecodeConfig
 from formats.adapters import exit_states
@@ -147,16 +147,6 @@ def layer_log_probs(model: Transformer, states: list[Tensor], position: int) -> 
     """log p_1 .. log p_L of the token after `position`: the logit lens with each exit's own norm. (L, V)."""
     rows = [model.exit_norm(state[position : position + 1], layer) for layer, state in enumerate(states[1:], 1)]
     return model.score(torch.cat(rows), model.head_weight).log_softmax(-1)
-
-
-def first_difference(ids: list[int], full: list[int]) -> int | None:
-    """The place of the first token that differs from the full model's, or that one of the texts lacks."""
-    if ids == full:
-        return None
-    for place, (ours, theirs) in enumerate(zip(ids, full)):
-        if ours != theirs:
-            return place
-    return min(len(ids), len(full))
 
 
 def flat(ids: list[int], probs: list[float]) -> list[float]:

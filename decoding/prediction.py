@@ -34,6 +34,7 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    drafts: bool = False  # verified mode: what an early token was drawn from is kept, to judge it
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ class Predictor:
             logits = contrast_logits(source, layer, self.contrast, other)
         logits = penalize(logits, text, self.sampling.repetition_penalty, source.candidates)
         choice, probs = pick(logits, self.sampling, self.generator)
-        token = Token(int(source.token(choice)), layer, source.spread(probs), amateurs=source.amateurs)
+        drawn_from = source.spread(probs) if self.sampling.drafts else None
+        token = Token(int(source.token(choice)), layer, drawn_from, amateurs=source.amateurs)
         token.explain(trace)
         if source is not trace:
             self.counters.head_flops += sum(source.flops.values())  # those of the trace are counted with its pass

@@ -1,8 +1,8 @@
 """What a run leaves behind: its tokens, why each came from where it came, and the work done."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, zip_longest
 
 from torch import Tensor
 
@@ -62,7 +62,7 @@ class Counters:
                 flops = block_flops(model.side_blocks[side].config, before[side], stop)
                 self.head_flops += flops
                 self.confidence_flops += flops if side != layer else 0
-        if layer > L:
+        if trace.final is not None:
             self.deep_passes += 1
             self.deep_rows += stop - before[L]
         self.confidence_flops += sum(flops for head, flops in trace.flops.items() if head != layer)
@@ -101,3 +101,8 @@ class Generation:
         tokens = list(tokens)
         ids, layers = [token.id for token in tokens], [token.exit_layer for token in tokens]
         return cls(ids, layers, [token.confidences for token in tokens], counters)
+
+
+def first_difference(tokens: Sequence[int], full_tokens: Sequence[int]) -> int | None:
+    """Position of the first token that differs, a prefix differing where it ends; None for equal sequences."""
+    return next((i for i, (a, b) in enumerate(zip_longest(tokens, full_tokens)) if a != b), None)

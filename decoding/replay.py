@@ -122,8 +122,8 @@ class Recorder(Counters):
         self.passes[-1].drafted, self.passes[-1].kept = drafted, kept
 
     def close_pass(self) -> None:
-        """Notes how the newest pass left things."""
-        if self.passes and not self.passes[-1].after:
+        """Notes how the newest pass left things, anew where it is asked about for the sake of drafting."""
+        if self.passes:
             newest = self.passes[-1]
             newest.after, newest.block_runs = self.filled, self.block_runs
             newest.flops = self.block_flops + self.head_flops

@@ -7,6 +7,7 @@ from common.errors import UserError
 from confidence import FUNCTIONS, SCHEDULES, resolve
 from decoding.prediction import AMATEURS, CONTRASTS, Contrast, Sampling
 from decoding.thresholds import THRESHOLDS, Constant
+from formats.classifiers import check_classifiers
 from formats.shape import check_layers
 from model import ModelConfig
 
@@ -183,7 +184,8 @@ class DecodeConfig:
         L, layers = shape.n_layers, self.exit_layers
         beyond = (L,) if self.shortlist else ()  # after all blocks, but not the head over the vocabulary
         if layers is None:
-            layers = (shape.exit_layers or tuple(range(1, L))) + beyond
+            layers = shape.exit_layers or tuple(range(1, L))
+            layers += () if self.confidence == "classifier" else beyond  # the last layer has none
         check_layers("exit_layers", [layer for layer in layers if layer not in beyond], L)
         check_layers("premature_layers", self.premature_layers or (), L)
         check_layers("contrast", [int(self.contrast)] if self.contrast.isdecimal() else (), L)
@@ -192,10 +194,13 @@ class DecodeConfig:
         thresholds = self.layer_thresholds or [self.threshold] * len(layers)
         allowed = {layer: threshold for layer, threshold in zip(layers, thresholds) if layer >= self.min_layer}
         if not layers:
-            raise UserError("exit_layers are none; give some, or leave the flag out")
-        if L > 1 and not allowed:
+            remedy = "leave the flag out" if L > 1 else "give a shortlist, or confidence none: one layer has no exit"
+            raise UserError(f"exit_layers are none; {remedy}")
+        if not allowed:
             raise UserError(f"min_layer is {self.min_layer}, which leaves no exit layer; lower it or give other "
                             "exit_layers")
+        if self.confidence == "classifier":
+            check_classifiers(shape, [layer for layer, threshold in allowed.items() if threshold > 0])
         return allowed
 
     def thresholds(self, shape: ModelConfig) -> Constant:
@@ -204,7 +209,7 @@ class DecodeConfig:
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed)
+        return Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed, self.verify)
 
     @property
     def contrasting(self) -> Contrast | None:

@@ -51,9 +51,9 @@ class Shortlist:
 
 def frequent(model: Transformer, size: int) -> tuple[Tensor, Tensor, frozenset[int]]:
     """The `size` most frequent ids (size,), their rows of the unembedding (size, d), and the ids as a set; made once
-    for a model. Raises UserError if there are not so many."""
+    for a model, whose weights must not change between its runs. Raises UserError if there are not so many."""
     made = _FREQUENT.setdefault(model, {})
-    if size not in made:
+    if size not in made or made[size][0] is not model.frequent_ids:
         if model.frequent_ids is None:
             raise UserError(f"shortlist is {size}, but no frequent ids are known; count them with "
                             "python -m tools.shortlist")
@@ -61,5 +61,5 @@ def frequent(model: Transformer, size: int) -> tuple[Tensor, Tensor, frozenset[i
             raise UserError(f"shortlist is {size}, but only {len(model.frequent_ids)} ids occurred in the corpus "
                             "counted")
         ids = model.frequent_ids[:size].to(model.embedding.device)
-        made[size] = ids, as_form(model.unembed[ids], model.form), frozenset(ids.tolist())
-    return made[size]
+        made[size] = model.frequent_ids, ids, as_form(model.unembed[ids], model.form), frozenset(ids.tolist())
+    return made[size][1:]

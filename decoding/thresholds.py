@@ -36,7 +36,7 @@ class Adaptive(Constant):
     """The lowest confidence from which on P(agreed | c) stays at `target` or above, one for all exit layers, learned
     while decoding (FREE, Bae 2023, adaptive threshold estimator). Confidences of exit heads that agree with the full
     model follow one Beta distribution, the others a second; both are fitted by moments to the pairs that deep passes
-    yield. One text is one run: it begins at the threshold given."""
+    yield. One text is one run: it begins at the threshold given. A threshold of 0, a static exit, stays 0."""
 
     learns = True
     LOW, HIGH = 0.05, 0.99  # its range; a threshold of 1 would be asked for ever and never reached
@@ -79,7 +79,7 @@ class Adaptive(Constant):
             if odds + (a1 - a0) * math.log(c) + (b1 - b0) * math.log(1 - c) < wanted:
                 break
             threshold = c
-        self.thresholds = dict.fromkeys(self.thresholds, threshold)
+        self.thresholds = {layer: threshold if t else 0.0 for layer, t in self.thresholds.items()}
 
 
 def fit_beta(values: list[float]) -> tuple[float, float]:

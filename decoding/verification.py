@@ -22,7 +22,9 @@ from decoding.record import Token
 def verified(run, drafting: Drafting | None = None) -> Iterator[Token]:
     """Yields the tokens of a run once they are verified. `drafting`: what earlier texts taught, where `draft` is auto;
     None: this text begins anew."""
-    if drafting is None and run.config.draft == "auto":
+    if run.config.draft != "auto":
+        drafting = None
+    elif drafting is None:
         drafting = Drafting(costs_of(run.model, run.config, type(run)))
     tokens, drafts, passes = run.unread, [], []
     while run.unfinished:
@@ -38,9 +40,9 @@ def verified(run, drafting: Drafting | None = None) -> Iterator[Token]:
             tokens = [drafts[-1].id]
         else:
             settled, kept = judged(run, trace, drafts)
-            run.settle(settled, trace)
             if drafting:
                 drafting.learn(run, passes, drafts, settled, kept)
+            run.settle(settled, trace)
             yield from settled
             tokens, drafts, passes = [settled[-1].id], [], []  # the last one has not been read yet
 
@@ -55,6 +57,8 @@ def judged(run, trace, drafts: list[Token]) -> tuple[list[Token], int]:
     staircase follow."""
     before = run.text[: len(run.text) - len(drafts)]
     kept, token = run.predictor.judge(trace.final, drafts, before)
+    for draft in drafts:
+        draft.probs = None  # V numbers each, of no more use
     settled = drafts[:kept]
     if token is not None:
         settled.append(Token(token, run.top - 1, rolled_back=tuple(draft.id for draft in drafts[kept:])))

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from decoding.record import Counters
+from decoding.record import Counters, first_difference
 from decoding.settings import DecodeConfig
 from evaluation.measure import Measured, confidence_share, encode_inputs, run_in_turns
 from evaluation.metrics import (
     METRICS,
     bootstrap,
     distinct,
-    first_difference,
     repetition,
     resampled_sums,
     rouge_l_f1,

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import chain
 
 import numpy as np
 
@@ -203,11 +203,6 @@ def token_agreement(tokens: Sequence[int], full_tokens: Sequence[int]) -> float:
     ones."""
     longest = max(len(tokens), len(full_tokens))
     return sum(a == b for a, b in zip(tokens, full_tokens)) / longest if longest else 1.0
-
-
-def first_difference(tokens: Sequence[int], full_tokens: Sequence[int]) -> int | None:
-    """Position of the first token that differs, a prefix differing where it ends; None for equal sequences."""
-    return next((i for i, (a, b) in enumerate(zip_longest(tokens, full_tokens)) if a != b), None)
 
 
 def bootstrap(statistic: Callable[..., float], *columns: Sequence, level=0.95, resamples=1000, seed=0) -> list[float]:

@@ -26,10 +26,7 @@ def belief(model, state: Tensor, layer: int, ready: dict[int, tuple[Tensor, Tens
 
 def made_ready(model, layer: int) -> tuple[Tensor, Tensor]:
     """w times the gain of the layer's norm, (d,) float32 or finer, and b, a scalar."""
-    if layer not in model.config.classifiers:
-        have = ", ".join(map(str, model.config.classifiers)) or "none"
-        raise UserError(f"layer {layer} has no confidence classifier (layers with one: {have}); train it, or ask "
-                        "another confidence")
+    check_classifiers(model.config, [layer])
     w = model.classifiers[str(layer)].detach().float()
     gain = model.exit_norms[str(layer)] if layer in model.config.exit_norms else model.norm
     row = w[:-1] * gain.detach()
@@ -46,3 +43,12 @@ def numbers(*scalars: Tensor) -> list[float]:
 def sigmoid(x: float) -> float:
     """1 / (1 + e^-x), for any x."""
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def check_classifiers(shape, layers: list[int]) -> None:
+    """Raises UserError for a layer that has no classifier."""
+    for layer in layers:
+        if layer not in shape.classifiers:
+            have = ", ".join(map(str, shape.classifiers)) or "none"
+            raise UserError(f"layer {layer} has no confidence classifier (layers with one: {have}); train it, or ask "
+                            "another confidence")

@@ -19,10 +19,15 @@ def find_frequent_ids(file: str | os.PathLike | None, checkpoint: str | os.PathL
     is no list of a model's ids."""
     if file is None and "frequent_ids" in content:
         return checked(content["frequent_ids"], vocab_size, f"{heads or checkpoint}, frequent_ids")
-    beside = [Path(each).with_suffix(".ids.npy") for each in (heads, checkpoint) if each is not None]
+    beside = [ids_beside(each) for each in (heads, checkpoint) if each is not None]
     for found in [path for path in beside if path.is_file()] if file is None else [file]:
         return checked(read_ids(found), vocab_size, found)
     return None
+
+
+def ids_beside(checkpoint: str | os.PathLike) -> Path:
+    """The file of ids that may lie beside a checkpoint, or a file of heads."""
+    return Path(checkpoint).with_suffix(".ids.npy")
 
 
 def read_ids(file: str | os.PathLike) -> Tensor | None:

@@ -117,6 +117,8 @@ def store(model, form: str | None) -> None:
         for name, weight in block._parameters.items():
             if weight is not None and weight.dim() > 1:
                 block._parameters[name] = as_form(weight, model.form)
+            elif weight is not None and model.form == "int8":
+                block._parameters[name] = weight.float()  # as what they meet there
     model.rope = pair_table(model.rope)
     if model.form == "packed":
         model.packed_unembed = as_form(model.unembed, model.form)
@@ -163,6 +165,10 @@ def load_weights(model, path, heads, content: dict, device: torch.device, dtype:
     """Gives a model on the meta device the weights of the file at `path`, with those of the file `heads` (or None), as
     their mapped `content` has them, stored as `store` says. Raises UserError."""
     weights, scales = content["weights"], content.get("scales", {})
+    if form is not None and form not in FORMS:
+        raise UserError(f"unknown form of weights {form!r}; choose from {', '.join(FORMS)}")
+    if form is not None and device.type != "cpu":
+        raise UserError("--weights says how a CPU stores them; leave it out on a GPU")
     if dtype == torch.int8:
         if device.type != "cpu" or form is not None:
             raise UserError("int8 is for a CPU, in a form of its own; take --dtype bfloat16, or leave --weights out")

@@ -240,6 +240,6 @@ def test_a_file_whose_config_tells_no_exits_has_those_of_its_training(tiny_model
     """As files were written before: the exit layers stand among the training's settings."""
     save_checkpoint(tmp_path / "model.pt", tiny_model(0), None, **{entry: {"config": {"loss": loss, "exits": (1, 3)}}})
     content = torch.load(tmp_path / "model.pt", weights_only=True)
-    del content["config"]["exit_layers"]
+    del content["config"]["exit_layers"], content["tokenizer"]
     torch.save(content, tmp_path / "model.pt")
     assert load_checkpoint(tmp_path / "model.pt")[0].config.exit_layers == exits

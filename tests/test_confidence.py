@@ -418,13 +418,17 @@ def below(trace, layer):
     return -0.2
 
 
+def many(trace, layer):
+    return torch.full((2, 2), 0.5)
+
+
 def broken(trace, layer):
     return trace.colour
 
 
 @pytest.mark.parametrize("function, value", [
     (nothing, "None"), (several, r"tensor\(\[0.1000, 0.2000\]\)"), (no_number, r"tensor\(nan\)"),
-    (too_much, r"tensor\(1.5000\)"), (below, "-0.2"),
+    (too_much, r"tensor\(1.5000\)"), (below, "-0.2"), (many, r"tensor\(\[\[0.5000, 0.5000\], \[0.5000, 0.5000\]\]\)"),
 ])  # fmt: skip
 def test_an_answer_that_is_no_confidence_is_one_line_with_function_file_and_layer(tiny_model, function, value):
     where = rf"confidence {function.__name__} \(.*test_confidence.py\) at layer 3"

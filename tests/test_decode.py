@@ -165,8 +165,8 @@ def test_copy_fill_owes_nothing(tiny_model):
     outs = [mixed(tiny_model(seed), fill="copy") for seed in range(6)]
     assert any(1 < out.exit_layers.count(5) < 29 for out in outs)
     for out in outs:
-        assert out.counters.deep_passes == 1 + out.exit_layers.count(5)
-        assert out.counters.deep_rows == len(PROMPT) - 1 + out.exit_layers.count(5)
+        assert out.counters.deep_passes == out.exit_layers.count(5)
+        assert out.counters.deep_rows == out.exit_layers.count(5)
         assert out.counters.block_rows == 5 * (len(PROMPT) - 1) + sum(out.exit_layers)
 
 
@@ -393,7 +393,9 @@ def test_the_command_streams_ids_where_there_is_no_tokenizer_and_refuses_mistake
     mistakes = {"--prompt=hello": "token ids", "--prompt=": "token ids", "--exit-layers=9": "layer 9", "--prompt=1,99": "0 to 49",
                 "--threshold=2": "threshold", "--dtype=int3": "int3", "--thresholds=no.json": "no.json",
                 "--amateur=no.pt": "no such checkpoint", "--compare=softmax,magic": "magic",
-                "--compare=softmax+speed=2": "speed", "--contrast=9": "layer 9"}  # fmt: skip
+                "--compare=softmax+speed=2": "speed", "--contrast=9": "layer 9", "--stop-tokens=99": "stop_tokens has 99",
+                "--shortlist=10": "no frequent ids are known", "--exit-layers=1,,2": "invalid list", "--stop-tokens=": "invalid list",
+                "--weights=int8": "unknown form", "--amateur-temperature=2": "name that model with --amateur"}  # fmt: skip
     for mistake, message in mistakes.items():
         with pytest.raises(SystemExit) as end:
             command("--prompt=1", f"--trace={trace}", mistake)
@@ -432,6 +434,8 @@ def test_thresholds_from_a_file_give_way_to_flags(tmp_path):
     assert read().exits(FIVE) == {1: 0.5, 2: 0.6} and read().confidence == "jsd"
     assert read("--threshold=0.7").exits(FIVE) == {1: 0.7, 2: 0.7}
     assert read("--layer-thresholds=0.1,0.2").exits(FIVE) == {1: 0.1, 2: 0.2}
+    assert read("--exit-layers=3,4").exits(FIVE) == dict.fromkeys((3, 4), read().threshold)  # 0.5 and 0.6 were of others
+    assert variants(read(), "softmax+exit-layers=3,4")["softmax+exit-layers=3,4"].layer_thresholds is None
 
 
 def test_settings_beside_a_checkpoint_are_its_defaults(tmp_path):
@@ -465,6 +469,46 @@ def test_compared_settings_may_hold_lists():
     assert list(found) == ["full", "softmax+exit-layers=4,8+verify", "jsd+exit-layers=3"]
     both = found["softmax+exit-layers=4,8+verify"]
     assert both.exit_layers == (4, 8) and both.verify and found["full"].confidence is None
+
+
+def test_a_layer_without_classifier_is_refused_before_a_token_is_made():
+    shape = replace(FIVE, classifiers=(1, 2, 3, 4))
+    config = DecodeConfig(confidence="classifier", threshold=0.5)
+    assert list(replace(config, shortlist=8).exits(shape)) == [1, 2, 3, 4]  # softmax: 5, too, which has no classifier
+    assert replace(config, shortlist=8, exit_layers=(2, 5), layer_thresholds=(0.9, 0.0)).exits(shape) == {2: 0.9, 5: 0.0}
+    with pytest.raises(ValueError, match=r"layer 5 has no confidence classifier \(layers with one: 1, 2, 3, 4\)"):
+        replace(config, shortlist=8, exit_layers=(2, 5)).exits(shape)
+    with pytest.raises(ValueError, match="layer 1 has no confidence classifier"):
+        config.exits(FIVE)
+
+
+def test_one_layer_has_no_exit():
+    with pytest.raises(ValueError, match="exit_layers are none; give a shortlist, or confidence none: one layer has no exit"):
+        DecodeConfig(confidence="softmax").exits(ModelConfig(n_layers=1))
+
+
+def test_heads_that_thresholds_learn_from_are_counted_as_confidence(tiny_model):
+    """`classifier` reads no head; its learned threshold compares the tokens of heads with the full model's."""
+    config = DecodeConfig(confidence="classifier", threshold=0.99, exit_layers=(1, 2, 3, 4), max_new_tokens=20)
+    plain = generate(tiny_model(0), PROMPT, config).counters
+    counters = generate(tiny_model(0), PROMPT, replace(config, threshold_schedule="adaptive")).counters
+    assert plain.confidence_flops == 0 < counters.confidence_flops
+
+
+def test_what_a_token_was_drawn_from_is_kept_to_judge_drafts_alone(tiny_model):
+    config = DecodeConfig(max_new_tokens=8, confidence="softmax", threshold=0.2, temperature=1.0, exit_layers=(2,))
+    for verify in (False, True):
+        tokens = list(stream(tiny_model(0), PROMPT, replace(config, verify=verify)))
+        assert all(token.probs is None for token in tokens)
+
+
+def test_a_trace_of_several_settings_names_them(tiny_model, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "tiny.pt", tiny_model(0), None)
+    words = ["--prompt=1,7", "--compare=full,softmax", "--max-new-tokens=2", f"--trace={tmp_path / 't.jsonl'}"]
+    monkeypatch.setattr("sys.argv", ["decode.py", f"--checkpoint={tmp_path / 'tiny.pt'}", *words])
+    run(decode.main)
+    rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    assert [row["setting"] for row in rows] == ["full"] * 2 + ["softmax"] * 2
 
 
 def test_max_owed_does_not_count_the_prompt(tiny_model):

@@ -328,3 +328,19 @@ def test_costs_that_are_none_are_refused():
     for changes in ({"block": {}}, {"ask": {6: 1.0}}, {"top": {1: math.inf}}):
         with pytest.raises(ValueError, match="costs: "):
             replace(GOOD, **changes)
+
+
+@pytest.mark.parametrize("confidence", ["softmax", "classifier", "hidden"])
+def test_every_head_is_counted(tiny_model, monkeypatch, confidence):
+    """Those that drafting learns from, too, where the function reads none: by the products themselves."""
+    made, model = [], tiny_model(0)
+    score = type(model).score
+    monkeypatch.setattr(type(model), "score", lambda self, x, w: made.append(2 * len(x) * w.numel()) or score(self, x, w))
+    counters = generate(model, PROMPT, auto(confidence=confidence)).counters
+    assert counters.head_flops == sum(made)
+
+
+def test_what_was_learned_is_not_asked_where_drafts_are_fixed(tiny_model):
+    config = DecodeConfig(confidence="softmax", threshold=0.0, exit_layers=(2,), verify=True, max_new_tokens=10)
+    alone, given = (generate(tiny_model(0), PROMPT, config, drafting=each).counters for each in (None, Drafting(GOOD)))
+    assert given == alone

@@ -96,6 +96,15 @@ def test_an_int8_model_is_near_the_float_one_with_every_feature(in_int8, shape):
         assert (small.head(states, layer) - model.head(states, layer)).norm() < 0.1 * model.head(states, layer).norm()
 
 
+def test_vectors_of_a_bfloat16_file_are_float32_beside_int8(tiny_model, tmp_path):
+    """Folding reorders some of them; these, too, meet float32 states."""
+    model = tiny_model(0, qk_norm=True, qkv_bias=True)
+    weights = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
+    save_checkpoint(tmp_path / "model.pt", model, None, weights=weights)
+    block = load_checkpoint(tmp_path / "model.pt", dtype=torch.int8)[0].blocks[0]._parameters
+    assert all(block[name].dtype == torch.float32 for name in ("attn_norm", "mlp_norm", "qkv_bias", "q_norm", "k_norm"))
+
+
 @pytest.mark.parametrize("settings", [
     {"confidence": "softmax", "threshold": 0.1}, {"confidence": "jsd", "threshold": 0.05, "prune": "fixed", "prune_k": 8},
     {"confidence": "classifier", "threshold": 0.5}, {"confidence": "hidden", "threshold": 0.7, "max_owed": 3},

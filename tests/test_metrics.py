@@ -6,13 +6,13 @@ import random
 import numpy as np
 import pytest
 
+from decoding.record import first_difference
 from evaluation.metrics import (
     METRICS,
     ROUGE_VARIANTS,
     bleu,
     bootstrap,
     distinct,
-    first_difference,
     repetition,
     rouge,
     rouge_l,

@@ -12,7 +12,8 @@ from browser import Browser, find_chromium
 import decode
 from decode import Run, generate
 from decoding.display import steps
-from decoding.page import Page, first_difference, row_times, script_json
+from decoding.page import Page, row_times, script_json
+from decoding.record import first_difference
 from decoding.replay import Pass, Recorder, recorded
 from decoding.settings import DecodeConfig
 
@@ -56,6 +57,12 @@ def test_every_pass_is_remembered_as_the_staircase_was(tiny_model, monkeypatch, 
     assert [each.reached for each in recorder.passes] == reached
     assert [each.after for each in recorder.passes] == [*before[1:], runs[-1].cache.filled]
     assert recorder.filled == runs[-1].cache.filled
+
+
+def test_what_drafting_by_measurement_explores_is_part_of_the_pass(tiny_model):
+    recorder = recorded(tiny_model(8), PROMPT, DecodeConfig(max_new_tokens=30, confidence="softmax", verify=True, draft="auto"))
+    assert recorder.passes[-1].flops == recorder.block_flops + recorder.head_flops
+    assert [each.flops for each in recorder.passes] == sorted(each.flops for each in recorder.passes)
 
 
 @each_setting

@@ -172,6 +172,7 @@ def test_the_repetition_penalty_reads_the_whole_text(tiny_model, verify):
 @pytest.mark.parametrize("amateur, config, complaint", [
     ({}, {}, "predict is own"), ({"vocab_size": 49}, {"predict": "contrast"}, "knows 49 tokens, the model 50"),
     ({"max_len": 10}, {"predict": "contrast"}, "has 10 positions, 24 are needed"),
+    ({}, {"predict": "contrast", "contrast": "3"}, "contrast 3 names an amateur within the model, but there is a second"),
 ])  # fmt: skip
 def test_an_amateur_that_cannot_be_is_refused(tiny_model, amateur, config, complaint):
     with pytest.raises(ValueError, match=complaint):

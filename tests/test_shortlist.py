@@ -150,3 +150,10 @@ def test_the_ideal_counts_the_head_as_a_step_that_a_shortlist_leaves_out(model_w
     full = generate(model, PROMPT, DecodeConfig(max_new_tokens=10)).counters
     assert full.ideal_speedup(model.config, shortlist=True) == pytest.approx(1)
     assert full.ideal_speedup(model.config, shortlist=False) == 1
+
+
+def test_other_frequent_ids_make_another_shortlist(model_with_ids):
+    model = model_with_ids(0)
+    assert Shortlist(model, 5, 4).ids.tolist() == model.frequent_ids[:5].tolist()
+    model.frequent_ids = model.frequent_ids.flip(0)
+    assert Shortlist(model, 5, 4).ids.tolist() == model.frequent_ids[:5].tolist()

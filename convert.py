@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import UserError, run
-from common.files import check_replaceable, whole_file
+from common.files import check_outputs, whole_file
 from common.flags import DTYPES, Parser, add_thread_flag, read_dtype, use_threads
 from formats.checkpoint import FORMAT, STORED, read_tokenizer, seal
 from formats.families import MAX_LEN, SKIPPED, config_fields, name_table, pattern
@@ -206,9 +206,8 @@ def convert(
     """Writes the checkpoint at `path` to `out`, whole or not at all, and returns a report. dtype None: the source's
     own, for GGUF float32; vectors are always float32, so that Gemma's norms, stored here as w + 1, lose nothing. Raises
     UserError."""
-    check_replaceable(out)
-    if out.resolve() == path.resolve():
-        raise UserError(f"{out}: is what is read, and would be overwritten; give another name")
+    inside = [file for file in path.iterdir() if file.suffix != ".pt"] if path.is_dir() else []
+    check_outputs([out], [path, tokenizer, *inside])
     source = open_source(path, tokenizer)
     try:
         config = model_config(source.config, max_len)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from common.config import check_range, reader
 from common.errors import UserError, run
+from common.files import check_input
 from common.flags import Parser, add_flags, add_model_flags
 from common.processes import process_group
 from decoding.choosing import COMMAND, DEFAULT_CHECKPOINT
@@ -166,7 +167,10 @@ def parse() -> argparse.Namespace:
     args.draw_seed = getattr(args, "seed", 0)
     args.beside = getattr(args, "settings", None) is None
     if args.beside:
+        check_input(args.heads or args.checkpoint, "no such checkpoint; train one with train.py or name another")
         args.settings = Path(args.heads or args.checkpoint).with_suffix(".json")
+    elif args.command != "tune":
+        check_input(args.settings, "no such file; it was to hold settings")
     for name, least in {"limit": 0, "repeat": 1, "shots": 0}.items():
         check_range(name, getattr(args, name), least=least, most=10**9)
     if args.shot_file and not args.shots:

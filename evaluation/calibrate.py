@@ -14,7 +14,7 @@ from evaluation.inputs import chosen_tasks, load_inputs, load_model, note, run_r
 from evaluation.learn_then_test import fewest, walk
 from evaluation.measure import encode_inputs, run_in_turns
 from evaluation.metrics import METRICS, rouge_l_f1
-from evaluation.rows import custom_settings, fields_that_differ, own_origin, own_setting, sources
+from evaluation.rows import command_setting, custom_settings, fields_that_differ, own_origin, own_setting, sources
 from evaluation.table import check_files
 from evaluation.tasks import TUNING_SHARE, Task, between, one_of_each_source, sample, source
 from formats.data import Example
@@ -40,6 +40,7 @@ def main(args: argparse.Namespace) -> None:
         sys.exit(1)
     if processes()[0] == 0:
         settings = {"confidence": config.confidence} | fields_that_differ(config, DecodeConfig())
+        settings |= fields_that_differ(config, command_setting(args))  # what a reader of the file begins with
         settings |= {"threshold": threshold, "provenance": provenance | record | {"task": task.name}}
         write_json(args.out, settings)
     tell(f"wrote {args.out}")
@@ -51,6 +52,10 @@ def check_flags(args: argparse.Namespace, config: DecodeConfig, tasks: list[Task
         raise UserError("layer_thresholds outranks the threshold that is to be found; leave it out")
     if config.confidence is None:
         raise UserError("calibrate needs a confidence function; confidence is none")
+    if config.verify:
+        raise UserError("verify changes no text, so every threshold is safe; leave it out")
+    if hasattr(args, "threshold"):
+        raise UserError(f"threshold is {args.threshold}, but it is what calibrate finds; leave it out")
     for name in ("tolerance", "error"):
         if not 0 < getattr(args, name) < 1:
             raise UserError(f"{name} is {getattr(args, name)}; it must lie between 0 and 1")

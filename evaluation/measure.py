@@ -162,7 +162,7 @@ def encode_inputs(
             f"{task.name}: {sum(cut)} of {len(cut)} prompts lost their left to leave {longest} positions to answer",
             file=sys.stderr,
         )
-    ending = {name: replace(config, stop_tokens=config.stop_tokens or stops) for name, config in configs.items()}
+    ending = {name: replace(config, stop_tokens=(*config.stop_tokens, *stops)) for name, config in configs.items()}
     return list(prompts), ending
 
 

@@ -4,6 +4,7 @@ Colours come from viridis and cividis, which colour-blind readers can tell apart
 fillings or numbers say the same.
 """
 
+import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -88,15 +89,22 @@ def read_curves(log: Path) -> tuple[list[tuple], dict]:
     curves = defaultdict(lambda: defaultdict(list))
     try:
         rows = read_log(Path(log))
-        training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+        training = [(row["step"], finite(row["loss"])) for row in rows if "loss" in row]
         for row in rows:
-            for layer, pair in row.get("layers", {}).items():
-                curves[row["dev"]][int(layer)].append((row["step"], *pair))
+            for layer, (loss, same) in row.get("layers", {}).items():
+                curves[row["dev"]][int(layer)].append((row["step"], finite(loss), finite(same)))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{log}: not a log of train.py ({error})") from None
     if not training:
         raise UserError(f"{log}: not a log of train.py, or one without a step yet")
     return training, curves
+
+
+def finite(value: float) -> float:
+    """The value. Raises ValueError for one that no curve can show."""
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is not finite")
+    return value
 
 
 def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

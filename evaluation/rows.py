@@ -82,7 +82,7 @@ def changed(config: DecodeConfig, custom: dict) -> DecodeConfig:
         fixed = ("max_owed",)
     custom = {name: value for name, value in custom.items() if name not in fixed}
     if config.threshold == 0:
-        custom["threshold"] = 0.0
+        custom = {name: value for name, value in custom.items() if name != "layer_thresholds"} | {"threshold": 0.0}
     return replace(config, **outranking(custom))
 
 

@@ -2,6 +2,7 @@
 goes on where it stopped."""
 
 import argparse
+import inspect
 import json
 from collections import defaultdict
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ from common.config import read_field
 from common.errors import UserError
 from common.files import digest, whole_file
 from common.processes import processes, tell
+from confidence import FUNCTIONS, resolve
 from decoding.settings import DecodeConfig
 from evaluation.figures import alike, evaluate, pareto
 from evaluation.inputs import chosen_tasks, load_inputs, load_model, note, run_record
@@ -120,7 +122,7 @@ def means(rows: list[dict], field: str) -> str:
 # ---------------------------------------------------------------- the file of results
 
 ABOUT = ("checkpoint", "checkpoint_id", "split_of_data", "limit", "repeat", "seed", "shots", "chat")  # of rows
-PLACE = ("device", "threads", "dtype", "processes")  # what makes two runs comparable
+PLACE = ("device", "threads", "dtype", "weights", "processes")  # what makes two runs comparable
 
 
 def read_results(path: Path) -> dict[str, list[dict]]:
@@ -161,7 +163,10 @@ def measured_or_known(
     from."""
     here = environment(model)
     place = {name: here[name] for name in PLACE}
-    keys = {name: digest(KIND, place, about, task, examples, asdict(config)) for name, config in configs.items()}
+    keys = {
+        name: digest(KIND, place, about, task, examples, asdict(config), source_of(config))
+        for name, config in configs.items()
+    }
     known = read_results(path)
     missing = [name for name in configs if keys[name] not in known]
     for start in range(0, len(missing), AT_A_TIME):
@@ -177,6 +182,13 @@ def measured_or_known(
     first = keys[next(iter(configs))]
     rows = [known[key][1] | {"name": name} for name, key in keys.items()]
     return [known[first][0], *rows]
+
+
+def source_of(config: DecodeConfig) -> str:
+    """The file's text of a confidence function of one's own: edited, it is another one."""
+    if config.confidence is None or config.confidence in FUNCTIONS:
+        return ""
+    return Path(inspect.getsourcefile(resolve(config.confidence))).read_text(encoding="utf-8")
 
 
 def without_prompts(row: dict) -> dict:

@@ -140,10 +140,11 @@ def main(args: argparse.Namespace) -> None:
     model, tokenizer = load_model(args)
     result, pages = {"environment": run_record(args, model), "rows": []}, Pages(args, model, tokenizer)
     note(sources(args, origin_of_rows(args, custom, model)))
-    for task in tasks:
-        task, examples = load_inputs(args, task, args.split)
+    loaded = [load_inputs(args, task, args.split) for task in tasks]  # all mistakes before anything is measured
+    chosen = [choose_rows(args, task, model, custom) for task, _ in loaded]
+    for (task, examples), rows_of_task in zip(loaded, chosen):
         drawn = sample(examples, args.limit, args.draw_seed)
-        for configs in alike(choose_rows(args, task, model, custom)):
+        for configs in alike(rows_of_task):
             rows = evaluate(model, tokenizer, task, drawn, configs, args.repeat, bool(args.wide or args.json))
             tell(f"\n{heading(args, task, len(drawn), len(examples))}\n\n{table(rows, task, args.wide)}")
             result["rows"] += rows

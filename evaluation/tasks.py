@@ -59,7 +59,8 @@ class Task:
             if cut and self.chat:
                 ids = self.shortened(prompt, tokenizer, len(ids), room)
             elif cut:
-                ids = [*ids[:1], *ids[len(ids) - room + 1 :]]
+                begin = 0 if tokenizer.begin is None else 1
+                ids = [*ids[:begin], *ids[len(ids) - room + begin :]]
             inputs.append((ids, cut))
         return inputs
 
@@ -118,6 +119,8 @@ def find_task(name: str) -> Task:
         raise UserError(f"task {kind} needs its file: {kind}=FILE")
     if kind == "file":
         task = replace(task, name=Path(file).name.split(".")[0])
+        if task.name in (*TASKS, "decode", "provenance"):  # which settings name, too
+            raise UserError(f"{file}: a task of your own is called as its file is, and {task.name} is taken; rename it")
     return task
 
 

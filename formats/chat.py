@@ -34,8 +34,8 @@ def find_template(folder: Path) -> str | None:
         path = folder / name
         stated = read_json(path, "settings of a tokenizer").get("chat_template") if path.is_file() else None
         if isinstance(stated, list):
-            named = {entry.get("name"): entry.get("template") for entry in stated if isinstance(entry, dict)}
-            stated = named.get("default")
+            named = [entry for entry in stated if isinstance(entry, dict) and entry.get("name") == "default"]
+            stated = named[-1].get("template") if named else None
         if stated is not None:
             return checked(stated, path)
     return None

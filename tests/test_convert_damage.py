@@ -304,7 +304,7 @@ def test_only_a_regular_file_other_than_the_source_is_written(tiny_model, tmp_pa
     for out, message in (
         (Path("/dev/null"), "no regular file"),
         (tmp_path, "no regular file"),
-        (source, "is what is read"),
+        (source, "is read here"),
     ):
         with pytest.raises(UserError, match=message):
             convert.convert(source, out)

@@ -16,7 +16,7 @@ import eval as evaluation
 from common.errors import run
 from confidence import FUNCTIONS
 from decode import generate
-from decoding.choosing import COMMAND
+from decoding.choosing import COMMAND, settings_of
 from decoding.record import Counters, Generation
 from decoding.settings import DecodeConfig
 from evaluation import calibrate, figures, tasks, tune
@@ -352,14 +352,23 @@ def test_a_sweep_makes_every_combination_marks_its_front_and_goes_on_where_it_st
     assert printed.count("| threshold=") == 4 and "exit_layers 2,3 (2 rows): speed-up" in printed and "threshold 0.9 (2 rows)" in printed
 
 
-@pytest.mark.parametrize("change", ["model", "data", "repeat", "nothing"])
+@pytest.mark.parametrize("change", ["model", "data", "repeat", "weights", "function", "nothing"])
 def test_a_result_is_used_again_only_for_the_same_model_data_and_measure(change, checkpoint, tiny_model, tokenizer, monkeypatch, tmp_path):
     data = tmp_path / "mine.jsonl"
     data.write_text('{"prompt": "one", "completion": "two"}\n')
     words = ["sweep", "--checkpoint", checkpoint, "--repeat", 1, "--tasks", f"file={data}", "--results", tmp_path / "s.jsonl"]
     words += ["--over", "threshold", 0.1]
+    own = tmp_path / "own_function.py"
+    if change == "function":
+        own.write_text("def sure(trace, layer):\n    return 1.0\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        words += ["--confidence", "own_function:sure"]
     run_command(monkeypatch, *words)
-    if change == "model":
+    if change == "weights":
+        words += ["--weights", "plain"]
+    elif change == "function":
+        own.write_text("def sure(trace, layer):\n    return 0.5\n")
+    elif change == "model":
         save_checkpoint(checkpoint, tiny_model(1, vocab_size=350, max_len=256), tokenizer)
     elif change == "data":
         data.write_text('{"prompt": "one", "completion": "three"}\n')
@@ -367,6 +376,13 @@ def test_a_result_is_used_again_only_for_the_same_model_data_and_measure(change,
         words[4] = 2
     run_command(monkeypatch, *words)
     assert len((tmp_path / "s.jsonl").read_text().splitlines()) == (1 if change == "nothing" else 2)
+
+
+def test_a_mistake_in_the_second_task_is_found_before_the_first_is_measured(checkpoint, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(evaluation.table, "evaluate", None)
+    with pytest.raises(SystemExit):
+        run_command(monkeypatch, "--checkpoint", checkpoint, "--tasks", f"e2e,samsum={tmp_path}/no.jsonl", "--confidence", "jsd")
+    assert "no.jsonl: no such data file" in capsys.readouterr().err
 
 
 def test_every_row_is_compared_with_its_own_full_model(checkpoint, monkeypatch, tmp_path, capsys):
@@ -445,9 +461,12 @@ def test_calibration_writes_a_threshold_that_decoding_reads(risk, threshold, che
     monkeypatch.setitem(FUNCTIONS, "half", lambda trace, layer: trace.logits(layer).max() * 0 + 0.5)
     monkeypatch.setattr(measuring, "tqdm", lambda items, **_: items)
     file, base = tmp_path / "t.json", ("--checkpoint", checkpoint, "--tasks", "e2e", "--limit", 30, "--out", tmp_path / "t.json")
-    run_command(monkeypatch, "calibrate", *base, "--risk", risk, "--confidence", "half", "--tolerance", 0.2, "--error", 0.2)
+    setting = ("--confidence", "half", "--prune", "none")
+    run_command(monkeypatch, "calibrate", *base, "--risk", risk, *setting, "--tolerance", 0.2, "--error", 0.2)
     written = json.loads(file.read_text())
     assert written["confidence"] == "half" and written["threshold"] == threshold
+    calibrated = replace(COMMAND, confidence="half", prune="none", threshold=threshold, max_new_tokens=8)
+    assert settings_of(checkpoint, file, {})[0] == calibrated
     check, tested = written["provenance"]["held out"], written["provenance"]["tested"]
     assert check["on"] == "30 inputs of test" and check["risk"] < 0.2 and written["provenance"]["risk"] == risk
     assert all(each["p_value"] <= 0.2 for each in tested if each["threshold"] >= threshold) and tested[-1]["threshold"] <= threshold
@@ -657,7 +676,12 @@ MISTAKES = {
     "--confidence=magic": "unknown confidence 'magic'; choose from softmax",
     "--device=nowhere": "device 'nowhere' is not there",
     "--dtype=int4": "unknown dtype 'int4'",
-    "--settings=missing.json": "missing.json: no settings for this checkpoint",
+    "--settings=missing.json": "missing.json: no such file; it was to hold settings",
+    "--settings=missing.json --confidence jsd": "missing.json: no such file; it was to hold settings",
+    "--checkpoint=.": ".: is a folder; name a file in it",
+    "calibrate --tasks e2e --verify": "verify changes no text, so every threshold is safe",
+    "calibrate --tasks e2e --threshold 0.5": "threshold is 0.5, but it is what calibrate finds",
+    "--tasks file=decode.jsonl --confidence jsd": "called as its file is, and decode is taken; rename it",
     "--checkpoint=missing.pt": "missing.pt: no such checkpoint",
     "--json=nowhere/out.json": "nowhere/out.json: there is no folder nowhere to write to",
     "--min-layer=9": "min_layer is 9, which leaves no exit layer",
@@ -675,6 +699,7 @@ def test_a_mistake_ends_in_one_line_and_status_2(mistake, checkpoint, monkeypatc
         Path("folder.tsv").mkdir(exist_ok=True)
         Path("list.json").write_text("[1]")
         Path("pairs.jsonl").write_text('{"prompt": "one", "completion": "two"}\n')
+        Path("layers.pt").touch()
         Path("layers.json").write_text('{"decode": {"exit_layers": [2], "layer_thresholds": [0.5]}}')
         words, base = mistake.split(), ("--checkpoint", checkpoint)
         first = 1 if words and words[0].isalpha() else 0

@@ -48,6 +48,13 @@ def test_a_long_prompt_loses_its_left_but_not_its_start(with_separator):
     assert cut and short == [whole[0], *whole[-4:]]
 
 
+def test_a_long_prompt_has_no_start_to_keep_where_there_is_none(without, monkeypatch):
+    monkeypatch.setattr(without, "begin", None)
+    task = find_task("translation")
+    ((whole, _),) = task.encode(["eins zwei drei vier"], without, 99)
+    assert task.encode(["eins zwei drei vier"], without, 5) == [(whole[-5:], True)]
+
+
 def test_an_answer_of_one_line_ends_there(with_separator, without, tiny_model):
     assert find_task("translation").stop_tokens(with_separator) == find_task("stories").stop_tokens(without) == ()
     stops = find_task("translation").stop_tokens(without)

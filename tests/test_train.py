@@ -816,6 +816,7 @@ MISTAKES = {  # a flag -> what the line must say
     "--tokenizer={files}/dev.tsv": "was trained with tokenizer None, not",
     "--plot={files}/dev.tsv": "dev.tsv: not a log of train.py",
     "--exit-weights=1,nan,1": "give 3 above 0",
+    "--exit-weights=1,inf,1": "give 3 above 0",
     "--seed=99999999999999999999999": "it must be at least 0 and at most 9223372036854775807",
     "--loss=none --classifier": "classifier is True, but loss is none",
     "--exit-norms= --adapter=lowrank:3": "it stands before norms in exit_norms, and there are none",

@@ -120,6 +120,8 @@ def read_earlier(path: Path, limit: int) -> list[dict]:
             row["scores"] = {name: float(score) for name, score in row["scores"].items()}
             row["ms_per_token"] = float(row["ms_per_token"])
             (row["task"], row["kind"], row["name"])
+            if not row["ms_per_token"] > 0:
+                raise ValueError(f"a token of {row['ms_per_token']} ms")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: holds no figures of a frontier ({error!r}); --json writes such a file") from None
     if inputs != limit:
@@ -139,6 +141,8 @@ def joined(figures: list[dict], earlier: list[dict]) -> list[dict]:
         raise UserError(f"the figures of an earlier run have no row of a full model with {full['name']}")
     scale = full["ms_per_token"] / before[0]["ms_per_token"]
     new = [row for row in same_task if (row["kind"], row["name"]) not in names]
+    if any(set(row["scores"]) != set(full["scores"]) for row in new):
+        raise UserError(f"the figures of an earlier run have other scores than {', '.join(full['scores'])}")
     return [row | {"ms_per_token": scale * row["ms_per_token"]} for row in new] + figures
 
 
@@ -205,7 +209,10 @@ def main() -> None:
     check_range("limit", args.limit, least=1)
     check_range("repeat", args.repeat, least=1)
     files = [file for words in args.small for file in words.rpartition("=")[2].split(",")]
-    check_outputs([args.json, args.plot], [args.checkpoint, *files])
+    settings = Path(args.heads or args.checkpoint).with_suffix(".json")
+    check_outputs([args.json, args.plot], [args.checkpoint, args.heads, args.frequent_ids, settings, *files])
+    if args.plot and args.plot.suffix != ".png":
+        raise UserError(f"{args.plot}: --plot writes a picture; give it a name that ends in .png")
     earlier = read_earlier(args.earlier, args.limit) if args.earlier else []
     tasks = [find_task(name) for name in args.tasks.split(",")]
     if args.plot:

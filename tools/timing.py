@@ -16,7 +16,7 @@ def seconds(actions: dict[Hashable, Callable[[], object]], device: str, repeat: 
         for name, action in actions.items():
             started = time.perf_counter()
             action()
-            if device != "cpu":
+            if device.startswith("cuda"):
                 torch.cuda.synchronize()
             if turn > 0:
                 times[name].append(time.perf_counter() - started)

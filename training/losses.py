@@ -126,7 +126,8 @@ class LossConfig:
         object.__setattr__(self, "exits", tuple(sorted(set(self.exits))))
         find_loss(self.loss)
         count = len(self.exits) + 1
-        if len(self.exit_weights) not in (0, count) or not all(weight > 0 for weight in self.exit_weights):
+        usable = all(0 < weight < math.inf for weight in self.exit_weights)
+        if len(self.exit_weights) not in (0, count) or not usable:
             raise UserError(
                 f"exit_weights are {self.exit_weights}; give {count} above 0, one an exit and the last layer's"
             )

@@ -45,7 +45,7 @@ class Objective(nn.Module):
         loss = ask_loss(config.loss, exits)
         deepest = loss.detach() if exits.deepest is None else exits.deepest
         if config.classifier:
-            layers = sorted(exits.asked - {exits.last})
+            layers = sorted(exits.asked & set(model.config.classifiers))
             for layer in layers:
                 labels = exits.agreement(layer)
                 loss = loss + classifier_loss(model, exits.read(layer), layer, labels) / len(layers)

@@ -165,7 +165,8 @@ class Run:
             check_moments(self.optimizer, training["step"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(f"{path}: its optimizer does not fit the model ({error}); {REMEDY}") from None
-        self.step, self.results = training["step"], training.get("results", {})
+        self.step, results = training["step"], training.get("results", {})
+        self.results = {file: figures for file, figures in results.items() if file in self.config.dev}
         self.found = None  # the file is about to be replaced
 
     def weights(self) -> dict[str, Tensor]:

@@ -130,8 +130,8 @@ def read_earlier(path: Path, limit: int) -> list[dict]:
 
 
 def joined(figures: list[dict], earlier: list[dict]) -> list[dict]:
-    """The earlier rows of a task that are not among its figures, in front of these; their times become what they were
-    beside the full model's. Raises UserError where that was another model."""
+    """The earlier rows of a task that are not among its figures, with these, smaller models first and by their times;
+    times become what they were beside the full model's. Raises UserError where that was another model."""
     same_task = [row for row in earlier if row["task"] == figures[0]["task"]]
     if not same_task:
         return figures
@@ -143,7 +143,8 @@ def joined(figures: list[dict], earlier: list[dict]) -> list[dict]:
     new = [row for row in same_task if (row["kind"], row["name"]) not in names]
     if any(set(row["scores"]) != set(full["scores"]) for row in new):
         raise UserError(f"the figures of an earlier run have other scores than {', '.join(full['scores'])}")
-    return [row | {"ms_per_token": scale * row["ms_per_token"]} for row in new] + figures
+    rows = [row | {"ms_per_token": scale * row["ms_per_token"]} for row in new] + figures
+    return sorted(rows, key=lambda row: (row["kind"] in MARKS, row["kind"] not in MARKS and row["ms_per_token"]))
 
 
 def table(figures: list[dict]) -> str:
@@ -172,7 +173,7 @@ def draw(figures: list[dict], score: str, path: Path) -> None:
             if own:
                 points = sorted((row["ms_per_token"], 100 * row["scores"][score]) for row in own)
                 panel.plot(*zip(*points), marker=mark, linewidth=1, label=kind)
-        panel.set(title=task, xlabel="ms a token, batch 1", ylabel=score)
+        panel.set(title=task, xlabel="ms a token, batch 1", ylabel=TITLES[score])
         panel.grid(alpha=0.3)
     panels[0][0].legend()
     figure.savefig(path)

@@ -24,8 +24,13 @@ def reader(kind) -> Callable[[str], object]:
         read = lambda text: None if text.lower() == "none" else inner(text)  # noqa: E731
     elif typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
-        split = lambda text: [] if text.lower() == "none" else text.split(",")  # noqa: E731
-        read = lambda text: tuple(item(part) for part in split(text))  # noqa: E731
+
+        def read(text: str) -> tuple:
+            parts = [] if text.lower() == "none" else text.split(",")
+            if not all(parts):
+                raise ValueError("one of the list is empty")
+            return tuple(item(part) for part in parts)
+
         read.__name__ = f"list of {item.__name__}, separated by commas,"
         return read
     else:

@@ -91,7 +91,7 @@ def flags(*configs) -> list[str]:
             if isinstance(value, bool):
                 words.append(f"--{'' if value else 'no-'}{field.name.replace('_', '-')}")
             elif field.name != "exit_layers":  # no flag of train.py
-                text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                text = ",".join(map(str, value)) or "none" if isinstance(value, tuple) else value
                 words.append(f"--{field.name.replace('_', '-')}={text}")
     return words
 

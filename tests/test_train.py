@@ -306,7 +306,7 @@ def flags(*configs) -> list[str]:
     """The command line that says the same as the configs."""
     values = {field.name: getattr(config, field.name) for config in configs for field in dataclasses.fields(config)}
     texts = {
-        name: ",".join(map(str, value)) if isinstance(value, tuple) else str(value) for name, value in values.items()
+        name: ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value) for name, value in values.items()
     }
     left_out = {name for name, value in values.items() if isinstance(value, bool)} | {"exit_layers"}  # no flag of train.py
     return [f"--{name.replace('_', '-')}={text}" for name, text in texts.items() if name not in left_out]
@@ -819,11 +819,11 @@ MISTAKES = {  # a flag -> what the line must say
     "--exit-weights=1,inf,1": "give 3 above 0",
     "--seed=99999999999999999999999": "it must be at least 0 and at most 9223372036854775807",
     "--loss=none --classifier": "classifier is True, but loss is none",
-    "--exit-norms= --adapter=lowrank:3": "it stands before norms in exit_norms, and there are none",
+    "--exit-norms=none --adapter=lowrank:3": "it stands before norms in exit_norms, and there are none",
     "--data={files}/malformed.tsv --overwrite": "malformed.tsv, line 2: has 1 columns; 2 are needed",
     "--tokenizer={files}/empty.tsv --overwrite": "empty.tsv: neither a checkpoint nor a tokenizer",
     "--eos-id=1 --overwrite": "eos_id is 1, but the tokenizer ends texts with 2; give --eos-id 2",
-    "--data=": "nothing to train on",
+    "--data=": "invalid list of str", "--data=none": "nothing to train on",
     "--data={files}/dev.tsv": "was trained with data",
     "--data={files}/missing.tsv": "missing.tsv: no such data file",
     "--dev={files}/missing.tsv": "missing.tsv: no such data file",

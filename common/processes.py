@@ -23,8 +23,7 @@ def process_group(device: str) -> Iterator[None]:
     if rank is None:
         yield
         return
-    cuda = torch.device(device).type == "cuda"
-    backend = "nccl" if cuda else "gloo"
+    backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))  # the first may prepare much data meanwhile
     try:
         yield

@@ -129,27 +129,33 @@ def read_earlier(path: Path, limit: int) -> list[dict]:
     return rows
 
 
+def full_row(figures: list[dict]) -> dict:
+    """The full model's row of one task."""
+    return next(row for row in figures if row["kind"] == "full")
+
+
 def joined(figures: list[dict], earlier: list[dict]) -> list[dict]:
     """The earlier rows of a task that are not among its figures, with these, smaller models first and by their times;
     times become what they were beside the full model's. Raises UserError where that was another model."""
-    same_task = [row for row in earlier if row["task"] == figures[0]["task"]]
+    same_task = {(row["kind"], row["name"]): row for row in earlier if row["task"] == figures[0]["task"]}
     if not same_task:
         return figures
-    names, (full,) = [(row["kind"], row["name"]) for row in figures], [row for row in figures if row["kind"] == "full"]
-    before = [row for row in same_task if (row["kind"], row["name"]) == ("full", full["name"])]
-    if not before:
+    full = full_row(figures)
+    before = same_task.get(("full", full["name"]))
+    if before is None:
         raise UserError(f"the figures of an earlier run have no row of a full model with {full['name']}")
-    scale = full["ms_per_token"] / before[0]["ms_per_token"]
-    new = [row for row in same_task if (row["kind"], row["name"]) not in names]
-    if any(set(row["scores"]) != set(full["scores"]) for row in new):
+    scale = full["ms_per_token"] / before["ms_per_token"]
+    rows = {key: row | {"ms_per_token": scale * row["ms_per_token"]} for key, row in same_task.items()}
+    rows |= {(row["kind"], row["name"]): row for row in figures}  # what both have, as it is now
+    if any(set(row["scores"]) != set(full["scores"]) for row in rows.values()):
         raise UserError(f"the figures of an earlier run have other scores than {', '.join(full['scores'])}")
-    rows = [row | {"ms_per_token": scale * row["ms_per_token"]} for row in new] + figures
-    return sorted(rows, key=lambda row: (row["kind"] in MARKS, row["kind"] not in MARKS and row["ms_per_token"]))
+    small = [row for row in rows.values() if row["kind"] not in MARKS]
+    return sorted(small, key=lambda row: row["ms_per_token"]) + [row for row in rows.values() if row["kind"] in MARKS]
 
 
 def table(figures: list[dict]) -> str:
     """The rows of one task as aligned text."""
-    full = next(row["ms_per_token"] for row in figures if row["kind"] == "full")
+    full = full_row(figures)["ms_per_token"]
     columns = {
         figures[0]["task"]: [f"{row['kind']}, {row['name']}" for row in figures],
         "ms a token": [f"{row['ms_per_token']:.2f}" for row in figures],

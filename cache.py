@@ -1,6 +1,8 @@
-"""The staircase: keys and values of every layer, each filled up to a height of its own, and the states of owed rows.
+"""The staircase: keys and values of every layer, each filled up to a height of its own, and the states of
+owed rows.
 
-Dimensions: R rows of a pass, S positions seen, d model width, H query heads, K key/value heads, C width of a head.
+Dimensions: R rows of a pass, S positions seen, d model width, H query heads, K key/value heads, C width of a
+head.
 """
 
 import common.threads  # noqa: F401  before torch
@@ -21,17 +23,26 @@ class KVCache:
     filled[1 .. L]   positions whose keys and values are stored at that layer
     filled[L + 1]    positions that owe nothing to the head over the vocabulary
 
-    From 0 to L filled never increases: a position that stopped below the top waits in `hidden`, at the depth that it
-    reached, and is *owed* to the layers above. So the rows owed to a layer are one run, the newest ones, and all have
-    the depth below it by the time a pass comes there: if position 7 stopped at layer 4 and 8 at layer 2, the next pass
-    takes 8 along from layer 3 on, and 7 from layer 5 on, where all three stand side by side."""
+    From 0 to L filled never increases: a position that stopped below the top waits in `hidden`, at the depth
+    that it reached, and is *owed* to the layers above. So the rows owed to a layer are one run, the newest
+    ones, and all have the depth below it by the time a pass comes there: if position 7 stopped at layer 4 and
+    8 at layer 2, the next pass takes 8 along from layer 3 on, and 7 from layer 5 on, where all three stand
+    side by side."""
 
     def __init__(self, model: Transformer, length: int, beside: Collection[int] = ()):
-        """Room for `length` positions, also in the blocks that stand `beside` these layers, if any do: adapters."""
+        """Room for `length` positions, also in the blocks that stand `beside` these layers, if any do:
+        adapters."""
         self.config, self.rope = model.config, model.rope
-        shape = (1, 2 * self.config.n_kv_heads, length, self.config.head_dim)  # of a layer: its keys, then its values
+        shape = (
+            1,
+            2 * self.config.n_kv_heads,
+            length,
+            self.config.head_dim,
+        )  # of a layer: its keys, then its values
         self.keys_values = [model.embedding.new_empty(shape) for _ in model.blocks]
-        self.beside = {layer: model.embedding.new_empty(shape) for layer in model.side_blocks if layer in beside}
+        self.beside = {
+            layer: model.embedding.new_empty(shape) for layer in model.side_blocks if layer in beside
+        }
         self.hidden = model.embedding.new_empty(length, self.config.d_model)
         self.filled = [0] * (self.config.n_layers + 2)
         self._slides = [False] + [self.config.slides(layer) for layer in range(1, self.config.n_layers + 1)]
@@ -43,9 +54,9 @@ class KVCache:
         return self.hidden[self.filled[layer] : stop]
 
     def join(self, layer: int, first: int, x: Tensor) -> tuple[int, Tensor]:
-        """The rows to run through `layer`, and where they begin, for a pass that brings x (R, d), the positions from
-        `first` on. Those owed from earlier passes join: where x is position 9 and filled[layer] is 6, the rows are 6
-        to 9."""
+        """The rows to run through `layer`, and where they begin, for a pass that brings x (R, d), the
+        positions from `first` on. Those owed from earlier passes join: where x is position 9 and
+        filled[layer] is 6, the rows are 6 to 9."""
         start = self.filled[layer]
         if start < first:
             x = torch.cat([self.owed(layer, first), x])
@@ -54,14 +65,15 @@ class KVCache:
         return start, x
 
     def attend(self, layer: int, qkv: Tensor, beside: bool = False) -> Tensor:
-        """`attend` of a block: stores the rows' keys and values, then attends to what they may see. `beside`: of the
-        adapter's block at this layer, after the layer's own has stored the same rows. (R, (H + 2K) C) -> (R, H C)."""
+        """`attend` of a block: stores the rows' keys and values, then attends to what they may see. `beside`:
+        of the adapter's block at this layer, after the layer's own has stored the same rows. (R, (H + 2K) C)
+        -> (R, H C)."""
         return attention(*self.store(layer, qkv, beside), self.config)
 
     def store(self, layer: int, qkv: Tensor, beside: bool = False) -> tuple[Tensor | None, ...]:
-        """Appends the keys and values of the R rows that follow filled[layer], from qkv (R, (H + 2K) C). Returns the
-        rows' queries (1, H, R, C), the S keys and values of the layer that they may see, (1, K, S, C), and who sees
-        which (R, S); None for a single row, which sees them all."""
+        """Appends the keys and values of the R rows that follow filled[layer], from qkv (R, (H + 2K) C).
+        Returns the rows' queries (1, H, R, C), the S keys and values of the layer that they may see, (1, K,
+        S, C), and who sees which (R, S); None for a single row, which sees them all."""
         rows = qkv.shape[0]  # len(qkv) takes ten times as long
         first = self.filled[layer] - rows if beside else self.filled[layer]
         stop = self.filled[layer] = first + rows
@@ -74,8 +86,8 @@ class KVCache:
         return q.type_as(seen), seen.narrow(1, 0, K), seen.narrow(1, K, K), mask
 
     def _seen(self, first: int, stop: int, slides: bool) -> tuple[int, Tensor, Tensor | None]:
-        """Of the rows first .. stop - 1 in a layer: the first position that one of them sees, their rotation, and who
-        sees which. Kept for the layers that follow: in one pass most share their rows."""
+        """Of the rows first .. stop - 1 in a layer: the first position that one of them sees, their rotation,
+        and who sees which. Kept for the layers that follow: in one pass most share their rows."""
         if self._rows != (first, stop):
             self._rows, self._kept = (first, stop), {}
         if slides not in self._kept:
@@ -89,7 +101,8 @@ class KVCache:
         return self._kept[slides]
 
     def waive(self, length: int) -> None:
-        """The first `length` positions owe the head over the vocabulary nothing: their next tokens are settled."""
+        """The first `length` positions owe the head over the vocabulary nothing: their next tokens are
+        settled."""
         self.filled[-1] = length
 
     def rollback(self, length: int) -> None:

@@ -1,4 +1,5 @@
-"""Is the next token decided? The trace of one position, vocabulary pruning, the confidence functions, and contrast.
+"""Is the next token decided? The trace of one position, vocabulary pruning, the confidence functions, and
+contrast.
 
 Notation: h_l the hidden state of the newest position after layer l, z_l = W norm_l(h_l) its logits, p_l =
 softmax(z_l), over the n current candidates (the whole vocabulary V unless there is a shortlist or pruning).
@@ -24,30 +25,42 @@ ALPHA = 0.1  # plausibility: tokens of at least this share of the largest probab
 
 
 class Trace:
-    """The newest position of one pass, layer by layer. `hidden` holds h_0 (the embedding) .. h_l, each (R, d), the
-    newest position last. Logits are computed when asked for, once, over the current candidates. These begin as the
-    vocabulary, or as a `shortlist` (decoding/shortlist.py), and `decided` narrows them."""
+    """The newest position of one pass, layer by layer. `hidden` holds h_0 (the embedding) .. h_l, each (R,
+    d), the newest position last. Logits are computed when asked for, once, over the current candidates. These
+    begin as the vocabulary, or as a `shortlist` (decoding/shortlist.py), and `decided` narrows them."""
 
-    def __init__(self, model: Transformer, confidence: "Confidence | None" = None, prune: str = "none",
-                 prune_k: int = 64, prune_min: int = 16, premature_layers: tuple[int, ...] | None = None,
-                 shortlist=None, classifiers: dict | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        confidence: "Confidence | None" = None,
+        prune: str = "none",
+        prune_k: int = 64,
+        prune_min: int = 16,
+        premature_layers: tuple[int, ...] | None = None,
+        shortlist=None,
+        classifiers: dict | None = None,
+    ):
         self.model = model
         self.classifiers = {} if classifiers is None else classifiers  # layer -> made ready, once a text
         self.confidence = confidence
         self.hidden: list[Tensor] = []
-        self.beside: dict[int, Tensor] = {}      # layer whose adapter is a block -> what that makes of h_l, (R, d)
-        self.final: Tensor | None = None         # (R, V) logits of the rows that the head took, if any did
-        self.candidates: Tensor | None = None    # (n,) int64 token ids; None is the whole vocabulary
-        self.n = model.config.vocab_size         # how many candidates there are
+        self.beside: dict[
+            int, Tensor
+        ] = {}  # layer whose adapter is a block -> what that makes of h_l, (R, d)
+        self.final: Tensor | None = None  # (R, V) logits of the rows that the head took, if any did
+        self.candidates: Tensor | None = None  # (n,) int64 token ids; None is the whole vocabulary
+        self.n = model.config.vocab_size  # how many candidates there are
         self.confidences: dict[int, float] = {}  # of each layer asked
-        self.thresholds: dict[int, float] = {}   # that they had to reach
-        self.amateurs: dict[int, int] = {}       # exit layer -> the layer it was contrasted with
-        self.flops: dict[int, int] = {}          # layer -> floating-point operations of its head
+        self.thresholds: dict[int, float] = {}  # that they had to reach
+        self.amateurs: dict[int, int] = {}  # exit layer -> the layer it was contrasted with
+        self.flops: dict[int, int] = {}  # layer -> floating-point operations of its head
         self._schedule, self._limits = SCHEDULES[prune], (prune_k, prune_min)
         self._premature = premature_layers
-        self._logits: dict[int, Tensor] = {}     # layer -> z over the candidates, (n,)
-        self._guesses: dict[int, Tensor] = {}    # layer asked -> its best token first: pruning may drop it
-        self._weights: list[Tensor] | None = [model.head_weight]  # (n, d) side by side; None: not gathered yet
+        self._logits: dict[int, Tensor] = {}  # layer -> z over the candidates, (n,)
+        self._guesses: dict[int, Tensor] = {}  # layer asked -> its best token first: pruning may drop it
+        self._weights: list[Tensor] | None = [
+            model.head_weight
+        ]  # (n, d) side by side; None: not gathered yet
         if shortlist is not None:
             self.candidates, self._weights, self.n = shortlist.ids, shortlist.weights, len(shortlist.ids)
 
@@ -61,8 +74,8 @@ class Trace:
         return (self.beside if layer in self.model.side_blocks else self.hidden)[layer][-1:]
 
     def decided(self, threshold: float) -> bool:
-        """Whether the confidence after the newest layer reaches the threshold. A threshold of 0 is reached without
-        asking."""
+        """Whether the confidence after the newest layer reaches the threshold. A threshold of 0 is reached
+        without asking."""
         self.thresholds[self.layer] = threshold
         if threshold <= 0:
             return True
@@ -72,8 +85,8 @@ class Trace:
         return self.confidences[self.layer] >= threshold
 
     def prune(self) -> None:
-        """Vocabulary pruning: of the candidates so far, those of largest z_l stay, as many as the schedule says; and
-        all logits known so far are cut to these."""
+        """Vocabulary pruning: of the candidates so far, those of largest z_l stay, as many as the schedule
+        says; and all logits known so far are cut to these."""
         if self._schedule is None:
             return
         newest, size = self.logits(self.layer), self._schedule(self, *self._limits)
@@ -117,7 +130,9 @@ class Trace:
 
     def guess(self, layer: int) -> int:
         """Token id of the most probable candidate at `layer`, of those that there were when it was asked."""
-        return int(self._guesses[layer][0] if layer in self._guesses else self.token(self.logits(layer).argmax()))
+        return int(
+            self._guesses[layer][0] if layer in self._guesses else self.token(self.logits(layer).argmax())
+        )
 
     def spread(self, probs: Tensor | None) -> Tensor | None:
         """Probabilities of the candidates (n,) as those of the vocabulary (V,)."""
@@ -140,8 +155,8 @@ class Trace:
 
 
 def decaying(trace: Trace, k: int, k_min: int) -> int:
-    """k first (where there are no more than k candidates, at once the next), then k_next = max(k_min, k_now / (1 +
-    (k_now - k_min) / k_min * l/L)), rounded up."""
+    """k first (where there are no more than k candidates, at once the next), then k_next = max(k_min, k_now /
+    (1 + (k_now - k_min) / k_min * l/L)), rounded up."""
     if not trace.confidences and k < trace.n:  # the first layer asked
         return k
     shrink = 1 + (trace.n - k_min) / k_min * trace.layer / trace.model.config.n_layers
@@ -149,13 +164,14 @@ def decaying(trace: Trace, k: int, k_min: int) -> int:
 
 
 def adaptive(trace: Trace, k: int, k_min: int) -> int:
-    """min(k, V (1 - 0.9 c)) with c the confidence of the previous check, at least k_min. Since this is never below
-    V/10, k caps it wherever k <= V/10; the uncapped form is k = V."""
+    """min(k, V (1 - 0.9 c)) with c the confidence of the previous check, at least k_min. Since this is never
+    below V/10, k caps it wherever k <= V/10; the uncapped form is k = V."""
     sure = list(trace.confidences.values())[-1] if trace.confidences else 0.0
     return max(k_min, min(k, math.ceil(trace.model.config.vocab_size * (1 - 0.9 * sure))))
 
 
-# Name -> (trace, prune_k, prune_min) -> how many candidates to keep once an exit layer is asked; None keeps all.
+# Name -> (trace, prune_k, prune_min) -> how many candidates to keep once an exit layer is asked; None keeps
+# all.
 SCHEDULES: dict[str, Callable[[Trace, int, int], int] | None] = {
     "none": None,
     "fixed": lambda trace, k, k_min: k,
@@ -170,11 +186,12 @@ Confidence = Callable[[Trace, int], Tensor | float]
 FUNCTIONS: dict[str, Confidence] = {}
 
 
-def register(name: str, reads_logits: bool = True, reads_own_layer: bool = False
-             ) -> Callable[[Confidence], Confidence]:
-    """Registers a confidence function (trace, layer) -> a number in [0, 1] under `name`. Where it reads hidden
-    states alone, say reads_logits=False: no head is computed to ask it. Where it asks no other layer's head or
-    exit_state, say reads_own_layer=True: adapters that are blocks then run at the exits alone."""
+def register(
+    name: str, reads_logits: bool = True, reads_own_layer: bool = False
+) -> Callable[[Confidence], Confidence]:
+    """Registers a confidence function (trace, layer) -> a number in [0, 1] under `name`. Where it reads
+    hidden states alone, say reads_logits=False: no head is computed to ask it. Where it asks no other layer's
+    head or exit_state, say reads_own_layer=True: adapters that are blocks then run at the exits alone."""
 
     def add(function: Confidence) -> Confidence:
         function.reads_logits, function.reads_own_layer = reads_logits, reads_own_layer
@@ -185,8 +202,8 @@ def register(name: str, reads_logits: bool = True, reads_own_layer: bool = False
 
 
 def resolve(name: str | Confidence) -> Confidence:
-    """The function registered under `name`, or that "package.module:function" imports, or `name` itself if callable.
-    Raises UserError."""
+    """The function registered under `name`, or that "package.module:function" imports, or `name` itself if
+    callable. Raises UserError."""
     return name if callable(name) else find_function("confidence", name, FUNCTIONS, ("trace", "layer"))
 
 
@@ -200,14 +217,16 @@ def softmax(trace: Trace, layer: int) -> float:
 def hidden(trace: Trace, layer: int) -> float:
     """max(0, cos(h_l, h_{l-1})) (CALM, section 3.5, hidden-state saturation)."""
     now, before = trace.hidden[layer][-1].float(), trace.hidden[layer - 1][-1].float()
-    a, b, product = numbers(now.dot(now), before.dot(before), now.dot(before))  # operations on tensors cost more
+    a, b, product = numbers(
+        now.dot(now), before.dot(before), now.dot(before)
+    )  # operations on tensors cost more
     return min(max(product / max(math.sqrt(a * b), 1e-12), 0.0), 1.0)
 
 
 @register("classifier", reads_logits=False, reads_own_layer=True)
 def classifier(trace: Trace, layer: int) -> float:
-    """sigmoid(w_l norm_l(h_l) + b_l), trained to predict argmax p_l = argmax p_L (CALM, section 3.5, early-exit
-    classifier). Raises UserError for a layer without one."""
+    """sigmoid(w_l norm_l(h_l) + b_l), trained to predict argmax p_l = argmax p_L (CALM, section 3.5,
+    early-exit classifier). Raises UserError for a layer without one."""
     return belief(trace.model, trace.exit_state(layer), layer, trace.classifiers)
 
 
@@ -220,8 +239,9 @@ def entropy(trace: Trace, layer: int) -> Tensor:
 
 @register("weighted")
 def weighted(trace: Trace, layer: int) -> float:
-    """Margin of p_l contrasted with the fixed amateur m = max(1, floor(l/2)) (after ACD, Gera 2023). Layer 1 is its
-    own amateur: there the plausible tokens become equal, and the margin is 0 unless there is one alone."""
+    """Margin of p_l contrasted with the fixed amateur m = max(1, floor(l/2)) (after ACD, Gera 2023). Layer 1
+    is its own amateur: there the plausible tokens become equal, and the margin is 0 unless there is one
+    alone."""
     return margin(contrasted(trace, layer, halfway(trace, layer)))
 
 
@@ -232,15 +252,15 @@ def halfway(trace: Trace, layer: int) -> int:
 
 @register("jsd")
 def jsd(trace: Trace, layer: int) -> float:
-    """Margin of p_l contrasted with the layer that `most_different` finds (after DoLa, Chuang 2023); of p_l alone
-    where there is none."""
+    """Margin of p_l contrasted with the layer that `most_different` finds (after DoLa, Chuang 2023); of p_l
+    alone where there is none."""
     amateur = most_different(trace, layer)
     return margin(trace.log_probs(layer).exp() if amateur is None else contrasted(trace, layer, amateur))
 
 
 def most_different(trace: Trace, layer: int, by_distance: bool = True) -> int | None:
-    """argmax over j in J of JSD(p_l, p_j) / (l - j), or of JSD(p_l, p_j) alone as in DoLa, Eq. 4. None where J is
-    empty."""
+    """argmax over j in J of JSD(p_l, p_j) / (l - j), or of JSD(p_l, p_j) alone as in DoLa, Eq. 4. None where
+    J is empty."""
     premature = trace.premature(layer)
     if len(premature) < 2:
         return premature[0] if premature else None
@@ -257,8 +277,8 @@ def margin(probs: Tensor) -> float:
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """JSD(p, q) = KL(p‖m)/2 + KL(q‖m)/2 with m = (p + q)/2, natural logarithm, of finite log-probabilities (..., n):
-    in [0, log 2]."""
+    """JSD(p, q) = KL(p‖m)/2 + KL(q‖m)/2 with m = (p + q)/2, natural logarithm, of finite log-probabilities
+    (..., n): in [0, log 2]."""
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     terms = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
     return (terms.sum(-1) / 2).clamp(0, math.log(2))
@@ -270,8 +290,8 @@ def plausible(log_p: Tensor, alpha: float = ALPHA) -> Tensor:
 
 
 def contrast(log_expert: Tensor, log_amateur: Tensor, alpha: float = ALPHA) -> Tensor:
-    """The contrasted distribution p_DCD of log-probabilities (n,), (n,): over V_head the softmax of log p - log q,
-    scaled to the mass that p has there; p elsewhere (ACD, Gera 2023, Eq. 3-5). It sums to 1."""
+    """The contrasted distribution p_DCD of log-probabilities (n,), (n,): over V_head the softmax of log p -
+    log q, scaled to the mass that p has there; p elsewhere (ACD, Gera 2023, Eq. 3-5). It sums to 1."""
     p, head = log_expert.exp(), plausible(log_expert, alpha)
     ratio = (log_expert - log_amateur).masked_fill(~head, -math.inf)
     return torch.where(head, ratio.softmax(-1) * (p * head).sum().clamp(max=1), p)

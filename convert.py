@@ -2,11 +2,11 @@
 
     python convert.py SOURCE out.pt --dtype bf16
 
-SOURCE is a Hugging Face folder (config.json with *.safetensors or pytorch_model*.bin), a folder of Meta's (params.json
-with consolidated.*.pth), a .bin of llama2.c, or a GGUF file (with the package gguf): the Llama family (Llama 1
-to 3.3, TinyLlama, OpenLLaMA, CodeLlama, LayerSkip, SmolLM, SmolLM3), Mistral, Qwen 2, 2.5 and 3, and Gemma 1, 2 and 3
-(docs/checkpoints.md). Tensors stream one by one from file to file. With --dtype int8 a weight is one byte, for
-decoding on a CPU.
+SOURCE is a Hugging Face folder (config.json with *.safetensors or pytorch_model*.bin), a folder of Meta's
+(params.json with consolidated.*.pth), a .bin of llama2.c, or a GGUF file (with the package gguf): the Llama
+family (Llama 1 to 3.3, TinyLlama, OpenLLaMA, CodeLlama, LayerSkip, SmolLM, SmolLM3), Mistral, Qwen 2, 2.5 and
+3, and Gemma 1, 2 and 3 (docs/checkpoints.md). Tensors stream one by one from file to file. With --dtype int8
+a weight is one byte, for decoding on a CPU.
 """
 
 import common.threads  # noqa: F401  before torch
@@ -42,8 +42,8 @@ from model import ModelConfig, Transformer
 
 
 def open_source(path: Path, tokenizer: Path | None = None) -> Source:
-    """Recognizes a checkpoint by its content. `tokenizer` takes the place of the one in it or beside it; of the name
-    none, there is none. Raises UserError for what is none of the known layouts, or damaged."""
+    """Recognizes a checkpoint by its content. `tokenizer` takes the place of the one in it or beside it; of
+    the name none, there is none. Raises UserError for what is none of the known layouts, or damaged."""
     if (path / "config.json").is_file():
         source = open_hf(path)
     elif (path / "params.json").is_file():
@@ -66,21 +66,23 @@ def open_source(path: Path, tokenizer: Path | None = None) -> Source:
 
 
 def model_config(words: dict, max_len: int | None) -> ModelConfig:
-    """The ModelConfig of a config.json. Raises UserError for a family that is not known, and for what is missing or not
-    supported."""
+    """The ModelConfig of a config.json. Raises UserError for a family that is not known, and for what is
+    missing or not supported."""
     return ModelConfig(**config_fields(words, max_len))
 
 
 def shapes_of(config: ModelConfig, tensors: dict) -> dict[str, Tensor]:
-    """Our weights, by name, without data. Raises UserError for sizes that no model has, or that cannot be those of
-    these tensors."""
+    """Our weights, by name, without data. Raises UserError for sizes that no model has, or that cannot be
+    those of these tensors."""
     if config.n_layers > len(tensors):  # before they are made
         raise UserError(f"num_hidden_layers is {config.n_layers}, but there are only {len(tensors)} tensors")
     try:
         with torch.device("meta"):
             return Transformer(config).state_dict()
     except RuntimeError as error:  # more numbers than 64 bits count
-        raise UserError(f"the configuration has impossible sizes ({str(error).splitlines()[0][:100]})") from None
+        raise UserError(
+            f"the configuration has impossible sizes ({str(error).splitlines()[0][:100]})"
+        ) from None
 
 
 # ---------------------------------------------------------------- which tensor goes where
@@ -110,8 +112,9 @@ def place(name: str, weights: dict[str, Tensor], config: ModelConfig) -> Tensor:
 
 
 def match(source: Source, config: ModelConfig, shapes: dict[str, Tensor]) -> tuple[dict[str, str], list[str]]:
-    """(our name -> theirs, theirs that are skipped). Raises UserError for a tensor that is unknown, missing, of another
-    shape than the configuration says, or not of real numbers. `shapes`: our weights, without data."""
+    """(our name -> theirs, theirs that are skipped). Raises UserError for a tensor that is unknown, missing,
+    of another shape than the configuration says, or not of real numbers. `shapes`: our weights, without
+    data."""
     table = name_table(source.names, config.post_norms)
     needed = {part for name in shapes for part in parts_of(name)}
     found, skipped = {}, []
@@ -156,8 +159,8 @@ def their_name(ours: str, table: dict[str, str]) -> str:
 
 
 def fill(target: Tensor, stored: Stored, half: int | None, plus_one: bool) -> None:
-    """Copies a tensor to its place, piece by piece. `half`: its rows are the interleaved rotary pairs (2i, 2i + 1) of
-    heads of width 2 half, and become (i, i + half)."""
+    """Copies a tensor to its place, piece by piece. `half`: its rows are the interleaved rotary pairs (2i, 2i
+    + 1) of heads of width 2 half, and become (i, i + half)."""
     at = 0
     for piece in stored.pieces():
         size = piece.shape[stored.dim]
@@ -175,8 +178,8 @@ def fill(target: Tensor, stored: Stored, half: int | None, plus_one: bool) -> No
 def copy_weights(
     source: Source, config: ModelConfig, found: dict[str, str], content: dict, title: str
 ) -> None:
-    """Copies every tensor of the source to its place in the weights of our file's content. Raises UserError for one
-    that is not finite there."""
+    """Copies every tensor of the source to its place in the weights of our file's content. Raises UserError
+    for one that is not finite there."""
     weights, scales = content["weights"], content.get("scales", {})
     gemma = source.config["model_type"].startswith("gemma")
     size = sum(weight.nbytes for weight in weights.values())
@@ -201,11 +204,15 @@ def copy_weights(
 
 
 def convert(
-    path: Path, out: Path, dtype: torch.dtype | None = None, max_len: int | None = None, tokenizer: Path | None = None
+    path: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    max_len: int | None = None,
+    tokenizer: Path | None = None,
 ) -> str:
-    """Writes the checkpoint at `path` to `out`, whole or not at all, and returns a report. dtype None: the source's
-    own, for GGUF float32; vectors are always float32, so that Gemma's norms, stored here as w + 1, lose nothing. Raises
-    UserError."""
+    """Writes the checkpoint at `path` to `out`, whole or not at all, and returns a report. dtype None: the
+    source's own, for GGUF float32; vectors are always float32, so that Gemma's norms, stored here as w + 1,
+    lose nothing. Raises UserError."""
     inside = [file for file in path.iterdir() if file.suffix != ".pt"] if path.is_dir() else []
     check_outputs([out], [path, tokenizer, *inside])
     source = open_source(path, tokenizer)
@@ -232,20 +239,29 @@ def convert(
     return report(path, out, source, config, found, skipped, size, dtype)
 
 
-def reserve(part: str, config: ModelConfig, shapes: dict[str, Tensor], dtype: torch.dtype, source: Source) -> dict:
-    """Writes a checkpoint whose weights are still to come, its room on the disk taken, and returns its content, mapped:
-    what is written to these tensors is written to the file. Raises UserError if the disk has too little room."""
+def reserve(
+    part: str, config: ModelConfig, shapes: dict[str, Tensor], dtype: torch.dtype, source: Source
+) -> dict:
+    """Writes a checkpoint whose weights are still to come, its room on the disk taken, and returns its
+    content, mapped: what is written to these tensors is written to the file. Raises UserError if the disk has
+    too little room."""
     weights = {}
     for name, shape in shapes.items():
         weights[name] = torch.empty(shape.shape, dtype=dtype if shape.dim() > 1 else torch.float32)
-    blob = None if source.tokenizer is None else torch.frombuffer(bytearray(source.tokenizer), dtype=torch.uint8)
+    blob = (
+        None if source.tokenizer is None else torch.frombuffer(bytearray(source.tokenizer), dtype=torch.uint8)
+    )
     content = {"format": FORMAT, "config": asdict(config), "weights": weights, "tokenizer": blob}
     if dtype == torch.int8:
         matrices = {name: weight for name, weight in weights.items() if weight.dtype == torch.int8}
-        content["scales"] = {name: torch.empty(len(rows), dtype=torch.bfloat16) for name, rows in matrices.items()}
+        content["scales"] = {
+            name: torch.empty(len(rows), dtype=torch.bfloat16) for name, rows in matrices.items()
+        }
     if source.chat_template is not None:
         content["chat_template"] = source.chat_template
-    with torch.serialization.skip_data():  # holes for data, so that the untouched memory of `weights` never fills
+    with (
+        torch.serialization.skip_data()
+    ):  # holes for data, so that the untouched memory of `weights` never fills
         torch.save(content, part)
     size, free = os.path.getsize(part), shutil.disk_usage(os.path.dirname(part)).free
     if free < size:
@@ -262,7 +278,13 @@ def reserve(part: str, config: ModelConfig, shapes: dict[str, Tensor], dtype: to
 
 
 def report(
-    path: Path, out: Path, source: Source, config: ModelConfig, found: dict, skipped: list, size: int,
+    path: Path,
+    out: Path,
+    source: Source,
+    config: ModelConfig,
+    found: dict,
+    skipped: list,
+    size: int,
     dtype: torch.dtype,
 ) -> str:
     """What was read, renamed and skipped, blocks taken together."""
@@ -270,7 +292,9 @@ def report(
     for name, value in asdict(config).items():
         if value != getattr(default, name):
             settings.append(f"{name} {value}")
-    renamed = [f"{pattern(theirs)} -> {re.sub(r'[.][0-9]+[.]', '.#.', ours)}" for ours, theirs in found.items()]
+    renamed = [
+        f"{pattern(theirs)} -> {re.sub(r'[.][0-9]+[.]', '.#.', ours)}" for ours, theirs in found.items()
+    ]
     without = "without a tokenizer: decode.py takes and prints token ids"
     tokenizer = "with its tokenizer" if source.tokenizer else without
     if source.tokenizer and source.chat_template:
@@ -289,7 +313,10 @@ def report(
 def grouped(names: Iterable[str]) -> str:
     """The names, each once, with how often it occurred."""
     counts = Counter(names)
-    return ", ".join(f"{name} ({count} times)" if count > 1 else name for name, count in counts.items()) or "nothing"
+    return (
+        ", ".join(f"{name} ({count} times)" if count > 1 else name for name, count in counts.items())
+        or "nothing"
+    )
 
 
 # ---------------------------------------------------------------- the command line

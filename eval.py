@@ -32,7 +32,8 @@ from evaluation.tasks import TASKS
 
 
 def path(text: str) -> Path:
-    """A file's name on the command line. Raises ValueError for an empty one, which Path would take for this folder."""
+    """A file's name on the command line. Raises ValueError for an empty one, which Path would take for this
+    folder."""
     if not text:
         raise ValueError
     return Path(text)
@@ -43,8 +44,9 @@ def path(text: str) -> Path:
 
 def make_parser() -> Parser:
     parser = Parser(__doc__, usage="eval.py [FLAGS], or eval.py COMMAND [FLAGS]")
-    commands = parser.add_subparsers(title="commands, in place of the table", dest="command", metavar="COMMAND",
-                                     prog="eval.py")
+    commands = parser.add_subparsers(
+        title="commands, in place of the table", dest="command", metavar="COMMAND", prog="eval.py"
+    )
     for name, (text, add_command_flags) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, usage=f"eval.py {name} [FLAGS]")
         add_command_flags(command)
@@ -55,7 +57,9 @@ def make_parser() -> Parser:
 def add_table_flags(parser: Parser) -> None:
     add_task_flags(parser, limit=60)
     rows = parser.add_mutually_exclusive_group()
-    rows.add_argument("--rows", metavar="NAMES", help=f"rows of the settings, comma-separated, or {', '.join(RECIPES)}")
+    rows.add_argument(
+        "--rows", metavar="NAMES", help=f"rows of the settings, comma-separated, or {', '.join(RECIPES)}"
+    )
     rows.add_argument("--all", action="store_true", help="all rows of the settings")
     parser.add_argument("--wide", action="store_true", help="all figures, and the time of asking")
     add_measuring_flags(parser)
@@ -83,10 +87,18 @@ def add_calibrate_flags(parser: Parser) -> None:
     add_task_flags(parser, limit=200)
     add = parser.add_argument
     add("--tolerance", type=float, default=0.05, help="largest expected loss (default: %(default)s)")
-    add("--error", type=float, default=0.05, help="chance allowed to be wrong about it (default: %(default)s)")
+    add(
+        "--error", type=float, default=0.05, help="chance allowed to be wrong about it (default: %(default)s)"
+    )
     text = "loss: 1 - ROUGE-L to the full model's text, or how much lower its score (default: %(default)s)"
     add("--risk", choices=("consistency", "task"), default="consistency", help=text)
-    add("--out", type=path, metavar="FILE", default="thresholds.json", help="the file written (default: %(default)s)")
+    add(
+        "--out",
+        type=path,
+        metavar="FILE",
+        default="thresholds.json",
+        help="the file written (default: %(default)s)",
+    )
     add_model_and_input_flags(parser, split=False)
     add_decoding_flags(parser, "what is calibrated")
     parser.set_defaults(work=calibrate.main, split="dev", repeat=1)
@@ -139,7 +151,11 @@ def add_model_and_input_flags(parser: Parser, split: bool = True) -> None:
     add("--seed", type=int, default=argparse.SUPPRESS, help="draws the inputs, and samples (default: 0)")
     add("--shots", type=int, default=0, help="solved examples before every prompt (default: %(default)s)")
     add("--shot-file", metavar="FILE", help="where they come from (default: the task's training file)")
-    add("--chat", action="store_true", help="inputs and shots are turns in a chat, by the checkpoint's template")
+    add(
+        "--chat",
+        action="store_true",
+        help="inputs and shots are turns in a chat, by the checkpoint's template",
+    )
     add("--skip-bad", action="store_true", help="count and skip malformed lines of a data file")
 
 
@@ -167,7 +183,9 @@ def parse() -> argparse.Namespace:
     args.draw_seed = getattr(args, "seed", 0)
     args.beside = getattr(args, "settings", None) is None
     if args.beside:
-        check_input(args.heads or args.checkpoint, "no such checkpoint; train one with train.py or name another")
+        check_input(
+            args.heads or args.checkpoint, "no such checkpoint; train one with train.py or name another"
+        )
         args.settings = Path(args.heads or args.checkpoint).with_suffix(".json")
     elif args.command != "tune":
         check_input(args.settings, "no such file; it was to hold settings")

@@ -1,7 +1,8 @@
-"""The decoder-only transformer and its one-file checkpoints. It asks nothing: it offers the heads that exits read.
+"""The decoder-only transformer and its one-file checkpoints. It asks nothing: it offers the heads that exits
+read.
 
-Dimensions: B batch, T time, N rows, d model width, H query heads, K key/value heads, C width of a head, V vocabulary.
-Layers count from 1 to L; index 0 stands for the embedding. Positions count from 0.
+Dimensions: B batch, T time, N rows, d model width, H query heads, K key/value heads, C width of a head, V
+vocabulary. Layers count from 1 to L; index 0 stands for the embedding. Positions count from 0.
 """
 
 import common.threads  # noqa: F401  before torch
@@ -32,22 +33,29 @@ ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximat
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a transformer of the Llama family, or of Gemma's; the defaults are the embedded model's."""
+    """The shape of a transformer of the Llama family, or of Gemma's; the defaults are the embedded
+    model's."""
 
     vocab_size: int = option(4096, "pieces of the vocabulary")
     n_layers: int = option(12, "blocks")
     d_model: int = option(256, "width of the residual stream")
     n_heads: int = option(4, "query heads")
-    n_kv_heads: int = option(4, "key and value heads; fewer than n_heads, and dividing it: grouped-query attention")
+    n_kv_heads: int = option(
+        4, "key and value heads; fewer than n_heads, and dividing it: grouped-query attention"
+    )
     d_ff: int = option(512, "width of the gated MLP")
     max_len: int = option(512, "most positions in one sequence")
     rope_base: float = option(10000.0, "base of the rotary frequencies")
     norm_eps: float = option(1e-6, "added to the mean square in the norms")
     tie_embeddings: bool = option(True, "unembed with the embedding")
-    exit_norms: tuple[int, ...] = option((), "exit layers with a norm of their own; the others share the final norm")
+    exit_norms: tuple[int, ...] = option(
+        (), "exit layers with a norm of their own; the others share the final norm"
+    )
     classifiers: tuple[int, ...] = option((), "exit layers with a confidence classifier")
     exit_layers: tuple[int, ...] = option((), "layers that the model was trained to exit at")
-    adapter: str | None = option(None, "before norms in exit_norms: lowrank:RANK, mlp:WIDTH, block:WIDTH, or none")
+    adapter: str | None = option(
+        None, "before norms in exit_norms: lowrank:RANK, mlp:WIDTH, block:WIDTH, or none"
+    )
     eos_id: tuple[int, ...] | int | None = option(2, "token that ends a text, or several; none: nothing does")
     head_dim: int | None = option(None, "width of a head, even; none: d_model / n_heads")
     activation: str = option("silu", "of the gated MLP: silu, or gelu_tanh (Gemma)")
@@ -58,19 +66,33 @@ class ModelConfig:
     post_norms: bool = option(False, "norm what attention and MLP add, too (Gemma 2 and 3)")
     attention_cap: float | None = option(None, "soft cap of q k (Gemma 2); none: no cap")
     logit_cap: float | None = option(None, "soft cap of the logits (Gemma 2); none: no cap")
-    window: int | None = option(None, "newest positions, its own included, that a position sees (Mistral 0.1, Gemma 2 "
-                                      "and 3); none: all")
+    window: int | None = option(
+        None,
+        "newest positions, its own included, that a position sees (Mistral 0.1, Gemma 2 and 3); none: all",
+    )
     global_layers: tuple[int, ...] = option((), "layers that see all positions in spite of a window")
-    local_rope_base: float | None = option(None, "rope_base of the layers with a window (Gemma 3); none: the same")
-    unrotated_layers: tuple[int, ...] = option((), "layers whose queries and keys know no positions (SmolLM3)")
+    local_rope_base: float | None = option(
+        None, "rope_base of the layers with a window (Gemma 3); none: the same"
+    )
+    unrotated_layers: tuple[int, ...] = option(
+        (), "layers whose queries and keys know no positions (SmolLM3)"
+    )
     rope_factor: float = option(1.0, "divides the rotary frequencies, but for those of local_rope_base")
     rope_bands: tuple[float, ...] = option(
-        (), "Llama 3: low, high, length; rope_factor divides frequencies of fewer than low turns in length positions, "
-            "not those of more than high, and in part those between"
+        (),
+        "Llama 3: low, high, length; rope_factor divides frequencies of fewer than low turns in length positions, "
+        "not those of more than high, and in part those between",
     )
 
     def __post_init__(self):
-        for name in ("exit_norms", "classifiers", "exit_layers", "global_layers", "unrotated_layers", "rope_bands"):
+        for name in (
+            "exit_norms",
+            "classifiers",
+            "exit_layers",
+            "global_layers",
+            "unrotated_layers",
+            "rope_bands",
+        ):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "eos_id", one_or_several(self.eos_id))
         check_shape(self)
@@ -96,8 +118,8 @@ class ModelConfig:
 
 
 def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(B T, (H + 2K) C) -> q (B, H, T, C), and k above v (B, 2K, T, C); q and k are rotated by their positions. rope:
-    from `rotation`; None: not rotated."""
+    """(B T, (H + 2K) C) -> q (B, H, T, C), and k above v (B, 2K, T, C); q and k are rotated by their
+    positions. rope: from `rotation`; None: not rotated."""
     if rope is not None and rope.is_complex():  # folded weights, a CPU's default: the same function, by pairs
         return split_pairs(qkv, batch, config, rope)
     H, K, C = config.n_heads, config.n_kv_heads, config.head_dim
@@ -108,9 +130,11 @@ def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: Tensor | Non
     return qk[:, :H], torch.cat([qk[:, H:], v], 1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: ModelConfig, causal=False) -> Tensor:
-    """softmax(q k * query_scale) v where `mask` (.., T, S) allows, or everywhere: q (B, H, T, C), k and v (B, K, S, C)
-    -> (B T, H C)."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: ModelConfig, causal=False
+) -> Tensor:
+    """softmax(q k * query_scale) v where `mask` (.., T, S) allows, or everywhere: q (B, H, T, C), k and v (B,
+    K, S, C) -> (B T, H C)."""
     if config.attention_cap is None:
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(
@@ -122,7 +146,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: Mode
 
 
 def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: ModelConfig) -> Tensor:
-    """Gemma 2: q k softly capped before the softmax, which the library's attention does not know. -> (B, H, T, C)."""
+    """Gemma 2: q k softly capped before the softmax, which the library's attention does not know. -> (B, H,
+    T, C)."""
     B, H, T, C = q.shape
     q = q.view(B, k.shape[1], -1, T, C)  # (B, K, H/K, T, C)
     similarity = (q @ k[:, :, None].mT).float() * (config.query_scale or C**-0.5)
@@ -139,8 +164,8 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
 
 
 def visible(rows: Tensor, columns: Tensor, window: int | None) -> Tensor:
-    """Which of the positions `columns` (S,) the positions `rows` (T,) see: those up to their own, the newest `window`
-    of them. (T, S)."""
+    """Which of the positions `columns` (S,) the positions `rows` (T,) see: those up to their own, the newest
+    `window` of them. (T, S)."""
     distance = rows[:, None] - columns
     seen = distance >= 0
     return seen if window is None else seen & (distance < window)
@@ -150,9 +175,9 @@ def visible(rows: Tensor, columns: Tensor, window: int | None) -> Tensor:
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). It treats every row alike; what depends on positions is
-    in `attend`, which a full pass and the cache do in their own ways. The weights of queries, keys and values lie one
-    above the other, so do those of gate and up: one product reads them."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). It treats every row alike; what depends on
+    positions is in `attend`, which a full pass and the cache do in their own ways. The weights of queries,
+    keys and values lie one above the other, so do those of gate and up: one product reads them."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -172,7 +197,8 @@ class Block(nn.Module):
             self.q_norm, self.k_norm = nn.Parameter(torch.ones(C)), nn.Parameter(torch.ones(C))
 
     def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        """x (N, d) -> (N, d); `attend` takes queries, keys and values side by side, (N, (H + 2K) C), to (N, H C)."""
+        """x (N, d) -> (N, d); `attend` takes queries, keys and values side by side, (N, (H + 2K) C), to (N, H
+        C)."""
         w, eps = self._parameters, self.config.norm_eps  # w["out"] is self.out, found in a third of the time
         a = linear(attend(self.project(x)), w["out"])  # attend: split_heads, then attention
         if self.config.post_norms:  # Gemma 2 and 3
@@ -202,8 +228,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding, L blocks, final norm, unembedding. Exit heads read the state after any layer as the final head reads
-    the last."""
+    """Embedding, L blocks, final norm, unembedding. Exit heads read the state after any layer as the final
+    head reads the last."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -211,7 +237,9 @@ class Transformer(nn.Module):
         self.config = config
         self.form = "plain"  # how the weights are stored, see formats/weights.py
         self.packed_unembed: Tensor | None = None  # the unembedding so stored, where that is a second copy
-        self.frequent_ids: Tensor | None = None  # (n,) by falling frequency in a corpus, see decoding/shortlist.py
+        self.frequent_ids: Tensor | None = (
+            None  # (n,) by falling frequency in a corpus, see decoding/shortlist.py
+        )
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, d))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.Parameter(torch.ones(d))
@@ -219,13 +247,18 @@ class Transformer(nn.Module):
             self.unembedding = nn.Parameter(torch.empty(config.vocab_size, d))
         self.exit_norms = nn.ParameterDict({str(layer): torch.ones(d) for layer in config.exit_norms})
         self.adapters = make_adapters(config, Block)
-        self.side_blocks = {int(layer): block for layer, block in self.adapters.items() if isinstance(block, Block)}
-        self.classifiers = nn.ParameterDict({str(layer): torch.zeros(d + 1) for layer in config.classifiers})  # w, b
+        self.side_blocks = {
+            int(layer): block for layer, block in self.adapters.items() if isinstance(block, Block)
+        }
+        self.classifiers = nn.ParameterDict(
+            {str(layer): torch.zeros(d + 1) for layer in config.classifiers}
+        )  # w, b
         self.register_buffer("rope", rope_table(config), persistent=False)
         self.initialize()
 
     def initialize(self) -> None:
-        """Normal matrices; what writes into the residual stream starts smaller, by depth (GPT-2, Radford 2019)."""
+        """Normal matrices; what writes into the residual stream starts smaller, by depth (GPT-2, Radford
+        2019)."""
         for name, weight in self.named_parameters():
             if weight.dim() > 1 and not name.startswith("adapters"):  # these have begun, as the identity
                 residual = name.endswith(("out", "down"))
@@ -236,16 +269,25 @@ class Transformer(nn.Module):
         """Final-layer logits of a full pass without a cache: tokens (B, T) int64 -> (B, T, V) float32."""
         return self.head(self.hidden_states(tokens)[-1]).view(*tokens.shape, -1)
 
-    def hidden_states(self, tokens: Tensor, documents: Tensor | None = None, skipped: Collection[int] = (),
-                      recompute: bool = False) -> list[Tensor]:
-        """h_0 .. h_L of a full pass over tokens (B, T): L + 1 tensors (B T, d). `documents` (B, T) numbers the
-        documents packed into a row; none sees another. Layers in `skipped` hand their input on; with `recompute` a
-        block's inner states are made again for the gradient instead of kept. Raises UserError for more tokens than
-        the model has positions."""
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        skipped: Collection[int] = (),
+        recompute: bool = False,
+    ) -> list[Tensor]:
+        """h_0 .. h_L of a full pass over tokens (B, T): L + 1 tensors (B T, d). `documents` (B, T) numbers
+        the documents packed into a row; none sees another. Layers in `skipped` hand their input on; with
+        `recompute` a block's inner states are made again for the gradient instead of kept. Raises UserError
+        for more tokens than the model has positions."""
         if tokens.shape[1] > self.config.max_len:
-            raise UserError(f"{tokens.shape[1]} tokens do not fit into the model's {self.config.max_len} positions; "
-                            "shorten the text")
-        attend_all = functools.cache(functools.partial(self.attend_all, tokens, documents))  # once for alike layers
+            raise UserError(
+                f"{tokens.shape[1]} tokens do not fit into the model's {self.config.max_len} positions; "
+                "shorten the text"
+            )
+        attend_all = functools.cache(
+            functools.partial(self.attend_all, tokens, documents)
+        )  # once for alike layers
         x = self.embed(tokens.flatten())
         states = [x]
         for layer, block in enumerate(self.blocks, 1):
@@ -255,10 +297,11 @@ class Transformer(nn.Module):
             states.append(x)
         return states
 
-    def attend_all(self, tokens: Tensor, documents: Tensor | None, slides: bool, rotates: bool
-                   ) -> Callable[[Tensor], Tensor]:
-        """`attend` of a block in a full pass over tokens (B, T): every position sees those before it, within its own
-        document and, where the layer slides, its window; queries and keys are rotated or not."""
+    def attend_all(
+        self, tokens: Tensor, documents: Tensor | None, slides: bool, rotates: bool
+    ) -> Callable[[Tensor], Tensor]:
+        """`attend` of a block in a full pass over tokens (B, T): every position sees those before it, within
+        its own document and, where the layer slides, its window; queries and keys are rotated or not."""
         (B, T), config, mask = tokens.shape, self.config, None
         rope = rotation(self.rope, slides, 0, T, config) if rotates else None
         if documents is not None or slides or config.attention_cap is not None:
@@ -293,7 +336,8 @@ class Transformer(nn.Module):
         return self.unembed if self.packed_unembed is None else self.packed_unembed
 
     def exit_norm(self, hidden: Tensor, layer: int) -> Tensor:
-        """norm_l(h_l), (N, d): the layer's own norm, after its adapter unless that is a block; else the final norm."""
+        """norm_l(h_l), (N, d): the layer's own norm, after its adapter unless that is a block; else the final
+        norm."""
         gain = self.exit_norms[str(layer)] if layer in self.config.exit_norms else self.norm
         return rms_norm(self.before_norm(hidden, layer), gain, self.config.norm_eps)
 
@@ -304,8 +348,8 @@ class Transformer(nn.Module):
         return adapt(hidden, self.adapters[str(layer)], self.config.norm_eps)
 
     def score(self, normed: Tensor, weight: Tensor) -> Tensor:
-        """Logits of the tokens whose rows of the unembedding are `weight` (n, d): norm_l(h_l) (N, d) -> (N, n)
-        float32."""
+        """Logits of the tokens whose rows of the unembedding are `weight` (n, d): norm_l(h_l) (N, d) -> (N,
+        n) float32."""
         logits = linear(normed, weight).float()
         return logits if self.config.logit_cap is None else soft_cap(logits, self.config.logit_cap)  # Gemma 2
 
@@ -317,15 +361,21 @@ class Transformer(nn.Module):
 # ---------------------------------------------------------------- from a file
 
 
-def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
-                    form: str | None = None, check: bool = False, frequent_ids: str | None = None,
-                    heads: str | None = None):
-    """Returns (model, tokenizer) ready to decode: tokenizer as formats/tokenizer.py says, or None if the file holds
-    none. `dtype`, of the matrices (vectors keep at least the file's precision), None: float32 on the CPU for float16
-    files (CPUs are slow at several rows in half precision), else the file's own. `form`: how a CPU stores the weights
-    (formats/weights.py; None: by its rule). `check`: compare the file with its checksums first. `frequent_ids`: a file
-    of ids for shortlists (tools/shortlist.py), `heads` one of heads (formats/heads.py), each in place of those inside.
-    Raises UserError."""
+def load_checkpoint(
+    path: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    form: str | None = None,
+    check: bool = False,
+    frequent_ids: str | None = None,
+    heads: str | None = None,
+):
+    """Returns (model, tokenizer) ready to decode: tokenizer as formats/tokenizer.py says, or None if the file
+    holds none. `dtype`, of the matrices (vectors keep at least the file's precision), None: float32 on the
+    CPU for float16 files (CPUs are slow at several rows in half precision), else the file's own. `form`: how
+    a CPU stores the weights (formats/weights.py; None: by its rule). `check`: compare the file with its
+    checksums first. `frequent_ids`: a file of ids for shortlists (tools/shortlist.py), `heads` one of heads
+    (formats/heads.py), each in place of those inside. Raises UserError."""
     content, device, source = read_model(path, heads, check), torch.device(device), heads or path
     check_finite(path)
     with fitting(source):
@@ -337,5 +387,7 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu",
         load_weights(model, path, heads, content, device, dtype or default_dtype(content, device), form)
     model.frequent_ids = find_frequent_ids(frequent_ids, path, heads, content, config.vocab_size)
     blob = content.get("tokenizer")
-    tokenizer = None if blob is None else read_tokenizer(path, blob.numpy().tobytes(), model.config.vocab_size)
+    tokenizer = (
+        None if blob is None else read_tokenizer(path, blob.numpy().tobytes(), model.config.vocab_size)
+    )
     return model, tokenizer

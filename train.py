@@ -1,5 +1,5 @@
-"""Pretraining, fine-tuning and training of exit heads. Without arguments it trains the embedded default from the
-embedded data.
+"""Pretraining, fine-tuning and training of exit heads. Without arguments it trains the embedded default from
+the embedded data.
 
     python train.py --out runs/mine --max-steps 50
     python train.py --init model.pt --train heads --exits 4,8 --data mine.jsonl --dev dev.jsonl --out runs/heads
@@ -8,9 +8,9 @@ embedded data.
     torchrun --nproc-per-node 4 train.py --shard --out runs/mine    so, each with its part of the model alone
     python train.py --plot runs/mine/log.jsonl                      draws loss and agreement of every exit
 
-Memory of --train all: 16 bytes a weight (float32 weight, gradient and AdamW's two moments), with --dtype bfloat16 2
-more while a step runs: 18 GB for 1B weights. With --recompute, the states between blocks and one block's insides are
-small beside that; so are logits (training/chunked.py).
+Memory of --train all: 16 bytes a weight (float32 weight, gradient and AdamW's two moments), with --dtype
+bfloat16 2 more while a step runs: 18 GB for 1B weights. With --recompute, the states between blocks and one
+block's insides are small beside that; so are logits (training/chunked.py).
 """
 
 import common.threads  # noqa: F401  before torch
@@ -80,9 +80,9 @@ def train_step(
     config: TrainConfig,
     step: int,
 ) -> float:
-    """One update of the weights, by the mean loss over the learned targets of all micro-batches of all processes.
-    Returns that of the deepest layer trained. Raises UserError, before the update, if loss or gradient are not
-    finite."""
+    """One update of the weights, by the mean loss over the learned targets of all micro-batches of all
+    processes. Returns that of the deepest layer trained. Raises UserError, before the update, if loss or
+    gradient are not finite."""
     rank, world = processes()
     model = unwrapped(objective).model
     for group in optimizer.param_groups:
@@ -122,8 +122,8 @@ def check_finite(loss: float, deepest: float, norm: float, config: TrainConfig, 
 
 
 def validate_all(training: Run, objective: nn.Module, dev: dict[str, np.ndarray], bar: tqdm) -> None:
-    """Validates on every file, into the log, and prints the table. The first process does it alone, unless the model is
-    sharded."""
+    """Validates on every file, into the log, and prints the table. The first process does it alone, unless
+    the model is sharded."""
     if processes()[0] > 0 and not training.config.shard:
         return
     for file, records in dev.items():
@@ -141,11 +141,13 @@ def show_validation(bar: tqdm, file: str, done: int) -> None:
     bar.set_postfix_str(f"validating on {name}, {done} of at most {VALIDATION_BATCHES} batches")
 
 
-def run_training(config: TrainConfig, shape: ModelConfig, folder: Path, overwrite: bool = False) -> Transformer:
-    """Trains in `folder`, going on from its checkpoint.pt if there is one, and writes model.pt at the end (float16, or
-    as --init is); interrupted or not, to the same weights (on the same CPU and number of threads). Raises UserError for
-    unusable settings or data, for other settings than the checkpoint's, for files that are there already, for another
-    run in the same folder, and for a loss that is not finite."""
+def run_training(
+    config: TrainConfig, shape: ModelConfig, folder: Path, overwrite: bool = False
+) -> Transformer:
+    """Trains in `folder`, going on from its checkpoint.pt if there is one, and writes model.pt at the end
+    (float16, or as --init is); interrupted or not, to the same weights (on the same CPU and number of
+    threads). Raises UserError for unusable settings or data, for other settings than the checkpoint's, for
+    files that are there already, for another run in the same folder, and for a loss that is not finite."""
     check_start(config, shape)
     check_outputs(config, folder)
     check_sharding(config)
@@ -168,12 +170,27 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.usage = "python train.py [--flag VALUE ...]"  # all of them would fill the screen
     add = parser.add_argument
-    add("--out", default="runs/default", metavar="FOLDER", help="for checkpoint, log and model (default: %(default)s)")
+    add(
+        "--out",
+        default="runs/default",
+        metavar="FOLDER",
+        help="for checkpoint, log and model (default: %(default)s)",
+    )
     add("--overwrite", action="store_true", help="start anew, even if --out holds a training or a model")
-    add("--plot", type=Path, metavar="LOG", help="draw the curves of a log.jsonl beside it, and end (needs matplotlib)")
+    add(
+        "--plot",
+        type=Path,
+        metavar="LOG",
+        help="draw the curves of a log.jsonl beside it, and end (needs matplotlib)",
+    )
     add_thread_flag(parser)
     add_flags(parser, TrainConfig(), "what to train")
-    add_flags(parser, ModelConfig(), "shape of the model; with --init, that of the checkpoint", skip=("exit_layers",))
+    add_flags(
+        parser,
+        ModelConfig(),
+        "shape of the model; with --init, that of the checkpoint",
+        skip=("exit_layers",),
+    )
     return parser
 
 

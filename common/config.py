@@ -1,4 +1,5 @@
-"""Settings as dataclasses: each field says what it means, and is read from text as a flag or a file gives it."""
+"""Settings as dataclasses: each field says what it means, and is read from text as a flag or a file gives
+it."""
 
 import dataclasses
 import sys
@@ -10,15 +11,15 @@ from common.errors import UserError
 
 
 def option(default, text: str, group: str = "", **limits):
-    """A field of a config dataclass that is also a flag; `text` describes it, with unit or range. `group`: the title in
-    --help under which the flag stands; none for those that a beginner needs first. `limits`: those of `check_range`,
-    for `check_limits` to check."""
+    """A field of a config dataclass that is also a flag; `text` describes it, with unit or range. `group`:
+    the title in --help under which the flag stands; none for those that a beginner needs first. `limits`:
+    those of `check_range`, for `check_limits` to check."""
     return dataclasses.field(default=default, metadata={"help": text, "group": group, "limits": limits})
 
 
 def reader(kind) -> Callable[[str], object]:
-    """Text -> a value of `kind`: int, float, str, a tuple of these (comma-separated; the word none: an empty one), or
-    one of them or None (the word none)."""
+    """Text -> a value of `kind`: int, float, str, a tuple of these (comma-separated; the word none: an empty
+    one), or one of them or None (the word none)."""
     if isinstance(kind, types.UnionType):
         inner = reader(next(arm for arm in typing.get_args(kind) if arm is not types.NoneType))
         read = lambda text: None if text.lower() == "none" else inner(text)  # noqa: E731
@@ -55,8 +56,8 @@ def read_field(config: type, name: str, text: str):
 
 
 def check_range(name: str, value, least=None, most=None, above=None) -> None:
-    """Raises UserError unless the number is at least `least`, at most `most` and above `above`, where these are given;
-    NaN is not."""
+    """Raises UserError unless the number is at least `least`, at most `most` and above `above`, where these
+    are given; NaN is not."""
     inside, asked = True, []
     if least is not None:
         inside, asked = inside and value >= least, [*asked, f"at least {least}"]
@@ -69,7 +70,8 @@ def check_range(name: str, value, least=None, most=None, above=None) -> None:
 
 
 def check_limits(config) -> None:
-    """Raises UserError for a field of a config that is outside the limits that its `option` gives; None is not."""
+    """Raises UserError for a field of a config that is outside the limits that its `option` gives; None is
+    not."""
     for field in dataclasses.fields(config):
         value, limits = getattr(config, field.name), field.metadata.get("limits")
         if value is not None and limits:
@@ -77,8 +79,8 @@ def check_limits(config) -> None:
 
 
 def check_kinds(config) -> None:
-    """Raises UserError unless every field of a config is of the kind that its annotation says, and finite; an int may
-    stand for a float, but no bool for an int."""
+    """Raises UserError unless every field of a config is of the kind that its annotation says, and finite; an
+    int may stand for a float, but no bool for an int."""
     for name, kind in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if not is_kind(value, kind):
@@ -87,7 +89,8 @@ def check_kinds(config) -> None:
 
 
 def is_kind(value, kind) -> bool:
-    """Whether the value is of this kind (a type, a tuple of one, or one of several), and a number within 64 bits."""
+    """Whether the value is of this kind (a type, a tuple of one, or one of several), and a number within 64
+    bits."""
     if isinstance(kind, types.UnionType):
         return any(is_kind(value, arm) for arm in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:

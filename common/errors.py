@@ -1,5 +1,5 @@
-"""Mistakes of a user: one line, and exit status 2. Every other exception is a mistake of ours, or of a user's own
-function: a traceback."""
+"""Mistakes of a user: one line, and exit status 2. Every other exception is a mistake of ours, or of a user's
+own function: a traceback."""
 
 import errno
 import os
@@ -12,7 +12,9 @@ class UserError(ValueError):
 
 
 PLATFORMS = ("linux", "darwin")  # as sys.platform says it
-FULL_GPU = "the GPU's memory is full; take fewer rows or positions, --recompute (train.py), or a smaller dtype"
+FULL_GPU = (
+    "the GPU's memory is full; take fewer rows or positions, --recompute (train.py), or a smaller dtype"
+)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -35,8 +37,8 @@ def run(main: Callable[[], None]) -> None:
 
 
 def in_one_line(error: Exception) -> str | None:
-    """What to tell a user who can mend this: our own errors, a file that cannot be used, a full disk or GPU. None for
-    all else."""
+    """What to tell a user who can mend this: our own errors, a file that cannot be used, a full disk or GPU.
+    None for all else."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):

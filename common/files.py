@@ -12,12 +12,12 @@ from common.errors import UserError
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[str]:
-    """Gives a temporary name to write to; renames it to `path` at the end, so that the file is written whole or not at
-    all.
+    """Gives a temporary name to write to; renames it to `path` at the end, so that the file is written whole
+    or not at all.
 
-    A symbolic link stays one: the file that it points to is written. Raises UserError for a path that is there and no
-    regular file (a folder, a device, a FIFO), and for a full disk; OSError, which names the file, where nothing may be
-    written.
+    A symbolic link stays one: the file that it points to is written. Raises UserError for a path that is
+    there and no regular file (a folder, a device, a FIFO), and for a full disk; OSError, which names the
+    file, where nothing may be written.
     """
     path = os.path.realpath(path)
     check_replaceable(path)
@@ -55,8 +55,8 @@ def check_input(path: str | os.PathLike, missing: str = "no such file") -> None:
 
 
 def check_outputs(outputs: list, inputs: list) -> None:
-    """Raises UserError for a file to write (None: none) that cannot be written, that is one of the files to read, or
-    that is named twice."""
+    """Raises UserError for a file to write (None: none) that cannot be written, that is one of the files to
+    read, or that is named twice."""
     read = {os.path.realpath(path) for path in inputs if path}
     written = set()
     for path in outputs:
@@ -77,7 +77,8 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: str | os.PathLike, what: str) -> dict:
-    """The object in a JSON file, which is to be used as `what` (in words). Raises UserError for anything else."""
+    """The object in a JSON file, which is to be used as `what` (in words). Raises UserError for anything
+    else."""
     path = Path(path)
     check_input(path, f"no such file; it was to be used as {what}")
     content = parse_json(path.read_bytes(), str(path))
@@ -88,8 +89,8 @@ def read_json(path: str | os.PathLike, what: str) -> dict:
 
 def parse_json(text: str | bytes, where: str, **options):
     """The value of a JSON text that comes from `where` (a file, perhaps a line of it); `options` are those of
-    json.loads. Raises UserError for what is none, and for what Python's reader gives up: too deep, or an integer of
-    thousands of digits."""
+    json.loads. Raises UserError for what is none, and for what Python's reader gives up: too deep, or an
+    integer of thousands of digits."""
     try:
         return json.loads(text, **options)
     except json.JSONDecodeError as error:
@@ -104,7 +105,8 @@ def parse_json(text: str | bytes, where: str, **options):
 
 
 def digest(*parts) -> str:
-    """A short name for these values; for the content of files given as Path, by their size and time of change."""
+    """A short name for these values; for the content of files given as Path, by their size and time of
+    change."""
     state = []
     for part in parts:
         if isinstance(part, Path):

@@ -1,4 +1,5 @@
-"""What the command lines share: flags made from the fields of a config; checkpoint, device, dtype and threads."""
+"""What the command lines share: flags made from the fields of a config; checkpoint, device, dtype and
+threads."""
 
 import argparse
 import dataclasses
@@ -20,8 +21,8 @@ DEVICES = ("cpu", "cuda")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors, for `run` to print in one line, whose help shows the module's
-    text as it is, and which takes no shortened flags: a new one would change what they mean."""
+    """An argument parser whose errors are UserErrors, for `run` to print in one line, whose help shows the
+    module's text as it is, and which takes no shortened flags: a new one would change what they mean."""
 
     def __init__(self, description: str, **options):
         form = argparse.RawDescriptionHelpFormatter
@@ -43,9 +44,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser: argparse.ArgumentParser, defaults, title: str, skip: tuple[str, ...] = ()) -> None:
-    """Adds --field-name for every field of a config, its default shown; a flag that is not given leaves nothing in the
-    parsed arguments. In --help, fields without a group stand under `title`, the others under the title of their group,
-    in the order of the fields."""
+    """Adds --field-name for every field of a config, its default shown; a flag that is not given leaves
+    nothing in the parsed arguments. In --help, fields without a group stand under `title`, the others under
+    the title of their group, in the order of the fields."""
     kinds = typing.get_type_hints(type(defaults))
     groups = {"": parser.add_argument_group(title)}
     for field in dataclasses.fields(defaults):
@@ -66,12 +67,18 @@ def add_flag(group, field: dataclasses.Field, kind, default) -> None:
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
     else:
-        group.add_argument(flag, type=reader(kind), default=argparse.SUPPRESS, metavar=field.name.upper(), help=text)
+        group.add_argument(
+            flag, type=reader(kind), default=argparse.SUPPRESS, metavar=field.name.upper(), help=text
+        )
 
 
 def given(args: argparse.Namespace, config: type) -> dict:
     """The fields of `config` that were given as flags."""
-    return {field.name: getattr(args, field.name) for field in dataclasses.fields(config) if hasattr(args, field.name)}
+    return {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(config)
+        if hasattr(args, field.name)
+    }
 
 
 # ---------------------------------------------------------------- checkpoint, device, dtype, threads
@@ -82,15 +89,19 @@ def add_model_flags(parser: argparse.ArgumentParser, checkpoint) -> None:
     parser.add_argument("--checkpoint", default=checkpoint, metavar="FILE", help="default: %(default)s")
     text = "heads that train.py --train heads made for it (default: those in the checkpoint)"
     parser.add_argument("--heads", metavar="FILE", help=text)
-    parser.add_argument("--check", action="store_true", help="first compare the checkpoint with its checksums")
+    parser.add_argument(
+        "--check", action="store_true", help="first compare the checkpoint with its checksums"
+    )
     text = "ids for --shortlist (default: those in the checkpoint, or in model.ids.npy beside model.pt)"
     parser.add_argument("--frequent-ids", metavar="FILE", help=text)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(
-        "--dtype", help=f"{', '.join(DTYPES)} (default: the file's own; float32 where a float16 file meets a CPU)"
+        "--dtype",
+        help=f"{', '.join(DTYPES)} (default: the file's own; float32 where a float16 file meets a CPU)",
     )
     parser.add_argument(
-        "--weights", help="how a CPU stores them: plain, folded or packed (default: by rule, see formats/weights.py)"
+        "--weights",
+        help="how a CPU stores them: plain, folded or packed (default: by rule, see formats/weights.py)",
     )
     add_thread_flag(parser)
 
@@ -102,14 +113,20 @@ def add_thread_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def loading(args: argparse.Namespace) -> dict:
-    """What the model flags say to `load_checkpoint`. Sets --threads, and warns of a busy machine. Raises UserError for
-    what is not there."""
+    """What the model flags say to `load_checkpoint`. Sets --threads, and warns of a busy machine. Raises
+    UserError for what is not there."""
     use_threads(args.threads)
     use_device(args.device)
     dtype = read_dtype(args.dtype)
     warn_if_busy()
-    return {"device": args.device, "dtype": dtype, "form": args.weights, "check": args.check,
-            "frequent_ids": args.frequent_ids, "heads": args.heads}
+    return {
+        "device": args.device,
+        "dtype": dtype,
+        "form": args.weights,
+        "check": args.check,
+        "frequent_ids": args.frequent_ids,
+        "heads": args.heads,
+    }
 
 
 def use_threads(count: int | None) -> None:
@@ -121,8 +138,8 @@ def use_threads(count: int | None) -> None:
 
 @functools.cache  # said once
 def warn_if_busy() -> None:
-    """One line on stderr, where that is a terminal, if more processes want to run than there are cores (the average of
-    a minute, where the system has one)."""
+    """One line on stderr, where that is a terminal, if more processes want to run than there are cores (the
+    average of a minute, where the system has one)."""
     if not sys.stderr.isatty() or not hasattr(os, "getloadavg") or os.environ.get("RANK", "0") != "0":
         return
     load, cores = os.getloadavg()[0], os.cpu_count()
@@ -132,8 +149,8 @@ def warn_if_busy() -> None:
 
 
 def use_device(device: str) -> None:
-    """Makes one of several GPUs, as cuda:1, the one that torch names, waits for and tells the memory of. Raises
-    UserError for a device that is not supported, or not there."""
+    """Makes one of several GPUs, as cuda:1, the one that torch names, waits for and tells the memory of.
+    Raises UserError for a device that is not supported, or not there."""
     if device.partition(":")[0] not in DEVICES:
         raise UserError(f"device {device!r} is not there to use; supported are {' and '.join(DEVICES)}")
     try:

@@ -16,8 +16,8 @@ from common.flags import use_device
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """Under torchrun, this process as one of its group; by itself otherwise. Raises UserError for a device that is not
-    there."""
+    """Under torchrun, this process as one of its group; by itself otherwise. Raises UserError for a device
+    that is not there."""
     rank = os.environ.get("LOCAL_RANK")
     use_device(f"cuda:{rank}" if device == "cuda" and rank is not None else device)
     if rank is None:
@@ -56,8 +56,8 @@ def gathered(value) -> list:
 
 
 def by_first(action: Callable, *args):
-    """What `action` returns, done in the first process alone while the others wait; there None. A mistake of the user's
-    that it meets is raised in all of them."""
+    """What `action` returns, done in the first process alone while the others wait; there None. A mistake of
+    the user's that it meets is raised in all of them."""
     made, mistake = None, None
     if processes()[0] == 0:
         try:

@@ -1,4 +1,5 @@
-"""Asking a confidence function, perhaps a user's own: its mistakes are told with its name, its file and the layer."""
+"""Asking a confidence function, perhaps a user's own: its mistakes are told with its name, its file and the
+layer."""
 
 import math
 
@@ -9,8 +10,8 @@ ROUNDING = 1e-4  # by so much a confidence may lie outside [0, 1]
 
 
 def ask(function, trace) -> float:
-    """The confidence after the newest layer of a trace. Raises UserError for an answer that is none; what the function
-    raises itself keeps its traceback."""
+    """The confidence after the newest layer of a trace. Raises UserError for an answer that is none; what the
+    function raises itself keeps its traceback."""
     try:
         value = function(trace, trace.layer)
     except UserError:
@@ -23,7 +24,9 @@ def ask(function, trace) -> float:
         confidence = math.nan
     if not -ROUNDING <= confidence <= 1 + ROUNDING:
         said = " ".join(repr(value).split())  # a tensor's has several lines
-        raise UserError(f"{whose(function, trace.layer)} returned {said:.60}; it must be one number from 0 to 1")
+        raise UserError(
+            f"{whose(function, trace.layer)} returned {said:.60}; it must be one number from 0 to 1"
+        )
     return confidence
 
 
@@ -34,8 +37,8 @@ def whose(function, layer: int) -> str:
 
 
 def ask_alone(run, states: list, beside: dict):
-    """The trace of a position that was asked at one layer alone, whatever it answered: `states` are its h_0 .. h_l,
-    (1, d) each, `beside` what the blocks beside the staircase made of these, `run` a decode.Run."""
+    """The trace of a position that was asked at one layer alone, whatever it answered: `states` are its h_0
+    .. h_l, (1, d) each, `beside` what the blocks beside the staircase made of these, `run` a decode.Run."""
     trace = run.new_trace()
     for state in states:
         trace.hidden.append(state)

@@ -1,7 +1,7 @@
 """Stops early, pays the debt later: shows each token by its exit layer.
 
-    python decode.py --prompt "Ich habe heute keine Zeit, ins Kino zu gehen."
-    python decode.py --prompt "Guten Morgen!" --compare full,softmax,softmax+verify --html page.html
+python decode.py --prompt "Ich habe heute keine Zeit, ins Kino zu gehen."
+python decode.py --prompt "Guten Morgen!" --compare full,softmax,softmax+verify --html page.html
 """
 
 import argparse
@@ -29,24 +29,48 @@ from model import load_checkpoint
 
 def make_parser() -> Parser:
     parser = Parser(__doc__, usage="python decode.py --prompt TEXT [--flag VALUE ...]")
-    parser.add_argument("--prompt", required=True,
-                        help="text; token ids, separated by commas, where the checkpoint has no tokenizer")
-    parser.add_argument("--chat", action="store_true",
-                        help="the prompt is a turn in a chat, by the template of the checkpoint; needs jinja2")
-    parser.add_argument("--compare", metavar="NAMES",
-                        help="show several settings, and where each first differs from the full model: confidence "
-                             "functions or full, with changes, as in softmax,jsd+threshold=0.5,softmax+verify")
-    parser.add_argument("--trace", metavar="FILE",
-                        help="write one JSON line per token: id, text, exit layer, confidences, time, ..")
-    parser.add_argument("--html", metavar="FILE",
-                        help="write a page that shows the run beside the full model's: every token by its exit layer, "
-                             "what each layer would have said, the staircase pass by pass")
-    parser.add_argument("--staircase", action="store_true",
-                        help="after every token print filled: 4×13 12×7 is 13 positions in layers 1 to 4, 7 in 5 to 12")
-    parser.add_argument("--thresholds", metavar="FILE",
-                        help="JSON file of settings, as calibration writes it; flags outrank it")
-    parser.add_argument("--amateur", metavar="CHECKPOINT",
-                        help="a second, weaker model to contrast with (Contrastive Decoding)")
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        help="text; token ids, separated by commas, where the checkpoint has no tokenizer",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is a turn in a chat, by the template of the checkpoint; needs jinja2",
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="NAMES",
+        help="show several settings, and where each first differs from the full model: confidence "
+        "functions or full, with changes, as in softmax,jsd+threshold=0.5,softmax+verify",
+    )
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write one JSON line per token: id, text, exit layer, confidences, time, ..",
+    )
+    parser.add_argument(
+        "--html",
+        metavar="FILE",
+        help="write a page that shows the run beside the full model's: every token by its exit layer, "
+        "what each layer would have said, the staircase pass by pass",
+    )
+    parser.add_argument(
+        "--staircase",
+        action="store_true",
+        help="after every token print filled: 4×13 12×7 is 13 positions in layers 1 to 4, 7 in 5 to 12",
+    )
+    parser.add_argument(
+        "--thresholds",
+        metavar="FILE",
+        help="JSON file of settings, as calibration writes it; flags outrank it",
+    )
+    parser.add_argument(
+        "--amateur",
+        metavar="CHECKPOINT",
+        help="a second, weaker model to contrast with (Contrastive Decoding)",
+    )
     add_model_flags(parser, DEFAULT_CHECKPOINT)
     add_flags(parser, COMMAND, "decoding")
     return parser
@@ -99,7 +123,9 @@ def show_runs(args: argparse.Namespace, stream: Callable[..., Iterator[Token]]) 
             if name:
                 print(f"--- {name}")
             recorder = Recorder()
-            tokens = recorder.watch(stream(model, prompt, each, recorder, recorder.trace, amateur), len(prompt))
+            tokens = recorder.watch(
+                stream(model, prompt, each, recorder, recorder.trace, amateur), len(prompt)
+            )
             ids = show(tokens, tokenizer, model.config, each, recorder, trace, args.staircase, name)
             if name:
                 print(f"{difference(ids, [token.id for token in full.settled], tokenizer)}\n")

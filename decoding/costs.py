@@ -1,5 +1,5 @@
-"""What passes cost on this machine: measured once for a model and its questions, kept in a file, and read from there
-ever after. So what a run does depends on no stopwatch, and can be repeated.
+"""What passes cost on this machine: measured once for a model and its questions, kept in a file, and read
+from there ever after. So what a run does depends on no stopwatch, and can be repeated.
 
 The files lie in the user's cache folder, XDG_CACHE_HOME or ~/.cache; one that is deleted is measured anew.
 """
@@ -32,7 +32,8 @@ MEASURED = 4  # the manner of measuring: files of another one are not read
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds, by rows of a pass or by exit layer. What a pass costs beside these is counted with its blocks."""
+    """Seconds, by rows of a pass or by exit layer. What a pass costs beside these is counted with its
+    blocks."""
 
     layers: int  # of the model
     block: dict[int, float]  # rows -> one block
@@ -42,7 +43,9 @@ class Costs:
     def __post_init__(self):
         """Raises UserError for what is no such table."""
         for name in ("block", "top", "ask"):
-            table = {int(key): float(value) for key, value in getattr(self, name).items()}  # JSON has no other keys
+            table = {
+                int(key): float(value) for key, value in getattr(self, name).items()
+            }  # JSON has no other keys
             object.__setattr__(self, name, table)
             if not table or not all(0 < value < 3600 for value in table.values()):
                 raise UserError(f"costs: {name} must hold times, each above 0 seconds and below an hour")
@@ -51,8 +54,8 @@ class Costs:
 
 
 def costs_of(model: Transformer, config: DecodeConfig, run_type: Callable) -> Costs:
-    """The table of a model under these settings: from its file, else measured now with `run_type`, which is decode.Run,
-    and kept there, which is said on stderr. Raises UserError for a file that is no such table."""
+    """The table of a model under these settings: from its file, else measured now with `run_type`, which is
+    decode.Run, and kept there, which is said on stderr. Raises UserError for a file that is no such table."""
     key = key_of(model, config)
     path = cache_folder() / f"costs-{digest(key)}.json"
     if not path.is_file():
@@ -67,7 +70,9 @@ def costs_of(model: Transformer, config: DecodeConfig, run_type: Callable) -> Co
     try:
         return Costs(**content)
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not usable as costs of passes ({error}); delete it, to measure anew") from None
+        raise UserError(
+            f"{path}: not usable as costs of passes ({error}); delete it, to measure anew"
+        ) from None
 
 
 def cache_folder() -> Path:
@@ -77,7 +82,8 @@ def cache_folder() -> Path:
 
 
 def key_of(model: Transformer, config: DecodeConfig) -> dict:
-    """What costs depend on: the machine, the shape of the model, how its weights are stored, and what is asked."""
+    """What costs depend on: the machine, the shape of the model, how its weights are stored, and what is
+    asked."""
     weight = model.embedding
     key = {"measured": MEASURED, "device": torch.cuda.get_device_name() if weight.is_cuda else processor()}
     key |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -103,8 +109,8 @@ def processor() -> str:
 
 @torch.inference_mode()
 def measure(model: Transformer, config: DecodeConfig, run_type: Callable) -> Costs:
-    """Times passes to the top of 1 to 16 rows, their heads alone, and the questions of every exit, in turns, so that a
-    drift of the machine meets all alike."""
+    """Times passes to the top of 1 to 16 rows, their heads alone, and the questions of every exit, in turns,
+    so that a drift of the machine meets all alike."""
     room, L = model.config.max_len - 1, model.config.n_layers
     rows, layers = [count for count in ROWS if count < room], list(config.exits(model.config))
     prompt = [model.config.vocab_size // 2] * min(PROMPT, room - rows[-1])
@@ -129,7 +135,8 @@ def measure(model: Transformer, config: DecodeConfig, run_type: Callable) -> Cos
         return perf_counter() - started
 
     def question(layer: int) -> float:
-        """One question and its draft, after the blocks below, which leave little of the head in the CPU's cache."""
+        """One question and its draft, after the blocks below, which leave little of the head in the CPU's
+        cache."""
         trace, _ = run.advance(prompt[:1], {layer: 0.0})
         if model.embedding.is_cuda:
             torch.cuda.synchronize()  # the blocks are no part of the question
@@ -149,8 +156,8 @@ def measure(model: Transformer, config: DecodeConfig, run_type: Callable) -> Cos
 
 
 def medians(actions: list[tuple[Callable[[int], float], int]]) -> dict[tuple, float]:
-    """The median of the seconds that each action says it took, a function and its argument, over all turns but the
-    first, which warms up."""
+    """The median of the seconds that each action says it took, a function and its argument, over all turns
+    but the first, which warms up."""
     times, begun, turns = {action: [] for action in actions}, perf_counter(), 0
     while turns <= TURNS or perf_counter() - begun < AT_LEAST:
         turns += 1

@@ -16,8 +16,8 @@ def block_weights(config: ModelConfig) -> int:
 
 
 def block_flops(config: ModelConfig, first: int, stop: int) -> int:
-    """One block on the positions first .. stop - 1: 2 a weight and row, 4 H C a row and position seen (without a
-    window)."""
+    """One block on the positions first .. stop - 1: 2 a weight and row, 4 H C a row and position seen
+    (without a window)."""
     seen = (first + 1 + stop) * (stop - first) // 2
     return 2 * block_weights(config) * (stop - first) + 4 * config.n_heads * config.head_dim * seen
 

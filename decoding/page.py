@@ -1,6 +1,6 @@
-"""The page: runs of one or several prompts as one HTML file that needs nothing else. page.html is its template; here
-what it shows is collected, as JSON. All that a run did not compute itself, the logit lens above all, is computed from
-its finished text afterwards, so that the times shown are the run's own.
+"""The page: runs of one or several prompts as one HTML file that needs nothing else. page.html is its
+template; here what it shows is collected, as JSON. All that a run did not compute itself, the logit lens
+above all, is computed from its finished text afterwards, so that the times shown are the run's own.
 
 L layers, T positions, V vocabulary, d model width.
 """
@@ -36,30 +36,43 @@ class Page:
         self.passes: list[Pass] = []
         self.shown: set[int] = set()  # token ids
 
-    def add(self, title: str, prompt: list[int], runs: dict[str, tuple[DecodeConfig, Recorder]],
-            references: Sequence[str] = ()) -> None:
-        """A prompt, its text or name as `title`, and what became of it under several settings, the first of which is
-        the full model. `references`: right answers."""
+    def add(
+        self,
+        title: str,
+        prompt: list[int],
+        runs: dict[str, tuple[DecodeConfig, Recorder]],
+        references: Sequence[str] = (),
+    ) -> None:
+        """A prompt, its text or name as `title`, and what became of it under several settings, the first of
+        which is the full model. `references`: right answers."""
         full = next(iter(runs.values()))[1].settled
         rows = [self.run(name, config, recorder, prompt, full) for name, (config, recorder) in runs.items()]
         self.inputs.append({"title": title, "prompt": prompt, "runs": rows, "references": list(references)})
         self.shown.update(prompt)
 
-    def run(self, name: str, config: DecodeConfig, recorder: Recorder, prompt: list[int], full: list[Token]) -> dict:
+    def run(
+        self, name: str, config: DecodeConfig, recorder: Recorder, prompt: list[int], full: list[Token]
+    ) -> dict:
         """One run."""
         self.passes += recorder.passes
         tokens = self.tokens(recorder, prompt)
         ids, wanted = [[token.id for token in text] for text in (recorder.settled, full)]
         return {
-            "name": name, "settings": config.describe(self.model.config), "confidence": config.confidence,
-            "verify": config.verify, "copied": config.fill == "copy", "temperature": config.temperature,
-            "contrast": config.predict == "contrast", "tokens": tokens,
+            "name": name,
+            "settings": config.describe(self.model.config),
+            "confidence": config.confidence,
+            "verify": config.verify,
+            "copied": config.fill == "copy",
+            "temperature": config.temperature,
+            "contrast": config.predict == "contrast",
+            "tokens": tokens,
             "difference": first_difference(ids, wanted),
             "passes": [pass_row(each) for each in recorder.passes],
         }
 
     def tokens(self, recorder: Recorder, prompt: list[int]) -> list[dict]:
-        """The tokens of a run in the order of the text, drafts that were rolled back before what replaced them."""
+        """The tokens of a run in the order of the text, drafts that were rolled back before what replaced
+        them."""
         texts = [text for _, text in pieces(self.tokenizer, iter(recorder.settled))]
         rows, lost, text = [], [], list(prompt)
         for each in recorder.emitted:
@@ -77,13 +90,21 @@ class Page:
         return rows
 
     def token_row(self, each: Emitted) -> dict:
-        """What is known of a token without its lens. `asked`: whether the questions of its pass were about it; a token
-        in the place of a draft comes from a pass that asked about a later position."""
+        """What is known of a token without its lens. `asked`: whether the questions of its pass were about
+        it; a token in the place of a draft comes from a pass that asked about a later position."""
         token = each.token
         self.shown.add(token.id)
-        return {"id": token.id, "text": piece(self.tokenizer, token.id), "at": each.at, "layer": token.exit_layer,
-                "made": each.made, "settled": each.settled, "lost": each.rolled_back, "asked": not token.rolled_back,
-                "amateurs": token.amateurs}
+        return {
+            "id": token.id,
+            "text": piece(self.tokenizer, token.id),
+            "at": each.at,
+            "layer": token.exit_layer,
+            "made": each.made,
+            "settled": each.settled,
+            "lost": each.rolled_back,
+            "asked": not token.rolled_back,
+            "amateurs": token.amateurs,
+        }
 
     def read_lost(self, text: list[int], lost: list[tuple[Emitted, dict]]) -> None:
         """The lens of drafts that were rolled back, on the text as it was then."""
@@ -97,7 +118,9 @@ class Page:
         for each, row in tokens:
             log_p = layer_log_probs(self.model, states, each.at - 1)
             best = log_p.topk(BEST)
-            row["best"] = [flat(ids, probs) for ids, probs in zip(best.indices.tolist(), best.values.exp().tolist())]
+            row["best"] = [
+                flat(ids, probs) for ids, probs in zip(best.indices.tolist(), best.values.exp().tolist())
+            ]
             row["jsd"] = [short(value) for value in jensen_shannon(log_p[row["layer"] - 1], log_p).tolist()]
             self.shown.update(best.indices.flatten().tolist())
 
@@ -105,8 +128,11 @@ class Page:
         """All that the page shows."""
         L = self.model.config.n_layers
         return {
-            "model": self.name, "layers": L, "vocabulary": self.model.config.vocab_size,
-            "device": str(self.model.embedding.device), "threads": torch.get_num_threads(),
+            "model": self.name,
+            "layers": L,
+            "vocabulary": self.model.config.vocab_size,
+            "device": str(self.model.embedding.device),
+            "threads": torch.get_num_threads(),
             "colours": [layer_colour(layer, L) for layer in range(1, L + 1)],
             "pieces": {token: piece(self.tokenizer, token) for token in sorted(self.shown)},
             "row_times": row_times(self.passes) if self.model.embedding.device.type == "cpu" else [],
@@ -125,11 +151,22 @@ class Page:
 
 def pass_row(each: Pass) -> dict:
     """One pass."""
-    asked = {layer: [short(confidence), short(threshold), n, amateur]
-             for layer, (confidence, threshold, n, amateur) in each.asked.items()}
-    return {"before": each.before, "after": each.after, "stop": each.stop, "reached": each.reached, "asked": asked,
-            "drafted": each.drafted, "kept": each.kept, "seconds": short(each.seconds), "runs": each.block_runs,
-            "flops": each.flops}
+    asked = {
+        layer: [short(confidence), short(threshold), n, amateur]
+        for layer, (confidence, threshold, n, amateur) in each.asked.items()
+    }
+    return {
+        "before": each.before,
+        "after": each.after,
+        "stop": each.stop,
+        "reached": each.reached,
+        "asked": asked,
+        "drafted": each.drafted,
+        "kept": each.kept,
+        "seconds": short(each.seconds),
+        "runs": each.block_runs,
+        "flops": each.flops,
+    }
 
 
 def row_times(passes: list[Pass]) -> list[tuple[int, float, int]]:
@@ -145,7 +182,9 @@ def row_times(passes: list[Pass]) -> list[tuple[int, float, int]]:
 @torch.inference_mode()
 def layer_log_probs(model: Transformer, states: list[Tensor], position: int) -> Tensor:
     """log p_1 .. log p_L of the token after `position`: the logit lens with each exit's own norm. (L, V)."""
-    rows = [model.exit_norm(state[position : position + 1], layer) for layer, state in enumerate(states[1:], 1)]
+    rows = [
+        model.exit_norm(state[position : position + 1], layer) for layer, state in enumerate(states[1:], 1)
+    ]
     return model.score(torch.cat(rows), model.head_weight).log_softmax(-1)
 
 
@@ -163,5 +202,6 @@ def short(value: float | None) -> float | None:
 
 
 def script_json(content: dict) -> str:
-    """JSON that can stand in a script element, whatever texts it holds: no `<` can end the element or begin another."""
+    """JSON that can stand in a script element, whatever texts it holds: no `<` can end the element or begin
+    another."""
     return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")

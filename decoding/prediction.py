@@ -1,7 +1,7 @@
 """The token that is emitted: contrastive prediction, repetition penalty, sampling, and judging drafts.
 
-Dimensions: n candidates, V vocabulary, R rows. "Logits" here are whatever softmax turns into the distribution that a
-token is taken from, contrasted ones among them.
+Dimensions: n candidates, V vocabulary, R rows. "Logits" here are whatever softmax turns into the distribution
+that a token is taken from, contrasted ones among them.
 """
 
 import math
@@ -17,7 +17,8 @@ from decoding.flops import block_flops
 from decoding.record import Counters, Token
 from model import Transformer
 
-# How the amateur layer of an expert layer is chosen: name -> (trace, layer) -> layer, or None for no contrast.
+# How the amateur layer of an expert layer is chosen: name -> (trace, layer) -> layer, or None for no
+# contrast.
 AMATEURS: dict[str, Callable[[Trace, int], int | None]] = {
     "half": halfway,
     "jsd": most_different,
@@ -39,7 +40,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Contrast:
-    """How logits are contrasted with an amateur's; `amateur` is DecodeConfig.contrast, the rest its fields."""
+    """How logits are contrasted with an amateur's; `amateur` is DecodeConfig.contrast, the rest its
+    fields."""
 
     amateur: str = "half"
     form: str = "dcd"
@@ -57,7 +59,8 @@ def dcd(log_p: Tensor, log_q: Tensor, settings: Contrast) -> Tensor:
 
 
 def ratio(log_p: Tensor, log_q: Tensor, settings: Contrast) -> Tensor:
-    """log p - log q over V_head, nothing outside (Contrastive Decoding, Li 2022, Eq. 2; DoLa, Chuang 2023, Eq. 5)."""
+    """log p - log q over V_head, nothing outside (Contrastive Decoding, Li 2022, Eq. 2; DoLa, Chuang 2023,
+    Eq. 5)."""
     return (log_p - log_q).masked_fill(~plausible(log_p, settings.alpha), -math.inf)
 
 
@@ -72,8 +75,8 @@ CONTRASTS = {"dcd": dcd, "ratio": ratio, "beta": weighed}
 
 
 def contrast_logits(trace: Trace, layer: int, settings: Contrast, other: Tensor | None = None) -> Tensor:
-    """Logits (n,) of `layer` over the candidates, contrasted. `other`: logits (V,) of a second model, the amateur
-    then."""
+    """Logits (n,) of `layer` over the candidates, contrasted. `other`: logits (V,) of a second model, the
+    amateur then."""
     if other is not None:
         logits = other if trace.candidates is None else other[trace.candidates]
         log_q = (logits / settings.amateur_temperature).log_softmax(-1)
@@ -88,11 +91,16 @@ def contrast_logits(trace: Trace, layer: int, settings: Contrast, other: Tensor 
 
 
 class Companion:
-    """A second model in step with the first, the amateur of Contrastive Decoding: always at full depth, with a
-    staircase of its own, that `run_pass` of decode.py advances."""
+    """A second model in step with the first, the amateur of Contrastive Decoding: always at full depth, with
+    a staircase of its own, that `run_pass` of decode.py advances."""
 
     def __init__(self, model: Transformer, length: int, run_pass: Callable, counters: Counters):
-        self.model, self.cache, self.run_pass, self.counters = model, KVCache(model, length), run_pass, counters
+        self.model, self.cache, self.run_pass, self.counters = (
+            model,
+            KVCache(model, length),
+            run_pass,
+            counters,
+        )
 
     def logits(self, text: list[int]) -> Tensor:
         """Its logits (V,) for the token after `text`, which begins with what it has read already."""
@@ -110,8 +118,14 @@ class Companion:
 class Predictor:
     """Takes the next token from the distribution of the layer that a pass reached."""
 
-    def __init__(self, sampling: Sampling, contrast: Contrast | None, companion: Companion | None, counters: Counters,
-                 device: torch.device):
+    def __init__(
+        self,
+        sampling: Sampling,
+        contrast: Contrast | None,
+        companion: Companion | None,
+        counters: Counters,
+        device: torch.device,
+    ):
         self.sampling, self.contrast, self.companion, self.counters = sampling, contrast, companion, counters
         self.generator = torch.Generator(device).manual_seed(sampling.seed)
 
@@ -132,14 +146,16 @@ class Predictor:
         token = Token(int(source.token(choice)), layer, drawn_from, amateurs=source.amateurs)
         token.explain(trace)
         if source is not trace:
-            self.counters.head_flops += sum(source.flops.values())  # those of the trace are counted with its pass
+            self.counters.head_flops += sum(
+                source.flops.values()
+            )  # those of the trace are counted with its pass
         return token
 
     def judge(self, logits: Tensor, drafts: list[Token], seen: list[int]) -> tuple[int, int | None]:
-        """How many drafts the full model keeps, and the token that follows them. Row i of its logits (R, V) judges
-        draft i: kept if it is the argmax; sampled, with probability min(1, p/q), else replaced by a sample of max(p -
-        q, 0) (Leviathan 2023, Chen 2023). The row after the last draft, if there is one, gives one more token. seen:
-        the tokens before the drafts."""
+        """How many drafts the full model keeps, and the token that follows them. Row i of its logits (R, V)
+        judges draft i: kept if it is the argmax; sampled, with probability min(1, p/q), else replaced by a
+        sample of max(p - q, 0) (Leviathan 2023, Chen 2023). The row after the last draft, if there is one,
+        gives one more token. seen: the tokens before the drafts."""
         seen, penalty = list(seen), self.sampling.repetition_penalty
         for i, (row, draft) in enumerate(zip(logits, drafts)):
             row = penalize(row, seen, penalty)
@@ -175,8 +191,8 @@ def penalize(logits: Tensor, seen: list[int], penalty: float, candidates: Tensor
 
 
 def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[int, Tensor | None]:
-    """Index of the chosen candidate of logits (n,): the argmax at temperature 0, else a sample; and what it was drawn
-    from, (n,)."""
+    """Index of the chosen candidate of logits (n,): the argmax at temperature 0, else a sample; and what it
+    was drawn from, (n,)."""
     if sampling.temperature == 0:
         return int(logits.argmax()), None
     probs = distribution(logits, sampling)
@@ -184,8 +200,8 @@ def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tupl
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """What is sampled from: softmax(logits / temperature) of (n,), cut to the top k, then to the fewest of mass >=
-    top_p, renormalized."""
+    """What is sampled from: softmax(logits / temperature) of (n,), cut to the top k, then to the fewest of
+    mass >= top_p, renormalized."""
     probs, index = ((logits - logits.max()) / sampling.temperature).softmax(-1).sort(descending=True)
     if sampling.top_k is not None:
         probs[sampling.top_k :] = 0

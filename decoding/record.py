@@ -17,12 +17,12 @@ class Token:
     """One generated token and why it came from where it came."""
 
     id: int
-    exit_layer: int                    # L: from the full model, or from the shortlist after all blocks
-    probs: Tensor | None = None        # (V,) what a draft was drawn from, if it was sampled
+    exit_layer: int  # L: from the full model, or from the shortlist after all blocks
+    probs: Tensor | None = None  # (V,) what a draft was drawn from, if it was sampled
     rolled_back: tuple[int, ...] = ()  # verified mode: the drafts that this token replaced
     confidences: dict[int, float] = field(default_factory=dict)  # of each layer asked
-    thresholds: dict[int, float] = field(default_factory=dict)   # that they had to reach
-    amateurs: dict[int, int] = field(default_factory=dict)       # exit layer -> the layer it was contrasted with
+    thresholds: dict[int, float] = field(default_factory=dict)  # that they had to reach
+    amateurs: dict[int, int] = field(default_factory=dict)  # exit layer -> the layer it was contrasted with
 
     def explain(self, trace: Trace) -> None:
         """Takes over what the trace of its position tells."""
@@ -32,25 +32,27 @@ class Token:
 
 @dataclass
 class Counters:
-    """Work done. FLOPs count multiply-adds twice: block weights, attention, and heads; of the heads, confidence is
-    what was computed to ask but not to emit (every head but that of the layer emitted from)."""
+    """Work done. FLOPs count multiply-adds twice: block weights, attention, and heads; of the heads,
+    confidence is what was computed to ask but not to emit (every head but that of the layer emitted from)."""
 
     tokens: int = 0
     block_runs: int = 0
     block_rows: int = 0
-    deep_passes: int = 0        # passes that reached the head over the vocabulary
-    deep_rows: int = 0          # rows at the last layer in these, owed ones included
+    deep_passes: int = 0  # passes that reached the head over the vocabulary
+    deep_rows: int = 0  # rows at the last layer in these, owed ones included
     block_flops: int = 0
     head_flops: int = 0
-    confidence_flops: int = 0   # part of head_flops
-    pruned_deep: int = 0        # deep passes whose questions were asked over fewer candidates than the vocabulary
-    missed: int = 0             # of these, how often the full model's token was not among them
-    drafted: int = 0            # verified mode: early tokens judged by the full model
-    accepted: int = 0           # of these, kept
+    confidence_flops: int = 0  # part of head_flops
+    pruned_deep: int = 0  # deep passes whose questions were asked over fewer candidates than the vocabulary
+    missed: int = 0  # of these, how often the full model's token was not among them
+    drafted: int = 0  # verified mode: early tokens judged by the full model
+    accepted: int = 0  # of these, kept
 
-    def add_pass(self, model: Transformer, before: list[int], cache: KVCache, layer: int, trace: Trace) -> None:
-        """One pass up to `layer` (L + 1: the head) that took filled[1..layer] of the staircase from `before` to
-        filled[0]."""
+    def add_pass(
+        self, model: Transformer, before: list[int], cache: KVCache, layer: int, trace: Trace
+    ) -> None:
+        """One pass up to `layer` (L + 1: the head) that took filled[1..layer] of the staircase from `before`
+        to filled[0]."""
         L, stop = model.config.n_layers, cache.filled[0]
         for first, layers in groupby(before[1 : min(layer, L) + 1]):
             runs = len(list(layers)) if first < stop else 0
@@ -68,9 +70,9 @@ class Counters:
         self.confidence_flops += sum(flops for head, flops in trace.flops.items() if head != layer)
 
     def ideal_speedup(self, shape: ModelConfig, shortlist: bool) -> float:
-        """The steps of the staircase that the full model runs for so many tokens, over those that were run. With a
-        shortlist the head over the vocabulary is one of them, as many blocks as its weights make; without one every
-        question reads these weights, and none is saved."""
+        """The steps of the staircase that the full model runs for so many tokens, over those that were run.
+        With a shortlist the head over the vocabulary is one of them, as many blocks as its weights make;
+        without one every question reads these weights, and none is saved."""
         head = blocks_of_head(shape) if shortlist else 0
         return (shape.n_layers + head) * self.tokens / (self.block_runs + head * self.deep_passes)
 
@@ -88,7 +90,8 @@ class Counters:
 
 @dataclass
 class Generation:
-    """Tokens (the end-of-text token included), the exit layer and the confidences asked of each, and the work done."""
+    """Tokens (the end-of-text token included), the exit layer and the confidences asked of each, and the work
+    done."""
 
     tokens: list[int] = field(default_factory=list)
     exit_layers: list[int] = field(default_factory=list)
@@ -104,5 +107,6 @@ class Generation:
 
 
 def first_difference(tokens: Sequence[int], full_tokens: Sequence[int]) -> int | None:
-    """Position of the first token that differs, a prefix differing where it ends; None for equal sequences."""
+    """Position of the first token that differs, a prefix differing where it ends; None for equal
+    sequences."""
     return next((i for i, (a, b) in enumerate(zip_longest(tokens, full_tokens)) if a != b), None)

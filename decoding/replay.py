@@ -1,5 +1,5 @@
-"""A run remembered pass by pass: what `--staircase` prints and the page replays. The loop knows nothing of it: it is
-given a Trace and Counters that also take notes.
+"""A run remembered pass by pass: what `--staircase` prints and the page replays. The loop knows nothing of
+it: it is given a Trace and Counters that also take notes.
 
 L layers; step L + 1 is the head over the vocabulary. Positions count from 0, passes too.
 """
@@ -18,12 +18,14 @@ from model import Transformer
 
 
 class States(list):
-    """h_0 .. h_l of a pass, and when each was there. On a GPU these are the times at which blocks were started, which
-    say nothing of how long they take."""
+    """h_0 .. h_l of a pass, and when each was there. On a GPU these are the times at which blocks were
+    started, which say nothing of how long they take."""
 
     def __init__(self):
         super().__init__()
-        self.begun: list[float] = []  # when a block could begin: after the state below, and the question about it
+        self.begun: list[
+            float
+        ] = []  # when a block could begin: after the state below, and the question about it
         self.ended: list[float] = []  # when its state was there
 
     def append(self, state: Tensor) -> None:
@@ -51,14 +53,18 @@ class NotingTrace(Trace):
 class Pass:
     """One pass of the staircase."""
 
-    before: list[int]        # filled[0 .. L + 1] before it
-    stop: int                # filled[0] while it ran: positions begun
-    reached: int             # layer at which it stopped; L + 1: the head over the vocabulary
-    asked: dict[int, tuple]  # layer -> confidence (None: not computed), threshold, candidates, layer contrasted with
-    block_seconds: dict[int, float]                    # layer -> time of its block
-    after: list[int] = field(default_factory=list)     # filled once the pass was over: copied, waived or rolled back
-    drafted: int = 0      # verified mode, at the head: drafts judged
-    kept: int = 0         # of these, kept
+    before: list[int]  # filled[0 .. L + 1] before it
+    stop: int  # filled[0] while it ran: positions begun
+    reached: int  # layer at which it stopped; L + 1: the head over the vocabulary
+    asked: dict[
+        int, tuple
+    ]  # layer -> confidence (None: not computed), threshold, candidates, layer contrasted with
+    block_seconds: dict[int, float]  # layer -> time of its block
+    after: list[int] = field(
+        default_factory=list
+    )  # filled once the pass was over: copied, waived or rolled back
+    drafted: int = 0  # verified mode, at the head: drafts judged
+    kept: int = 0  # of these, kept
     # From the beginning of the run to the end of this pass:
     seconds: float = 0.0
     block_runs: int = 0
@@ -74,9 +80,9 @@ class Emitted:
     """One token that a pass put into the text: settled, or a draft that was rolled back."""
 
     token: Token
-    at: int             # its position in the text
-    made: int           # the pass that it came from
-    settled: int        # the pass that settled it, or rolled it back
+    at: int  # its position in the text
+    made: int  # the pass that it came from
+    settled: int  # the pass that settled it, or rolled it back
     rolled_back: bool = False
 
 
@@ -84,8 +90,8 @@ class Emitted:
 class Recorder(Counters):
     """Counters that remember every pass, and every token with the passes that made and settled it. Use:
 
-        recorder = Recorder()
-        for token in recorder.watch(stream(model, prompt, config, recorder, recorder.trace), len(prompt)): ...
+    recorder = Recorder()
+    for token in recorder.watch(stream(model, prompt, config, recorder, recorder.trace), len(prompt)): ...
     """
 
     passes: list[Pass] = field(default_factory=list)
@@ -106,7 +112,9 @@ class Recorder(Counters):
         self.close_pass()
         return NotingTrace(*args)
 
-    def add_pass(self, model: Transformer, before: list[int], cache: KVCache, layer: int, trace: NotingTrace) -> None:
+    def add_pass(
+        self, model: Transformer, before: list[int], cache: KVCache, layer: int, trace: NotingTrace
+    ) -> None:
         super().add_pass(model, before, cache, layer, trace)
         self._cache = cache
         asked, seconds = {}, {}
@@ -130,7 +138,8 @@ class Recorder(Counters):
             newest.seconds = perf_counter() - self._started
 
     def watch(self, tokens: Iterator[Token], start: int) -> Iterator[Token]:
-        """Hands on the tokens of a run whose prompt has `start` tokens. The clock stands still while they are away."""
+        """Hands on the tokens of a run whose prompt has `start` tokens. The clock stands still while they are
+        away."""
         self._started = perf_counter()
         seen, at = -1, start
         for token in tokens:
@@ -149,8 +158,13 @@ class Recorder(Counters):
         self.close_pass()
 
 
-def recorded(stream: Callable[..., Iterator[Token]], model: Transformer, prompt: list[int], config: DecodeConfig,
-             amateur: Transformer | None = None) -> Recorder:
+def recorded(
+    stream: Callable[..., Iterator[Token]],
+    model: Transformer,
+    prompt: list[int],
+    config: DecodeConfig,
+    amateur: Transformer | None = None,
+) -> Recorder:
     """Decodes one prompt with decode.stream, and remembers the run."""
     recorder = Recorder()
     for _ in recorder.watch(stream(model, prompt, config, recorder, recorder.trace, amateur), len(prompt)):

@@ -1,7 +1,8 @@
 """How confident is confident enough: the threshold of every exit layer, step by step.
 
-A new schedule is a class like `Decaying`: derive it from Constant, say in `at` what the thresholds are at a step, and
-name it in THRESHOLDS below. `tau` and `target`, of DecodeConfig, are there for those that want them.
+A new schedule is a class like `Decaying`: derive it from Constant, say in `at` what the thresholds are at a
+step, and name it in THRESHOLDS below. `tau` and `target`, of DecodeConfig, are there for those that want
+them.
 """
 
 import math
@@ -24,23 +25,29 @@ class Constant:
 
 
 class Decaying(Constant):
-    """clip(0.9 t + 0.1 exp(-tau i / N), 0, 1) at step i of at most N: early tokens influence all that follow, so they
-    meet a higher bar (CALM, Schuster 2022, Eq. 5). A threshold of 0, a static exit, stays 0."""
+    """clip(0.9 t + 0.1 exp(-tau i / N), 0, 1) at step i of at most N: early tokens influence all that follow,
+    so they meet a higher bar (CALM, Schuster 2022, Eq. 5). A threshold of 0, a static exit, stays 0."""
 
     def at(self, step: int, steps: int) -> dict[int, float]:
         extra = 0.1 * math.exp(-self.tau * step / steps)
-        return {layer: min(1.0, max(0.0, 0.9 * t + extra)) if t else 0.0 for layer, t in self.thresholds.items()}
+        return {
+            layer: min(1.0, max(0.0, 0.9 * t + extra)) if t else 0.0 for layer, t in self.thresholds.items()
+        }
 
 
 class Adaptive(Constant):
-    """The lowest confidence from which on P(agreed | c) stays at `target` or above, one for all exit layers, learned
-    while decoding (FREE, Bae 2023, adaptive threshold estimator). Confidences of exit heads that agree with the full
-    model follow one Beta distribution, the others a second; both are fitted by moments to the pairs that deep passes
-    yield. One text is one run: it begins at the threshold given. A threshold of 0, a static exit, stays 0."""
+    """The lowest confidence from which on P(agreed | c) stays at `target` or above, one for all exit layers,
+    learned while decoding (FREE, Bae 2023, adaptive threshold estimator). Confidences of exit heads that
+    agree with the full model follow one Beta distribution, the others a second; both are fitted by moments to
+    the pairs that deep passes yield. One text is one run: it begins at the threshold given. A threshold of 0,
+    a static exit, stays 0."""
 
     learns = True
     LOW, HIGH = 0.05, 0.99  # its range; a threshold of 1 would be asked for ever and never reached
-    PRIOR = ((0.1, 0.5), (0.6, 0.9))  # disagreed, agreed: as if seen before, so that a fit exists from the start
+    PRIOR = (
+        (0.1, 0.5),
+        (0.6, 0.9),
+    )  # disagreed, agreed: as if seen before, so that a fit exists from the start
 
     def __init__(self, thresholds: dict[int, float], tau: float = 4.0, target: float = 0.9):
         super().__init__(thresholds, tau, target)
@@ -52,9 +59,9 @@ class Adaptive(Constant):
         self.held.append((trace.confidences.get(layer), trace.guess(layer)))
 
     def compare(self, trace: Trace) -> None:
-        """Learns from a pass that reached the top: of the early tokens held, and of every layer asked in it, the
-        confidence and whether the exit head's token was the full model's. Row i of trace.final is that of token i
-        held; one more, of the newest position, follows unless the pass only paid what was owed."""
+        """Learns from a pass that reached the top: of the early tokens held, and of every layer asked in it,
+        the confidence and whether the exit head's token was the full model's. Row i of trace.final is that of
+        token i held; one more, of the newest position, follows unless the pass only paid what was owed."""
         truth = trace.final.argmax(-1).tolist()
         for (confidence, guess), token in zip(self.held, truth):
             if confidence is not None:

@@ -1,13 +1,14 @@
-"""Verified decoding: early exit that cannot change the output (speculative decoding of a model by its own lower
-layers).
+"""Verified decoding: early exit that cannot change the output (speculative decoding of a model by its own
+lower layers).
 
-An early token is a *draft*: the next pass goes on from it, but it is not shown. When a pass reaches the top, its head
-sees the rows of all drafts at once: the row of a position judges the token after it, so the first row, of the last
-verified token, judges the first draft. Drafts that the full model would have put there are kept; the first that it
-would not is replaced, and what followed is forgotten: the staircase rolls back. So the text is the full model's own.
+An early token is a *draft*: the next pass goes on from it, but it is not shown. When a pass reaches the top,
+its head sees the rows of all drafts at once: the row of a position judges the token after it, so the first
+row, of the last verified token, judges the first draft. Drafts that the full model would have put there are
+kept; the first that it would not is replaced, and what followed is forgotten: the staircase rolls back. So
+the text is the full model's own.
 
-It is faster although every row runs every block in the end, wrong drafts in vain, so that more FLOPs are spent than
-without exits: at batch 1 the time goes into reading weights, and eight rows read them once.
+It is faster although every row runs every block in the end, wrong drafts in vain, so that more FLOPs are
+spent than without exits: at batch 1 the time goes into reading weights, and eight rows read them once.
 
 `run` is a decode.Run, `trace` the confidence.Trace of its last pass.
 """
@@ -20,8 +21,8 @@ from decoding.record import Token
 
 
 def verified(run, drafting: Drafting | None = None) -> Iterator[Token]:
-    """Yields the tokens of a run once they are verified. `drafting`: what earlier texts taught, where `draft` is auto;
-    None: this text begins anew."""
+    """Yields the tokens of a run once they are verified. `drafting`: what earlier texts taught, where `draft`
+    is auto; None: this text begins anew."""
     if run.config.draft != "auto":
         drafting = None
     elif drafting is None:
@@ -53,8 +54,8 @@ def drafting_is_over(run, drafts: list[Token]) -> bool:
 
 
 def judged(run, trace, drafts: list[Token]) -> tuple[list[Token], int]:
-    """The drafts that the full model keeps, with its own token after them, and how many it keeps; both the text and the
-    staircase follow."""
+    """The drafts that the full model keeps, with its own token after them, and how many it keeps; both the
+    text and the staircase follow."""
     before = run.text[: len(run.text) - len(drafts)]
     kept, token = run.predictor.judge(trace.final, drafts, before)
     for draft in drafts:

@@ -1,5 +1,5 @@
-"""What every layer knows of the next token, and how well each confidence function tells: over texts that the full model
-has written."""
+"""What every layer knows of the next token, and how well each confidence function tells: over texts that the
+full model has written."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,10 +25,14 @@ class Views:
 
 @torch.inference_mode()
 def look(
-    model: Transformer, texts: Iterable[tuple[list[int], list[int]]], functions: tuple[str, ...], positions: int = 400
+    model: Transformer,
+    texts: Iterable[tuple[list[int], list[int]]],
+    functions: tuple[str, ...],
+    positions: int = 400,
 ) -> Views:
-    """Reads texts (prompt, output) at full depth, and asks every layer and function at the positions that gave the
-    outputs, the first `positions` of them; unpruned. Texts that are not needed for these are not read."""
+    """Reads texts (prompt, output) at full depth, and asks every layer and function at the positions that
+    gave the outputs, the first `positions` of them; unpruned. Texts that are not needed for these are not
+    read."""
     L, ranks, agrees = model.config.n_layers, [], []
     confidence = {name: [] for name in functions}
     for prompt, output in texts:
@@ -46,12 +50,14 @@ def look(
             agrees.append([int(z.argmax()) == token for z in logits])
             for name in functions:
                 confidence[name].append(asked(model, name, rows, seen))
-    return Views(np.array(ranks), np.array(agrees), {name: np.array(values) for name, values in confidence.items()})
+    return Views(
+        np.array(ranks), np.array(agrees), {name: np.array(values) for name, values in confidence.items()}
+    )
 
 
 def asked(model: Transformer, name: str, rows: list[torch.Tensor], seen: list[torch.Tensor]) -> list[float]:
-    """The confidence of one function after each layer below the last. rows: h_0 .. h_L of one position, seen: what
-    exits read of these; each (1, d)."""
+    """The confidence of one function after each layer below the last. rows: h_0 .. h_L of one position, seen:
+    what exits read of these; each (1, d)."""
     trace, answers = Trace(model, FUNCTIONS[name]), []
     trace.beside = dict(enumerate(seen))
     for layer in range(1, len(rows) - 1):
@@ -62,12 +68,15 @@ def asked(model: Transformer, name: str, rows: list[torch.Tensor], seen: list[to
 
 @torch.inference_mode()
 def divergences(model: Transformer, prompt: list[int], output: list[int]) -> np.ndarray:
-    """JSD of every layer 1 .. L-1 to the last, at each position that gave a token of the output: (L - 1, T), in
-    [0, log 2]."""
+    """JSD of every layer 1 .. L-1 to the last, at each position that gave a token of the output: (L - 1, T),
+    in [0, log 2]."""
     tokens = torch.tensor([prompt + output[:-1]], device=model.embedding.device)
     rows = [state[len(prompt) - 1 :] for state in exit_states(model, tokens)]
     final = model.head(rows[-1]).log_softmax(-1)
-    each = [jensen_shannon(final, model.head(row, layer).log_softmax(-1)) for layer, row in enumerate(rows[1:-1], 1)]
+    each = [
+        jensen_shannon(final, model.head(row, layer).log_softmax(-1))
+        for layer, row in enumerate(rows[1:-1], 1)
+    ]
     return torch.stack(each).cpu().numpy()
 
 
@@ -83,15 +92,15 @@ def reliability(confidence: np.ndarray, right: np.ndarray) -> list[tuple[float, 
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Expected calibration error in [0, 1]: the mean distance of confidence and share right, over bins, weighted by
-    count (Naeini 2015)."""
+    """Expected calibration error in [0, 1]: the mean distance of confidence and share right, over bins,
+    weighted by count (Naeini 2015)."""
     distances = [count * abs(c - r) for c, r, count in reliability(confidence, right)]
     return sum(distances) / len(confidence)
 
 
 def auroc(confidence: np.ndarray, right: np.ndarray) -> float | None:
-    """Probability that a right answer has the higher confidence than a wrong one, ties counting half; None if all are
-    right, or wrong."""
+    """Probability that a right answer has the higher confidence than a wrong one, ties counting half; None if
+    all are right, or wrong."""
     positives, negatives = right.sum(), (~right).sum()
     if not positives or not negatives:
         return None

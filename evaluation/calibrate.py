@@ -1,4 +1,5 @@
-"""`eval.py calibrate`: a threshold with a guarantee for one task, found as CALM finds it (Schuster 2022, section 4)."""
+"""`eval.py calibrate`: a threshold with a guarantee for one task, found as CALM finds it (Schuster 2022,
+section 4)."""
 
 import argparse
 import sys
@@ -14,12 +15,21 @@ from evaluation.inputs import chosen_tasks, load_inputs, load_model, note, run_r
 from evaluation.learn_then_test import fewest, walk
 from evaluation.measure import encode_inputs, run_in_turns
 from evaluation.metrics import METRICS, rouge_l_f1
-from evaluation.rows import command_setting, custom_settings, fields_that_differ, own_origin, own_setting, sources
+from evaluation.rows import (
+    command_setting,
+    custom_settings,
+    fields_that_differ,
+    own_origin,
+    own_setting,
+    sources,
+)
 from evaluation.table import check_files
 from evaluation.tasks import TUNING_SHARE, Task, between, one_of_each_source, sample, source
 from formats.data import Example
 
-CHECK_SHARE = (1 + TUNING_SHARE) / 2  # of a single file: from here on inputs to check on; below, those to calibrate on
+CHECK_SHARE = (
+    1 + TUNING_SHARE
+) / 2  # of a single file: from here on inputs to check on; below, those to calibrate on
 
 
 def main(args: argparse.Namespace) -> None:
@@ -34,7 +44,9 @@ def main(args: argparse.Namespace) -> None:
     config = own_setting(args, task, custom)
     config.exits(model.config)
     note(sources(args, own_origin(args, custom, model)))
-    threshold, provenance = find_threshold(model, tokenizer, task, sets, config, args.risk, args.tolerance, args.error)
+    threshold, provenance = find_threshold(
+        model, tokenizer, task, sets, config, args.risk, args.tolerance, args.error
+    )
     tell(report(task, threshold, provenance))
     if threshold is None:
         sys.exit(1)
@@ -67,9 +79,10 @@ def check_flags(args: argparse.Namespace, config: DecodeConfig, tasks: list[Task
 
 
 def two_sets(args: argparse.Namespace, task: Task) -> tuple[Task, dict[str, list[Example]]]:
-    """The examples to calibrate on, and others to check on. None of the first has been used by `tune`, which draws from
-    the rest of dev; each text is asked one question, since the guarantee is for independent inputs; and no text is in
-    both sets. Of a task of your own, which is a single file, both come from the part that tune leaves."""
+    """The examples to calibrate on, and others to check on. None of the first has been used by `tune`, which
+    draws from the rest of dev; each text is asked one question, since the guarantee is for independent
+    inputs; and no text is in both sets. Of a task of your own, which is a single file, both come from the
+    part that tune leaves."""
     task, dev = load_inputs(args, task, "dev")
     if "{}" in task.file:
         fit = between(dev, TUNING_SHARE, 1)
@@ -81,7 +94,9 @@ def two_sets(args: argparse.Namespace, task: Task) -> tuple[Task, dict[str, list
         names = f"{task.file} (one part)", f"{task.file} (another part)"
     if not fit or not check:
         raise UserError(f"{task.file}: holds too little to calibrate on one part and check on another")
-    drawn = [sample(one_of_each_source(part, args.draw_seed), args.limit, args.draw_seed) for part in (fit, check)]
+    drawn = [
+        sample(one_of_each_source(part, args.draw_seed), args.limit, args.draw_seed) for part in (fit, check)
+    ]
     needed = fewest(args.tolerance, args.error)
     if len(drawn[0]) < needed:  # known before any is looked at, so another try is allowed
         raise UserError(
@@ -101,13 +116,16 @@ def find_threshold(
     tolerance: float,
     error: float,
 ) -> tuple[float | None, dict]:
-    """The threshold that Learn then Test finds on the calibration examples, None if none passes; and how, held-out risk
-    included. sets: examples by what they are, the first to calibrate on, the second to check on. risk: consistency,
-    1 - ROUGE-L to the full model's text; or task, how much lower the task's first score is."""
+    """The threshold that Learn then Test finds on the calibration examples, None if none passes; and how,
+    held-out risk included. sets: examples by what they are, the first to calibrate on, the second to check
+    on. risk: consistency, 1 - ROUGE-L to the full model's text; or task, how much lower the task's first
+    score is."""
     fit, check = sets
     name = next(iter(task.metrics)) if risk == "task" else "consistency"
     both = {"early": config, "full": config.full()}
-    encoded = {which: encode_inputs(model, tokenizer, task, examples, both) for which, examples in sets.items()}
+    encoded = {
+        which: encode_inputs(model, tokenizer, task, examples, both) for which, examples in sets.items()
+    }
     full: dict[str, list[str]] = {}  # the full model's texts of a set, which it decodes once
 
     def losses(threshold: float, which: str) -> list[float]:
@@ -142,8 +160,8 @@ def find_threshold(
 
 
 def report(task: Task, threshold: float | None, provenance: dict) -> str:
-    """What calibration found, in words. After a failure it advises only what leaves a guarantee a guarantee: the inputs
-    have been looked at, so whatever is chosen in view of them must be tested on others."""
+    """What calibration found, in words. After a failure it advises only what leaves a guarantee a guarantee:
+    the inputs have been looked at, so whatever is chosen in view of them must be tested on others."""
     risk, tolerance = f"{provenance['risk']} risk", provenance["tolerance"]
     if threshold is None:
         return (

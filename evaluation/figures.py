@@ -1,6 +1,8 @@
-"""The figures of a row, each computed in one place: speed, work, likeness to the full model's output, quality.
+"""The figures of a row, each computed in one place: speed, work, likeness to the full model's output,
+quality.
 
-docs explain what they mean to a reader of the table; `summarize` puts them together under the names of --json.
+docs explain what they mean to a reader of the table; `summarize` puts them together under the names of
+--json.
 """
 
 from collections import defaultdict
@@ -33,8 +35,9 @@ RESAMPLES = 1000  # of the interval of the speed-up
 
 
 def baseline(config: DecodeConfig) -> DecodeConfig:
-    """The full model that a row is compared with: under the same length, prediction and sampling. A row without exits
-    whose tokens come from a contrast (DoLa, ACD) is compared with the model's own prediction."""
+    """The full model that a row is compared with: under the same length, prediction and sampling. A row
+    without exits whose tokens come from a contrast (DoLa, ACD) is compared with the model's own
+    prediction."""
     return config.full() if config.confidence else replace(config, predict="own").full()
 
 
@@ -55,8 +58,8 @@ def evaluate(
     repeat: int,
     time_questions: bool = True,
 ) -> list[dict]:
-    """Rows of one task, first that of the full model, which is one for all of these configs (see `alike`). The share of
-    time for asking is measured in a run of its own, on every third prompt."""
+    """Rows of one task, first that of the full model, which is one for all of these configs (see `alike`).
+    The share of time for asking is measured in a run of its own, on every third prompt."""
     prompts, configs = encode_inputs(model, tokenizer, task, examples, configs)
     full = baseline(next(iter(configs.values())))
     rows = run_in_turns(model, prompts, {"full": full, **configs}, repeat, task.name)
@@ -125,8 +128,8 @@ def lengths(row: Measured) -> list[int]:
 
 
 def speed_figures(row: Measured, full: Measured) -> dict:
-    """Tokens a second over all prompts, in how many times the full model's, with its interval, and what the first token
-    and each later one took."""
+    """Tokens a second over all prompts, in how many times the full model's, with its interval, and what the
+    first token and each later one took."""
     speed, full_speed = (sum(lengths(each)) / sum(each.seconds) for each in (row, full))
     later = []
     for count, seconds, first in zip(lengths(row), row.seconds, row.first):
@@ -142,10 +145,10 @@ def speed_figures(row: Measured, full: Measured) -> dict:
 
 
 def speedup_interval(row: Measured, full: Measured) -> list[float]:
-    """95 % bootstrap interval of the speed-up in two stages: prompts are drawn with replacement, then the repeats of
-    each drawn prompt, so that it covers both what prompts were asked and the noise of the clock. A repeat is drawn for
-    both rows alike, since they ran side by side. With one repeat the second stage is void. What changes the machine for
-    the whole run is not covered by any interval."""
+    """95 % bootstrap interval of the speed-up in two stages: prompts are drawn with replacement, then the
+    repeats of each drawn prompt, so that it covers both what prompts were asked and the noise of the clock. A
+    repeat is drawn for both rows alike, since they ran side by side. With one repeat the second stage is
+    void. What changes the machine for the whole run is not covered by any interval."""
     tokens, full_tokens = np.array(lengths(row)), np.array(lengths(full))
     times, full_times = np.array(row.times), np.array(full.times)  # (prompts, repeats)
     prompts, repeats = times.shape
@@ -167,7 +170,8 @@ def interval(values, level: float = 0.95) -> list[float]:
 
 
 def work_figures(row: Measured, shape: ModelConfig) -> dict:
-    """What the counters say, a token: blocks and their rows, FLOPs, and what became of candidates and drafts."""
+    """What the counters say, a token: blocks and their rows, FLOPs, and what became of candidates and
+    drafts."""
     counts = [asdict(out.counters) for out in row.outputs]
     total = Counters(**{field.name: sum(count[field.name] for count in counts) for field in fields(Counters)})
     kept = share(total.accepted, total.drafted)
@@ -193,8 +197,8 @@ def share(part: float, whole: float) -> float | None:
 
 
 def likeness_figures(row: Measured, full: Measured, texts: list[str], full_texts: list[str]) -> dict:
-    """How near the outputs are to the full model's: tokens position by position, whole texts, ROUGE-L F1 of the
-    texts."""
+    """How near the outputs are to the full model's: tokens position by position, whole texts, ROUGE-L F1 of
+    the texts."""
     pairs = [(out.tokens, base.tokens) for out, base in zip(row.outputs, full.outputs)]
     differences = [first_difference(*pair) for pair in pairs]
     changed = [at for at in differences if at is not None]
@@ -227,8 +231,8 @@ def metrics_of(task: Task) -> list[tuple]:
 
 
 def quality_kept(task: Task, texts: list[str], full_texts: list[str], references: list[list[str]]) -> float:
-    """How much of the full model's scores a row keeps: the least of their shares; of a task without scores, ROUGE-L to
-    its texts."""
+    """How much of the full model's scores a row keeps: the least of their shares; of a task without scores,
+    ROUGE-L to its texts."""
     if not task.metrics:
         return mean(rouge_l_f1(*pair) for pair in zip(texts, full_texts))
     return least_share(task.scores(texts, references).values(), task.scores(full_texts, references).values())
@@ -256,7 +260,8 @@ def quality_interval(
 
 @torch.inference_mode()
 def perplexity(model: Transformer, row: Measured) -> float:
-    """exp of the mean loss in nats, under the full model, of the tokens of the row's outputs, each after its prompt."""
+    """exp of the mean loss in nats, under the full model, of the tokens of the row's outputs, each after its
+    prompt."""
     losses = []
     for prompt, out in zip(row.prompts, row.outputs):
         text = torch.tensor([*prompt, *out.tokens], device=model.embedding.device)
@@ -266,10 +271,12 @@ def perplexity(model: Transformer, row: Measured) -> float:
 
 
 def pareto(points: dict[str, tuple[float, float]]) -> set[str]:
-    """Names of the points (speed, quality) that no other beats: none is at least as fast and as good, and better in one
-    of the two."""
+    """Names of the points (speed, quality) that no other beats: none is at least as fast and as good, and
+    better in one of the two."""
 
     def beaten(point: tuple[float, float]) -> bool:
-        return any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points.values())
+        return any(
+            other != point and other[0] >= point[0] and other[1] >= point[1] for other in points.values()
+        )
 
     return {name for name, point in points.items() if not beaten(point)}

@@ -1,5 +1,5 @@
-"""What every command of eval.py begins with: the model, the tasks, their inputs and solved examples; and what `prompt`
-shows."""
+"""What every command of eval.py begins with: the model, the tasks, their inputs and solved examples; and what
+`prompt` shows."""
 
 import argparse
 import sys
@@ -27,8 +27,11 @@ def note(text: str) -> None:
 
 
 def chosen_tasks(args: argparse.Namespace) -> list[Task]:
-    """Those of --tasks, else those that the checkpoint has settings for. Raises UserError for two of one name."""
-    tasks = [find_task(name) for name in (args.tasks.split(",") if args.tasks else default_tasks(args.settings))]
+    """Those of --tasks, else those that the checkpoint has settings for. Raises UserError for two of one
+    name."""
+    tasks = [
+        find_task(name) for name in (args.tasks.split(",") if args.tasks else default_tasks(args.settings))
+    ]
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise UserError(f"two tasks would be called {max(names, key=names.count)}; evaluate them one by one")
@@ -36,7 +39,8 @@ def chosen_tasks(args: argparse.Namespace) -> list[Task]:
 
 
 def load_model(args: argparse.Namespace) -> tuple[Transformer, object]:
-    """The model and its tokenizer; with --chat its chat, too, is in `args`. Raises UserError if it has none."""
+    """The model and its tokenizer; with --chat its chat, too, is in `args`. Raises UserError if it has
+    none."""
     model, tokenizer = load_checkpoint(args.checkpoint, **loading(args))
     if tokenizer is None:
         raise UserError(
@@ -71,8 +75,8 @@ def run_record(args: argparse.Namespace, model: Transformer) -> dict:
 
 
 def load_inputs(args: argparse.Namespace, task: Task, split: str) -> tuple[Task, list[Example]]:
-    """The task with its shots, and all of its inputs but these. Says how many references were merged, and what was
-    skipped."""
+    """The task with its shots, and all of its inputs but these. Says how many references were merged, and
+    what was skipped."""
     skipped: list[str] | None = [] if args.skip_bad else None
     examples = read_task(task, split, skipped)
     shots = []
@@ -85,7 +89,9 @@ def load_inputs(args: argparse.Namespace, task: Task, split: str) -> tuple[Task,
             raise UserError(f"{task.name}: name the file that the shots come from with --shot-file")
         solved = read_task(replace(task, file=args.shot_file or task.file), "train", skipped)
         if args.shots > len(solved):
-            raise UserError(f"shots is {args.shots}, but {task.name} has {len(solved)} solved examples; take fewer")
+            raise UserError(
+                f"shots is {args.shots}, but {task.name} has {len(solved)} solved examples; take fewer"
+            )
         shots = sample(solved, args.shots, args.draw_seed)
     for message in skipped or []:
         tell(f"skipped: {message}")
@@ -100,7 +106,9 @@ def load_inputs(args: argparse.Namespace, task: Task, split: str) -> tuple[Task,
     task = replace(task.with_shots(shots), chat=args.template)
     left = [example for example in examples if example not in shots]
     if shots and not left:
-        raise UserError(f"shots is {args.shots}: all inputs of {task.name}; take fewer, or another --shot-file")
+        raise UserError(
+            f"shots is {args.shots}: all inputs of {task.name}; take fewer, or another --shot-file"
+        )
     return task, left
 
 

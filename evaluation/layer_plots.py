@@ -8,7 +8,9 @@ from evaluation.analysis import Views, auroc, calibration_error, reliability
 def draw_ranks(plt, views: Views, title: str):
     """Rank of the last layer's token at every layer."""
     figure, axis = plt.subplots(figsize=(7, 4))
-    axis.boxplot(list(views.ranks.T), whis=(1, 99), showfliers=False, medianprops={"color": "k", "linewidth": 2})
+    axis.boxplot(
+        list(views.ranks.T), whis=(1, 99), showfliers=False, medianprops={"color": "k", "linewidth": 2}
+    )
     axis.set(
         yscale="log",
         xlabel="layer",
@@ -25,13 +27,16 @@ def draw_confidence(plt, views: Views, styles: dict[str, dict], title: str):
     axis.plot(layers, views.agrees.mean(0), color="k", marker="*", label="agrees with the last layer")
     for name, values in views.confidence.items():
         axis.plot(layers, values.mean(0), linestyle="--", label=f"confidence: {name}", **styles[name])
-    axis.set(xlabel="layer", ylim=(0, 1), title=f"{title}: confidence above the black line is over-confidence")
+    axis.set(
+        xlabel="layer", ylim=(0, 1), title=f"{title}: confidence above the black line is over-confidence"
+    )
     axis.legend(fontsize="small")
     return figure
 
 
 def draw_reliability(plt, views: Views, styles: dict[str, dict], title: str):
-    """Of each function, over all layers, how often it is right at every confidence; dots as large as their share."""
+    """Of each function, over all layers, how often it is right at every confidence; dots as large as their
+    share."""
     count = len(views.confidence)
     figure, axes = plt.subplots(1, count, figsize=(4 * count, 5.2), sharey=True, squeeze=False)
     for axis, (name, values) in zip(axes[0], views.confidence.items()):
@@ -55,7 +60,9 @@ def draw_divergences(plt, values: np.ndarray, words: list[str], title: str):
     """JSD to the last layer, layers upward, over the tokens of a text."""
     figure, axis = plt.subplots(figsize=(max(6, 0.38 * len(words)), 4))
     extent = (-0.5, len(words) - 0.5, 0.5, len(values) + 0.5)
-    image = axis.imshow(values, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=np.log(2), extent=extent)
+    image = axis.imshow(
+        values, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=np.log(2), extent=extent
+    )
     axis.set(ylabel="layer", title=f"{title.split(',')[0]}: one text")
     axis.grid(False)
     axis.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize="small")

@@ -1,7 +1,7 @@
 """One run: every setting on every prompt, in turn, with its outputs and times; and where it was made.
 
-All rows share code, cache, dtype and prompts; they take turns prompt by prompt, so that a drift of the machine meets
-all alike.
+All rows share code, cache, dtype and prompts; they take turns prompt by prompt, so that a drift of the
+machine meets all alike.
 """
 
 import platform
@@ -54,8 +54,8 @@ def run_in_turns(
     title: str,
     others: dict[str, Transformer] | None = None,
 ) -> dict[str, Measured]:
-    """Decodes every prompt under every config, in turn, `repeat` times, after a warm-up; rows named in `others` by a
-    model of their own. Several processes (torchrun) share the prompts."""
+    """Decodes every prompt under every config, in turn, `repeat` times, after a warm-up; rows named in
+    `others` by a model of their own. Several processes (torchrun) share the prompts."""
     rank, world = processes()
     rows = {name: Measured(config) for name, config in configs.items()}
     models = dict.fromkeys(rows, model) | (others or {})
@@ -78,8 +78,8 @@ def run_in_turns(
 
 
 def drafting_of(model: Transformer, config: DecodeConfig) -> Drafting | None:
-    """For a run over several texts: where draft is auto, a beginner that knows the costs, which the first process
-    measures if nobody has."""
+    """For a run over several texts: where draft is auto, a beginner that knows the costs, which the first
+    process measures if nobody has."""
     if config.draft == "fixed":
         return None
     by_first(costs_of, model, config, Run)
@@ -119,14 +119,16 @@ def synchronize(model: Transformer) -> None:
 
 
 def confidence_share(model: Transformer, prompts: list[list[int]], config: DecodeConfig) -> float:
-    """Share of the decoding time spent on asking, in a run of its own: every question with the heads that it computes,
-    less, where the answer was to exit, the time of one such head, since that gives the token."""
+    """Share of the decoding time spent on asking, in a run of its own: every question with the heads that it
+    computes, less, where the answer was to exit, the time of one such head, since that gives the token."""
     asking = again = 0.0
 
     class Timed(Trace):
         def decided(self, threshold: float) -> bool:
             nonlocal asking, again
-            weights = self._weights  # a head here multiplies with them; None: a few pruned candidates, next to nothing
+            weights = (
+                self._weights
+            )  # a head here multiplies with them; None: a few pruned candidates, next to nothing
             synchronize(model)
             started = time.perf_counter()
             exits = super().decided(threshold)
@@ -150,11 +152,13 @@ def confidence_share(model: Transformer, prompts: list[list[int]], config: Decod
 def encode_inputs(
     model, tokenizer, task: Task, examples: list[Example], configs: dict[str, DecodeConfig]
 ) -> tuple[list[list[int]], dict[str, DecodeConfig]]:
-    """Token ids of the prompts, cut on the left where they leave no room for an answer, and the configs with what ends
-    an answer."""
+    """Token ids of the prompts, cut on the left where they leave no room for an answer, and the configs with
+    what ends an answer."""
     longest, stops = max(config.max_new_tokens for config in configs.values()), task.stop_tokens(tokenizer)
     if longest > model.config.max_len - 2:
-        raise UserError(f"max_new_tokens is {longest}, of {model.config.max_len} positions; leave some to the prompt")
+        raise UserError(
+            f"max_new_tokens is {longest}, of {model.config.max_len} positions; leave some to the prompt"
+        )
     room = model.config.max_len - longest
     prompts, cut = zip(*task.encode([example.prompt for example in examples], tokenizer, room))
     if any(cut):
@@ -162,7 +166,9 @@ def encode_inputs(
             f"{task.name}: {sum(cut)} of {len(cut)} prompts lost their left to leave {longest} positions to answer",
             file=sys.stderr,
         )
-    ending = {name: replace(config, stop_tokens=(*config.stop_tokens, *stops)) for name, config in configs.items()}
+    ending = {
+        name: replace(config, stop_tokens=(*config.stop_tokens, *stops)) for name, config in configs.items()
+    }
     return list(prompts), ending
 
 

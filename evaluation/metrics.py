@@ -1,8 +1,8 @@
-"""How good is a generated text? BLEU, ROUGE, and answers against human references; variety; agreement with the full
-model's output.
+"""How good is a generated text? BLEU, ROUGE, and answers against human references; variety; agreement with
+the full model's output.
 
-Standard library and NumPy only. Every score lies in [0, 1], higher is better but for repetition; multiply by 100 for
-the usual points.
+Standard library and NumPy only. Every score lies in [0, 1], higher is better but for repetition; multiply by
+100 for the usual points.
 """
 
 import math
@@ -23,18 +23,19 @@ ROUGE_VARIANTS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 @dataclass(frozen=True)
 class Metric:
-    """A score of many texts that follows from sums over them, so that the score of a resample of the texts costs one
-    sum.
+    """A score of many texts that follows from sums over them, so that the score of a resample of the texts
+    costs one sum.
 
-    counts: (text, its references) -> numbers, always equally many. score: their sums over the texts -> [0, 1].
+    counts: (text, its references) -> numbers, always equally many. score: their sums over the texts -> [0,
+    1].
     """
 
     counts: Callable[[str, list[str]], Sequence[float]]
     score: Callable[[np.ndarray], float]
 
     def count(self, hypotheses: list[str], references: list[list[str]]) -> np.ndarray:
-        """The numbers of every text: (texts, numbers). Raises UserError for no texts, and for lists of different
-        length."""
+        """The numbers of every text: (texts, numbers). Raises UserError for no texts, and for lists of
+        different length."""
         if not hypotheses or len(hypotheses) != len(references):
             raise UserError(
                 f"got {len(hypotheses)} hypotheses and {len(references)} lists of references: need equal numbers, "
@@ -48,29 +49,32 @@ class Metric:
 
 def mean_of(score: Callable[[str, list[str]], float]) -> Metric:
     """The mean over texts of a score of one text."""
-    return Metric(lambda text, references: (score(text, references), 1), lambda sums: float(sums[0] / sums[1]))
+    return Metric(
+        lambda text, references: (score(text, references), 1), lambda sums: float(sums[0] / sums[1])
+    )
 
 
 def bleu(hypotheses: list[str], references: list[list[str]], lowercase: bool = False) -> float:
-    """Corpus BLEU-4 in [0, 1], equal to sacrebleu's default corpus_bleu (13a tokens, exponential smoothing) divided by
-    100.
+    """Corpus BLEU-4 in [0, 1], equal to sacrebleu's default corpus_bleu (13a tokens, exponential smoothing)
+    divided by 100.
 
-    BP * exp(mean over n = 1..4 of log p_n), with p_n the share of hypothesis n-grams found in the references, each
-    counted at most as often as in the one reference that has it most often. BP = exp(1 - r / h) if the hypotheses'
-    total length h is below r, the total of the reference lengths closest to each hypothesis (the shorter on ties). The
-    k-th order without a match counts 1 / 2^k matches; without any match, or without any 4-gram, the score is 0. Inputs
-    may have different numbers of references: do not pad them with empty texts, which would count as references of
-    length 0.
+    BP * exp(mean over n = 1..4 of log p_n), with p_n the share of hypothesis n-grams found in the references,
+    each counted at most as often as in the one reference that has it most often. BP = exp(1 - r / h) if the
+    hypotheses' total length h is below r, the total of the reference lengths closest to each hypothesis (the
+    shorter on ties). The k-th order without a match counts 1 / 2^k matches; without any match, or without any
+    4-gram, the score is 0. Inputs may have different numbers of references: do not pad them with empty texts,
+    which would count as references of length 0.
 
-    Sources: Papineni et al. 2002; smoothing and tokens as in NIST's mteval-v13a. With lowercase=True, the BLEU of the
-    E2E challenge. Raises UserError for no hypotheses, for lists of different length, and for an input without a
-    reference.
+    Sources: Papineni et al. 2002; smoothing and tokens as in NIST's mteval-v13a. With lowercase=True, the
+    BLEU of the E2E challenge. Raises UserError for no hypotheses, for lists of different length, and for an
+    input without a reference.
     """
     return METRICS["bleu_lower" if lowercase else "bleu"](hypotheses, references)
 
 
 def bleu_counts(hypothesis: str, references: list[str], lowercase: bool) -> list[int]:
-    """What BLEU adds up over texts: matching n-grams and n-grams, each for n = 1..4, and the lengths h and r."""
+    """What BLEU adds up over texts: matching n-grams and n-grams, each for n = 1..4, and the lengths h and
+    r."""
     _require_references(references)
     tokens = mteval_tokens(hypothesis, lowercase)
     reference_tokens = [mteval_tokens(text, lowercase) for text in references]
@@ -101,17 +105,20 @@ def bleu_score(sums: np.ndarray) -> float:
 
 
 def rouge_l(hypothesis: str, references: list[str]) -> float:
-    """ROUGE-L of one text in [0, 1] as in COCO caption evaluation, which the E2E challenge used; a corpus scores the
-    mean over texts.
+    """ROUGE-L of one text in [0, 1] as in COCO caption evaluation, which the E2E challenge used; a corpus
+    scores the mean over texts.
 
-    With P = max over references of LCS / hypothesis length, R = max over references of LCS / reference length and beta
-    = 1.2: (1 + beta^2) P R / (R + beta^2 P). P and R may come from different references. LCS is the longest common
-    subsequence of the lower-cased Penn Treebank tokens without punctuation. Two texts without tokens count as equal.
+    With P = max over references of LCS / hypothesis length, R = max over references of LCS / reference length
+    and beta = 1.2: (1 + beta^2) P R / (R + beta^2 P). P and R may come from different references. LCS is the
+    longest common subsequence of the lower-cased Penn Treebank tokens without punctuation. Two texts without
+    tokens count as equal.
 
     Sources: Lin 2004; Chen et al. 2015 (pycocoevalcap). Raises UserError for no references.
     """
     _require_references(references)
-    tokens = ptb_tokens(hypothesis) or [""]  # as in COCO, no tokens are one empty token, which matches only another one
+    tokens = ptb_tokens(hypothesis) or [
+        ""
+    ]  # as in COCO, no tokens are one empty token, which matches only another one
     reference_tokens = [ptb_tokens(text) or [""] for text in references]
     common = [_lcs_length(tokens, r) for r in reference_tokens]
     precision = max(common) / len(tokens)
@@ -120,11 +127,12 @@ def rouge_l(hypothesis: str, references: list[str]) -> float:
 
 
 def rouge_l_f1(hypothesis: str, reference: str) -> float:
-    """ROUGE-L F1 in [0, 1] of an early-exit text against the full model's text, equal to the rouge_score package's
-    rougeL.
+    """ROUGE-L F1 in [0, 1] of an early-exit text against the full model's text, equal to the rouge_score
+    package's rougeL.
 
-    2 P R / (P + R) with P = LCS / hypothesis length and R = LCS / reference length, on lower-cased runs of a-z and 0-9.
-    One exception to rouge_score: identical texts score 1 even where no such run is left. Source: Lin 2004.
+    2 P R / (P + R) with P = LCS / hypothesis length and R = LCS / reference length, on lower-cased runs of
+    a-z and 0-9. One exception to rouge_score: identical texts score 1 even where no such run is left. Source:
+    Lin 2004.
     """
     return 1.0 if hypothesis == reference else rouge(hypothesis, [reference], variants=["rougeL"])["rougeL"]
 
@@ -132,14 +140,14 @@ def rouge_l_f1(hypothesis: str, reference: str) -> float:
 def rouge(
     hypothesis: str, references: list[str], stemming: bool = False, variants: Sequence[str] = ROUGE_VARIANTS
 ) -> dict[str, float]:
-    """ROUGE of one text, every variant's F1 in [0, 1] equal to the rouge_score package's; of several references, the
-    best of each.
+    """ROUGE of one text, every variant's F1 in [0, 1] equal to the rouge_score package's; of several
+    references, the best of each.
 
-    2 P R / (P + R), with P the share of the hypothesis' tokens that match and R that of the reference's. rouge1 and
-    rouge2 count n-grams for tokens, each at most as often as in the other text. rougeL matches the longest common
-    subsequence. rougeLsum, where sentences are lines, matches per reference sentence the union of what its LCS with
-    each hypothesis sentence covers. Tokens are lower-cased runs of a-z and 0-9; stemming takes those of more than three
-    letters to their stems. A text without tokens scores 0.
+    2 P R / (P + R), with P the share of the hypothesis' tokens that match and R that of the reference's.
+    rouge1 and rouge2 count n-grams for tokens, each at most as often as in the other text. rougeL matches the
+    longest common subsequence. rougeLsum, where sentences are lines, matches per reference sentence the union
+    of what its LCS with each hypothesis sentence covers. Tokens are lower-cased runs of a-z and 0-9; stemming
+    takes those of more than three letters to their stems. A text without tokens scores 0.
 
     Source: Lin 2004. Raises UserError for no references and for a variant that is none of the four.
     """
@@ -152,22 +160,23 @@ def rouge(
 
 
 def squad_exact_match(hypothesis: str, references: list[str]) -> float:
-    """1 if an answer equals one of the references, else 0, as in the official evaluation of SQuAD v1.1; a corpus scores
-    the mean.
+    """1 if an answer equals one of the references, else 0, as in the official evaluation of SQuAD v1.1; a
+    corpus scores the mean.
 
-    Case, ASCII punctuation, the words a, an and the, and the amount of white space do not count. Source: Rajpurkar et
-    al. 2016. Raises UserError for no references.
+    Case, ASCII punctuation, the words a, an and the, and the amount of white space do not count. Source:
+    Rajpurkar et al. 2016. Raises UserError for no references.
     """
     _require_references(references)
     return float(any(squad_tokens(hypothesis) == squad_tokens(text) for text in references))
 
 
 def squad_f1(hypothesis: str, references: list[str]) -> float:
-    """Best F1 in [0, 1] of an answer's tokens over the references, as in the official evaluation of SQuAD v1.1.
+    """Best F1 in [0, 1] of an answer's tokens over the references, as in the official evaluation of SQuAD
+    v1.1.
 
-    Tokens are the words that squad_exact_match compares, in any order, each counted at most as often as in the other
-    text. Without a common token it is 0, even for two texts that have no tokens, which match exactly. Raises UserError
-    for no references.
+    Tokens are the words that squad_exact_match compares, in any order, each counted at most as often as in
+    the other text. Without a common token it is 0, even for two texts that have no tokens, which match
+    exactly. Raises UserError for no references.
     """
     _require_references(references)
     counts = Counter(squad_tokens(hypothesis))
@@ -175,10 +184,11 @@ def squad_f1(hypothesis: str, references: list[str]) -> float:
 
 
 def distinct(texts: list[str], n: int) -> float:
-    """Variety, distinct-n in [0, 1]: different n-grams over all n-grams of all texts, of lower-cased tokens between
-    white space.
+    """Variety, distinct-n in [0, 1]: different n-grams over all n-grams of all texts, of lower-cased tokens
+    between white space.
 
-    After Li et al. 2016, who divide by the number of tokens. 0 without any n-gram. Raises UserError for n below 1.
+    After Li et al. 2016, who divide by the number of tokens. 0 without any n-gram. Raises UserError for n
+    below 1.
     """
     if n < 1:
         raise UserError(f"n is {n}: give n-grams at least 1 token")
@@ -189,8 +199,8 @@ def distinct(texts: list[str], n: int) -> float:
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """rep-4 in [0, 1), lower is better: the share of a sequence's 4-grams that occurred in it before, 0 for fewer than
-    4 tokens.
+    """rep-4 in [0, 1), lower is better: the share of a sequence's 4-grams that occurred in it before, 0 for
+    fewer than 4 tokens.
 
     1 - different 4-grams / 4-grams, the seq-rep-4 of Welleck et al. 2020.
     """
@@ -199,19 +209,21 @@ def repetition(tokens: Sequence[int]) -> float:
 
 
 def token_agreement(tokens: Sequence[int], full_tokens: Sequence[int]) -> float:
-    """Share in [0, 1] of positions with the same token in both sequences, over the longer one's length; 1 for two empty
-    ones."""
+    """Share in [0, 1] of positions with the same token in both sequences, over the longer one's length; 1 for
+    two empty ones."""
     longest = max(len(tokens), len(full_tokens))
     return sum(a == b for a, b in zip(tokens, full_tokens)) / longest if longest else 1.0
 
 
-def bootstrap(statistic: Callable[..., float], *columns: Sequence, level=0.95, resamples=1000, seed=0) -> list[float]:
-    """Percentile bootstrap interval [low, high] of `statistic(*columns)`, the columns' rows being drawn together, with
-    replacement.
+def bootstrap(
+    statistic: Callable[..., float], *columns: Sequence, level=0.95, resamples=1000, seed=0
+) -> list[float]:
+    """Percentile bootstrap interval [low, high] of `statistic(*columns)`, the columns' rows being drawn
+    together, with replacement.
 
-    A column holds a number, or an array, for each row. The interval is from the (1 - level) / 2 to the (1 + level) / 2
-    quantile of the statistic over the resamples (Efron 1979); the same seed gives the same interval. Raises UserError
-    for no rows and for a level outside (0, 1).
+    A column holds a number, or an array, for each row. The interval is from the (1 - level) / 2 to the (1 +
+    level) / 2 quantile of the statistic over the resamples (Efron 1979); the same seed gives the same
+    interval. Raises UserError for no rows and for a level outside (0, 1).
     """
     arrays = [np.asarray(column, dtype=float) for column in columns]
     rows = len(arrays[0])
@@ -228,8 +240,9 @@ def bootstrap(statistic: Callable[..., float], *columns: Sequence, level=0.95, r
 
 
 def resampled_sums(counts: np.ndarray, resamples=1000, seed=0) -> np.ndarray:
-    """Sums over resamples of the rows of (texts, numbers), drawn with replacement: (resamples, numbers). Equal numbers
-    of texts are drawn alike, so that two rows of a table can be compared resample by resample."""
+    """Sums over resamples of the rows of (texts, numbers), drawn with replacement: (resamples, numbers).
+    Equal numbers of texts are drawn alike, so that two rows of a table can be compared resample by
+    resample."""
     texts = len(counts)
     times_drawn = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), size=resamples)
     return times_drawn @ counts
@@ -276,8 +289,8 @@ def _lcs_length(a: list[str], b: list[str]) -> int:
 
 
 def _lcs_positions(a: list[str], b: list[str]) -> set[int]:
-    """Positions in a of one longest common subsequence: of several, the one that rouge_score finds, from the ends of
-    both texts."""
+    """Positions in a of one longest common subsequence: of several, the one that rouge_score finds, from the
+    ends of both texts."""
     rows, found = _lcs_rows(a, b), set()
     i, j = len(a) - 1, len(b) - 1
     while i >= 0 and j >= 0:

@@ -1,4 +1,5 @@
-"""What `eval.py --html` shows: some inputs of a task, each decoded under all rows of the table (decoding/page.py)."""
+"""What `eval.py --html` shows: some inputs of a task, each decoded under all rows of the table
+(decoding/page.py)."""
 
 import argparse
 from pathlib import Path
@@ -34,7 +35,9 @@ class Pages:
         prompts, configs = encode_inputs(model, tokenizer, task, chosen, configs)
         configs = {"full": baseline(next(iter(configs.values()))), **configs}
         for example, prompt in zip(chosen, prompts):
-            runs = {name: (config, recorded(stream, model, prompt, config)) for name, config in configs.items()}
+            runs = {
+                name: (config, recorded(stream, model, prompt, config)) for name, config in configs.items()
+            }
             self.page.add(task.text(example.prompt, tokenizer), prompt, runs, example.references)
 
     def write(self) -> None:

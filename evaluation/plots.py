@@ -1,7 +1,8 @@
-"""Pictures of what was measured, from the rows of the table that they belong to. matplotlib is needed for this alone.
+"""Pictures of what was measured, from the rows of the table that they belong to. matplotlib is needed for
+this alone.
 
-Colours come from viridis and cividis, which colour-blind readers can tell apart, and never stand alone: shapes,
-fillings or numbers say the same.
+Colours come from viridis and cividis, which colour-blind readers can tell apart, and never stand alone:
+shapes, fillings or numbers say the same.
 """
 
 import math
@@ -27,7 +28,15 @@ SHAPES = {
     "classifier": "P",
     "entropy": "X",
 }
-SHADES = {"full": 0.0, "softmax": 0.1, "weighted": 0.5, "jsd": 0.75, "hidden": 0.3, "classifier": 0.6, "entropy": 0.85}
+SHADES = {
+    "full": 0.0,
+    "softmax": 0.1,
+    "weighted": 0.5,
+    "jsd": 0.75,
+    "hidden": 0.3,
+    "classifier": 0.6,
+    "entropy": 0.85,
+}
 FILLINGS = {
     "none": "none",
     "fixed": "left",
@@ -61,21 +70,30 @@ def depth_color(plt, layer: int, n_layers: int):
 
 
 def draw_training(log: Path) -> Path:
-    """Training loss, and for each validation file loss and agreement of every exit, against steps, from a log.jsonl of
-    train.py; into a PNG beside it, which is returned. Raises UserError for a file that is not such a log."""
+    """Training loss, and for each validation file loss and agreement of every exit, against steps, from a
+    log.jsonl of train.py; into a PNG beside it, which is returned. Raises UserError for a file that is not
+    such a log."""
     training, curves = read_curves(log)
     plt = pyplot()
     count = max(1, len(curves))
     figure, axes = plt.subplots(2, count, figsize=(5 * count, 7), squeeze=False, sharex=True)
     for column, (file, layers) in enumerate(curves.items() or [("", {})]):
         loss, agreement = axes[:, column]
-        loss.plot(*zip(*smoothed(training)), color="0.75", linewidth=1, label="training, deepest layer of the step")
+        loss.plot(
+            *zip(*smoothed(training)), color="0.75", linewidth=1, label="training, deepest layer of the step"
+        )
         for layer, points in sorted(layers.items()):
             steps, losses, same = zip(*points)
-            style = {"color": depth_color(plt, layer, max(layers)), "marker": f"${layer}$", "label": f"layer {layer}"}
+            style = {
+                "color": depth_color(plt, layer, max(layers)),
+                "marker": f"${layer}$",
+                "label": f"layer {layer}",
+            }
             loss.plot(steps, losses, **style)
             agreement.plot(steps, same, **style)
-        loss.set(title=Path(file).parent.name or file, ylabel="loss (nats a target)", ylim=zoom(training, layers))
+        loss.set(
+            title=Path(file).parent.name or file, ylabel="loss (nats a target)", ylim=zoom(training, layers)
+        )
         agreement.set(xlabel="step", ylabel="agreement with the last layer", ylim=(None, 1.01))
         loss.legend(fontsize="small")
     out = Path(log).with_suffix(".png")
@@ -85,7 +103,8 @@ def draw_training(log: Path) -> Path:
 
 
 def read_curves(log: Path) -> tuple[list[tuple], dict]:
-    """(step, loss) of the training, and by validation file and layer (step, loss, agreement). Raises UserError."""
+    """(step, loss) of the training, and by validation file and layer (step, loss, agreement). Raises
+    UserError."""
     curves = defaultdict(lambda: defaultdict(list))
     try:
         rows = read_log(Path(log))
@@ -126,8 +145,8 @@ def zoom(training: list[tuple[int, float]], layers: dict) -> tuple[float, float]
 
 
 def draw_evaluation(folder: Path, rows: list[dict], model, tokenizer) -> list[Path]:
-    """Pictures of the rows of eval.py, and of what the layers of the model see in the texts that it wrote; returns the
-    files. Rows of a sweep, which keep no texts, give fewer."""
+    """Pictures of the rows of eval.py, and of what the layers of the model see in the texts that it wrote;
+    returns the files. Rows of a sweep, which keep no texts, give fewer."""
     plt = pyplot()
     folder.mkdir(parents=True, exist_ok=True)
     made = {}
@@ -154,7 +173,8 @@ def draw_evaluation(folder: Path, rows: list[dict], model, tokenizer) -> list[Pa
 
 
 def pictures_of_layers(plt, rows: list[dict], model, tokenizer) -> dict:
-    """Pictures of what the layers see in the texts of the full model's row, and of one text under every row."""
+    """Pictures of what the layers see in the texts of the full model's row, and of one text under every
+    row."""
     title = titled(rows)
     texts = [(each["prompt_tokens"], each["tokens"]) for each in rows[0]["prompts"]]
     views = look(model, texts, ASKED)
@@ -231,14 +251,17 @@ def draw_speed(plt, rows: list[dict]):
         title=f"{titled(rows)}: speed and quality, 95 % intervals over inputs",
     )
     axis.legend(
-        fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), title="half filled: pruned\nfilled: verified"
+        fontsize="small",
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        title="half filled: pruned\nfilled: verified",
     )
     return figure
 
 
 def draw_sweep(plt, rows: list[dict]):
-    """Quality kept and exit layer against the swept number with the most values, a line for each combination of the
-    others; None if nothing swept can be an axis."""
+    """Quality kept and exit layer against the swept number with the most values, a line for each combination
+    of the others; None if nothing swept can be an axis."""
     configs = [row["config"] for row in rows[1:]]
     swept = [name for name in configs[0] if len({str(config[name]) for config in configs}) > 1]
     sizes = {}
@@ -256,7 +279,10 @@ def draw_sweep(plt, rows: list[dict]):
     depth.axhline(rows[0]["avg_exit_layer"], color="k", linewidth=1, linestyle=":", label="full")
     for number, (name, members) in enumerate(lines.items()):
         members.sort(key=lambda row: row["config"][field])
-        style = {"color": plt.get_cmap("viridis")(0.85 * number / len(lines)), "marker": "oDs^vPXh"[number % 8]}
+        style = {
+            "color": plt.get_cmap("viridis")(0.85 * number / len(lines)),
+            "marker": "oDs^vPXh"[number % 8],
+        }
         values = [row["config"][field] for row in members]
         bars = np.hstack([error_bars(row["kept"], row["kept_ci"]) for row in members])
         quality.errorbar(
@@ -270,8 +296,8 @@ def draw_sweep(plt, rows: list[dict]):
 
 
 def draw_flops(plt, rows: list[dict]):
-    """Confidence FLOPs a token of each function by pruning schedule, as points: a logarithmic axis has no zero for
-    bars."""
+    """Confidence FLOPs a token of each function by pruning schedule, as points: a logarithmic axis has no
+    zero for bars."""
     table = {}
     for row in rows:
         config = row["config"]
@@ -298,7 +324,11 @@ def draw_flops(plt, rows: list[dict]):
                 color=plt.get_cmap("viridis")(0.28 * number),
                 label=schedule,
             )
-    axis.set(yscale="log", ylabel="confidence FLOPs a token (logarithmic)", title=f"{titled(rows)}: what asking costs")
+    axis.set(
+        yscale="log",
+        ylabel="confidence FLOPs a token (logarithmic)",
+        title=f"{titled(rows)}: what asking costs",
+    )
     axis.set_xlim(-0.5, len(functions) - 0.5)
     axis.set_xticks(range(len(functions)), functions)
     axis.legend(fontsize="small", title="pruning", loc="center left", bbox_to_anchor=(1, 0.5))
@@ -317,7 +347,13 @@ def draw_exits(plt, rows: list[dict], number: int, tokenizer, n_layers: int):
             grid[i, at] = layer
             color = "w" if layer < 0.6 * n_layers else "k"
             axis.text(
-                at, i, f"{piece(tokenizer, token)}\n{layer}", ha="center", va="center", fontsize="x-small", color=color
+                at,
+                i,
+                f"{piece(tokenizer, token)}\n{layer}",
+                ha="center",
+                va="center",
+                fontsize="x-small",
+                color=color,
             )
     image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=1, vmax=n_layers)
     axis.set(title=f"{rows[0]['task']}: exit layer of every token of one text")

@@ -1,7 +1,7 @@
 """The papers' settings as rows of the table: `python eval.py --rows calm,free,layerskip`, on any checkpoint.
 
-Each is a dict of DecodeConfig's fields, with its source and what is not as in the paper. Layers are named by their
-share of the depth, since the papers' models have 24 layers and more.
+Each is a dict of DecodeConfig's fields, with its source and what is not as in the paper. Layers are named by
+their share of the depth, since the papers' models have 24 layers and more.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,13 @@ RECIPES = {
         "CALM: Confident Adaptive Language Modeling (Schuster 2022): softmax response, a threshold that decays over "
         "the text, states of skipped layers copied up",
         "a decoder alone in place of T5; the threshold is not calibrated (`python eval.py calibrate` does that)",
-        {"confidence": "softmax", "threshold": 0.9, "threshold_schedule": "decaying", "tau": 4.0, "fill": "copy"},
+        {
+            "confidence": "softmax",
+            "threshold": 0.9,
+            "threshold_schedule": "decaying",
+            "tau": 4.0,
+            "fill": "copy",
+        },
     ),
     "free": Recipe(
         "FREE: Fast and Robust Early-Exiting (Bae 2023): one shallow exit, skipped layers run later in parallel, a "

@@ -1,5 +1,5 @@
-"""Which settings are measured: those beside a checkpoint, the papers' recipes, or one of your own; and where each came
-from."""
+"""Which settings are measured: those beside a checkpoint, the papers' recipes, or one of your own; and where
+each came from."""
 
 import argparse
 from dataclasses import replace
@@ -8,7 +8,14 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import read_json
 from common.flags import given
-from decoding.choosing import COMMAND, beside_checkpoint, from_json, outranking, read_thresholds, with_thresholds
+from decoding.choosing import (
+    COMMAND,
+    beside_checkpoint,
+    from_json,
+    outranking,
+    read_thresholds,
+    with_thresholds,
+)
 from decoding.settings import AUTO_CHOOSES, DecodeConfig
 from evaluation.recipes import RECIPES
 from evaluation.tasks import TASKS, Task
@@ -18,8 +25,8 @@ REMEDY = "choose some with `eval.py tune`, name recipes (--rows calm,free,layers
 
 
 def custom_settings(args: argparse.Namespace) -> dict:
-    """The fields of DecodeConfig given by flags and by --thresholds, the flags first. Raises UserError for unusable
-    ones."""
+    """The fields of DecodeConfig given by flags and by --thresholds, the flags first. Raises UserError for
+    unusable ones."""
     custom = with_thresholds(args.thresholds, given(args, DecodeConfig))
     DecodeConfig(**custom)
     return custom
@@ -43,8 +50,8 @@ def exit_layers_of(model) -> list[int]:
 
 
 def choose_rows(args: argparse.Namespace, task: Task, model, custom: dict) -> dict[str, DecodeConfig]:
-    """What the table shows beside the full model: with --confidence one row of your own; with --rows those named, of
-    the settings or of the recipes; else the settings' main rows, or with --all all of them."""
+    """What the table shows beside the full model: with --confidence one row of your own; with --rows those
+    named, of the settings or of the recipes; else the settings' main rows, or with --all all of them."""
     if "confidence" in custom:
         config = own_setting(args, task, custom)
         config.exits(model.config)
@@ -73,8 +80,8 @@ def recipe_row(name: str, task: Task, model, custom: dict) -> DecodeConfig:
 
 
 def changed(config: DecodeConfig, custom: dict) -> DecodeConfig:
-    """The setting with changes. What a row is about stays: a static exit, whose threshold is 0, is static, drafting by
-    measurement makes its own choice, copies owe nothing."""
+    """The setting with changes. What a row is about stays: a static exit, whose threshold is 0, is static,
+    drafting by measurement makes its own choice, copies owe nothing."""
     fixed = ()
     if config.draft == "auto":
         fixed = (*AUTO_CHOOSES, "threshold_schedule")
@@ -82,7 +89,9 @@ def changed(config: DecodeConfig, custom: dict) -> DecodeConfig:
         fixed = ("max_owed",)
     custom = {name: value for name, value in custom.items() if name not in fixed}
     if config.threshold == 0:
-        custom = {name: value for name, value in custom.items() if name != "layer_thresholds"} | {"threshold": 0.0}
+        custom = {name: value for name, value in custom.items() if name != "layer_thresholds"} | {
+            "threshold": 0.0
+        }
     return replace(config, **outranking(custom))
 
 
@@ -90,8 +99,8 @@ def changed(config: DecodeConfig, custom: dict) -> DecodeConfig:
 
 
 def read_settings_file(path: Path) -> dict:
-    """The content of a settings file: by task, rows by name; {} if there is no file. Raises UserError for another
-    file."""
+    """The content of a settings file: by task, rows by name; {} if there is no file. Raises UserError for
+    another file."""
     return read_json(path, "settings by task") if path.is_file() else {}
 
 
@@ -102,8 +111,8 @@ def default_tasks(settings: Path) -> list[str]:
 
 
 def read_settings(path: Path, task: Task, model, custom: dict) -> dict[str, DecodeConfig]:
-    """The named settings of a task in the JSON file that `tune` writes, with the changes of the command line. Raises
-    ValueError if there are none or they are unusable."""
+    """The named settings of a task in the JSON file that `tune` writes, with the changes of the command line.
+    Raises ValueError if there are none or they are unusable."""
     if not path.is_file():
         raise UserError(f"{path}: no settings for this checkpoint; {REMEDY}")
     try:
@@ -124,14 +133,16 @@ def read_settings(path: Path, task: Task, model, custom: dict) -> dict[str, Deco
 
 
 def sources(args: argparse.Namespace, origin: str) -> str:
-    """One line that says which settings are in force and from where; a source outranks those that follow it. origin:
-    where the rows themselves come from."""
+    """One line that says which settings are in force and from where; a source outranks those that follow it.
+    origin: where the rows themselves come from."""
     parts = []
     flags = given(args, DecodeConfig)
     if flags:
         parts.append(f"flags ({listed(flags)})")
     if args.thresholds:
-        parts.append(f"{args.thresholds} ({listed(read_thresholds(args.thresholds, flags.get('confidence')))})")
+        parts.append(
+            f"{args.thresholds} ({listed(read_thresholds(args.thresholds, flags.get('confidence')))})"
+        )
     return f"settings: {', over '.join([*parts, origin])}"
 
 
@@ -157,7 +168,8 @@ def origin_of_rows(args: argparse.Namespace, custom: dict, model) -> str:
 
 
 def own_origin(args: argparse.Namespace, custom: dict, model) -> str:
-    """Where a setting of your own begins, in words, the model's exit layers among it unless others are named."""
+    """Where a setting of your own begins, in words, the model's exit layers among it unless others are
+    named."""
     fields = fields_that_differ(command_setting(args), DecodeConfig())
     fields.pop("max_new_tokens", None)  # the task's
     words = f"decode.py's defaults ({listed(fields)})"

@@ -1,8 +1,9 @@
-"""Word stems, so that "connected" and "connections" count as one word: Porter's algorithm as a table of rules.
+"""Word stems, so that "connected" and "connections" count as one word: Porter's algorithm as a table of
+rules.
 
-A word is read as a pattern of consonants (c) and vowels (v); its measure m is the number of times that a vowel is
-followed by a consonant, about its syllables: m = 0 in "tree", 1 in "trouble", 2 in "private". Nearly every rule asks
-for the m of what it leaves.
+A word is read as a pattern of consonants (c) and vowels (v); its measure m is the number of times that a
+vowel is followed by a consonant, about its syllables: m = 0 in "tree", 1 in "trouble", 2 in "private". Nearly
+every rule asks for the m of what it leaves.
 """
 
 from collections.abc import Callable
@@ -17,8 +18,8 @@ def stem(word: str) -> str:
     """The stem of one word, in lower case; it need not be a word itself: "relational" gives "relat".
 
     Source: Porter 1980, An algorithm for suffix stripping; equal to nltk's PorterStemmer in its default mode,
-    NLTK_EXTENSIONS. That leaves words of at most two letters, knows some irregular ones, and has rules that the paper
-    lacks, marked "later" below.
+    NLTK_EXTENSIONS. That leaves words of at most two letters, knows some irregular ones, and has rules that
+    the paper lacks, marked "later" below.
     """
     word = word.lower()
     if word in IRREGULAR or len(word) <= 2:
@@ -31,8 +32,8 @@ def stem(word: str) -> str:
 
 
 def _apply(rules: list[Rule], word: str) -> str:
-    """Replaces the first suffix that fits, if its condition holds; no other is tried, so longer suffixes come before
-    their endings."""
+    """Replaces the first suffix that fits, if its condition holds; no other is tried, so longer suffixes come
+    before their endings."""
     for suffix, replacement, condition in rules:
         if word.endswith(suffix):
             start = word.removesuffix(suffix)
@@ -41,8 +42,8 @@ def _apply(rules: list[Rule], word: str) -> str:
 
 
 def _repair(start: str) -> str:
-    """What a participle's ending left, made a word again: conflat(ed) and fil(ing) get an e back, hopp(ing) loses a
-    p."""
+    """What a participle's ending left, made a word again: conflat(ed) and fil(ing) get an e back, hopp(ing)
+    loses a p."""
     if start.endswith(("at", "bl", "iz")) or (_measure(start) == 1 and _short_end(start)):
         return start + "e"
     doubled = start[-2:] == 2 * start[-1] and _pattern(start).endswith("c")
@@ -50,7 +51,8 @@ def _repair(start: str) -> str:
 
 
 def _pattern(start: str) -> str:
-    """Consonant or vowel, "c" or "v" for each letter; y is a vowel after a consonant: "toy" is cvc, "system" cvccvc."""
+    """Consonant or vowel, "c" or "v" for each letter; y is a vowel after a consonant: "toy" is cvc, "system"
+    cvccvc."""
     pattern = ""
     for letter in start:
         pattern += "v" if letter in "aeiou" or (letter == "y" and pattern.endswith("c")) else "c"
@@ -62,8 +64,8 @@ def _measure(start: str) -> int:
 
 
 def _short_end(start: str) -> bool:
-    """Ends like "hop": consonant, vowel, and a consonant but w, x or y, so that an e may have followed; later: or "us",
-    as a whole."""
+    """Ends like "hop": consonant, vowel, and a consonant but w, x or y, so that an e may have followed;
+    later: or "us", as a whole."""
     return _pattern(start) == "vc" or (_pattern(start).endswith("cvc") and start[-1] not in "wxy")
 
 
@@ -93,17 +95,29 @@ def _long(start: str) -> bool:
 
 
 IRREGULAR = {
-    "skies": "sky", "dying": "die", "lying": "lie", "tying": "tie", "innings": "inning", "outings": "outing",
+    "skies": "sky",
+    "dying": "die",
+    "lying": "lie",
+    "tying": "tie",
+    "innings": "inning",
+    "outings": "outing",
     "cannings": "canning",
-    **{word: word for word in ("sky", "news", "inning", "outing", "canning", "howe", "proceed", "exceed", "succeed")},
+    **{
+        word: word
+        for word in ("sky", "news", "inning", "outing", "canning", "howe", "proceed", "exceed", "succeed")
+    },
 }  # later
-PARTICIPLES = _rules(_always, "ied:i") + _rules(_positive, "eed:ee") + _rules(_has_vowel, "ed: ing:")  # ied: later
+PARTICIPLES = (
+    _rules(_always, "ied:i") + _rules(_positive, "eed:ee") + _rules(_has_vowel, "ed: ing:")
+)  # ied: later
 STEPS = [
     _rules(_one_letter, "ies:ie"),  # later: ties, not flies
     _rules(_always, "sses:ss ies:i ss:ss s:"),
     _rules(_one_letter, "ied:ie"),  # later
     PARTICIPLES,
-    [("y", "i", lambda start: len(start) > 1 and _pattern(start).endswith("c"))],  # the paper: after any with a vowel
+    [
+        ("y", "i", lambda start: len(start) > 1 and _pattern(start).endswith("c"))
+    ],  # the paper: after any with a vowel
     _rules(_positive, "alli:al"),  # a step of its own later, so that "rationally" goes on as "rational"
     [
         *_rules(_positive, "ational:ate tional:tion enci:ence anci:ance izer:ize entli:ent eli:e ousli:ous"),
@@ -114,7 +128,10 @@ STEPS = [
     ],
     _rules(_positive, "icate:ic ative: alize:al iciti:ic ical:ic ful: ness:"),
     [
-        *_rules(_long, "al: ance: ence: er: ic: able: ible: ant: ement: ment: ent: ou: ism: ate: iti: ous: ive: ize:"),
+        *_rules(
+            _long,
+            "al: ance: ence: er: ic: able: ible: ant: ement: ment: ent: ou: ism: ate: iti: ous: ive: ize:",
+        ),
         ("ion", "", lambda start: _long(start) and start[-1] in "st"),
     ],
     [("e", "", lambda start: _long(start) or (_measure(start) == 1 and not _short_end(start)))],

@@ -1,5 +1,5 @@
-"""`eval.py sweep`: every combination of some settings, measured beside the full model; kept in a file, so that a sweep
-goes on where it stopped."""
+"""`eval.py sweep`: every combination of some settings, measured beside the full model; kept in a file, so
+that a sweep goes on where it stopped."""
 
 import argparse
 import inspect
@@ -56,8 +56,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def swept_values(over: list[list[str]]) -> dict[str, list[str]]:
-    """The values of every field swept, as text. over: field, values. Raises UserError for one without values, or
-    twice."""
+    """The values of every field swept, as text. over: field, values. Raises UserError for one without values,
+    or twice."""
     swept = {}
     for field, *values in over:
         name = field.replace("-", "_")
@@ -121,13 +121,22 @@ def means(rows: list[dict], field: str) -> str:
 
 # ---------------------------------------------------------------- the file of results
 
-ABOUT = ("checkpoint", "checkpoint_id", "split_of_data", "limit", "repeat", "seed", "shots", "chat")  # of rows
+ABOUT = (
+    "checkpoint",
+    "checkpoint_id",
+    "split_of_data",
+    "limit",
+    "repeat",
+    "seed",
+    "shots",
+    "chat",
+)  # of rows
 PLACE = ("device", "threads", "dtype", "weights", "processes")  # what makes two runs comparable
 
 
 def read_results(path: Path) -> dict[str, list[dict]]:
-    """By key, the full model's row and that of a setting, from a file of results; a last one that was cut short is
-    taken away. Raises UserError for a file that is something else."""
+    """By key, the full model's row and that of a setting, from a file of results; a last one that was cut
+    short is taken away. Raises UserError for a file that is something else."""
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     if lines and not lines[-1].endswith(b"\n") and lines[-1].startswith(ENTRY.encode()[: len(lines[-1])]):
         lines.pop()
@@ -157,10 +166,10 @@ def measured_or_known(
     path: Path,
     about: dict,
 ) -> list[dict]:
-    """Rows of all configs (which one full model serves), those that the results file has already taken from there; what
-    is measured is added to it, a few settings at a time, each time beside the full model. A row counts as the same if
-    the setting, the examples, the place and `about` are; `about`, {name: value}, says where model and examples come
-    from."""
+    """Rows of all configs (which one full model serves), those that the results file has already taken from
+    there; what is measured is added to it, a few settings at a time, each time beside the full model. A row
+    counts as the same if the setting, the examples, the place and `about` are; `about`, {name: value}, says
+    where model and examples come from."""
     here = environment(model)
     place = {name: here[name] for name in PLACE}
     keys = {

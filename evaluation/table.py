@@ -1,4 +1,5 @@
-"""The table, which `python eval.py` prints: rows of figures as aligned text; and the files that go with it."""
+"""The table, which `python eval.py` prints: rows of figures as aligned text; and the files that go with
+it."""
 
 import argparse
 import sys
@@ -86,12 +87,15 @@ def score_columns(task: Task) -> dict[str, Cell]:
 
 
 def columns_of(task: Task, wide: bool) -> dict[str, Cell]:
-    """Columns by title: all, or those that fit a line of 100 characters, there with the short names of two scores."""
+    """Columns by title: all, or those that fit a line of 100 characters, there with the short names of two
+    scores."""
     scores = score_columns(task)
     if wide:
         return SPEED | scores | LIKENESS
     short = {title.split(" (")[0]: cell for title, cell in list(scores.items())[:2]}
-    return {title: cell for title, cell in (SPEED | short | LIKENESS).items() if title in NARROW or title in short}
+    return {
+        title: cell for title, cell in (SPEED | short | LIKENESS).items() if title in NARROW or title in short
+    }
 
 
 def table(rows: list[dict], task: Task, wide: bool) -> str:
@@ -140,7 +144,9 @@ def main(args: argparse.Namespace) -> None:
     model, tokenizer = load_model(args)
     result, pages = {"environment": run_record(args, model), "rows": []}, Pages(args, model, tokenizer)
     note(sources(args, origin_of_rows(args, custom, model)))
-    loaded = [load_inputs(args, task, args.split) for task in tasks]  # all mistakes before anything is measured
+    loaded = [
+        load_inputs(args, task, args.split) for task in tasks
+    ]  # all mistakes before anything is measured
     chosen = [choose_rows(args, task, model, custom) for task, _ in loaded]
     for (task, examples), rows_of_task in zip(loaded, chosen):
         drawn = sample(examples, args.limit, args.draw_seed)
@@ -169,8 +175,11 @@ def check_written(args: argparse.Namespace, tasks: list[Task]) -> None:
         pyplot()
 
 
-def check_files(args: argparse.Namespace, tasks: list[Task], *paths: Path | None, settings: Path | None = None) -> None:
-    """Raises UserError for files that cannot be written, or that the command reads: `settings` and the data, too."""
+def check_files(
+    args: argparse.Namespace, tasks: list[Task], *paths: Path | None, settings: Path | None = None
+) -> None:
+    """Raises UserError for files that cannot be written, or that the command reads: `settings` and the data,
+    too."""
     thresholds, data = getattr(args, "thresholds", None), [task.file for task in tasks]
     read = [args.checkpoint, args.heads, thresholds, args.shot_file, args.frequent_ids, settings, *data]
     check_outputs([*paths], read)

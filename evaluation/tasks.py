@@ -1,4 +1,5 @@
-"""What is asked of a model, and how an answer is scored: prompts, where an answer ends, the metrics of every task."""
+"""What is asked of a model, and how an answer is scored: prompts, where an answer ends, the metrics of every
+task."""
 
 import hashlib
 import random
@@ -24,11 +25,15 @@ class Task:
     name: str
     metrics: dict[str, str]  # of each score its name in metrics.METRICS; the first is the one to keep
     file: str  # "{}" stands for dev or test
-    template: str = "{}"  # of a prompt, for models whose tokenizer has no separator; ends where the answer begins
+    template: str = (
+        "{}"  # of a prompt, for models whose tokenizer has no separator; ends where the answer begins
+    )
     one_line: bool = True  # such a model's answer ends with its line
     max_new_tokens: int = 100
     openings: bool = False  # prompts are the first words of a text's paragraphs
-    shots: tuple[tuple[str, str], ...] = ()  # solved examples before the prompt: prompt in the template, answer
+    shots: tuple[
+        tuple[str, str], ...
+    ] = ()  # solved examples before the prompt: prompt in the template, answer
     chat: Chat | None = None  # prompts, and shots before them, are turns in a chat
 
     def text(self, prompt: str, tokenizer) -> str:
@@ -47,8 +52,9 @@ class Task:
         return conversation(self.template.format(prompt).strip(), shots)
 
     def encode(self, prompts: list[str], tokenizer, room: int) -> list[tuple[list[int], bool]]:
-        """Of each prompt its token ids, and whether its left had to go to leave at most `room`; the start token stays,
-        in a chat all but the prompt itself. Raises UserError for shots that leave a prompt no room."""
+        """Of each prompt its token ids, and whether its left had to go to leave at most `room`; the start
+        token stays, in a chat all but the prompt itself. Raises UserError for shots that leave a prompt no
+        room."""
         if self.chat:
             encoded = self.chat.encode([self.turns(prompt) for prompt in prompts])
         else:
@@ -75,8 +81,8 @@ class Task:
         raise UserError(f"{self.name}: the turns around a prompt leave no room for it; take fewer --shots")
 
     def stop_tokens(self, tokenizer) -> tuple[int, ...]:
-        """Pieces that end an answer, besides the end of text: those with a line end, where an answer is one line; in a
-        chat the end of the turn."""
+        """Pieces that end an answer, besides the end of text: those with a line end, where an answer is one
+        line; in a chat the end of the turn."""
         if self.chat:
             return self.chat.ends
         if not self.one_line or tokenizer.separator is not None:
@@ -94,7 +100,12 @@ class Task:
 
 
 QA = {"f1": "f1", "exact_match": "exact_match", "rougeL": "rougeL"}
-SUMMARY = {"rougeL": "rougeL_stem", "rouge1": "rouge1_stem", "rouge2": "rouge2_stem", "rougeLsum": "rougeLsum_stem"}
+SUMMARY = {
+    "rougeL": "rougeL_stem",
+    "rouge1": "rouge1_stem",
+    "rouge2": "rouge2_stem",
+    "rougeLsum": "rougeLsum_stem",
+}
 TRANSLATION = {"bleu": "bleu", "rougeL": "rougeL_coco"}
 DESCRIPTION = {"bleu": "bleu_lower", "rougeL": "rougeL_coco"}
 TASKS = {
@@ -112,15 +123,19 @@ def find_task(name: str) -> Task:
     """An embedded task by its name, or NAME=FILE: another file of its kind. Raises UserError."""
     kind, _, file = name.partition("=")
     if kind not in TASKS:
-        raise UserError(f"unknown task {kind!r}; choose from {', '.join(TASKS)}; with a file of yours one of these by "
-                        "what it holds, as in samsum=FILE, or file=FILE")
+        raise UserError(
+            f"unknown task {kind!r}; choose from {', '.join(TASKS)}; with a file of yours one of these by "
+            "what it holds, as in samsum=FILE, or file=FILE"
+        )
     task = replace(TASKS[kind], file=file or TASKS[kind].file)
     if not task.file:
         raise UserError(f"task {kind} needs its file: {kind}=FILE")
     if kind == "file":
         task = replace(task, name=Path(file).name.split(".")[0])
         if task.name in (*TASKS, "decode", "provenance"):  # which settings name, too
-            raise UserError(f"{file}: a task of your own is called as its file is, and {task.name} is taken; rename it")
+            raise UserError(
+                f"{file}: a task of your own is called as its file is, and {task.name} is taken; rename it"
+            )
     return task
 
 
@@ -133,7 +148,9 @@ def read_task(task: Task, split: str, skipped: list[str] | None = None) -> list[
         return openings(path, skipped)
     examples = data.read_examples(path, skipped)
     if not all(example.prompt for example in examples):
-        raise UserError(f"{path}: holds texts without a prompt; the task stories={path} goes on from their openings")
+        raise UserError(
+            f"{path}: holds texts without a prompt; the task stories={path} goes on from their openings"
+        )
     return examples
 
 
@@ -148,7 +165,9 @@ def openings(path: str | Path, skipped: list[str] | None = None) -> list[Example
         for words in long[::step]:
             examples.append(Example(" ".join(words[:OPENING]), (" ".join(words[OPENING:]),)))
     if not examples:
-        raise UserError(f"{path}: has no paragraph of {2 * OPENING} words or more, to go on from its first {OPENING}")
+        raise UserError(
+            f"{path}: has no paragraph of {2 * OPENING} words or more, to go on from its first {OPENING}"
+        )
     return examples
 
 
@@ -169,8 +188,9 @@ def source(example: Example) -> str:
 
 
 def between(examples: list[Example], low: float, high: float) -> list[Example]:
-    """The examples whose source falls from `low` to below `high` on a fixed scale from 0 to 1. All questions on one
-    text fall together, whatever the seed and the file that they come from, so disjoint stretches never share a text."""
+    """The examples whose source falls from `low` to below `high` on a fixed scale from 0 to 1. All questions
+    on one text fall together, whatever the seed and the file that they come from, so disjoint stretches never
+    share a text."""
 
     def place(example: Example) -> float:
         return int.from_bytes(hashlib.sha256(source(example).encode()).digest()[:6], "big") / 2**48
@@ -179,7 +199,8 @@ def between(examples: list[Example], low: float, high: float) -> list[Example]:
 
 
 def one_of_each_source(examples: list[Example], seed: int) -> list[Example]:
-    """Of the questions on one text a single one, drawn by the seed: inputs that are independent of each other."""
+    """Of the questions on one text a single one, drawn by the seed: inputs that are independent of each
+    other."""
     groups: dict[str, list[Example]] = {}
     for example in examples:
         groups.setdefault(source(example), []).append(example)

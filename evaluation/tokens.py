@@ -1,5 +1,5 @@
-"""Where a word ends: every published score cuts its texts in a way of its own, and only numbers from one way can be
-compared."""
+"""Where a word ends: every published score cuts its texts in a way of its own, and only numbers from one way
+can be compared."""
 
 import re
 import string
@@ -10,7 +10,11 @@ from evaluation.stemmer import stem
 def rouge_lines(text: str, stemming: bool) -> list[list[str]]:
     """The tokens of each line."""
     lines = [re.findall("[a-z0-9]+", line) for line in text.lower().split("\n")]
-    return [[stem(token) if len(token) > 3 else token for token in line] for line in lines] if stemming else lines
+    return (
+        [[stem(token) if len(token) > 3 else token for token in line] for line in lines]
+        if stemming
+        else lines
+    )
 
 
 def squad_tokens(text: str) -> list[str]:
@@ -19,9 +23,15 @@ def squad_tokens(text: str) -> list[str]:
 
 
 def mteval_tokens(text: str, lowercase: bool) -> list[str]:
-    """NIST's mteval-v13a tokens: ASCII punctuation stands alone, save for points and commas in numbers, hyphens and
-    apostrophes."""
-    text = (text.lower() if lowercase else text).rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
+    """NIST's mteval-v13a tokens: ASCII punctuation stands alone, save for points and commas in numbers,
+    hyphens and apostrophes."""
+    text = (
+        (text.lower() if lowercase else text)
+        .rstrip()
+        .replace("<skipped>", "")
+        .replace("-\n", "")
+        .replace("\n", " ")
+    )
     for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
         text = text.replace(entity, character)
     text = re.sub(r"([{-~[-` -&(-+:-@/])", r" \1 ", f" {text} ")
@@ -48,7 +58,7 @@ _PTB_TOKEN = re.compile(
 
 
 def ptb_tokens(text: str) -> list[str]:
-    """Penn Treebank tokens as COCO evaluation makes them: "It's under £20, isn't it?" gives it 's under # 20 is n't
-    it."""
+    """Penn Treebank tokens as COCO evaluation makes them: "It's under £20, isn't it?" gives it 's under # 20
+    is n't it."""
     text = text.lower().replace("’", "'").replace("£", "#")  # CoreNLP writes pounds as #
     return _PTB_TOKEN.findall(_PTB_SPLIT.sub(r" \g<0>", text))

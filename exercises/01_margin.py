@@ -1,16 +1,17 @@
 """1. The margin: how far is the best token ahead of the second?
 
-A model may stop after layer l if the next token is decided there. CALM's simplest answer (Schuster 2022, section 3.5,
-"softmax response"): take the distribution p_l over the vocabulary that layer l would predict, and subtract the second
-largest probability from the largest. 1 is certain, 0 is a tie.
+A model may stop after layer l if the next token is decided there. CALM's simplest answer (Schuster 2022,
+section 3.5, "softmax response"): take the distribution p_l over the vocabulary that layer l would predict,
+and subtract the second largest probability from the largest. 1 is certain, 0 is a tie.
 
 A confidence function gets the trace of the newest position and a layer, and returns a number in [0, 1].
 `trace.logits(layer)` are the layer's logits, (n,). Write it below, then
 
     python -m pytest exercises/01_margin.py
 
-When it passes, watch it decide: python decode.py --prompt "Guten Morgen!" --confidence exercises.01_margin:margin
-(To think about: why not simply the largest probability? Name two distributions that it cannot tell apart.)
+When it passes, watch it decide: python decode.py --prompt "Guten Morgen!" --confidence
+exercises.01_margin:margin (To think about: why not simply the largest probability? Name two distributions
+that it cannot tell apart.)
 """
 
 from pathlib import Path
@@ -43,7 +44,11 @@ class FixedTrace:
 
 
 def test_by_hand():
-    for probs, expected in (([0.5, 0.3, 0.2], 0.2), ([0.25, 0.25, 0.25, 0.25], 0.0), ([0.01, 0.98, 0.01], 0.97)):
+    for probs, expected in (
+        ([0.5, 0.3, 0.2], 0.2),
+        ([0.25, 0.25, 0.25, 0.25], 0.0),
+        ([0.01, 0.98, 0.01], 0.97),
+    ):
         value = margin(FixedTrace(probs), 1)
         assert value.shape == () and abs(float(value) - expected) < 1e-5
 

@@ -1,19 +1,20 @@
 """2. JSD by hand: how different are two layers' opinions?
 
-DoLa (Chuang 2023) contrasts the last layer with the earlier one that differs from it most. The distance is the
-Jensen-Shannon divergence: with m = (p + q) / 2,
+DoLa (Chuang 2023) contrasts the last layer with the earlier one that differs from it most. The distance is
+the Jensen-Shannon divergence: with m = (p + q) / 2,
 
     JSD(p, q) = KL(p‖m) / 2 + KL(q‖m) / 2        KL(p‖m) = sum over x of p(x) log(p(x) / m(x))
 
-Natural logarithm, and 0 log 0 = 0. It is symmetric, 0 for equal distributions, and never above log 2: a value above
-that, which users of DoLa have reported, shows a mistake (the wrong direction of the KL, logits in place of
-probabilities, or a mean over the vocabulary in place of the sum).
+Natural logarithm, and 0 log 0 = 0. It is symmetric, 0 for equal distributions, and never above log 2: a value
+above that, which users of DoLa have reported, shows a mistake (the wrong direction of the KL, logits in place
+of probabilities, or a mean over the vocabulary in place of the sum).
 
 Write both functions, then
 
     python -m pytest exercises/02_jsd.py
 
-(To think about: for which p and q is it log 2? And why does the project divide by the distance l - j of the layers?)
+(To think about: for which p and q is it log 2? And why does the project divide by the distance l - j of the
+layers?)
 """
 
 import math
@@ -22,12 +23,14 @@ import torch
 
 
 def jsd(p, q):
-    """The Jensen-Shannon divergence of the distributions p and q, (n,) each, which may hold zeros: a scalar tensor."""
+    """The Jensen-Shannon divergence of the distributions p and q, (n,) each, which may hold zeros: a scalar
+    tensor."""
     raise NotImplementedError("your turn")
 
 
 def most_different(probs, layer):
-    """The layer j below `layer` of the largest JSD(p_layer, p_j) / (layer - j). probs: layer -> distribution (n,)."""
+    """The layer j below `layer` of the largest JSD(p_layer, p_j) / (layer - j). probs: layer -> distribution
+    (n,)."""
     raise NotImplementedError("your turn")
 
 

@@ -1,17 +1,20 @@
 """3. Entropy, and patience: two more ways to be sure.
 
-Entropy: a distribution that is spread out is undecided. H(p) = -sum p log p lies between 0 and log n for n tokens, so
+Entropy: a distribution that is spread out is undecided. H(p) = -sum p log p lies between 0 and log n for n
+tokens, so
 
     entropy confidence = 1 - H(p_l) / log n
 
-Patience (after PABEE, Zhou 2020): stop when several layers running agree on the best token, however sure each may be.
-Here: 1.0 if layers l, l - 1 and l - 2 have the same best token, else 0.0. Below layer 3 there are no three: 0.0.
+Patience (after PABEE, Zhou 2020): stop when several layers running agree on the best token, however sure each
+may be. Here: 1.0 if layers l, l - 1 and l - 2 have the same best token, else 0.0. Below layer 3 there are no
+three: 0.0.
 
 `trace.logits(j)` are the logits of any layer j up to the newest, computed when they are asked for.
 
     python -m pytest exercises/03_patience.py
 
-(To think about: which of the two costs more to ask, and by how much? At which layers would you ask for patience?)
+(To think about: which of the two costs more to ask, and by how much? At which layers would you ask for
+patience?)
 """
 
 import math
@@ -58,7 +61,13 @@ def test_entropy_by_hand():
 
 def test_patience_by_hand():
     a, b, unsure = [0.1, 0.8, 0.1], [0.8, 0.1, 0.1], [0.3, 0.4, 0.3]
-    assert [float(patience(FixedTrace(a, a, unsure, a, b), layer)) for layer in (1, 2, 3, 4, 5)] == [0, 0, 1, 1, 0]
+    assert [float(patience(FixedTrace(a, a, unsure, a, b), layer)) for layer in (1, 2, 3, 4, 5)] == [
+        0,
+        0,
+        1,
+        1,
+        0,
+    ]
     assert float(patience(FixedTrace(a, b, a), 3)) == 0  # a, then b, then a again
 
 

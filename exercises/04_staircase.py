@@ -1,16 +1,17 @@
 """4. The naive loop and the staircase give the same tokens.
 
-A cache is an optimization: it must change nothing. Write the loop that needs none. For every token, run the whole
-model over the whole text; then walk through the exit layers from below, and stop at the first whose margin (exercise
-1) reaches the threshold; if none does, take the last layer. This is how the project's own tests know what is right.
+A cache is an optimization: it must change nothing. Write the loop that needs none. For every token, run the
+whole model over the whole text; then walk through the exit layers from below, and stop at the first whose
+margin (exercise 1) reaches the threshold; if none does, take the last layer. This is how the project's own
+tests know what is right.
 
     states = model.hidden_states(torch.tensor([text]))     states[l] is (T, d), after layer l; states[0] the embedding
     model.head(states[l][-1:], l)                           logits of the newest position at layer l, (1, V)
 
     python -m pytest exercises/04_staircase.py
 
-(To think about: the naive loop computes every layer of every position anew for every token, and so has the exact keys
-and values of all. The staircase has skipped some layers of early tokens. Why do both agree?)
+(To think about: the naive loop computes every layer of every position anew for every token, and so has the
+exact keys and values of all. The staircase has skipped some layers of early tokens. Why do both agree?)
 """
 
 from pathlib import Path
@@ -24,8 +25,8 @@ CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default.pt"
 
 
 def naive(model, prompt, exits, threshold, steps):
-    """The new tokens, and the layer that each came from: two lists. At most `steps` tokens, the end of text, which is
-    model.config.eos_id, included. exits: layers, rising."""
+    """The new tokens, and the layer that each came from: two lists. At most `steps` tokens, the end of text,
+    which is model.config.eos_id, included. exits: layers, rising."""
     raise NotImplementedError("your turn")
 
 
@@ -36,7 +37,11 @@ def test_the_staircase_is_exact():
     """In float64, so that rounding decides nothing."""
     model, tokenizer = load_checkpoint(CHECKPOINT, dtype=torch.float64)
     used, exits, threshold = set(), (3, 4, 6, 8), 0.4
-    for text in ("Guten Morgen!", "Die Katze sitzt auf dem Tisch.", "Ich habe heute keine Zeit, aber morgen schon."):
+    for text in (
+        "Guten Morgen!",
+        "Die Katze sitzt auf dem Tisch.",
+        "Ich habe heute keine Zeit, aber morgen schon.",
+    ):
         prompt = [tokenizer.begin, *tokenizer.encode(text + "<sep>")]
         config = DecodeConfig(confidence="softmax", threshold=threshold, exit_layers=exits, max_new_tokens=15)
         out = generate(model, prompt, config)

@@ -1,16 +1,18 @@
 """5. Break the cache, and see why it breaks.
 
-The commonest mistake in early exit: a token leaves at layer 4, the cache is told that it is done, and later tokens
-attend to keys and values that were never written. The text stays fluent for a while, then becomes gibberish.
+The commonest mistake in early exit: a token leaves at layer 4, the cache is told that it is done, and later
+tokens attend to keys and values that were never written. The text stays fluent for a while, then becomes
+gibberish.
 
-Make the mistake on purpose, in minimal.py's staircase: after every pass, pretend that all layers hold all positions.
+Make the mistake on purpose, in minimal.py's staircase: after every pass, pretend that all layers hold all
+positions.
 
     stairs.filled[layer]      how many positions have their key and value in the layer (1 to model.L; [0] is not used)
     stairs.cache[layer, 0]    the layer's keys, (H, limit, C)
 
-Then find the damage: which layers hold a wrong key for a given position? Before you run the test, guess: a token
-left at layer 4 of 12; the next one went to the top. Which layers are wrong for the first, which for the second, and
-why?
+Then find the damage: which layers hold a wrong key for a given position? Before you run the test, guess: a
+token left at layer 4 of 12; the next one went to the top. Which layers are wrong for the first, which for the
+second, and why?
 
     python -m pytest exercises/05_cache.py
 
@@ -35,7 +37,8 @@ class Forgetful(Staircase):
 
 
 def wrong_layers(model, right, broken, position):
-    """The layers, rising, whose keys at `position` differ between two staircases by more than rounding (1e-6)."""
+    """The layers, rising, whose keys at `position` differ between two staircases by more than rounding
+    (1e-6)."""
     raise NotImplementedError("your turn")
 
 
@@ -55,10 +58,16 @@ def test_the_damage_begins_above_the_exit_and_climbs_on_with_the_next_token():
     model = Llama(CHECKPOINT, torch.float64)
     text = [model.tokenizer.bos_id(), *model.tokenizer.encode("Die Katze sitzt auf dem Tisch.<sep>")]
     last = len(text) - 1
-    depths = [(last - 1, ()), (last, (4,)), (last + 1, ())]  # one token leaves at 4; before and after it all go deep
+    depths = [
+        (last - 1, ()),
+        (last, (4,)),
+        (last + 1, ()),
+    ]  # one token leaves at 4; before and after it all go deep
     right = climbed(Staircase, model, text, depths)
     broken = climbed(Forgetful, model, text, depths)
-    assert broken.filled[1:] == right.filled[1:] == [len(text)] * model.L  # the cache believes that all is well
+    assert (
+        broken.filled[1:] == right.filled[1:] == [len(text)] * model.L
+    )  # the cache believes that all is well
     assert wrong_layers(model, right, broken, 0) == []
     assert wrong_layers(model, right, broken, last - 1) == [5, 6, 7, 8, 9, 10, 11, 12]
     assert wrong_layers(model, right, broken, last) == [6, 7, 8, 9, 10, 11, 12]

@@ -1,12 +1,13 @@
 """6. A pruning schedule: ask fewer tokens.
 
-A head over the whole vocabulary costs as much as a block and a half of this model, eight of a 135M Llama, thirty of
-Gemma 3 270M. But a token that is not among the best 64 after layer 4 will hardly win in the end. So after the first
-question keep only the best candidates, and ask later heads for these alone. What is pruned is lost to the exits, not
-to the last layer.
+A head over the whole vocabulary costs as much as a block and a half of this model, eight of a 135M Llama,
+thirty of Gemma 3 270M. But a token that is not among the best 64 after layer 4 will hardly win in the end. So
+after the first question keep only the best candidates, and ask later heads for these alone. What is pruned is
+lost to the exits, not to the last layer.
 
-Write a schedule that halves: k candidates after the first question, then half of what there is, rounded up, but never
-fewer than k_min. And write the step that prunes. The trap in it: an index into the logits is not a token id any more.
+Write a schedule that halves: k candidates after the first question, then half of what there is, rounded up,
+but never fewer than k_min. And write the step that prunes. The trap in it: an index into the logits is not a
+token id any more.
 
     python -m pytest exercises/06_pruning.py
 
@@ -28,7 +29,8 @@ def halving(n, k, k_min):
 
 
 def keep(logits, candidates, size):
-    """The `size` candidates of the largest logits, the best first. logits (n,), candidates (n,) token ids -> (size,)"""
+    """The `size` candidates of the largest logits, the best first. logits (n,), candidates (n,) token ids ->
+    (size,)"""
     raise NotImplementedError("your turn")
 
 
@@ -46,7 +48,10 @@ def test_the_schedule_by_hand():
 def test_pruning_keeps_token_ids_and_their_order():
     candidates = torch.tensor([70, 3, 41, 9])
     assert keep(torch.tensor([0.1, 2.0, -1.0, 3.0]), candidates, 3).tolist() == [9, 3, 70]
-    assert keep(torch.tensor([5.0, 0.0, 1.0]), torch.tensor([9, 3, 70]), 2).tolist() == [9, 70]  # pruned once more
+    assert keep(torch.tensor([5.0, 0.0, 1.0]), torch.tensor([9, 3, 70]), 2).tolist() == [
+        9,
+        70,
+    ]  # pruned once more
 
 
 def missed(model, text, exits, k, k_min):

@@ -1,10 +1,10 @@
 """7. Judging drafts: early exit that cannot change the output.
 
-In verified mode early tokens are drafts. When a pass reaches the top, the full model has a distribution for every
-one of them, and one more: row i judges draft i, the last row says what follows if all are kept.
+In verified mode early tokens are drafts. When a pass reaches the top, the full model has a distribution for
+every one of them, and one more: row i judges draft i, the last row says what follows if all are kept.
 
-Greedy: keep drafts while each is the full model's best token. At the first that is not, put the full model's in its
-place.
+Greedy: keep drafts while each is the full model's best token. At the first that is not, put the full model's
+in its place.
 
 Sampled (Leviathan 2023, Chen 2023): draft x was drawn from the exit's distribution q; p is the full model's. Keep x
 with probability min(1, p(x) / q(x)). At the first that is not kept, draw another from max(p - q, 0), made to sum to
@@ -20,13 +20,15 @@ import torch
 
 
 def greedy(logits, drafts):
-    """How many drafts are kept, and the token that follows them: (int, int). logits (R, V), drafts R - 1 token ids."""
+    """How many drafts are kept, and the token that follows them: (int, int). logits (R, V), drafts R - 1
+    token ids."""
     raise NotImplementedError("your turn")
 
 
 def sampled(p, q, drafts, generator):
-    """The same for samples. p (R, V) and q (R - 1, V): distributions. Draw with torch.rand((), generator=generator) and
-    torch.multinomial(probs, 1, generator=generator), which takes weights of any sum."""
+    """The same for samples. p (R, V) and q (R - 1, V): distributions. Draw with torch.rand((),
+    generator=generator) and torch.multinomial(probs, 1, generator=generator), which takes weights of any
+    sum."""
     raise NotImplementedError("your turn")
 
 
@@ -57,7 +59,8 @@ def test_what_the_full_model_never_says_is_never_kept():
 
 
 def test_what_comes_out_is_distributed_as_the_full_model_says():
-    """5,000 draws with a fixed seed: the standard deviation of a share is at most 0.007, so 0.03 is more than four."""
+    """5,000 draws with a fixed seed: the standard deviation of a share is at most 0.007, so 0.03 is more than
+    four."""
     p = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25]])
     q = torch.tensor([[0.1, 0.2, 0.0, 0.7]])
     generator, counts = torch.Generator().manual_seed(0), torch.zeros(4)

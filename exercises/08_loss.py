@@ -1,19 +1,20 @@
 """8. A loss of one's own: teach the exits two things at once.
 
-An exit can learn from the text (cross-entropy with the next token) or from the model's own last layer (KL divergence
-from its distribution, which gets no gradient: the exit shall follow, not the last layer give in). Half of each is a
-fair deal:
+An exit can learn from the text (cross-entropy with the next token) or from the model's own last layer (KL
+divergence from its distribution, which gets no gradient: the exit shall follow, not the last layer give in).
+Half of each is a fair deal:
 
     loss = ½ · -log p_l(target)  +  ½ · KL(p_L‖p_l)        KL(p_L‖p_l) = sum over x of p_L(x) (log p_L(x) - log p_l(x))
 
-`final` is a function that gives the last layer's logits, (n, V), without gradient; it is None when the layer is the
-last one itself, which has no other to learn from: there the loss is the cross-entropy. Return one loss for each
-target.
+`final` is a function that gives the last layer's logits, (n, V), without gradient; it is None when the layer
+is the last one itself, which has no other to learn from: there the loss is the cross-entropy. Return one loss
+for each target.
 
     python -m pytest exercises/08_loss.py
 
 That is the form in which training takes it: the head of training/losses.py says how to hand it to train.py.
-(To think about: for early exit, which half matters more? What would an exit learn where the last layer is wrong?)
+(To think about: for early exit, which half matters more? What would an exit learn where the last layer is
+wrong?)
 """
 
 import torch
@@ -30,10 +31,15 @@ def mixed(logits, targets, final):
 
 
 def test_by_hand():
-    p, q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]), torch.tensor([[0.25, 0.75], [0.25, 0.75]])  # last layer, exit
+    p, q = (
+        torch.tensor([[0.5, 0.5], [0.25, 0.75]]),
+        torch.tensor([[0.25, 0.75], [0.25, 0.75]]),
+    )  # last layer, exit
     targets = torch.tensor([0, 1])
     loss = mixed(q.log(), targets, lambda: p.log() + 2)
-    divergence = 0.5 * torch.log(torch.tensor(2.0)) + 0.5 * torch.log(torch.tensor(2 / 3))  # of row 0; row 1: 0
+    divergence = 0.5 * torch.log(torch.tensor(2.0)) + 0.5 * torch.log(
+        torch.tensor(2 / 3)
+    )  # of row 0; row 1: 0
     expected = torch.stack([-q[0, 0].log() / 2 + divergence / 2, -q[1, 1].log() / 2])
     assert loss.shape == (2,) and (loss - expected).abs().max() < 1e-5
     assert (mixed(q.log(), targets, None) + q[[0, 1], targets].log()).abs().max() < 1e-5  # at the last layer

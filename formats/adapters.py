@@ -1,4 +1,5 @@
-"""Adapters: what an exit may do to the state before its own norm, so that one head reads layers of different depth.
+"""Adapters: what an exit may do to the state before its own norm, so that one head reads layers of different
+depth.
 
     lowrank:r   h + up(down(h)), by r numbers in between (Belrose 2023, tuned lens, of low rank)
     mlp:f       x + down(silu(gate(x)) up(x)) with f numbers in between (EE-Tuning, Pan 2024: norm, gated MLP, residual;
@@ -6,9 +7,9 @@
     block:f     a block of the model's own kind on x, its MLP of width f (Kangaroo, Liu 2024): beside the staircase, it
                 sees the earlier positions as they were at this exit, and keeps keys and values of its own
 
-with x = h / |h|, |h| the root mean square of h: states grow with depth, in Gemma to hundreds, and the norm that follows
-asks for no size. All begin as the identity: the matrices that write start at zero. The first two see one position at a
-time. A block sees a text, so it runs wherever a pass runs the layer, asked or not.
+with x = h / |h|, |h| the root mean square of h: states grow with depth, in Gemma to hundreds, and the norm
+that follows asks for no size. All begin as the identity: the matrices that write start at zero. The first two
+see one position at a time. A block sees a text, so it runs wherever a pass runs the layer, asked or not.
 
 Dimensions: N rows, d model width, r or f the size of an adapter.
 """
@@ -26,20 +27,22 @@ KINDS = (*MATRICES, "block")
 
 
 def read_adapter(adapter: str | None) -> tuple[str | None, int]:
-    """The kind of an adapter and its size, from a text like "mlp:64"; None and 0 for none. Raises UserError for a text
-    that names no adapter."""
+    """The kind of an adapter and its size, from a text like "mlp:64"; None and 0 for none. Raises UserError
+    for a text that names no adapter."""
     if adapter is None:
         return None, 0
     kind, _, size = adapter.partition(":")
     if kind not in KINDS or not (size.isascii() and size.isdigit()) or not 1 <= int(size) <= 2**16:
         known = ", ".join(f"{name}:SIZE" for name in KINDS)
-        raise UserError(f"adapter is {adapter!r:.40}; it must be one of {known}, with a size from 1 to 65536, or none")
+        raise UserError(
+            f"adapter is {adapter!r:.40}; it must be one of {known}, with a size from 1 to 65536, or none"
+        )
     return kind, int(size)
 
 
 def make_adapters(config, block_type: type[nn.Module]) -> nn.ParameterDict | nn.ModuleDict:
-    """The adapters of a model, each the identity, by exit layer: (2, r, d) of a low-rank one, down and up; (3, f, d) of
-    an MLP, gate, up and down; or a block."""
+    """The adapters of a model, each the identity, by exit layer: (2, r, d) of a low-rank one, down and up;
+    (3, f, d) of an MLP, gate, up and down; or a block."""
     kind, size = read_adapter(config.adapter)
     if kind is None:
         return nn.ParameterDict()
@@ -52,8 +55,8 @@ def make_adapters(config, block_type: type[nn.Module]) -> nn.ParameterDict | nn.
 
 
 def side_shape(config):
-    """The configuration of an adapter's block: the model's, with an MLP of its own width. What it adds is not normed
-    (Gemma), for a norm would make much of the little that it begins with."""
+    """The configuration of an adapter's block: the model's, with an MLP of its own width. What it adds is not
+    normed (Gemma), for a norm would make much of the little that it begins with."""
     return replace(config, d_ff=read_adapter(config.adapter)[1], post_norms=False)
 
 
@@ -90,8 +93,8 @@ def at_size_one(hidden: Tensor, eps: float) -> Tensor:
 
 
 def exit_state(model, layer: int, x: Tensor, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-    """What the exit at `layer` reads of x (B T, d), h_l of a full pass over tokens (B, T), packed `documents` or one
-    text a row: x itself, or what the adapter's block makes of it."""
+    """What the exit at `layer` reads of x (B T, d), h_l of a full pass over tokens (B, T), packed `documents`
+    or one text a row: x itself, or what the adapter's block makes of it."""
     if layer not in model.side_blocks:
         return x
     attend = model.attend_all(tokens, documents, model.config.slides(layer), model.config.rotates(layer))

@@ -1,5 +1,5 @@
-"""Byte-level BPE (Sennrich 2016; of bytes: GPT-2, Radford 2019), the tokenizer of Llama 3, Qwen, SmolLM and many
-others.
+"""Byte-level BPE (Sennrich 2016; of bytes: GPT-2, Radford 2019), the tokenizer of Llama 3, Qwen, SmolLM and
+many others.
 
 A text becomes token ids in three steps:
 1. It is split into words by a regular expression (formats/splitting.py).
@@ -25,9 +25,9 @@ CACHED_LENGTH = 64  # characters of the longest of them
 
 
 def printable_bytes() -> dict[int, str]:
-    """A printable character for each of the 256 bytes, so that tokens can be written in a text file (`bytes_to_unicode`
-    of GPT-2): itself where Latin-1 prints something, else the next free one from U+0100 on. The space becomes Ġ, the
-    end of a line Ċ."""
+    """A printable character for each of the 256 bytes, so that tokens can be written in a text file
+    (`bytes_to_unicode` of GPT-2): itself where Latin-1 prints something, else the next free one from U+0100
+    on. The space becomes Ġ, the end of a line Ċ."""
     printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printed]
     table = {byte: chr(byte) for byte in printed}
@@ -55,12 +55,15 @@ def to_printable(token: bytes) -> str:
 
 
 def check_text(text: str) -> None:
-    """Raises UserError for a text that has no UTF-8: one half of a surrogate pair by itself is no character."""
+    """Raises UserError for a text that has no UTF-8: one half of a surrogate pair by itself is no
+    character."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         at = error.start
-        raise UserError(f"the text is not Unicode: character {at + 1} is the lone surrogate {text[at]!a}") from None
+        raise UserError(
+            f"the text is not Unicode: character {at + 1} is the lone surrogate {text[at]!a}"
+        ) from None
 
 
 def any_of(texts: list[str]) -> re.Pattern | None:
@@ -105,7 +108,12 @@ class BPE:
         self.tokens, self.size = list(tokens), len(tokens)
         self.added, self.special, self.begin = added, frozenset(special), begin
         self.specials = {text: id for text, id in added.items() if id in self.special}
-        self.rules, self.nfc, self.prefix_space, self.whole_words = tuple(rules), nfc, prefix_space, whole_words
+        self.rules, self.nfc, self.prefix_space, self.whole_words = (
+            tuple(rules),
+            nfc,
+            prefix_space,
+            whole_words,
+        )
         self.end_with(ends)
         named = [*added.values(), *self.special] + ([] if begin is None else [begin])
         for id in named:
@@ -116,14 +124,22 @@ class BPE:
         self.ids: dict[bytes, int] = {}
         for id, token in enumerate(self.tokens):
             if token and id not in self.special:
-                self.ids.setdefault(token, id)  # words are made of the first, where an added token repeats one
+                self.ids.setdefault(
+                    token, id
+                )  # words are made of the first, where an added token repeats one
         self.byte_ids = [self.ids.get(bytes([byte])) for byte in range(256)]
         self.merges = merges
-        self.ranks, self.merged = None, range(self.size)  # without a list the rank is the id of what the two become
+        self.ranks, self.merged = (
+            None,
+            range(self.size),
+        )  # without a list the rank is the id of what the two become
         if merges is not None:
             self.ranks, self.merged = self._rank(merges)
         self._rules = [compile_rule(rule) for rule in rules]
-        self._added = [any_of([text for text, id in added.items() if id not in self.special]), any_of(list(added))]
+        self._added = [
+            any_of([text for text, id in added.items() if id not in self.special]),
+            any_of(list(added)),
+        ]
         self._words: dict[str, list[int]] = {}  # the tokens of words met before
 
     def end_with(self, ends: Iterable[int]) -> None:
@@ -136,22 +152,28 @@ class BPE:
         """(pair -> its rank, which is its place in the list; rank -> the token that comes of it)."""
         ranks, merged = {}, []
         for rank, (left, right) in enumerate(merges):
-            if not (0 <= left < self.size and 0 <= right < self.size and self.tokens[left] and self.tokens[right]):
+            if not (
+                0 <= left < self.size and 0 <= right < self.size and self.tokens[left] and self.tokens[right]
+            ):
                 raise UserError(f"merge {rank + 1} is of {left} and {right}; one of them is no token")
             both = self.tokens[left] + self.tokens[right]
             if both not in self.ids:
-                raise UserError(f"merge {rank + 1} makes {to_printable(both)!r}, which is no token of the vocabulary")
+                raise UserError(
+                    f"merge {rank + 1} makes {to_printable(both)!r}, which is no token of the vocabulary"
+                )
             if (left, right) in ranks:
-                raise UserError(f"merge {rank + 1} is the same as merge {ranks[left, right] + 1}; a pair has one rank")
+                raise UserError(
+                    f"merge {rank + 1} is the same as merge {ranks[left, right] + 1}; a pair has one rank"
+                )
             ranks[left, right] = rank
             merged.append(self.ids[both])
         return ranks, merged
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of a text, without begin or end. `special`: the text comes from a template, not from a user, and
-        the special tokens written in it are tokens; GUARDs are left out. So is a byte that the vocabulary lacks, as
-        Hugging Face's library does (SmolLM2 lacks 21, which hardly any text has). Raises UserError for a text that has
-        no UTF-8."""
+        """Token ids of a text, without begin or end. `special`: the text comes from a template, not from a
+        user, and the special tokens written in it are tokens; GUARDs are left out. So is a byte that the
+        vocabulary lacks, as Hugging Face's library does (SmolLM2 lacks 21, which hardly any text has). Raises
+        UserError for a text that has no UTF-8."""
         check_text(text)
         added, ids = self._added[special], []
         for number, part in enumerate(added.split(text) if added else [text]):
@@ -191,9 +213,9 @@ class BPE:
         return self.ids.get(self.tokens[left] + self.tokens[right])
 
     def merge(self, ids: list[int]) -> list[int]:
-        """Merges neighbours until no pair has a rank, lowest rank first, of equal ranks the left one. The candidates
-        wait in a heap, the tokens form a chain: n log n steps, where searching the word again after every merge takes
-        n^2."""
+        """Merges neighbours until no pair has a rank, lowest rank first, of equal ranks the left one. The
+        candidates wait in a heap, the tokens form a chain: n log n steps, where searching the word again
+        after every merge takes n^2."""
         end, heap = len(ids), []
         before, after = list(range(-1, end - 1)), list(range(1, end + 1))
 
@@ -220,8 +242,8 @@ class BPE:
         return [id for id in ids if id is not None]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of these tokens; special ones, and ids that no token has, add nothing. Bytes that are no UTF-8
-        become U+FFFD, and so does a character at the end whose last bytes are still to come."""
+        """The text of these tokens; special ones, and ids that no token has, add nothing. Bytes that are no
+        UTF-8 become U+FFFD, and so does a character at the end whose last bytes are still to come."""
         raw = [self.tokens[id] or b"" for id in ids if 0 <= id < self.size and id not in self.special]
         return b"".join(raw).decode("utf-8", "replace")
 

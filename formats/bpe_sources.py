@@ -1,5 +1,5 @@
-"""Byte-level BPE tokenizers as public checkpoints have them: tokenizer.json, vocab.json with merges.txt, tiktoken's
-rank file, the metadata of GGUF."""
+"""Byte-level BPE tokenizers as public checkpoints have them: tokenizer.json, vocab.json with merges.txt,
+tiktoken's rank file, the metadata of GGUF."""
 
 import base64
 import binascii
@@ -18,7 +18,8 @@ MAX_TOKENS = 1 << 22  # ids beyond are a damaged file's; the largest vocabularie
 
 
 class Family(NamedTuple):
-    """What a source that only names its splitting rule leaves unsaid, as the family's own tokenizer.json says it."""
+    """What a source that only names its splitting rule leaves unsaid, as the family's own tokenizer.json says
+    it."""
 
     rules: tuple[str, ...]
     nfc: bool = False
@@ -36,11 +37,14 @@ GGUF_RULES = {  # tokenizer.ggml.pre, by llama.cpp's names
     "smollm": Family((DIGIT, GPT_2)),
     "tekken": Family((TEKKEN,), whole_words=True, begin=True),
 }  # fmt: skip
-CLASSES = {"GPT2Tokenizer": GPT_2_FAMILY, "Qwen2Tokenizer": QWEN_2_FAMILY}  # tokenizer_class in tokenizer_config.json
+CLASSES = {
+    "GPT2Tokenizer": GPT_2_FAMILY,
+    "Qwen2Tokenizer": QWEN_2_FAMILY,
+}  # tokenizer_class in tokenizer_config.json
 CONTROL, USER_DEFINED = 3, 4  # token types of GGUF
 
-# The special tokens that follow Llama 3's 128,000 ranks (llama-models, tokenizer.py, 3.1 and later). In 3.0 some of
-# these ids are reserved ones of other numbers, which nothing uses.
+# The special tokens that follow Llama 3's 128,000 ranks (llama-models, tokenizer.py, 3.1 and later). In 3.0
+# some of these ids are reserved ones of other numbers, which nothing uses.
 LLAMA_3_SPECIAL = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
     "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
@@ -69,7 +73,8 @@ def find_bpe(folder: Path) -> BPE | None:
 
 
 def stated_ends(folder: Path, tokenizer: BPE) -> list[int]:
-    """The ids that end a text: the tokenizer's own in tokenizer_config.json first, then what generation ends with."""
+    """The ids that end a text: the tokenizer's own in tokenizer_config.json first, then what generation ends
+    with."""
     own = text_of(load_json(folder / "tokenizer_config.json").get("eos_token"))
     ends = [] if own is None else [find(tokenizer, own)]
     for name in ("generation_config.json", "config.json"):
@@ -111,8 +116,8 @@ def find(tokenizer: BPE, text: str) -> int:
 
 
 def id_table(ids: dict[str, int]) -> list[bytes | None]:
-    """The bytes of every id, from tokens in printable characters; None where no token has an id. A token with other
-    characters is meant as it stands. Raises UserError for an id that is none, or is given twice."""
+    """The bytes of every id, from tokens in printable characters; None where no token has an id. A token with
+    other characters is meant as it stands. Raises UserError for an id that is none, or is given twice."""
     for token, id in ids.items():
         if type(id) is not int or not 0 <= id < MAX_TOKENS:
             raise UserError(f"token {token!r} has the id {id!r}; ids are integers from 0 to {MAX_TOKENS - 1}")
@@ -153,8 +158,8 @@ def add_tokens(table: list[bytes | None], added: dict[str, int]) -> list[bytes |
 
 
 def from_json(content: dict) -> BPE:
-    """From the content of Hugging Face's tokenizer.json. Raises UserError for a kind or a step that is not known
-    here."""
+    """From the content of Hugging Face's tokenizer.json. Raises UserError for a kind or a step that is not
+    known here."""
     model = content["model"]
     if model.get("type", "BPE") != "BPE":
         raise UserError(f"its tokenizer is {model['type']}, not byte-level BPE")
@@ -197,20 +202,29 @@ def splitting(part: dict | None) -> tuple[list[str], bool]:
     rules, prefix_space, bytewise = [], False, False
     for step in steps_of(part, "pretokenizers"):
         kind = step["type"]
-        if kind == "Split" and step["behavior"] == "Isolated" and not step.get("invert") and "Regex" in step["pattern"]:
+        if (
+            kind == "Split"
+            and step["behavior"] == "Isolated"
+            and not step.get("invert")
+            and "Regex" in step["pattern"]
+        ):
             rules.append(step["pattern"]["Regex"])
         elif kind == "Digits":
             rules.append(DIGIT if step["individual_digits"] else NUMBER)
         elif kind == "ByteLevel":
             bytewise, prefix_space = True, step["add_prefix_space"]
             if prefix_space and rules:
-                raise UserError("a space before every word (add_prefix_space after another rule) is not supported")
+                raise UserError(
+                    "a space before every word (add_prefix_space after another rule) is not supported"
+                )
             if step.get("use_regex", True):
                 rules.append(GPT_2)
         else:
             raise UserError(f"the pre_tokenizer {kind} ({json.dumps(step)[:80]}) is not supported")
     if not bytewise:
-        raise UserError("no ByteLevel among its pre_tokenizers, so not byte-level; it takes a tokenizer.model")
+        raise UserError(
+            "no ByteLevel among its pre_tokenizers, so not byte-level; it takes a tokenizer.model"
+        )
     return rules, prefix_space
 
 
@@ -236,11 +250,13 @@ def begin_of(part: dict | None) -> int | None:
 
 
 def from_vocab(folder: Path) -> BPE:
-    """From vocab.json and merges.txt, the form before tokenizer.json. tokenizer_class names the splitting rule; added
-    tokens are in tokenizer_config.json or added_tokens.json. Raises UserError."""
+    """From vocab.json and merges.txt, the form before tokenizer.json. tokenizer_class names the splitting
+    rule; added tokens are in tokenizer_config.json or added_tokens.json. Raises UserError."""
     for name in ("vocab.json", "merges.txt"):
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing; it takes vocab.json and merges.txt, or tokenizer.json")
+            raise UserError(
+                f"{folder / name} is missing; it takes vocab.json and merges.txt, or tokenizer.json"
+            )
     settings = load_json(folder / "tokenizer_config.json")
     kind = str(settings.get("tokenizer_class", "GPT2Tokenizer")).removesuffix("Fast")
     if kind not in CLASSES:
@@ -277,8 +293,8 @@ def from_vocab(folder: Path) -> BPE:
 
 
 def from_ranks(raw: bytes) -> BPE:
-    """From Meta's tokenizer.model of Llama 3: lines of a token's bytes in base64 and its rank, which is its id. They do
-    not say how to split and which special tokens follow; both are Llama 3's. Raises UserError."""
+    """From Meta's tokenizer.model of Llama 3: lines of a token's bytes in base64 and its rank, which is its
+    id. They do not say how to split and which special tokens follow; both are Llama 3's. Raises UserError."""
     table: dict[int, bytes] = {}
     for number, line in enumerate(raw.splitlines(), start=1):
         if not line:

@@ -1,5 +1,5 @@
-"""Chats: a conversation becomes the text that a model was trained on, by the template that came with its checkpoint
-(jinja2, as Hugging Face's library writes it)."""
+"""Chats: a conversation becomes the text that a model was trained on, by the template that came with its
+checkpoint (jinja2, as Hugging Face's library writes it)."""
 
 import importlib.util
 import json
@@ -53,7 +53,9 @@ def load_chat(path: str | os.PathLike, tokenizer: Tokenizer | None) -> "Chat":
     template = read_checkpoint(path).get("chat_template")
     if tokenizer is None or template is None:
         lacks = "chat template" if tokenizer else "tokenizer"
-        remedy = "give the prompt without --chat, or convert a model that was trained to chat (its -Instruct form)"
+        remedy = (
+            "give the prompt without --chat, or convert a model that was trained to chat (its -Instruct form)"
+        )
         raise UserError(f"{path}: has no {lacks}; {remedy}")
     return Chat(checked(template, path), tokenizer, f"{path}: its chat template")
 
@@ -70,8 +72,8 @@ def conversation(prompt: str, shots: Sequence[tuple[str, str]] = ()) -> list[tup
 
 
 class Chat:
-    """A template with the tokenizer of its checkpoint; `name` is what to call it in errors. Raises UserError where
-    jinja2 is missing."""
+    """A template with the tokenizer of its checkpoint; `name` is what to call it in errors. Raises UserError
+    where jinja2 is missing."""
 
     def __init__(self, template: str, tokenizer: Tokenizer, name: str = "the chat template"):
         if importlib.util.find_spec("jinja2") is None:
@@ -83,16 +85,24 @@ class Chat:
         return f"Chat({self.name!r})"
 
     def texts(self, conversations: Sequence[list[tuple[str, str]]], answer: bool = True) -> list[str]:
-        """Each conversation as the model reads it, up to where its answer begins; with `answer` False up to the end of
-        the last turn. Special tokens that stand in the turns are kept from being tokens by GUARD. Raises UserError for
-        a template that raises, or takes too long."""
+        """Each conversation as the model reads it, up to where its answer begins; with `answer` False up to
+        the end of the last turn. Special tokens that stand in the turns are kept from being tokens by GUARD.
+        Raises UserError for a template that raises, or takes too long."""
         tokenizer, asked = self.tokenizer, []
         ends = tokenizer.piece(tokenizer.ends[0]) if tokenizer.ends else ""
         begin = "" if tokenizer.begin is None else tokenizer.piece(tokenizer.begin)
         for turns in conversations:
             messages = [{"role": role, "content": self.guarded(text)} for role, text in turns]
-            asked.append({"messages": messages, "add_generation_prompt": answer, "bos_token": begin, "eos_token": ends,
-                          "tools": None, "documents": None})
+            asked.append(
+                {
+                    "messages": messages,
+                    "add_generation_prompt": answer,
+                    "bos_token": begin,
+                    "eos_token": ends,
+                    "tools": None,
+                    "documents": None,
+                }
+            )
         reply = self._render({"template": self.template, "conversations": asked})
         if "error" in reply:
             raise UserError(f"{self.name} fails: {reply['error']}")
@@ -109,8 +119,8 @@ class Chat:
         return text
 
     def _ends(self) -> tuple[int, ...]:
-        """The token with which the template ends an answer, so that a model's answer ends there, too; none if it ends
-        it with plain text."""
+        """The token with which the template ends an answer, so that a model's answer ends there, too; none if
+        it ends it with plain text."""
         try:
             (text,) = self.texts([[("user", "?"), ("assistant", MARK)]], answer=False)
         except UserError:  # which the user's own conversation will raise, too, or it does not matter

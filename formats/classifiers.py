@@ -1,6 +1,7 @@
-"""The confidence classifier of an exit: sigmoid(w norm(h) + b) of one state, in as few operations as it takes. A
-question must cost little beside a block, and on a CPU an operation on a few hundred numbers costs what a Python call
-does. So the norm's gain is multiplied into w beforehand, and what is left are two scalar products.
+"""The confidence classifier of an exit: sigmoid(w norm(h) + b) of one state, in as few operations as it
+takes. A question must cost little beside a block, and on a CPU an operation on a few hundred numbers costs
+what a Python call does. So the norm's gain is multiplied into w beforehand, and what is left are two scalar
+products.
 
 Dimensions: d model width.
 """
@@ -14,8 +15,9 @@ from common.errors import UserError
 
 
 def belief(model, state: Tensor, layer: int, ready: dict[int, tuple[Tensor, Tensor]]) -> float:
-    """The classifier's belief that exit `layer` agrees with the last layer, of what the exit reads, (1, d); `ready`
-    keeps what is made for that from question to question. Raises UserError if this layer has no classifier."""
+    """The classifier's belief that exit `layer` agrees with the last layer, of what the exit reads, (1, d);
+    `ready` keeps what is made for that from question to question. Raises UserError if this layer has no
+    classifier."""
     if layer not in ready:
         ready[layer] = made_ready(model, layer)
     row, b = ready[layer]
@@ -50,5 +52,7 @@ def check_classifiers(shape, layers: list[int]) -> None:
     for layer in layers:
         if layer not in shape.classifiers:
             have = ", ".join(map(str, shape.classifiers)) or "none"
-            raise UserError(f"layer {layer} has no confidence classifier (layers with one: {have}); train it, or ask "
-                            "another confidence")
+            raise UserError(
+                f"layer {layer} has no confidence classifier (layers with one: {have}); train it, or ask "
+                "another confidence"
+            )

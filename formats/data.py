@@ -1,7 +1,7 @@
 """Text in, batches out: the readers of every data format, prompts and completions.
 
-A document is [bos] prompt [sep] completion [eos], learned on the completion only; plain text has no prompt and is
-learned whole.
+A document is [bos] prompt [sep] completion [eos], learned on the completion only; plain text has no prompt
+and is learned whole.
 """
 
 import csv
@@ -24,8 +24,8 @@ FILES = {
     "fairytaleqa": "data/fairytaleqa/{}.jsonl.xz",
     "stories": "data/stories/{}.jsonl.xz",
 }
-SUMMARY = "{dialogue}\nSummary:\n"                              # the prompts of SAMSum,
-QUESTION = "{context}\nQuestion: {question}\nAnswer:\n"        # SQuAD and FairytaleQA
+SUMMARY = "{dialogue}\nSummary:\n"  # the prompts of SAMSum,
+QUESTION = "{context}\nQuestion: {question}\nAnswer:\n"  # SQuAD and FairytaleQA
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a letter, or what stands for a byte that is not UTF-8
 NOT_UTF8 = "bytes that are not UTF-8, or half a letter"
 
@@ -47,7 +47,9 @@ def locate(path: str) -> str:
     """The path of a file of the project, from here if it lies below; any other path as it is."""
     if not (HERE / path).is_file() or Path(path).is_file():
         return path
-    return str((HERE / path).relative_to(Path.cwd()) if (HERE / path).is_relative_to(Path.cwd()) else HERE / path)
+    return str(
+        (HERE / path).relative_to(Path.cwd()) if (HERE / path).is_relative_to(Path.cwd()) else HERE / path
+    )
 
 
 # ---------------------------------------------------------------- readers
@@ -56,22 +58,28 @@ Found = tuple[str, str] | UserError  # a pair, or what is wrong with it
 
 
 def open_text(path: str | Path) -> io.TextIOBase:
-    """Opens a text file, compressed (.xz, .gz) or not, as UTF-8, with or without a byte-order mark. Bytes that are not
-    UTF-8 come as surrogates, so that they spoil no more than their line."""
+    """Opens a text file, compressed (.xz, .gz) or not, as UTF-8, with or without a byte-order mark. Bytes
+    that are not UTF-8 come as surrogates, so that they spoil no more than their line."""
     opener = {".xz": lzma.open, ".gz": gzip.open}.get(Path(path).suffix, open)
     return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def read_pairs(path: str | Path, skipped: list[str] | None = None) -> Iterator[tuple[str, str]]:
-    """Yields (prompt, completion) from a file, its format told by its ending: .csv with the columns mr and ref (E2E
-    NLG), .tsv with source and target (translation), .jsonl with a record a line, .json with a list of records or
-    SQuAD's layout, and .txt as one text. Records: see `from_record`. Raises UserError naming the file, and the line
-    where there is one, for what is malformed, not UTF-8, or empty; given a list, malformed lines are noted there
-    instead, and skipped."""
+    """Yields (prompt, completion) from a file, its format told by its ending: .csv with the columns mr and
+    ref (E2E NLG), .tsv with source and target (translation), .jsonl with a record a line, .json with a list
+    of records or SQuAD's layout, and .txt as one text. Records: see `from_record`. Raises UserError naming
+    the file, and the line where there is one, for what is malformed, not UTF-8, or empty; given a list,
+    malformed lines are noted there instead, and skipped."""
     inner = Path(path)
     if inner.suffix in (".xz", ".gz"):
         inner = inner.with_suffix("")
-    readers = {".csv": _read_csv, ".tsv": _read_tsv, ".jsonl": _read_jsonl, ".json": _read_json, ".txt": _read_txt}
+    readers = {
+        ".csv": _read_csv,
+        ".tsv": _read_tsv,
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".txt": _read_txt,
+    }
     if inner.suffix not in readers:
         endings = f"{', '.join(readers)} (then .xz or .gz if compressed)"
         raise UserError(f"{path}: unknown kind of data file; its name must end in {endings}")
@@ -195,9 +203,9 @@ def _read_txt(file, path) -> Iterator[Found]:
 
 def from_record(row, where: str) -> Iterator[Found]:
     """(prompt, completion) for every completion of a JSON record: `text`, whose prompt is ""; `prompt` with
-    `completion` or a list of `references`; `dialogue` and `summary` (SAMSum); `context`, `question` and `answers`,
-    texts, [{"text": …}] or {"text": […]} (FairytaleQA, SQuAD). A question that is marked as having no answer (SQuAD
-    2.0) gives none."""
+    `completion` or a list of `references`; `dialogue` and `summary` (SAMSum); `context`, `question` and
+    `answers`, texts, [{"text": …}] or {"text": […]} (FairytaleQA, SQuAD). A question that is marked as having
+    no answer (SQuAD 2.0) gives none."""
     row = {name: _unix(value) for name, value in row.items()} if isinstance(row, dict) else {}
     if "text" in row:
         yield _text(where, row["text"])
@@ -228,8 +236,8 @@ def _unix(value):
 
 
 def is_unanswerable(row: dict) -> bool:
-    """Whether a question is marked as having no answer: by SQuAD 2.0's own file, or by an empty list beside its
-    starts."""
+    """Whether a question is marked as having no answer: by SQuAD 2.0's own file, or by an empty list beside
+    its starts."""
     answers = row.get("answers")
     empty = isinstance(answers, dict) and answers.get("text") == []
     return "question" in row and (row.get("is_impossible") is True or empty)
@@ -250,8 +258,8 @@ class Corpus:
 
 
 def read_examples(path: str | Path, skipped: list[str] | None = None) -> list[Example]:
-    """The distinct prompts of a file in their order, each with all of its references. Raises and skips as `read_pairs`
-    does."""
+    """The distinct prompts of a file in their order, each with all of its references. Raises and skips as
+    `read_pairs` does."""
     groups: dict[str, list[str]] = {}
     for prompt, completion in read_pairs(path, skipped):
         groups.setdefault(prompt, []).append(completion)
@@ -259,5 +267,6 @@ def read_examples(path: str | Path, skipped: list[str] | None = None) -> list[Ex
 
 
 def merged(examples: list[Example]) -> int:
-    """How many completions of a file were for a prompt that came before, and so became one more reference to it."""
+    """How many completions of a file were for a prompt that came before, and so became one more reference to
+    it."""
     return sum(len(example.references) - 1 for example in examples)

@@ -23,7 +23,13 @@ LLAMA = {
     "eos_token_id": 2,
 }  # fmt: skip
 MISTRAL = {**LLAMA, "num_key_value_heads": 8, "sliding_window": 4096}
-GEMMA = {**LLAMA, "head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True, "eos_token_id": 1}
+GEMMA = {
+    **LLAMA,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "eos_token_id": 1,
+}
 GEMMA_2 = {
     **GEMMA, "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
     "num_attention_heads": 8, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096,
@@ -47,7 +53,8 @@ FAMILIES = {
     "gemma": GEMMA, "gemma2": GEMMA_2, "gemma3_text": GEMMA_3,
 }  # fmt: skip
 
-# What people will try and what this project has no blocks for: model_type, or an architecture of GGUF, by the reason.
+# What people will try and what this project has no blocks for: model_type, or an architecture of GGUF, by the
+# reason.
 UNSUPPORTED = {
     "a mixture of experts": (
         "mixtral", "qwen2_moe", "qwen2moe", "qwen3_moe", "qwen3moe", "olmoe", "phimoe", "granitemoe", "gpt_oss",
@@ -83,8 +90,8 @@ NUMBERS = (
 
 
 def config_fields(words: dict, max_len: int | None) -> dict:
-    """The fields of ModelConfig that a config.json means. Raises UserError for a family that is not known, and for what
-    is missing, of the wrong type or not supported."""
+    """The fields of ModelConfig that a config.json means. Raises UserError for a family that is not known,
+    and for what is missing, of the wrong type or not supported."""
     if words.get("model_type") == "gemma3":  # with images: the text's configuration lies inside
         words = {**words, **table(words, "text_config"), "model_type": "gemma3_text"}
     family = known_family(words.get("model_type"), "model_type", FAMILIES)
@@ -94,7 +101,9 @@ def config_fields(words: dict, max_len: int | None) -> dict:
     if stated and max_len is not None and max_len > stated:
         raise UserError(f"--max-len is {max_len}, but the model was made for {stated} positions")
     gemma = family.startswith("gemma")
-    d_model, n_layers, n_heads = (words[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    d_model, n_layers, n_heads = (
+        words[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    )
     head_dim = words.get("head_dim") or d_model // n_heads
     scalar = words.get("query_pre_attn_scalar")
     return {
@@ -124,8 +133,8 @@ def config_fields(words: dict, max_len: int | None) -> dict:
 
 
 def known_family(name, what: str, known: Iterable[str]) -> str:
-    """The name of a family if it is among those known, which `what` (model_type, architecture) gives. Raises UserError
-    that says why for one that is not supported."""
+    """The name of a family if it is among those known, which `what` (model_type, architecture) gives. Raises
+    UserError that says why for one that is not supported."""
     if isinstance(name, str) and name in known:
         return name
     listed = ", ".join(known)
@@ -135,18 +144,22 @@ def known_family(name, what: str, known: Iterable[str]) -> str:
 
 
 def check_words(words: dict) -> None:
-    """Raises UserError for sizes that are missing, for values that are no number where there must be one, and for parts
-    that no block here has."""
+    """Raises UserError for sizes that are missing, for values that are no number where there must be one, and
+    for parts that no block here has."""
     for name in ("num_experts", "num_local_experts", "n_routed_experts"):
         if words.get(name):
             mixture = f"{words['model_type']} as a mixture of experts"
             raise UserError(f"{name} is {words[name]!r:.40}: {mixture} is not supported")
     for name in ("attention_bias", "mlp_bias"):
         if words.get(name):
-            raise UserError(f"{name} is set: biases are supported on the queries, keys and values of qwen2 alone")
+            raise UserError(
+                f"{name} is set: biases are supported on the queries, keys and values of qwen2 alone"
+            )
     if words.get("quantization_config"):
         method = table(words, "quantization_config").get("quant_method")
-        raise UserError(f"the weights are quantized ({method!s:.40}); take the model as it was before, or its GGUF")
+        raise UserError(
+            f"the weights are quantized ({method!s:.40}); take the model as it was before, or its GGUF"
+        )
     for name in NEEDED:
         if words.get(name) is None:
             raise UserError(f"the configuration lacks {name!r}")
@@ -192,8 +205,8 @@ def activation(words: dict, gemma: bool) -> str:
 
 
 def windows(words: dict, n_layers: int) -> dict:
-    """The fields on sliding windows: by the kinds of layers listed, else every so many layers one without, else all
-    with one."""
+    """The fields on sliding windows: by the kinds of layers listed, else every so many layers one without,
+    else all with one."""
     if words.get("sliding_window") is None or words.get("use_sliding_window") is False:
         return {}
     if words.get("use_bidirectional_attention"):
@@ -202,10 +215,14 @@ def windows(words: dict, n_layers: int) -> dict:
     layers = range(1, n_layers + 1)
     if kinds:
         if not isinstance(kinds, list) or len(kinds) != n_layers:
-            raise UserError(f"layer_types is {kinds!r:.40}; it must be a list of {n_layers} kinds, one a layer")
+            raise UserError(
+                f"layer_types is {kinds!r:.40}; it must be a list of {n_layers} kinds, one a layer"
+            )
         for kind in kinds:
             if kind not in ("full_attention", "sliding_attention"):
-                raise UserError(f"layer_types has {kind!r:.40}; supported are full_attention and sliding_attention")
+                raise UserError(
+                    f"layer_types has {kind!r:.40}; supported are full_attention and sliding_attention"
+                )
         whole = [layer for layer in layers if kinds[layer - 1] == "full_attention"]
     elif "max_window_layers" in words:  # Qwen: how many layers, from the first, have none
         first = words["max_window_layers"]
@@ -220,19 +237,21 @@ def windows(words: dict, n_layers: int) -> dict:
 
 
 def without_rotation(words: dict, n_layers: int) -> tuple[int, ...]:
-    """SmolLM3: the layers whose queries and keys are not rotated, which no_rope_layers marks with 0, or else every so
-    many."""
+    """SmolLM3: the layers whose queries and keys are not rotated, which no_rope_layers marks with 0, or else
+    every so many."""
     marks, every = words.get("no_rope_layers"), words.get("no_rope_layer_interval") or 4
     if marks is None:
         marks = [int(layer % every != 0) for layer in range(1, n_layers + 1)]
     if not isinstance(marks, list) or len(marks) < n_layers or not all(mark in (0, 1) for mark in marks):
-        raise UserError(f"no_rope_layers is {marks!r:.40}; it must be a list of {n_layers} times 0 or 1, one a layer")
+        raise UserError(
+            f"no_rope_layers is {marks!r:.40}; it must be a list of {n_layers} times 0 or 1, one a layer"
+        )
     return tuple(layer for layer in range(1, n_layers + 1) if marks[layer - 1] == 0)
 
 
 def rotation(words: dict, local: bool) -> dict:
-    """The fields on rotary embedding: rope_theta and rope_scaling, or rope_parameters, which hold both, perhaps for
-    each kind of layer."""
+    """The fields on rotary embedding: rope_theta and rope_scaling, or rope_parameters, which hold both,
+    perhaps for each kind of layer."""
     whole = table(words, "rope_parameters")
     sliding = table(whole, "sliding_attention")
     if "full_attention" in whole:
@@ -241,7 +260,11 @@ def rotation(words: dict, local: bool) -> dict:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise UserError(f"rope_scaling {kind!r:.40} is not supported; known are default, linear and llama3")
-    bands = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings") if kind == "llama3" else ()
+    bands = (
+        ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        if kind == "llama3"
+        else ()
+    )
     fields = {
         "rope_base": positive(whole, "rope_theta", words["rope_theta"]),
         "rope_factor": 1.0 if kind == "default" else positive(scaling, "factor"),
@@ -271,7 +294,17 @@ META = (
     "attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo", "ffn_norm",
     "feed_forward.w1", "feed_forward.w3", "feed_forward.w2",
 )  # fmt: skip
-GGUF = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+GGUF = (
+    "attn_norm",
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_output",
+    "ffn_norm",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_down",
+)
 HF_FURTHER = {
     "self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm",
     "self_attn.q_proj.bias": "q_bias", "self_attn.k_proj.bias": "k_bias", "self_attn.v_proj.bias": "v_bias",
@@ -289,8 +322,8 @@ SKIPPED = re.compile(r"rotary_emb\.inv_freq|rope\.freqs|rope_freqs|vision_tower\
 
 
 def name_table(names: str, post_norms: bool) -> dict[str, str]:
-    """Their names -> ours, without .weight, # for the number of a block, from 0. What lies fused in ours goes by its
-    parts: q, k, v; gate, up."""
+    """Their names -> ours, without .weight, # for the number of a block, from 0. What lies fused in ours goes
+    by its parts: q, k, v; gate, up."""
     if names == "hf":
         prefix, outer = "model.layers", ("model.embed_tokens", "model.norm", "lm_head")
         block = dict(zip(HF, BLOCK)) | HF_FURTHER
@@ -309,8 +342,8 @@ def name_table(names: str, post_norms: bool) -> dict[str, str]:
 
 
 def pattern(name: str) -> str:
-    """A tensor's name as the table has it: without .weight, # for the number of a block, and of a model for images too
-    only the text's."""
+    """A tensor's name as the table has it: without .weight, # for the number of a block, and of a model for
+    images too only the text's."""
     for prefix in ("language_model.model.", "model.language_model."):
         name = name.replace(prefix, "model.")
     name = name.replace("language_model.", "")

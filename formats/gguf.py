@@ -20,7 +20,10 @@ ARCHITECTURES = {  # -> model_type
     "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text",
 }  # fmt: skip
 INTERLEAVED = ("llama", "smollm3")  # whose rotary pairs llama.cpp wants side by side
-LARGE = (("gemma2", 46), ("gemma3", 62))  # 27B, with its own scale of queries; llama.cpp, too, knows it by its depth
+LARGE = (
+    ("gemma2", 46),
+    ("gemma3", 62),
+)  # 27B, with its own scale of queries; llama.cpp, too, knows it by its depth
 CHUNK = 1 << 22  # elements of a tensor dequantized at a time
 WORDS = {  # of config.json -> keys of the metadata
     "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
@@ -42,7 +45,9 @@ def open_gguf(path: Path) -> Source:
         raise UserError(f"{path}: {error}") from None
     tensors = {}
     for name, shape, data, kind in found:
-        tensors[name] = Stored(shape, torch.float32, partial(dequantized, shape, data, kind, config["head_dim"]))
+        tensors[name] = Stored(
+            shape, torch.float32, partial(dequantized, shape, data, kind, config["head_dim"])
+        )
     if "token_embd.weight" not in tensors:
         raise UserError(f"{path}: tensor token_embd.weight is missing")
     config["vocab_size"] = tensors["token_embd.weight"].shape[0]
@@ -86,7 +91,9 @@ def dequantized(shape: tuple[int, ...], data, kind, head_dim: int) -> Iterator[T
         try:
             rows = gguf.quants.dequantize(data[first : first + step], kind)
         except NotImplementedError:
-            raise UserError(f"the package gguf cannot dequantize {kind.name}; take a file of another kind") from None
+            raise UserError(
+                f"the package gguf cannot dequantize {kind.name}; take a file of another kind"
+            ) from None
         rows = np.require(rows, requirements="W")  # torch wants it writable
         yield torch.from_numpy(rows).view(-1, *shape[1:])
 
@@ -98,7 +105,9 @@ def gguf_config(fields: dict, family: str) -> dict:
         if not isinstance(config.get(word), int) or config[word] < 1:
             raise UserError(f"the metadata lack {family}.{WORDS[word]}, or it is no whole number above 0")
     config["model_type"] = ARCHITECTURES[family]
-    ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]  # of a text, of a turn in a chat
+    ends = [
+        fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")
+    ]  # of a text, of a turn in a chat
     config["eos_token_id"] = [token for token in ends if token is not None] or None
     share = config["hidden_size"] // config["num_attention_heads"]
     config.setdefault("head_dim", share)
@@ -106,5 +115,8 @@ def gguf_config(fields: dict, family: str) -> dict:
     config["query_pre_attn_scalar"] = share if large else config["head_dim"]
     scaling = fields.get(f"{family}.rope.scaling.type", "none")
     if scaling != "none":
-        config["rope_scaling"] = {"rope_type": scaling, "factor": fields.get(f"{family}.rope.scaling.factor", 1.0)}
+        config["rope_scaling"] = {
+            "rope_type": scaling,
+            "factor": fields.get(f"{family}.rope.scaling.factor", 1.0),
+        }
     return config

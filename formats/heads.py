@@ -1,9 +1,9 @@
-"""Heads in a file of their own: what training on top of a finished model adds to it, a few MB, and the fingerprint of
-the model that it belongs to.
+"""Heads in a file of their own: what training on top of a finished model adds to it, a few MB, and the
+fingerprint of the model that it belongs to.
 
-The file is a checkpoint (formats/checkpoint.py) without the model: of the config the FIELDS, of the weights those
-whose names begin as HEAD_WEIGHTS do, perhaps `frequent_ids` (formats/frequent_ids.py), and `model`, the fingerprint.
-Attached, these heads take the place of those that the model's own file holds.
+The file is a checkpoint (formats/checkpoint.py) without the model: of the config the FIELDS, of the weights
+those whose names begin as HEAD_WEIGHTS do, perhaps `frequent_ids` (formats/frequent_ids.py), and `model`, the
+fingerprint. Attached, these heads take the place of those that the model's own file holds.
 """
 
 import os
@@ -23,14 +23,15 @@ SAMPLES = 16  # numbers of every weight in a fingerprint
 
 
 def fingerprint(content: dict) -> dict:
-    """What tells one model from another, from the content of its file, heads left out: the `names` of the weights,
-    SAMPLES numbers of each, evenly spaced, `samples` (names, SAMPLES) float32, and by how much int8 may have moved
-    each, `steps`.
+    """What tells one model from another, from the content of its file, heads left out: the `names` of the
+    weights, SAMPLES numbers of each, evenly spaced, `samples` (names, SAMPLES) float32, and by how much int8
+    may have moved each, `steps`.
 
-    It reads some pages of the file, not all of it. It is made from the file, not from the model in memory, whose
-    weights may be packed or int8 there. It is no hash, because the same model in a float32, a float16 and a bfloat16
-    file has other bits in each, even after rounding all to the coarsest (float16 to bfloat16 rounds twice); numbers can
-    be compared within that rounding (`same_model`). A model trained further differs in some of thousands of samples."""
+    It reads some pages of the file, not all of it. It is made from the file, not from the model in memory,
+    whose weights may be packed or int8 there. It is no hash, because the same model in a float32, a float16
+    and a bfloat16 file has other bits in each, even after rounding all to the coarsest (float16 to bfloat16
+    rounds twice); numbers can be compared within that rounding (`same_model`). A model trained further
+    differs in some of thousands of samples."""
     weights, scales = content["weights"], content.get("scales", {})
     names = sorted(name for name in weights if not name.startswith(HEAD_WEIGHTS))
     samples, steps = torch.zeros(2, len(names), SAMPLES)
@@ -46,9 +47,9 @@ def fingerprint(content: dict) -> dict:
 
 
 def same_model(one: dict, other: dict) -> bool:
-    """Whether two fingerprints are of one model: their numbers no further apart than rounding one of them to bfloat16
-    (by 2^-8 of a number) and the other to float16 (by 2^-11, or where that is more by 2^-25) takes them, or int8 (by
-    half a step; of the largest of a row up to a whole one)."""
+    """Whether two fingerprints are of one model: their numbers no further apart than rounding one of them to
+    bfloat16 (by 2^-8 of a number) and the other to float16 (by 2^-11, or where that is more by 2^-25) takes
+    them, or int8 (by half a step; of the largest of a row up to a whole one)."""
     if one["names"] != other["names"] or one["samples"].shape != other["samples"].shape:
         return False
     apart = (one["samples"] - other["samples"]).abs()
@@ -61,12 +62,14 @@ def same_model(one: dict, other: dict) -> bool:
 def save_heads(
     path: str | os.PathLike, model, belongs_to: dict, dtype: torch.dtype | None = None, weights=None, **extra
 ) -> None:
-    """Writes the heads of a model, whose fingerprint `belongs_to` is, and `extra`, to one file, whole or not at all;
-    matrices as `dtype`. `weights`: in place of the model's. Raises UserError for a full disk."""
+    """Writes the heads of a model, whose fingerprint `belongs_to` is, and `extra`, to one file, whole or not
+    at all; matrices as `dtype`. `weights`: in place of the model's. Raises UserError for a full disk."""
     config, weights = asdict(model.config), weights or model.state_dict()
     heads = {name: weight for name, weight in weights.items() if name.startswith(HEAD_WEIGHTS)}
     content = {
-        "format": HEADS, "config": {field: config[field] for field in FIELDS}, "weights": as_stored(heads, dtype),
+        "format": HEADS,
+        "config": {field: config[field] for field in FIELDS},
+        "weights": as_stored(heads, dtype),
         "model": belongs_to,
     }
     if model.frequent_ids is not None:
@@ -75,11 +78,13 @@ def save_heads(
 
 
 def read_heads(path: str | os.PathLike) -> dict:
-    """The content of a file of heads, compared with its checksums, which a small file allows. Raises UserError for
-    another file, and for a damaged one."""
+    """The content of a file of heads, compared with its checksums, which a small file allows. Raises
+    UserError for another file, and for a damaged one."""
     content = read_checkpoint(path, check=True, kind=HEADS)
     belongs_to, config = content.get("model"), content["config"]
-    if not isinstance(belongs_to, dict) or not all(name in belongs_to for name in ("names", "samples", "steps")):
+    if not isinstance(belongs_to, dict) or not all(
+        name in belongs_to for name in ("names", "samples", "steps")
+    ):
         raise UserError(f"{path}: does not say which model its heads belong to")
     if not all(field in config for field in FIELDS):
         raise UserError(f"{path}: its config must tell {', '.join(FIELDS)}")
@@ -87,21 +92,27 @@ def read_heads(path: str | os.PathLike) -> dict:
         if not name.startswith(HEAD_WEIGHTS):
             raise UserError(f"{path}: the weight {name} is none of a head")
         if not weight.isfinite().all():
-            raise UserError(f"{path}: the weight {name} has values that are not finite, so the heads are of no use")
+            raise UserError(
+                f"{path}: the weight {name} has values that are not finite, so the heads are of no use"
+            )
     return content
 
 
 def read_model(path: str | os.PathLike, heads: str | os.PathLike | None = None, check: bool = False) -> dict:
-    """The content of a model's file, as `read_checkpoint` gives it, with the heads in the file `heads`, if there is
-    one, in place of its own. Raises UserError, also for heads of another model."""
+    """The content of a model's file, as `read_checkpoint` gives it, with the heads in the file `heads`, if
+    there is one, in place of its own. Raises UserError, also for heads of another model."""
     content = read_checkpoint(path, check)
     if heads is None:
         return content
     found = read_heads(heads)
     if not same_model(found["model"], fingerprint(content)):
-        raise UserError(f"{heads}: its heads belong to another model than {path}; name the model that they were "
-                        "trained on")
-    backbone = {name: weight for name, weight in content["weights"].items() if not name.startswith(HEAD_WEIGHTS)}
+        raise UserError(
+            f"{heads}: its heads belong to another model than {path}; name the model that they were "
+            "trained on"
+        )
+    backbone = {
+        name: weight for name, weight in content["weights"].items() if not name.startswith(HEAD_WEIGHTS)
+    }
     content["weights"] = backbone | found["weights"]
     content["config"] |= {field: found["config"][field] for field in FIELDS}
     if "frequent_ids" in found:

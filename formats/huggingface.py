@@ -1,5 +1,5 @@
-"""Hugging Face folders: config.json with *.safetensors or else pytorch_model*.bin, one or several, with an index or
-without."""
+"""Hugging Face folders: config.json with *.safetensors or else pytorch_model*.bin, one or several, with an
+index or without."""
 
 from functools import partial
 from pathlib import Path
@@ -56,8 +56,8 @@ def is_name(name) -> bool:
 
 
 def end_tokens(folder: Path, config: dict):
-    """The ids that end a text: those of config.json, and those that generation_config.json adds, as for the end of a
-    turn in a chat; None if config.json does not say."""
+    """The ids that end a text: those of config.json, and those that generation_config.json adds, as for the
+    end of a turn in a chat; None if config.json does not say."""
     found = config.get("eos_token_id")
     beside = folder / "generation_config.json"
     if found is None or not beside.is_file():

@@ -1,9 +1,9 @@
-"""Matrices in int8: a byte a weight and one scale a row, so that decoding, which reads every weight once a token, reads
-a quarter of float32's bytes.
+"""Matrices in int8: a byte a weight and one scale a row, so that decoding, which reads every weight once a
+token, reads a quarter of float32's bytes.
 
-A row w is kept as round(w / s), with s = max |w| / 127 rounded to bfloat16, as the kernel reads it. The kernel,
-for up to FEW rows, takes and gives bfloat16; more rows, or all where it is missing, are multiplied in float32. The
-residual stream is float32.
+A row w is kept as round(w / s), with s = max |w| / 127 rounded to bfloat16, as the kernel reads it. The
+kernel, for up to FEW rows, takes and gives bfloat16; more rows, or all where it is missing, are multiplied in
+float32. The residual stream is float32.
 """
 
 import functools
@@ -29,10 +29,14 @@ class Int8Matrix:
     @classmethod
     def of(cls, weight: Tensor) -> "Int8Matrix":
         """The nearest matrix in int8."""
-        matrix = cls(torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight), dtype=torch.bfloat16))
+        matrix = cls(
+            torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight), dtype=torch.bfloat16)
+        )
         for rows, scale, part in zip(matrix.rows.split(4096), matrix.scale.split(4096), weight.split(4096)):
             largest = part.abs().amax(1).float()
-            scale.copy_((largest / 127).clamp(min=torch.finfo(torch.float32).tiny))  # a row of zeros has one, too
+            scale.copy_(
+                (largest / 127).clamp(min=torch.finfo(torch.float32).tiny)
+            )  # a row of zeros has one, too
             rows.copy_((part.float() / scale.float()[:, None]).round().clamp(-127, 127))
         return matrix
 
@@ -55,9 +59,9 @@ class Int8Matrix:
         return self.scale.new_empty(*shape, dtype=torch.float32)
 
     def product(self, x: Tensor) -> Tensor:
-        """x (N, d_in) times the matrix: (N, d_out), bfloat16 of up to FEW rows where there is a kernel (which reads
-        WHOLE numbers at a time, past the end of a row that is no multiple of these), else float32.
-        The kernel treats every row alike, so that up to FEW rows give bit for bit what each gives alone."""
+        """x (N, d_in) times the matrix: (N, d_out), bfloat16 of up to FEW rows where there is a kernel (which
+        reads WHOLE numbers at a time, past the end of a row that is no multiple of these), else float32. The
+        kernel treats every row alike, so that up to FEW rows give bit for bit what each gives alone."""
         if x.shape[0] <= FEW and self.rows.shape[1] % WHOLE == 0 and has_kernel():
             return torch._weight_int8pack_mm(x.bfloat16(), self.rows, self.scale)
         return F.linear(x.float(), self.rows.float()) * self.scale

@@ -41,7 +41,10 @@ def llama_config(tensors: dict[str, Stored], n_layers: int, n_heads: int, n_kv_h
 
 def open_meta(folder: Path) -> Source:
     """params.json with consolidated.*.pth, the shards of model parallelism. Raises UserError."""
-    params, files = read_json(folder / "params.json", "a configuration"), sorted(folder.glob("consolidated.*.pth"))
+    params, files = (
+        read_json(folder / "params.json", "a configuration"),
+        sorted(folder.glob("consolidated.*.pth")),
+    )
     if not files:
         raise UserError(f"{folder}: has a params.json, but no consolidated.*.pth")
     shards = [read_torch(file) for file in files]
@@ -60,8 +63,9 @@ def open_meta(folder: Path) -> Source:
 
 
 def join(parts: list[Stored], name: str, d_model: int | None) -> Stored:
-    """One tensor of the parts that the shards hold: vectors are the same in all; matrices are cut by rows, or, where
-    they write into the residual stream, by columns; the embedding by columns in Llama 1 and 2, by rows in Llama 3."""
+    """One tensor of the parts that the shards hold: vectors are the same in all; matrices are cut by rows,
+    or, where they write into the residual stream, by columns; the embedding by columns in Llama 1 and 2, by
+    rows in Llama 3."""
     first = parts[0]
     if len(first.shape) != 2 or len(parts) == 1:
         return first
@@ -86,8 +90,8 @@ def pieces_of(parts: list[Stored]) -> Iterator[Tensor]:
 
 
 def open_llama2c(path: Path) -> Source:
-    """llama2.c's float32 .bin (export.py, versions 0 and 1): seven integers, then the weights, each kind for all layers
-    together. The tokenizer is tokenizer.model or tokenizer.bin beside it. Raises UserError."""
+    """llama2.c's float32 .bin (export.py, versions 0 and 1): seven integers, then the weights, each kind for
+    all layers together. The tokenizer is tokenizer.model or tokenizer.bin beside it. Raises UserError."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         header = file.read(256)
@@ -96,7 +100,9 @@ def open_llama2c(path: Path) -> Source:
     magic, version = struct.unpack_from("<Ii", header)
     new = magic == 0x616B3432
     if new and version != 1:
-        raise UserError(f"{path}: llama2.c version {version} (int8); export it as version 0 or 1, which are float32")
+        raise UserError(
+            f"{path}: llama2.c version {version} (int8); export it as version 0 or 1, which are float32"
+        )
     numbers = struct.unpack_from("<7i", header, 8 if new else 0)
     d, d_ff, n_layers, n_heads, n_kv_heads, vocab_size, positions = numbers
     start, tied = (256, bool(header[36])) if new and len(header) == 256 else (28, vocab_size > 0)
@@ -105,7 +111,9 @@ def open_llama2c(path: Path) -> Source:
         other = "of weights of another kind give the folder"
         raise UserError(f"{path}: neither GGUF nor, by its first numbers, llama2.c; {other}")
 
-    per_layer, whole = llama2c_shapes(d, d_ff, n_kv_heads * (d // n_heads), vocab_size, positions * (d // n_heads))
+    per_layer, whole = llama2c_shapes(
+        d, d_ff, n_kv_heads * (d // n_heads), vocab_size, positions * (d // n_heads)
+    )
     if new:  # vectors first, and no table of frequencies
         matrices = [name for name in per_layer if not name.endswith("norm")]
         names = ["attention_norm", "ffn_norm", "norm", "tok_embeddings", *matrices]
@@ -113,7 +121,9 @@ def open_llama2c(path: Path) -> Source:
         names = ["tok_embeddings", *per_layer, "norm", "rope.freqs"]
     if not tied:
         names.append("output")
-    floats = sum(math.prod(whole[name]) if name in whole else n_layers * math.prod(per_layer[name]) for name in names)
+    floats = sum(
+        math.prod(whole[name]) if name in whole else n_layers * math.prod(per_layer[name]) for name in names
+    )
     needed = start + 4 * floats
     if needed != size:
         wrong = f"by its first numbers {needed} bytes, not {size}"
@@ -152,5 +162,10 @@ def llama2c_shapes(d: int, d_ff: int, d_kv: int, vocab_size: int, frequencies: i
         "attention.wo": (d, d),
         "ffn_norm": (d,), "feed_forward.w1": (d_ff, d), "feed_forward.w2": (d, d_ff), "feed_forward.w3": (d_ff, d),
     }  # fmt: skip
-    whole = {"tok_embeddings": (vocab_size, d), "norm": (d,), "rope.freqs": (frequencies,), "output": (vocab_size, d)}
+    whole = {
+        "tok_embeddings": (vocab_size, d),
+        "norm": (d,),
+        "rope.freqs": (frequencies,),
+        "output": (vocab_size, d),
+    }
     return per_layer, whole

@@ -14,9 +14,9 @@ LINE = 10_000  # characters of a line that are trained on together; sentencepiec
 
 
 def train_tokenizer(pairs: Iterable[tuple[str, str]], vocab_size: int) -> bytes:
-    """A sentencepiece model, trained line by line: BPE, every byte representable, characters left as they are, runs of
-    spaces made one; with a separator if there are prompts. The pairs are gone through twice. Raises UserError if there
-    is too little text, and what reading the pairs raises."""
+    """A sentencepiece model, trained line by line: BPE, every byte representable, characters left as they
+    are, runs of spaces made one; with a separator if there are prompts. The pairs are gone through twice.
+    Raises UserError if there is too little text, and what reading the pairs raises."""
     prompted = [bool(prompt) for prompt, _ in pairs]  # all are read here: sentencepiece would hide an error
     model = io.BytesIO()
     try:
@@ -41,24 +41,37 @@ def lines_of(pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
                     yield from (line[at : at + LINE] for at in range(0, len(line), LINE))
 
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces (sentencepiece_model.proto)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(
+    1, 7
+)  # types of pieces (sentencepiece_model.proto)
 
 
 def build_tokenizer(
-    tokens: list[str], scores: list[float], types: list[int], unk: int, bos: int | None, eos: int | None, prefix: bool
+    tokens: list[str],
+    scores: list[float],
+    types: list[int],
+    unk: int,
+    bos: int | None,
+    eos: int | None,
+    prefix: bool,
 ) -> bytes:
-    """A sentencepiece BPE model of these pieces, as the bytes of a ModelProto (sentencepiece_model.proto). Text is
-    taken as it is, spaces become ▁, with `prefix` one is put before the text, and what has no piece goes by bytes."""
+    """A sentencepiece BPE model of these pieces, as the bytes of a ModelProto (sentencepiece_model.proto).
+    Text is taken as it is, spaces become ▁, with `prefix` one is put before the text, and what has no piece
+    goes by bytes."""
     pieces, types = [token.replace(" ", "▁").encode() for token in tokens], list(types)
     types[unk] = UNKNOWN
     parts = []
     for piece, score, kind in zip(pieces, scores, types):
         parts.append(_field(1, _field(1, piece) + _field(2, float(score)) + _field(3, int(kind))))
     trainer = _field(3, 2) + _field(4, len(pieces)) + _field(35, BYTE in types)  # BPE, size, byte fallback
-    for number, at in enumerate((unk, bos, eos, None)):  # unk, bos, eos, pad: by id and by name, (none) is not found
+    for number, at in enumerate(
+        (unk, bos, eos, None)
+    ):  # unk, bos, eos, pad: by id and by name, (none) is not found
         trainer += _field(40 + number, -1 if at is None else at)
         trainer += _field(45 + number, b"(none)" if at is None else pieces[at])
-    normalizer = _field(1, b"identity") + _field(3, prefix) + _field(4, False) + _field(5, True)  # keeps runs of ▁
+    normalizer = (
+        _field(1, b"identity") + _field(3, prefix) + _field(4, False) + _field(5, True)
+    )  # keeps runs of ▁
     return b"".join(parts) + _field(2, trainer) + _field(3, normalizer)
 
 

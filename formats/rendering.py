@@ -1,8 +1,9 @@
-"""Renders chat templates in a process of its own, so that one that loops or grows can be stopped: formats/chat.py runs
-this file, with a request as JSON on stdin and {"texts": [..]} or {"error": ".."} on stdout.
+"""Renders chat templates in a process of its own, so that one that loops or grows can be stopped:
+formats/chat.py runs this file, with a request as JSON on stdin and {"texts": [..]} or {"error": ".."} on
+stdout.
 
-A template is a program that came with a checkpoint, so it gets jinja2's sandbox, which lets it reach nothing but what
-it is given, and so much memory and text, and as much time as the request says.
+A template is a program that came with a checkpoint, so it gets jinja2's sandbox, which lets it reach nothing
+but what it is given, and so much memory and text, and as much time as the request says.
 """
 
 import contextlib
@@ -20,7 +21,8 @@ CHARACTERS = 2**22  # of one conversation
 
 
 class Generation(Extension):
-    """{% generation %} .. {% endgeneration %}, which marks in some templates what a training learns: passed over."""
+    """{% generation %} .. {% endgeneration %}, which marks in some templates what a training learns: passed
+    over."""
 
     tags = {"generation"}  # noqa: RUF012  jinja2's name
 

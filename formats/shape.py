@@ -5,10 +5,31 @@ from common.errors import UserError
 from formats.adapters import read_adapter
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-LIMITS = {"n_layers": 10_000, "max_len": 2**20}  # every layer is an object, every position a row of the rotary table
-SIZES = ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "max_len", "head_dim", "window")
-FACTORS = ("norm_eps", "query_scale", "embedding_scale", "rope_base", "local_rope_base", "rope_factor", "attention_cap",
-           "logit_cap")
+LIMITS = {
+    "n_layers": 10_000,
+    "max_len": 2**20,
+}  # every layer is an object, every position a row of the rotary table
+SIZES = (
+    "vocab_size",
+    "n_layers",
+    "d_model",
+    "n_heads",
+    "n_kv_heads",
+    "d_ff",
+    "max_len",
+    "head_dim",
+    "window",
+)
+FACTORS = (
+    "norm_eps",
+    "query_scale",
+    "embedding_scale",
+    "rope_base",
+    "local_rope_base",
+    "rope_factor",
+    "attention_cap",
+    "logit_cap",
+)
 
 
 def one_or_several(ids) -> tuple[int, ...] | int | None:
@@ -21,11 +42,14 @@ def one_or_several(ids) -> tuple[int, ...] | int | None:
 
 
 def check_layers(name: str, layers, n_layers: int) -> None:
-    """Raises UserError unless every exit layer lies in 1..L-1 (layer L is not an exit: it is the full model)."""
+    """Raises UserError unless every exit layer lies in 1..L-1 (layer L is not an exit: it is the full
+    model)."""
     bad = [layer for layer in layers if not 1 <= layer < n_layers]
     if bad:
-        raise UserError(f"{name}: layer {bad[0]} is not an exit of a model of {n_layers} layers; choose from 1 to "
-                        f"{n_layers - 1}")
+        raise UserError(
+            f"{name}: layer {bad[0]} is not an exit of a model of {n_layers} layers; choose from 1 to "
+            f"{n_layers - 1}"
+        )
 
 
 def check_shape(config) -> None:
@@ -36,7 +60,9 @@ def check_shape(config) -> None:
     if config.activation not in ACTIVATIONS:
         raise UserError(f"unknown activation {config.activation!r}; choose from {', '.join(ACTIVATIONS)}")
     if read_adapter(config.adapter)[0] and not config.exit_norms:
-        raise UserError(f"adapter is {config.adapter}, but it stands before norms in exit_norms, and there are none")
+        raise UserError(
+            f"adapter is {config.adapter}, but it stands before norms in exit_norms, and there are none"
+        )
     for name in ("exit_norms", "classifiers", "exit_layers"):
         check_layers(name, getattr(config, name), config.n_layers)
     for name in ("global_layers", "unrotated_layers"):
@@ -61,7 +87,9 @@ def check_numbers(config) -> None:
 def check_heads(config) -> None:
     """Raises UserError for heads that do not divide what they must, and for rotary bands out of order."""
     if config.head_dim is None and config.d_model % config.n_heads:
-        raise UserError(f"d_model {config.d_model} must be a multiple of n_heads {config.n_heads}, or head_dim given")
+        raise UserError(
+            f"d_model {config.d_model} must be a multiple of n_heads {config.n_heads}, or head_dim given"
+        )
     head_dim = config.head_dim or config.d_model // config.n_heads
     if head_dim % 2:
         raise UserError(f"head_dim is {head_dim} (d_model / n_heads if not given); it must be even")

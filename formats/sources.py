@@ -1,5 +1,5 @@
-"""What an opened public checkpoint is, whatever its layout: tensors that are read when they are asked for, and a
-configuration in the words of a Hugging Face config.json, so that convert.py translates only once."""
+"""What an opened public checkpoint is, whatever its layout: tensors that are read when they are asked for,
+and a configuration in the words of a Hugging Face config.json, so that convert.py translates only once."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,12 +22,14 @@ class Stored(NamedTuple):
 class Source:
     """An opened checkpoint."""
 
-    layout: str                  # what it was recognized as
-    config: dict                 # in the words of config.json
-    names: str                   # whose names the tensors have: hf, meta or gguf
+    layout: str  # what it was recognized as
+    config: dict  # in the words of config.json
+    names: str  # whose names the tensors have: hf, meta or gguf
     tensors: dict[str, Stored]
-    interleaved: bool            # the rotary pairs of a head are (2i, 2i + 1), not (i, i + C/2)
-    find_tokenizer: Callable[[], tuple[bytes | None, str]]  # its bytes (formats/tokenizer.py), a note if there is none
-    note: str = ""               # what the user should know
+    interleaved: bool  # the rotary pairs of a head are (2i, 2i + 1), not (i, i + C/2)
+    find_tokenizer: Callable[
+        [], tuple[bytes | None, str]
+    ]  # its bytes (formats/tokenizer.py), a note if there is none
+    note: str = ""  # what the user should know
     tokenizer: bytes | None = None
     chat_template: str | None = None  # see formats/chat.py

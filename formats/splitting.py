@@ -1,7 +1,7 @@
 """How byte-level BPE splits a text into words, so that no token reaches over the end of one.
 
-Every family has a regular expression for it, written for a library that knows Unicode's categories (\\p{L} is any
-letter). Python's `re` does not, so the categories are written out here as ranges of characters, made from
+Every family has a regular expression for it, written for a library that knows Unicode's categories (\\p{L} is
+any letter). Python's `re` does not, so the categories are written out here as ranges of characters, made from
 `unicodedata`.
 """
 
@@ -13,9 +13,9 @@ import unicodedata
 
 from common.errors import UserError
 
-# The rules of the families, as their tokenizer.json write them. \p{L}: letters, \p{N}: numbers, \p{M}: marks; of the
-# letters \p{Lu}: capital, \p{Ll}: small, \p{Lt}: title case, \p{Lm}: modifiers, \p{Lo}: others, as of scripts without
-# capitals.
+# The rules of the families, as their tokenizer.json write them. \p{L}: letters, \p{N}: numbers, \p{M}: marks;
+# of the letters \p{Lu}: capital, \p{Ll}: small, \p{Lt}: title case, \p{Lm}: modifiers, \p{Lo}: others, as of
+# scripts without capitals.
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -27,7 +27,10 @@ TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*|\p{{N}}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-DIGIT, NUMBER = r"\p{N}", r"\p{N}+"  # before another rule: SmolLM parts the digits, then GPT-2's rule splits the rest
+DIGIT, NUMBER = (
+    r"\p{N}",
+    r"\p{N}+",
+)  # before another rule: SmolLM parts the digits, then GPT-2's rule splits the rest
 
 # Unicode's white space; Python's \s has U+001C to U+001F, too.
 WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -38,7 +41,9 @@ TOKEN = re.compile(r"\\([pP])\{(\w+)\}|\\(.)|([\[\]])|[^\\\[\]]+|.", re.DOTALL) 
 def categories() -> list[tuple[int, int, str]]:
     """(first, last, general category) of all runs of characters that have one category in common."""
     runs = []
-    for category, run in itertools.groupby(range(sys.maxunicode + 1), lambda code: unicodedata.category(chr(code))):
+    for category, run in itertools.groupby(
+        range(sys.maxunicode + 1), lambda code: unicodedata.category(chr(code))
+    ):
         codes = list(run)
         runs.append((codes[0], codes[-1], category))
     return runs
@@ -47,7 +52,9 @@ def categories() -> list[tuple[int, int, str]]:
 @functools.cache
 def character_class(name: str, inverted: bool) -> str:
     r"""What stands in [] for \p{name}, or if inverted for \P{name}: all characters whose category begins like that."""
-    chosen = [(first, last) for first, last, category in categories() if category.startswith(name) != inverted]
+    chosen = [
+        (first, last) for first, last, category in categories() if category.startswith(name) != inverted
+    ]
     if not chosen or not name:
         raise UserError(f"unknown character category {name!r}")
     return "".join(rf"\U{first:08x}-\U{last:08x}" for first, last in chosen)

@@ -36,9 +36,9 @@ class Entry(NamedTuple):
 
 
 def read_safetensors(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file, memory-mapped: 8 bytes of header length, a JSON header, the data. Every length
-    and offset is checked against the file; the tensors must fill the data without gap or overlap, as the format
-    demands. Raises UserError."""
+    """The tensors of a safetensors file, memory-mapped: 8 bytes of header length, a JSON header, the data.
+    Every length and offset is checked against the file; the tensors must fill the data without gap or
+    overlap, as the format demands. Raises UserError."""
     check_regular(path)
     size = path.stat().st_size
     header, start = read_header(path, size)
@@ -50,12 +50,16 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
             raise UserError(f"{path}: {name} {wrong}: the tensors overlap or leave a gap")
         end = entry.stop
     if end != size - start:
-        raise UserError(f"{path}: its tensors need {end} bytes of data, the file has {size - start}; download it again")
+        raise UserError(
+            f"{path}: its tensors need {end} bytes of data, the file has {size - start}; download it again"
+        )
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
 
     def piece(entry: Entry) -> list[Tensor]:
         raw = data[start + entry.begin : start + entry.stop]
-        if (start + entry.begin) % entry.dtype.itemsize:  # the format does not promise alignment, torch needs it
+        if (
+            start + entry.begin
+        ) % entry.dtype.itemsize:  # the format does not promise alignment, torch needs it
             raw = raw.clone()
         return [raw.view(entry.dtype).view(entry.shape)]
 
@@ -89,9 +93,13 @@ def read_entry(path: Path, name: str, entry) -> Entry:
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in SAFETENSORS:
         known = f"known are {', '.join(SAFETENSORS)}"
-        raise UserError(f"{path}: {name} is of dtype {dtype!s:.40}; {known}: convert it to one of these first")
+        raise UserError(
+            f"{path}: {name} is of dtype {dtype!s:.40}; {known}: convert it to one of these first"
+        )
     for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        if not isinstance(numbers, list) or not all(
+            type(number) is int and 0 <= number < 2**63 for number in numbers
+        ):
             wrong = f"has shape {shape!s:.40} and offsets {offsets!s:.40}"
             raise UserError(f"{path}: {name} {wrong}; both must be lists of integers, at least 0")
     needed = math.prod(shape) * SAFETENSORS[dtype].itemsize
@@ -117,6 +125,8 @@ def read_torch(path: Path) -> dict[str, Stored]:
     tensors = {}
     for name, tensor in content.items():
         if not is_plain(tensor):
-            raise UserError(f"{path}: {name} is {in_words(tensor)}; only plain tensors of numbers can be converted")
+            raise UserError(
+                f"{path}: {name} is {in_words(tensor)}; only plain tensors of numbers can be converted"
+            )
         tensors[name] = Stored(tuple(tensor.shape), tensor.dtype, partial(list, [tensor.detach()]))
     return tensors

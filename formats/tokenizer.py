@@ -23,13 +23,13 @@ class Tokenizer(Protocol):
     specials: dict[str, int]  # the texts of special tokens -> their ids
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of a text, without begin or end. `special`: the text comes from a template, not from a user, and
-        the special tokens written in it are tokens; a GUARD in it, which keeps a piece of a user's text from being one,
-        is left out. Raises UserError for a text that has no UTF-8."""
+        """Token ids of a text, without begin or end. `special`: the text comes from a template, not from a
+        user, and the special tokens written in it are tokens; a GUARD in it, which keeps a piece of a user's
+        text from being one, is left out. Raises UserError for a text that has no UTF-8."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of these tokens; special ones, and ids that no token has, add nothing. A text whose last character
-        is unfinished ends in U+FFFD: who shows a text as it grows waits until it does not."""
+        """The text of these tokens; special ones, and ids that no token has, add nothing. A text whose last
+        character is unfinished ends in U+FFFD: who shows a text as it grows waits until it does not."""
 
     def piece(self, id: int) -> str:
         """What to show for one token by itself, special ones by their names."""
@@ -64,7 +64,8 @@ class SentencePiece:
         return any_of(list(self.specials))
 
     def is_special(self, id: int) -> bool:
-        """Whether a piece is a control symbol; or one like <end_of_turn>, which some models find in any text."""
+        """Whether a piece is a control symbol; or one like <end_of_turn>, which some models find in any
+        text."""
         piece = self.model.id_to_piece(id)
         if self.model.is_byte(id) or self.model.is_unknown(id):
             return False
@@ -98,18 +99,20 @@ class SentencePiece:
 
 
 def read_blob(blob: bytes) -> Tokenizer:
-    """The tokenizer of these bytes: JSON of a BPE, or a sentencepiece model, which begins with a tag that is no {.
-    Raises UserError for damaged ones."""
+    """The tokenizer of these bytes: JSON of a BPE, or a sentencepiece model, which begins with a tag that is
+    no {. Raises UserError for damaged ones."""
     return BPE.from_blob(blob) if blob.startswith(b"{") else SentencePiece(blob)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """[begin] prompt [separator], each only where the tokenizer has one. Raises UserError for a prompt that UTF-8
-    cannot write."""
+    """[begin] prompt [separator], each only where the tokenizer has one. Raises UserError for a prompt that
+    UTF-8 cannot write."""
     try:
         prompt.encode()
     except UnicodeEncodeError:  # what the shell gave as other bytes comes as surrogates
-        raise UserError(f"the prompt {prompt!r:.40} holds bytes that are not UTF-8; give it in UTF-8") from None
+        raise UserError(
+            f"the prompt {prompt!r:.40} holds bytes that are not UTF-8; give it in UTF-8"
+        ) from None
     begin = [] if tokenizer.begin is None else [tokenizer.begin]
     separator = [] if tokenizer.separator is None else [tokenizer.separator]
     return [*begin, *tokenizer.encode(prompt), *separator]

@@ -1,5 +1,5 @@
-"""Tokenizers that lie in or beside public checkpoints, as the bytes that formats/tokenizer.py reads: byte-level BPE,
-or sentencepiece models, some of them rebuilt from a list of pieces."""
+"""Tokenizers that lie in or beside public checkpoints, as the bytes that formats/tokenizer.py reads:
+byte-level BPE, or sentencepiece models, some of them rebuilt from a list of pieces."""
 
 import re
 import struct
@@ -23,9 +23,9 @@ def is_ranks(raw: bytes) -> bool:
 
 
 def find_tokenizer(*folders: Path) -> tuple[bytes | None, str]:
-    """The tokenizer of the first of the folders that has one, and a note if none has. A sentencepiece model goes before
-    the tokenizer.json beside it, which then says the same less exactly. Raises UserError for one that cannot be
-    read."""
+    """The tokenizer of the first of the folders that has one, and a note if none has. A sentencepiece model
+    goes before the tokenizer.json beside it, which then says the same less exactly. Raises UserError for one
+    that cannot be read."""
     for folder in folders:
         path = folder / "tokenizer.model"
         if path.is_file() and not is_ranks(path.read_bytes()):
@@ -57,8 +57,9 @@ def load_tokenizer(path: str | Path) -> bytes:
 
 
 def read_tokenizer_file(path: Path) -> bytes:
-    """A tokenizer in a file of its own: a sentencepiece model, tokenizer.json, tiktoken's ranks, or llama2.c's
-    tokenizer.bin: the longest length, then score, length and bytes of each token. Raises UserError."""
+    """A tokenizer in a file of its own: a sentencepiece model, tokenizer.json, tiktoken's ranks, or
+    llama2.c's tokenizer.bin: the longest length, then score, length and bytes of each token. Raises
+    UserError."""
     check_regular(path)
     raw = path.read_bytes()
     if raw.lstrip()[:1] == b"{" or is_ranks(raw):
@@ -66,7 +67,9 @@ def read_tokenizer_file(path: Path) -> bytes:
             tokenizer = from_ranks(raw) if is_ranks(raw) else from_json(read_json(path, "a tokenizer"))
             return tokenizer.to_blob()
     longest, at, tokens, scores = int.from_bytes(raw[:4], "little"), 4, [], []
-    while longest < 1024 and at + 8 <= len(raw):  # a sentencepiece model begins with a tag that makes it larger
+    while longest < 1024 and at + 8 <= len(
+        raw
+    ):  # a sentencepiece model begins with a tag that makes it larger
         score, length = struct.unpack_from("<fi", raw, at)
         if not 0 <= length <= longest:
             break
@@ -76,14 +79,17 @@ def read_tokenizer_file(path: Path) -> bytes:
     if at != len(raw) or len(tokens) < 3:
         return raw  # whether it is a sentencepiece model shows when it is loaded
     types = [BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else NORMAL for token in tokens]
-    tokens[:3], types[:3] = ["<unk>", "<s>", "</s>"], [UNKNOWN, CONTROL, CONTROL]  # run.c takes these for granted
+    tokens[:3], types[:3] = (
+        ["<unk>", "<s>", "</s>"],
+        [UNKNOWN, CONTROL, CONTROL],
+    )  # run.c takes these for granted
     return build_tokenizer(tokens, scores, types, 0, 1, 2, True)
 
 
 def gguf_tokenizer(path: Path, fields: dict) -> tuple[bytes | None, str]:
-    """The tokenizer in a GGUF file, and a note if it is of a kind that is not known here. Of a sentencepiece model
-    there is as much as encoding and decoding need. Raises UserError for lists that do not belong together, and for an
-    id beyond them."""
+    """The tokenizer in a GGUF file, and a note if it is of a kind that is not known here. Of a sentencepiece
+    model there is as much as encoding and decoding need. Raises UserError for lists that do not belong
+    together, and for an id beyond them."""
 
     def get(key: str, default=None):
         return fields.get(f"tokenizer.ggml.{key}", default)
@@ -94,10 +100,15 @@ def gguf_tokenizer(path: Path, fields: dict) -> tuple[bytes | None, str]:
         except UserError as error:
             raise UserError(f"{path}: {error}; {WITHOUT}") from None
     if get("model") != "llama":  # what llama.cpp calls sentencepiece's BPE
-        return None, f"its tokenizer is {get('model')}, neither byte-level BPE nor sentencepiece: no tokenizer"
+        return (
+            None,
+            f"its tokenizer is {get('model')}, neither byte-level BPE nor sentencepiece: no tokenizer",
+        )
     tokens, scores, types = (list(get(key, [])) for key in ("tokens", "scores", "token_type"))
     if not len(tokens) == len(scores) == len(types) > 0:
-        raise UserError(f"{path}: its tokenizer has {len(tokens)} tokens, {len(scores)} scores and {len(types)} types")
+        raise UserError(
+            f"{path}: its tokenizer has {len(tokens)} tokens, {len(scores)} scores and {len(types)} types"
+        )
     if not all(isinstance(token, str) for token in tokens):
         raise UserError(f"{path}: its tokenizer has tokens that are no text")
     unk, bos, eos = get("unknown_token_id", 0), get("bos_token_id"), get("eos_token_id")

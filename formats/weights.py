@@ -1,9 +1,9 @@
-"""How weights are stored, and the two operations that decoding spends its time in, norm and matrix product, for each
-way.
+"""How weights are stored, and the two operations that decoding spends its time in, norm and matrix product,
+for each way.
 
-The model calls `rms_norm` and `linear`; the plain forms are `F.rms_norm` and `F.linear`, and tests hold the other forms
-equal to them, int8 near them. Private functions of torch are called here and in formats/int8.py alone, after a trial;
-where they are missing or raise, weights are folded alone, or multiplied as plain ones.
+The model calls `rms_norm` and `linear`; the plain forms are `F.rms_norm` and `F.linear`, and tests hold the
+other forms equal to them, int8 near them. Private functions of torch are called here and in formats/int8.py
+alone, after a trial; where they are missing or raise, weights are folded alone, or multiplied as plain ones.
 """
 
 import functools
@@ -21,8 +21,8 @@ FORMS = ("plain", "folded", "packed")  # of float matrices on a CPU, see `store`
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension of (N, d) (Zhang 2019); without the factor where the weight is folded
-    into the matrix that follows. On the few rows of decoding, small kernels beat the library's."""
+    """x / rms(x) * weight over the last dimension of (N, d) (Zhang 2019); without the factor where the weight
+    is folded into the matrix that follows. On the few rows of decoding, small kernels beat the library's."""
     if weight is None or _small(x, weight):
         scale, floor = _rms_constants(x.shape[-1], eps)
         x = x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True) * scale, floor)
@@ -68,19 +68,23 @@ def _pack(weight: Tensor) -> Tensor:
 
 @functools.cache
 def packs(dtype: torch.dtype) -> bool:
-    """Whether this machine multiplies packed weights of this dtype: tried once. (oneDNN packs bfloat16 only for CPUs
-    with certain instructions, and float32 wherever it is there.)"""
+    """Whether this machine multiplies packed weights of this dtype: tried once. (oneDNN packs bfloat16 only
+    for CPUs with certain instructions, and float32 wherever it is there.)"""
     ones = torch.ones(32, 32, dtype=dtype)
     try:
         return bool((_packed_product(ones, _pack(ones)) == 32).all())
-    except (RuntimeError, AttributeError, NotImplementedError):  # no oneDNN, no such function, no such instructions
+    except (
+        RuntimeError,
+        AttributeError,
+        NotImplementedError,
+    ):  # no oneDNN, no such function, no such instructions
         return False
 
 
 def default_form(dtype: torch.dtype) -> str:
-    """The rule by which a CPU stores weights: packed where that works, but float32 folded alone where there is AVX-512,
-    with which the library's own product of one row is faster (0.75 ms against 1.32 for the embedded model's blocks;
-    without it, packed is up to 2.6 times as fast)."""
+    """The rule by which a CPU stores weights: packed where that works, but float32 folded alone where there
+    is AVX-512, with which the library's own product of one row is faster (0.75 ms against 1.32 for the
+    embedded model's blocks; without it, packed is up to 2.6 times as fast)."""
     if dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX512":
         return "folded"
     return "packed" if packs(dtype) else "folded"
@@ -130,11 +134,11 @@ def store(model, form: str | None) -> None:
 
 
 def fold(block: dict[str, Tensor | Int8Matrix], config, norms: bool) -> None:
-    """Folds into the matrices of a block, by name, what decoding would else compute for every token. The rows of
-    queries and keys are put into the order in which the two numbers of a rotary pair are neighbours: one complex
-    product then turns them, and q k stays what it was. With `norms`, the weights of the norms before attention and MLP
-    are multiplied into the matrices that follow, W (w x) = (W w) x; in half precision and in int8 that would round
-    once more."""
+    """Folds into the matrices of a block, by name, what decoding would else compute for every token. The rows
+    of queries and keys are put into the order in which the two numbers of a rotary pair are neighbours: one
+    complex product then turns them, and q k stays what it was. With `norms`, the weights of the norms before
+    attention and MLP are multiplied into the matrices that follow, W (w x) = (W w) x; in half precision and
+    in int8 that would round once more."""
     order = pair_order(config)
     for name in ("qkv", "qkv_bias"):
         if name in block:
@@ -153,17 +157,19 @@ def fold(block: dict[str, Tensor | Int8Matrix], config, norms: bool) -> None:
 
 
 def default_dtype(content: dict, device: torch.device) -> torch.dtype:
-    """The file's own, int8 among them, but float32 where a float16 file meets a CPU: slow at several rows in half
-    precision."""
+    """The file's own, int8 among them, but float32 where a float16 file meets a CPU: slow at several rows in
+    half precision."""
     if content.get("scales"):
         return torch.int8
     stored = content["weights"]["embedding"].dtype
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
 
 
-def load_weights(model, path, heads, content: dict, device: torch.device, dtype: torch.dtype, form: str | None) -> None:
-    """Gives a model on the meta device the weights of the file at `path`, with those of the file `heads` (or None), as
-    their mapped `content` has them, stored as `store` says. Raises UserError."""
+def load_weights(
+    model, path, heads, content: dict, device: torch.device, dtype: torch.dtype, form: str | None
+) -> None:
+    """Gives a model on the meta device the weights of the file at `path`, with those of the file `heads` (or
+    None), as their mapped `content` has them, stored as `store` says. Raises UserError."""
     weights, scales = content["weights"], content.get("scales", {})
     if form is not None and form not in FORMS:
         raise UserError(f"unknown form of weights {form!r}; choose from {', '.join(FORMS)}")
@@ -171,7 +177,9 @@ def load_weights(model, path, heads, content: dict, device: torch.device, dtype:
         raise UserError("--weights says how a CPU stores them; leave it out on a GPU")
     if dtype == torch.int8:
         if device.type != "cpu" or form is not None:
-            raise UserError("int8 is for a CPU, in a form of its own; take --dtype bfloat16, or leave --weights out")
+            raise UserError(
+                "int8 is for a CPU, in a form of its own; take --dtype bfloat16, or leave --weights out"
+            )
         form = "int8"
     elif scales:
         weights = dequantized(weights, scales)
@@ -191,12 +199,18 @@ def load_weights(model, path, heads, content: dict, device: torch.device, dtype:
             adopt(model, weights, read_model(path, heads)["weights"], device, rest)
 
 
-def adopt(model, old: dict[str, Tensor], new: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
-    """Moves every weight of the model that lies in the tensors `old` to those in `new`, one by one, so that only one
-    lies twice in memory; matrices become `dtype`, vectors keep at least the file's precision."""
+def adopt(
+    model, old: dict[str, Tensor], new: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Moves every weight of the model that lies in the tensors `old` to those in `new`, one by one, so that
+    only one lies twice in memory; matrices become `dtype`, vectors keep at least the file's precision."""
     for prefix, module in model.named_modules():
         for name, weight in module._parameters.items():
             full = f"{prefix}.{name}" if prefix else name
-            if isinstance(weight, Tensor) and not weight.is_mkldnn and weight.data_ptr() == old[full].data_ptr():
+            if (
+                isinstance(weight, Tensor)
+                and not weight.is_mkldnn
+                and weight.data_ptr() == old[full].data_ptr()
+            ):
                 kind = dtype if weight.dim() > 1 else torch.promote_types(weight.dtype, dtype)
                 module._parameters[name] = torch.nn.Parameter(new[full].to(device, kind), requires_grad=False)

@@ -1,5 +1,5 @@
-"""Headless Chromium for tests, spoken to over two pipes (the DevTools protocol: JSON messages that end in a zero
-byte), so that no package is needed."""
+"""Headless Chromium for tests, spoken to over two pipes (the DevTools protocol: JSON messages that end in a
+zero byte), so that no package is needed."""
 
 import base64
 import fcntl
@@ -14,8 +14,18 @@ import threading
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe", "about:blank")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--remote-debugging-pipe",
+    "about:blank",
+)
 # The browser reads from file descriptor 3 and writes to 4.
 CONNECT = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
 TIMEOUT = 120  # seconds until a browser that does not answer is ended

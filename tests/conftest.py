@@ -37,8 +37,8 @@ def idle_machine(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def made_up_costs(request, monkeypatch, tmp_path_factory):
-    """No test looks at a stopwatch to choose how to draft, nor leaves a file in the user's cache folder: a token costs 6
-    blocks, of which a head is one, whatever the rows; a question a tenth of one."""
+    """No test looks at a stopwatch to choose how to draft, nor leaves a file in the user's cache folder: a
+    token costs 6 blocks, of which a head is one, whatever the rows; a question a tenth of one."""
 
     def made_up(model, config, run_type) -> costs.Costs:
         exits = config.exits(model.config)

@@ -1,15 +1,15 @@
-"""A pretended GPU: tensors that say they lie on another device, and are computed on the CPU. What a GPU would refuse,
-tensors of two devices in one operation, raises here too; what would make the CPU wait for a GPU, reading a value back,
-is counted.
+"""A pretended GPU: tensors that say they lie on another device, and are computed on the CPU. What a GPU would
+refuse, tensors of two devices in one operation, raises here too; what would make the CPU wait for a GPU,
+reading a value back, is counted.
 
     with pretended() as waits:
         model = make().to(NAME)
         ...
         assert waits.count <= 3
 
-Only plain eager code in one process runs on it: no autocast, no torch.compile, no torch.inference_mode (torch.no_grad
-in its place). It shows that code is free of mistakes between devices, and nothing of speed. Needs torch 2.9
-(`available`)."""
+Only plain eager code in one process runs on it: no autocast, no torch.compile, no torch.inference_mode
+(torch.no_grad in its place). It shows that code is free of mistakes between devices, and nothing of speed.
+Needs torch 2.9 (`available`)."""
 
 import contextlib
 from collections.abc import Iterator
@@ -68,7 +68,8 @@ class Elsewhere(torch.Tensor):
 
 
 def dispatch(function, args, kwargs):
-    """The operation on the CPU, its result on the device where it belongs. Raises RuntimeError if it mixes devices."""
+    """The operation on the CPU, its result on the device where it belongs. Raises RuntimeError if it mixes
+    devices."""
     name = function.overloadpacket.__name__
     leaves, _ = tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]

@@ -10,23 +10,10 @@ import convert
 from model import Transformer, load_checkpoint
 
 LLAMA = {"tie_embeddings": False, "head_dim": 8, "eos_id": 2}
-SANDWICH = {
-    "head_dim": 6,
-    "activation": "gelu_tanh",
-    "embedding_scale": math.sqrt(32),
-    "post_norms": True,
-    "window": 4,
-    "eos_id": 1,
-}
+SANDWICH = {"head_dim": 6, "activation": "gelu_tanh", "embedding_scale": math.sqrt(32), "post_norms": True, "window": 4, "eos_id": 1}
 FAMILIES = {
     "llama": LLAMA,
-    "llama tied": {
-        **LLAMA,
-        "eos_id": (2, 9),
-        "tie_embeddings": True,
-        "rope_factor": 8.0,
-        "rope_bands": (1.0, 4.0, 32.0),
-    },
+    "llama tied": {**LLAMA, "eos_id": (2, 9), "tie_embeddings": True, "rope_factor": 8.0, "rope_bands": (1.0, 4.0, 32.0)},
     "mistral": {**LLAMA, "window": 5},
     "qwen2": {**LLAMA, "qkv_bias": True, "rope_base": 1e6},
     "qwen2 tied": {**LLAMA, "qkv_bias": True, "tie_embeddings": True, "window": 3, "global_layers": (1, 2)},
@@ -65,9 +52,7 @@ GGUF = {
 # ---------------------------------------------------------------- writers
 
 
-def named(
-    model: Transformer, block: dict, layer: str, outer: tuple[str, str, str], interleaved: bool = False
-) -> dict[str, torch.Tensor]:
+def named(model: Transformer, block: dict, layer: str, outer: tuple[str, str, str], interleaved: bool = False) -> dict[str, torch.Tensor]:
     """The model's weights under other names, the fused ones in parts."""
     c, out = model.config, {}
     q, k, ff = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.d_ff
@@ -97,10 +82,7 @@ def named(
 def hf_tensors(model: Transformer, family: str) -> dict[str, torch.Tensor]:
     block = HF | (HF_SANDWICH if model.config.post_norms else {})
     tensors = named(model, block, "model.layers", ("model.embed_tokens", "model.norm", "lm_head"))
-    return {
-        name: tensor - 1 if family.startswith("gemma") and "norm" in name else tensor
-        for name, tensor in tensors.items()
-    }
+    return {name: tensor - 1 if family.startswith("gemma") and "norm" in name else tensor for name, tensor in tensors.items()}
 
 
 def hf_config(model: Transformer, family: str) -> dict:
@@ -147,9 +129,7 @@ def write_safetensors(path, header: dict | bytes, data: bytes, length: int | Non
     path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + data)
 
 
-def write_hf(
-    folder, model: Transformer, family: str = "llama", kind: str = "safetensors", shards: int = 1, dtype=torch.float32
-) -> None:
+def write_hf(folder, model: Transformer, family: str = "llama", kind: str = "safetensors", shards: int = 1, dtype=torch.float32) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(hf_config(model, family)))
     tensors = {name: tensor.to(dtype) for name, tensor in hf_tensors(model, family).items()}
@@ -171,13 +151,7 @@ def write_meta(folder, model: Transformer, shards: int, rows: bool = False) -> N
     """`rows`: the embedding is cut by rows, as in Llama 3."""
     c = model.config
     folder.mkdir(exist_ok=True)
-    params = {
-        "dim": c.d_model,
-        "n_layers": c.n_layers,
-        "n_heads": c.n_heads,
-        "n_kv_heads": c.n_kv_heads,
-        "norm_eps": c.norm_eps,
-    }
+    params = {"dim": c.d_model, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads, "norm_eps": c.norm_eps}
     (folder / "params.json").write_text(json.dumps({**params, "vocab_size": -1, "rope_theta": c.rope_base}))
     tensors = named(model, META, "layers", ("tok_embeddings", "norm", "output"), interleaved=True)
     for shard in range(shards):
@@ -202,15 +176,8 @@ def write_llama2c(path, model: Transformer, version: int) -> None:
             weights += every(kind)
         weights += [tensors["norm.weight"], torch.zeros(c.max_len * c.head_dim), *tail]
     else:
-        header = struct.pack("<Ii7iB", 0x616B3432, 1, *numbers, c.vocab_size, c.max_len, c.tie_embeddings).ljust(
-            256, b"\0"
-        )
-        weights = [
-            *every("attention_norm"),
-            *every("ffn_norm"),
-            tensors["norm.weight"],
-            tensors["tok_embeddings.weight"],
-        ]
+        header = struct.pack("<Ii7iB", 0x616B3432, 1, *numbers, c.vocab_size, c.max_len, c.tie_embeddings).ljust(256, b"\0")
+        weights = [*every("attention_norm"), *every("ffn_norm"), tensors["norm.weight"], tensors["tok_embeddings.weight"]]
         for kind in (*attention, *mlp):
             weights += every(kind)
         weights += tail

@@ -28,7 +28,8 @@ def test_views_by_hand(tiny_model):
 
 
 def test_texts_that_are_not_used_are_not_read(tiny_model, monkeypatch):
-    """Four positions: all three of the first text, one of the second, of which no more is read than that one needs."""
+    """Four positions: all three of the first text, one of the second, of which no more is read than that one
+    needs."""
     model, read = tiny_model(), []
     original = model.hidden_states
     monkeypatch.setattr(model, "hidden_states", lambda tokens: read.append(tokens.tolist()[0]) or original(tokens))

@@ -1,5 +1,5 @@
-"""The benchmark: its baseline decodes what this project decodes, its clock changes nothing and misses nothing, and
-every line is printed."""
+"""The benchmark: its baseline decodes what this project decodes, its clock changes nothing and misses
+nothing, and every line is printed."""
 
 import json
 import re
@@ -64,9 +64,7 @@ def test_a_large_vocabulary_is_asked_whole_and_over_a_shortlist(monkeypatch, cap
     ("softmax", "fixed", 20, [21, 4, 4]),
     ("jsd", "fixed", 20, [21, 4, 4]),         # layer 3 is contrasted with 2, and 4 with 2 or 3, whose heads are known
 ])  # fmt: skip
-def test_a_question_costs_the_heads_that_its_confidence_reads(
-    tiny_model, monkeypatch, confidence, prune, shortlist, rows
-):
+def test_a_question_costs_the_heads_that_its_confidence_reads(tiny_model, monkeypatch, confidence, prune, shortlist, rows):
     model, read = tiny_model(0), []
     model.frequent_ids = torch.arange(10, 50)
     short = Shortlist(model, shortlist, 5) if shortlist else None
@@ -99,16 +97,26 @@ def work(config: DecodeConfig, tokens: int, runs: int, seconds: dict, count: dic
 
 
 def test_the_parts_of_the_missing_efficiency_by_hand():
-    """A model of 4 layers. Full: 10 tokens in 10 s; 36 runs of one row take 0.2 s each, 4 with the prompt 0.4 s each,
-    heads 0.1 s each, 0.2 s remain. The setting: 10 tokens, 20 block runs, so ideally twice as fast, in 8 s: 4 runs with
-    the prompt of 0.4 s (0.8 above 0.2 each, of which a half was to be saved), 6 of several rows of 0.3 s (0.6 above
-    0.2), questions of 1.5 s, of which five heads of 0.1 s gave tokens."""
+    """A model of 4 layers. Full: 10 tokens in 10 s; 36 runs of one row take 0.2 s each, 4 with the prompt 0.4
+    s each, heads 0.1 s each, 0.2 s remain. The setting: 10 tokens, 20 block runs, so ideally twice as fast,
+    in 8 s: 4 runs with the prompt of 0.4 s (0.8 above 0.2 each, of which a half was to be saved), 6 of
+    several rows of 0.3 s (0.6 above 0.2), questions of 1.5 s, of which five heads of 0.1 s gave tokens."""
     config = DecodeConfig(confidence="softmax")
-    full = work(config.full(), 10, 40, {"one row": 7.2, "the prompt": 1.6, "head": 1.0, "the rest": 0.2},
-                {"one row": 36, "the prompt": 4, "head": 10})
-    spent = work(config, 10, 20, {"one row": 2.0, "the prompt": 1.6, "several rows": 1.8, "questions": 1.5, "head": 0.5,
-                                  "the rest": 0.6},
-                 {"one row": 10, "the prompt": 4, "several rows": 6, "questions": 15, "head": 5}, given=5)
+    full = work(
+        config.full(),
+        10,
+        40,
+        {"one row": 7.2, "the prompt": 1.6, "head": 1.0, "the rest": 0.2},
+        {"one row": 36, "the prompt": 4, "head": 10},
+    )
+    spent = work(
+        config,
+        10,
+        20,
+        {"one row": 2.0, "the prompt": 1.6, "several rows": 1.8, "questions": 1.5, "head": 0.5, "the rest": 0.6},
+        {"one row": 10, "the prompt": 4, "several rows": 6, "questions": 15, "head": 5},
+        given=5,
+    )
     figures = bench_split.split(full, spent, ModelConfig(n_layers=4))
     assert figures["speed-up"] == pytest.approx(10 / 8) and figures["ideal"] == 2
     assert figures["efficiency"] == pytest.approx(5 / 8)
@@ -146,10 +154,10 @@ def test_the_clock_sees_every_block_run_head_and_question_once_and_changes_nothi
 
 
 def test_tokens_that_a_questions_whole_head_gave_are_counted(tiny_model):
-    """At layer 1 the head is one over the vocabulary; at layer 3 it is, unless pruning left fewer candidates."""
+    """At layer 1 the head is one over the vocabulary; at layer 3 it is, unless pruning left fewer
+    candidates."""
     for prune, whole in (("none", (1, 3)), ("fixed", (1,))):
-        config = DecodeConfig(max_new_tokens=30, confidence="softmax", threshold=0.1, exit_layers=(1, 3), prune=prune,
-                              prune_k=8)
+        config = DecodeConfig(max_new_tokens=30, confidence="softmax", threshold=0.1, exit_layers=(1, 3), prune=prune, prune_k=8)
         clock, output = bench_split.timed(tiny_model(0), [1, 2, 3], config)
         assert clock.given == sum(layer in whole for layer in output.exit_layers) > 0
         assert {1, 3} <= set(output.exit_layers)
@@ -194,7 +202,8 @@ def test_the_training_benchmark_prints_every_loss_beside_a_plain_model(monkeypat
 
 
 def test_copied_keys_and_values_are_off_only_above_the_layer_after_the_exit(tiny_model):
-    """Layer 3 reads the state after layer 2, so that a copy from exit 2 is exact there, as long as no earlier copy is attended to."""
+    """Layer 3 reads the state after layer 2, so that a copy from exit 2 is exact there, as long as no earlier
+    copy is attended to."""
     config = DecodeConfig(max_new_tokens=1, confidence="softmax", threshold=0.0, exit_layers=(2,), fill="copy")
     errors = bench.copy_error(tiny_model(0), [[1, 2, 3, 4], [5]], config)
     assert set(errors) == {3, 4, 5} and max(errors[3]) < 1e-5 and min(*errors[4], *errors[5]) > 0.05

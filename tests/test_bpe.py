@@ -1,5 +1,5 @@
-"""Byte-level BPE: splitting and merging against hand-worked cases and slow references, every source in tiny form, and
-damaged ones."""
+"""Byte-level BPE: splitting and merging against hand-worked cases and slow references, every source in tiny
+form, and damaged ones."""
 
 import base64
 import itertools
@@ -241,7 +241,8 @@ def merge_naively(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
 
 
 def random_merges(rng: random.Random, letters: str, count: int) -> list[str]:
-    """Merges in an order that no training would find, too: a pair may come before the merges that make its parts."""
+    """Merges in an order that no training would find, too: a pair may come before the merges that make its
+    parts."""
     texts, merges = list(letters), {}
     while len(merges) < count:
         left, right = rng.choice(texts), rng.choice(texts)

@@ -16,7 +16,8 @@ def test_the_binomial_is_exact():
 
 
 def test_p_values_by_hand():
-    """Without any loss, Hoeffding gives (1 - t)^n, which is below e (1 - t)^n; at a risk of the tolerance or more, there is no evidence."""
+    """Without any loss, Hoeffding gives (1 - t)^n, which is below e (1 - t)^n; at a risk of the tolerance or
+    more, there is no evidence."""
     assert p_value([0.0] * 100, 0.05) == pytest.approx(0.95**100)
     assert p_value([0.05] * 100, 0.05) == pytest.approx(1) == p_value([1.0] * 3, 0.5)
     values = [1.0] * 2 + [0.0] * 98
@@ -48,9 +49,10 @@ def test_the_walk_stops_at_the_first_failure_though_a_later_one_would_pass():
 
 
 def test_the_guarantee_holds_over_many_random_splits():
-    """A population of prompts whose losses grow as the threshold falls; 400 calibrations on 150 of them. The true risk at the chosen
-    threshold exceeds the tolerance in at most the share `error` of them: were that the true rate, 0.1, more than 58 of 400 would be
-    seen by chance less than once in 500 times, and the draw is fixed."""
+    """A population of prompts whose losses grow as the threshold falls; 400 calibrations on 150 of them. The
+    true risk at the chosen threshold exceeds the tolerance in at most the share `error` of them: were that
+    the true rate, 0.1, more than 58 of 400 would be seen by chance less than once in 500 times, and the draw
+    is fixed."""
     draw, tolerance, error, thresholds = random.Random(0), 0.1, 0.1, tuple(step / 20 for step in range(20, -1, -1))
     people = [(draw.random(), draw.random()) for _ in range(4000)]  # how soon a prompt goes wrong, and how much then
 

@@ -85,8 +85,8 @@ def test_a_sentencepiece_model_finds_the_tokens_of_a_template():
 
 
 def test_what_templates_of_hugging_face_rely_on_is_there():
-    """Blocks leave no empty lines; loops can be left; JSON keeps its letters; what is marked for training is passed over;
-    what is not defined is nothing."""
+    """Blocks leave no empty lines; loops can be left; JSON keeps its letters; what is marked for training is
+    passed over; what is not defined is nothing."""
     template = """{% for message in messages %}
     {% if loop.index > 2 %}
         {% break %}

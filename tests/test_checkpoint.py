@@ -49,10 +49,7 @@ def damage(path, kind, content):
     elif kind == "wrong shape":
         torch.save({**content, "config": {**content["config"], "d_ff": 64}}, path)
     elif kind == "missing tensor":
-        torch.save(
-            {**content, "weights": {name: weight for name, weight in content["weights"].items() if name != "norm"}},
-            path,
-        )
+        torch.save({**content, "weights": {name: weight for name, weight in content["weights"].items() if name != "norm"}}, path)
     elif kind == "unknown setting":
         torch.save({**content, "config": {**content["config"], "colour": 3}}, path)
 
@@ -150,9 +147,7 @@ def test_vectors_keep_the_precision_of_the_file(tiny_model, tmp_path, stored):
         assert loaded.embedding.dtype == (asked or stored)
         for name in ("norm", "blocks.2.mlp_norm", "exit_norms.2", "classifiers.3"):
             weight = loaded.get_parameter(name)
-            assert weight.dtype == (
-                torch.float32 if asked == torch.float16 else torch.promote_types(stored, asked or stored)
-            )
+            assert weight.dtype == (torch.float32 if asked == torch.float16 else torch.promote_types(stored, asked or stored))
             assert torch.equal(weight.float(), model.get_parameter(name).float())
 
 
@@ -203,9 +198,7 @@ def test_a_changed_weight_loads_unless_the_checksum_is_asked_for(tiny_model, tmp
     raw, needle = path.read_bytes(), tiny_model(7).norm.numpy().tobytes()
     path.write_bytes(raw.replace(needle, needle[:-1] + bytes([needle[-1] ^ 1])))
     load_checkpoint(path)
-    with pytest.raises(
-        UserError, match=r"model\.pt: .*differs from its checksum: changed since it was written; copy it anew"
-    ):
+    with pytest.raises(UserError, match=r"model\.pt: .*differs from its checksum: changed since it was written; copy it anew"):
         load_checkpoint(path, check=True)
 
 

@@ -281,7 +281,5 @@ sys.meta_path.insert(0, Torch())
 import {module}
 """
     clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    out = subprocess.run(
-        [sys.executable, "-c", code], env={**clean, **variables}, cwd=HERE, capture_output=True, text=True
-    )
+    out = subprocess.run([sys.executable, "-c", code], env={**clean, **variables}, cwd=HERE, capture_output=True, text=True)
     assert out.stdout.strip() == count

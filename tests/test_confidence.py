@@ -1,4 +1,5 @@
-"""Confidence: each function against NumPy written from the definitions, hand-worked numbers, and the traps that such code falls into."""
+"""Confidence: each function against NumPy written from the definitions, hand-worked numbers, and the traps
+that such code falls into."""
 
 import math
 from types import SimpleNamespace
@@ -144,7 +145,8 @@ def test_hidden_is_the_cosine_of_the_newest_position_and_never_negative(newest, 
 
 
 def test_jensen_shannon_by_hand():
-    # m = (0.7, 0.3). The divergence from m to p and q instead would give 0.1180, an average over the vocabulary 0.0509
+    # m = (0.7, 0.3). The divergence from m to p and q instead would give 0.1180, an average over the
+    # vocabulary 0.0509
     by_hand = (0.9 * math.log(9 / 7) + 0.1 * math.log(1 / 3)) / 2 + (0.5 * math.log(5 / 7) + 0.5 * math.log(5 / 3)) / 2
     assert by_hand == pytest.approx(0.10175, abs=1e-5)
     assert jensen_shannon(log(0.9, 0.1), log(0.5, 0.5)).item() == pytest.approx(by_hand, abs=1e-6)
@@ -280,7 +282,8 @@ def test_asking_for_logits_changes_nothing_else(tiny_model, name):
 
 @pytest.mark.parametrize("prune", ["fixed", "decaying", "adaptive"])
 def test_a_guess_is_that_of_the_time_it_was_asked(tiny_model, prune):
-    """Later pruning may drop what an earlier exit would have said; thresholds that learn are told what it did say."""
+    """Later pruning may drop what an earlier exit would have said; thresholds that learn are told what it did
+    say."""
     dropped = 0
     for seed in range(20):
         model = tiny_model(seed)
@@ -328,14 +331,16 @@ def sizes_of(model, prune, confidences, **limits) -> list[int]:
 
 
 def test_decaying_pruning_by_hand(tiny_model):
-    """40 at first; then 40 / (1 + 32/8 · 2/5) = 15.4, 16 / (1 + 8/8 · 3/5) = 10, and 10 / (1 + 2/8 · 4/5) = 8.3 of at least 8."""
+    """40 at first; then 40 / (1 + 32/8 · 2/5) = 15.4, 16 / (1 + 8/8 · 3/5) = 10, and 10 / (1 + 2/8 · 4/5) =
+    8.3 of at least 8."""
     assert sizes_of(tiny_model(), "decaying", [0, 0, 0, 0], prune_k=40, prune_min=8) == [40, 16, 10, 9]
     assert sizes_of(tiny_model(), "decaying", [0, 0, 0, 0], prune_k=12, prune_min=12) == [12] * 4
     assert sizes_of(tiny_model(), "decaying", [0], prune_k=50, prune_min=10) == [math.ceil(50 / (1 + 40 / 10 / 5))]  # from V on
 
 
 def test_adaptive_pruning_by_hand(tiny_model):
-    """V = 50: 50 · (1 - 0.9 · 0.5) = 27.5, · (1 - 0.9 · 0.2) = 41 but never growing, · (1 - 0.9) = 5 but at least 6."""
+    """V = 50: 50 · (1 - 0.9 · 0.5) = 27.5, · (1 - 0.9 · 0.2) = 41 but never growing, · (1 - 0.9) = 5 but at
+    least 6."""
     assert sizes_of(tiny_model(), "adaptive", [0.5, 0.2, 1.0, 0.0], prune_k=50, prune_min=6) == [50, 28, 28, 6]
     assert sizes_of(tiny_model(), "adaptive", [0.5, 0.2, 1.0, 0.0], prune_k=5, prune_min=5) == [5] * 4  # k <= V/10 caps it
 
@@ -343,7 +348,8 @@ def test_adaptive_pruning_by_hand(tiny_model):
 @every_function
 @pytest.mark.parametrize("prune", ["fixed", "decaying", "adaptive"])
 def test_pruned_confidences_are_of_distributions_over_the_candidates(tiny_model, name, prune):
-    """Each is its definition over the candidates that are left, whose p sum to 1 and whose JSD is at most log 2."""
+    """Each is its definition over the candidates that are left, whose p sum to 1 and whose JSD is at most log
+    2."""
     for seed in range(4):
         model = tiny_model(seed)
         states, trace = model.hidden_states(TOKENS), Trace(model, FUNCTIONS[name], prune=prune, prune_k=20, prune_min=4)

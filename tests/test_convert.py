@@ -78,13 +78,7 @@ def test_llama2c_files(tiny_model, tmp_path, version, tied):
 
 GGUF_SHAPES = {
     "llama": LLAMA,
-    "llama 3": {
-        **LLAMA,
-        "tie_embeddings": True,
-        "rope_base": 5e5,
-        "rope_factor": 8.0,
-        "rope_bands": (1.0, 4.0, 8192.0),
-    },
+    "llama 3": {**LLAMA, "tie_embeddings": True, "rope_base": 5e5, "rope_factor": 8.0, "rope_bands": (1.0, 4.0, 8192.0)},
     "qwen2": {**LLAMA, "qkv_bias": True},
     "qwen3": {**LLAMA, "head_dim": 16, "qk_norm": True, "tie_embeddings": True},
     "smollm3": {**LLAMA, "tie_embeddings": True, "unrotated_layers": (4,)},
@@ -127,8 +121,8 @@ def test_gguf_files(tiny_model, tmp_path, family):
 
 
 def test_newer_and_nested_configurations_say_the_same(tiny_model):
-    """transformers 5 puts rope_theta and rope_scaling into rope_parameters and lists the kind of every layer; a Gemma 3
-    with images holds the text's configuration inside its own."""
+    """transformers 5 puts rope_theta and rope_scaling into rope_parameters and lists the kind of every layer;
+    a Gemma 3 with images holds the text's configuration inside its own."""
     words = hf_config(tiny_model(0, **FAMILIES["gemma3_text"]), "gemma3_text")
     old = model_config(words, None)
     new = {name: value for name, value in words.items() if not name.startswith(("rope_", "sliding_window_"))}
@@ -142,13 +136,7 @@ def test_newer_and_nested_configurations_say_the_same(tiny_model):
 
 def test_gemma_3_as_published():
     """Sizes that its config.json leaves out, and every sixth layer without a window."""
-    words = {
-        "hidden_size": 1152,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "intermediate_size": 6912,
-        "sliding_window": 512,
-    }
+    words = {"hidden_size": 1152, "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 6912, "sliding_window": 512}
     config = model_config({"model_type": "gemma3_text", **words}, None)
     assert (config.head_dim, config.rope_base, config.local_rope_base, config.max_len) == (256, 1e6, 1e4, 8192)
     assert config.global_layers == (6, 12, 18, 24) and config.query_scale is None
@@ -163,11 +151,10 @@ def test_only_the_text_of_a_model_for_images_is_taken(tiny_model, tmp_path):
     assert "skipped: vision_tower.encoder.layers.#.fc1" in convert_and_compare(tmp_path / "hf", model, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "stored"), [(None, torch.bfloat16), (torch.float16, torch.float16), (torch.float32, torch.float32)]
-)
+@pytest.mark.parametrize(("dtype", "stored"), [(None, torch.bfloat16), (torch.float16, torch.float16), (torch.float32, torch.float32)])
 def test_dtypes(tiny_model, tmp_path, dtype, stored):
-    """Matrices have the dtype asked for, else the source's; vectors stay float32, so that w + 1 loses nothing."""
+    """Matrices have the dtype asked for, else the source's; vectors stay float32, so that w + 1 loses
+    nothing."""
     model = tiny_model(1, **FAMILIES["gemma"])
     write_hf(tmp_path / "hf", model, "gemma", dtype=torch.bfloat16)
     convert.convert(tmp_path / "hf", tmp_path / "out.pt", dtype)

@@ -17,14 +17,7 @@ from common.errors import UserError
 from formats.pieces import CONTROL, NORMAL, UNKNOWN, build_tokenizer
 from formats.tensors import read_safetensors
 from model import load_checkpoint
-from tests.public import (
-    LLAMA,
-    convert_and_compare,
-    safetensors,
-    write_hf,
-    write_llama2c,
-    write_safetensors,
-)
+from tests.public import LLAMA, convert_and_compare, safetensors, write_hf, write_llama2c, write_safetensors
 
 
 @pytest.fixture
@@ -50,18 +43,8 @@ DAMAGE = {
     "offsets that are no integers": ({"a": {**A["a"], "data_offsets": [0, 16.0]}}, bytes(16), None, "integers"),
     "one offset": ({"a": {**A["a"], "data_offsets": [16]}}, bytes(16), None, "takes 16 bytes"),
     "wrong size": ({"a": {**A["a"], "data_offsets": [0, 12]}}, bytes(12), None, "takes 16 bytes"),
-    "overlap": (
-        {**A, "b": {**A["a"], "data_offsets": [8, 24]}},
-        bytes(24),
-        None,
-        "b begins at byte 8, where 16 was expected",
-    ),
-    "gap": (
-        {**A, "b": {**A["a"], "data_offsets": [20, 36]}},
-        bytes(36),
-        None,
-        "b begins at byte 20, where 16 was expected",
-    ),
+    "overlap": ({**A, "b": {**A["a"], "data_offsets": [8, 24]}}, bytes(24), None, "b begins at byte 8, where 16 was expected"),
+    "gap": ({**A, "b": {**A["a"], "data_offsets": [20, 36]}}, bytes(36), None, "b begins at byte 20, where 16 was expected"),
     "unknown dtype": ({"a": {**A["a"], "dtype": "F8_E4M3"}}, bytes(16), None, "a is of dtype F8_E4M3"),
     "entry that is no object": ({"a": 3}, bytes(16), None, "a is of dtype None"),
     "dtype that is a list": ({"a": {**A["a"], "dtype": ["F32"]}}, bytes(16), None, "a is of dtype"),
@@ -169,20 +152,14 @@ def test_a_full_disk_is_seen_before(tiny_model, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot take room on a disk beforehand")
 def test_a_disk_that_fills_meanwhile_is_one_line(tiny_model, tmp_path, monkeypatch):
-    """The room, the tokenizer's with it, is taken before anything is written through memory, where a full disk is a
-    signal."""
+    """The room, the tokenizer's with it, is taken before anything is written through memory, where a full
+    disk is a signal."""
 
     def full(file: int, begin: int, size: int) -> None:
-        assert (
-            begin == 0
-            and size == os.fstat(file).st_size > 4 * sum(weight.numel() for weight in model.parameters()) + 300_000
-        )
+        assert begin == 0 and size == os.fstat(file).st_size > 4 * sum(weight.numel() for weight in model.parameters()) + 300_000
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    model, pieces = (
-        tiny_model(1, **{**LLAMA, "vocab_size": 400}),
-        ["<unk>", "<s>", "</s>", *(f"{i}{'a' * 1000}" for i in range(300))],
-    )
+    model, pieces = (tiny_model(1, **{**LLAMA, "vocab_size": 400}), ["<unk>", "<s>", "</s>", *(f"{i}{'a' * 1000}" for i in range(300))])
     tokenizer = build_tokenizer(pieces, [0.0] * 303, [UNKNOWN, CONTROL, CONTROL, *[NORMAL] * 300], 0, 1, 2, True)
     write_hf(tmp_path / "hf", model)
     (tmp_path / "hf" / "tokenizer.model").write_bytes(tokenizer)
@@ -228,8 +205,7 @@ CONFIGS = [
     ({"quantization_config": {"quant_method": "awq"}}, "the weights are quantized .awq."),
     ({"sliding_window": 4, "layer_types": ["linear_attention"] * 5}, "layer_types has 'linear_attention'"),
     ({"model_type": "qwen2"}, "tensor model.layers.0.self_attn.k_proj.bias is missing"),
-    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": "2"},
-     "max_window_layers is '2'"),
+    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": "2"}, "max_window_layers is '2'"),
     ({"model_type": "smollm3", "no_rope_layers": [1, 0, 2, 1, 1]}, "no_rope_layers is"),
     ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers is"),
 ]
@@ -273,9 +249,7 @@ def test_double_precision_becomes_single_and_what_half_cannot_hold_is_refused(ti
     assert torch.load(tmp_path / "out.pt", weights_only=True)["weights"]["embedding"].dtype == torch.float32
     model.embedding.mul_(1e6)
     write_hf(tmp_path / "hf", model, kind="torch")
-    with pytest.raises(
-        UserError, match=r"embed_tokens\.weight has values that are not finite in float16; try --dtype fp32"
-    ):
+    with pytest.raises(UserError, match=r"embed_tokens\.weight has values that are not finite in float16; try --dtype fp32"):
         convert.convert(tmp_path / "hf", tmp_path / "out.pt", torch.float16)
 
 
@@ -301,11 +275,7 @@ def test_only_a_regular_file_other_than_the_source_is_written(tiny_model, tmp_pa
     (tmp_path / "link.pt").symlink_to(tmp_path / "out.pt")
     convert.convert(source, tmp_path / "link.pt")
     assert (tmp_path / "link.pt").is_symlink() and load_checkpoint(tmp_path / "out.pt")
-    for out, message in (
-        (Path("/dev/null"), "no regular file"),
-        (tmp_path, "no regular file"),
-        (source, "is read here"),
-    ):
+    for out, message in ((Path("/dev/null"), "no regular file"), (tmp_path, "no regular file"), (source, "is read here")):
         with pytest.raises(UserError, match=message):
             convert.convert(source, out)
     assert not Path("/dev/null").is_file()

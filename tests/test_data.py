@@ -1,5 +1,5 @@
-"""Data: every format and its mistakes, the tokenizer, and the promise of packing: each document once an epoch, its
-completion learned."""
+"""Data: every format and its mistakes, the tokenizer, and the promise of packing: each document once an
+epoch, its completion learned."""
 
 import gzip
 import itertools
@@ -60,8 +60,8 @@ def short_pairs(tokenizer):
 
 
 def learned_document(tokenizer, prompt: str, completion: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Inputs and targets of one document, from the definition: [bos] prompt [sep] completion [eos], learned after
-    [sep]."""
+    """Inputs and targets of one document, from the definition: [bos] prompt [sep] completion [eos], learned
+    after [sep]."""
     before = [tokenizer.begin, *tokenizer.encode(prompt), tokenizer.separator]
     after = [*tokenizer.encode(completion), tokenizer.ends[0]]
     return tuple((before + after)[:-1]), tuple([-1] * (len(before) - 1) + after)
@@ -90,18 +90,11 @@ def epochs(array, count: int, seed: int = 0, rows: int = 3) -> list[list]:
 
 # ---------------------------------------------------------------- readers
 
-PAIRS = [
-    ("name[Café Größe]", "Ein Café, „groß“ 😀"),
-    ("漢字, two", 'she said "no"'),
-    ("name[Café Größe]", "second reference"),
-]
+PAIRS = [("name[Café Größe]", "Ein Café, „groß“ 😀"), ("漢字, two", 'she said "no"'), ("name[Café Größe]", "second reference")]
 FILES = {
-    ".csv": 'mr,ref\nname[Café Größe],"Ein Café, „groß“ 😀"\r\n"漢字, two","she said ""no"""\n'
-            "name[Café Größe],second reference\n",
+    ".csv": 'mr,ref\nname[Café Größe],"Ein Café, „groß“ 😀"\r\n"漢字, two","she said ""no"""\nname[Café Größe],second reference\n',
     ".tsv": "\r\n".join("\t".join(pair) for pair in PAIRS),
-    ".jsonl": "\n".join(
-        json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) for prompt, text in PAIRS
-    ),
+    ".jsonl": "\n".join(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) for prompt, text in PAIRS),
 }
 
 
@@ -111,10 +104,7 @@ def test_every_format_gives_the_same_pairs_compressed_or_not(tmp_path, kind, end
     path = tmp_path / f"some.data{kind}{ending}"
     path.write_bytes(COMPRESS[ending](FILES[kind].encode()))
     assert list(read_pairs(path)) == list(read_pairs(str(path))) == PAIRS
-    assert read_examples(path) == [
-        Example(PAIRS[0][0], (PAIRS[0][1], PAIRS[2][1])),
-        Example(PAIRS[1][0], (PAIRS[1][1],)),
-    ]
+    assert read_examples(path) == [Example(PAIRS[0][0], (PAIRS[0][1], PAIRS[2][1])), Example(PAIRS[1][0], (PAIRS[1][1],))]
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
@@ -124,9 +114,7 @@ def test_plain_text_is_one_document_without_a_prompt_and_kept_as_it_is(tmp_path,
 
 
 def test_jsonl_may_list_several_references(tmp_path):
-    (tmp_path / "a.jsonl").write_text(
-        '{"prompt": "p", "references": ["one", "two"], "id": 7}\n{"prompt": "q", "completion": "three"}\n'
-    )
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "references": ["one", "two"], "id": 7}\n{"prompt": "q", "completion": "three"}\n')
     assert read_examples(tmp_path / "a.jsonl") == [Example("p", ("one", "two")), Example("q", ("three",))]
 
 
@@ -242,9 +230,7 @@ def test_the_command_counts_prompts_and_completions(tmp_path, monkeypatch, capsy
 # ---------------------------------------------------------------- the tokenizer
 
 
-@pytest.mark.parametrize(
-    "text", ["Café naïve £20", "Größe, äöüß", "👩‍🚀 🎉", "漢字かな 한국어", "two\nlines\tand a tab", "e\u0301 ﬁ ① x²"]
-)
+@pytest.mark.parametrize("text", ["Café naïve £20", "Größe, äöüß", "👩‍🚀 🎉", "漢字かな 한국어", "two\nlines\tand a tab", "e\u0301 ﬁ ① x²"])
 def test_the_tokenizer_represents_every_text(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and tokenizer.model.unk_id() not in ids
@@ -487,11 +473,7 @@ def test_a_record_that_lacks_a_part_is_malformed(record):
 
 
 def test_half_a_letter_is_no_text():
-    for record in (
-        {"prompt": "\ud800", "completion": "c"},
-        {"text": "a\udfff"},
-        {"context": "\ud800", "question": "q", "answers": ["a"]},
-    ):
+    for record in ({"prompt": "\ud800", "completion": "c"}, {"text": "a\udfff"}, {"context": "\ud800", "question": "q", "answers": ["a"]}):
         (found,) = data.from_record(record, "here")
         assert str(found) == "here: holds bytes that are not UTF-8, or half a letter"
 
@@ -499,9 +481,7 @@ def test_half_a_letter_is_no_text():
 def test_questions_without_an_answer_are_left_out(tmp_path):
     """SQuAD 2.0 as it is published, and with its answers in lists side by side."""
     squad = json.loads(json.dumps(SQUAD))
-    squad["data"][0]["paragraphs"][0]["qas"].append(
-        {"id": "2", "question": "Who lost it?", "answers": [], "is_impossible": True}
-    )
+    squad["data"][0]["paragraphs"][0]["qas"].append({"id": "2", "question": "Who lost it?", "answers": [], "is_impossible": True})
     (tmp_path / "squad.json").write_text(json.dumps(squad))
     assert read_examples(tmp_path / "squad.json") == [Example(*ASKED)]
     asked = {"context": "c", "question": "q", "answers": {"text": [], "answer_start": []}}

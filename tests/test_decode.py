@@ -75,7 +75,8 @@ def test_a_static_exit_is_the_model_cut_there(tiny_model, fill, layer):
 @pytest.mark.parametrize("confidence", sorted(FUNCTIONS))
 @pytest.mark.parametrize("seed", range(5))
 def test_every_token_is_the_full_passs_token_at_its_exit_layer(tiny_model, confidence, seed):
-    """The parallel pass is exact: whatever the pattern of exits, decoding equals re-reading the text without a cache."""
+    """The parallel pass is exact: whatever the pattern of exits, decoding equals re-reading the text without
+    a cache."""
     model = tiny_model(seed)
     threshold = {"softmax": 0.15, "hidden": 0.85, "entropy": 0.25, "weighted": 0.1, "jsd": 0.1}.get(confidence, 0.2)
     out = generate(model, PROMPT, DecodeConfig(max_new_tokens=30, confidence=confidence, threshold=threshold))
@@ -101,8 +102,9 @@ def test_the_exit_is_at_the_first_layer_whose_confidence_reaches_the_threshold(t
 
 @pytest.mark.parametrize("layer", [2, 3])
 def test_one_exit_layer_is_frees_shallow_deep_module(tiny_model, layer):
-    """FREE (Bae 2023): a shallow model of the first layers speaks where its softmax margin reaches the threshold, else the deep model does,
-    whose missing keys and values are computed in parallel, so that both read the whole text exactly."""
+    """FREE (Bae 2023): a shallow model of the first layers speaks where its softmax margin reaches the
+    threshold, else the deep model does, whose missing keys and values are computed in parallel, so that both
+    read the whole text exactly."""
     paths = set()
     for seed in range(6):
         model, text = tiny_model(seed), list(PROMPT)
@@ -137,7 +139,8 @@ def test_pruning_changes_neither_the_static_exit_nor_the_full_model(tiny_model):
 
 
 def test_pruned_checks_cost_what_their_candidates_cost(tiny_model):
-    """Threshold unreachable, exits 2 and 4: one head over V = 50 and one over k = 8, both asked in vain, and the final head."""
+    """Threshold unreachable, exits 2 and 4: one head over V = 50 and one over k = 8, both asked in vain, and
+    the final head."""
     counters = mixed(tiny_model(0), max_new_tokens=3, threshold=1.0, exit_layers=(2, 4), prune="fixed", prune_k=8).counters
     assert counters.confidence_flops == 3 * 2 * 32 * (50 + 8)
     assert counters.head_flops == counters.confidence_flops + 3 * 2 * 32 * 50
@@ -246,7 +249,8 @@ def test_the_sampling_distribution_by_hand():
 
 
 def test_samples_follow_the_distribution_and_the_seed(tiny_model):
-    """4,000 first tokens against the full model's softmax; chi-square at 49 degrees of freedom exceeds 100 with probability 2e-5."""
+    """4,000 first tokens against the full model's softmax; chi-square at 49 degrees of freedom exceeds 100
+    with probability 2e-5."""
     model = tiny_model(0)
     p = model(torch.tensor([PROMPT]))[0, -1].softmax(-1).numpy()
     draws = [generate(model, PROMPT, DecodeConfig(max_new_tokens=1, temperature=1.0, seed=seed)).tokens[0] for seed in range(4000)]
@@ -264,7 +268,8 @@ def test_top_k_one_is_greedy(tiny_model):
 
 
 def test_verified_greedy_output_is_the_full_models(tiny_model):
-    """600 random settings: confidence, threshold, exits, pruning, bound, prompt, length, and an end token that does occur."""
+    """600 random settings: confidence, threshold, exits, pruning, bound, prompt, length, and an end token
+    that does occur."""
     random, drafted, rolled_back = np.random.default_rng(0), 0, 0
     for case in range(600):
         prompt = random.integers(0, 50, random.integers(1, 6)).tolist()
@@ -296,9 +301,9 @@ def test_a_verified_end_is_a_draft_like_any_other(tiny_model):
 
 @pytest.mark.parametrize("changes", [{}, {"prune": "fixed", "prune_k": 3}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9}, {"max_owed": 1}])
 def test_verified_samples_follow_the_full_models_distribution(tiny_model, changes):
-    """Three tokens of a vocabulary of 6, 1,500 draws against the exact joint distribution. The bound, df + 4.8 sqrt(2 df) + 15, lies above
-    the 1 - 1e-6 quantile of chi-square, so that a false alarm has less than that chance; and without verification the same exits exceed
-    it twice over."""
+    """Three tokens of a vocabulary of 6, 1,500 draws against the exact joint distribution. The bound, df +
+    4.8 sqrt(2 df) + 15, lies above the 1 - 1e-6 quantile of chi-square, so that a false alarm has less than
+    that chance; and without verification the same exits exceed it twice over."""
     model, draws = tiny_model(3, vocab_size=6), range(1500)
     base = {"max_new_tokens": 3, "confidence": "softmax", "threshold": 0.0, "exit_layers": (1,), "temperature": 1.0, "verify": True}
     config = DecodeConfig(**{**base, **changes})
@@ -325,7 +330,8 @@ def chi_square(joint: dict[tuple, float], draws: list[tuple]) -> tuple[float, in
 
 
 def test_verified_counters_by_hand(tiny_model):
-    """Static exit 3 of 5 layers, two owed at most: two drafts, then a pass to the top that judges them, unless the length ends it first."""
+    """Static exit 3 of 5 layers, two owed at most: two drafts, then a pass to the top that judges them,
+    unless the length ends it first."""
     config = DecodeConfig(max_new_tokens=12, confidence="softmax", threshold=0.0, exit_layers=(3,), max_owed=2, verify=True)
     outs = [generate(tiny_model(seed), [1], config) for seed in range(10)]
     for out in outs:
@@ -488,7 +494,8 @@ def test_one_layer_has_no_exit():
 
 
 def test_heads_that_thresholds_learn_from_are_counted_as_confidence(tiny_model):
-    """`classifier` reads no head; its learned threshold compares the tokens of heads with the full model's."""
+    """`classifier` reads no head; its learned threshold compares the tokens of heads with the full
+    model's."""
     config = DecodeConfig(confidence="classifier", threshold=0.99, exit_layers=(1, 2, 3, 4), max_new_tokens=20)
     plain = generate(tiny_model(0), PROMPT, config).counters
     counters = generate(tiny_model(0), PROMPT, replace(config, threshold_schedule="adaptive")).counters

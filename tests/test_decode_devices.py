@@ -51,8 +51,8 @@ def make(tiny_model):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_same_tokens_from_another_device(tiny_model, mode):
-    """Reading back is what a GPU waits for. A token costs one value; a question one more, and what it asks of the amateurs
-    (jsd chooses a layer); judging one each draft and row."""
+    """Reading back is what a GPU waits for. A token costs one value; a question one more, and what it asks of
+    the amateurs (jsd chooses a layer); judging one each draft and row."""
     config = DecodeConfig(**MODES[mode])
     here = decoded(make(tiny_model), config)
     with pretend_device.pretended() as waits:

@@ -1,5 +1,5 @@
-"""Training on another device than the CPU's: nothing mixed, the same weights, and a device that is waited for once a
-step."""
+"""Training on another device than the CPU's: nothing mixed, the same weights, and a device that is waited for
+once a step."""
 
 import itertools
 from dataclasses import replace

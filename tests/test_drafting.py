@@ -1,5 +1,5 @@
-"""Drafting by measurement: its text is the full model's whatever it chooses, its choice is the best by the costs, and
-what it learns is true."""
+"""Drafting by measurement: its text is the full model's whatever it chooses, its choice is the best by the
+costs, and what it learns is true."""
 
 import json
 import math
@@ -41,8 +41,8 @@ def random_costs(random, layers, exits) -> Costs:
 
 
 def test_the_text_is_the_full_models_whatever_the_costs(tiny_model):
-    """150 random settings: confidence, pruning, shortlist, penalty, an end token that does occur; costs from absurd to
-    likely; three texts with one state."""
+    """150 random settings: confidence, pruning, shortlist, penalty, an end token that does occur; costs from
+    absurd to likely; three texts with one state."""
     random, kept, back, full = np.random.default_rng(0), 0, 0, 0
     for case in range(150):
         model = tiny_model(case // 5, eos_id=None if case % 3 else int(random.integers(50)))
@@ -65,8 +65,8 @@ def test_the_text_is_the_full_models_whatever_the_costs(tiny_model):
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "shortlist": 4}])
 def test_samples_follow_the_full_models_distribution(tiny_model, changes):
-    """As in test_decode.py, with costs that tempt to draft, and a state that goes on from draw to draw, so that what was
-    sampled decides how is drafted."""
+    """As in test_decode.py, with costs that tempt to draft, and a state that goes on from draw to draw, so
+    that what was sampled decides how is drafted."""
     model = tiny_model(3, vocab_size=6)
     model.frequent_ids = torch.arange(6)
     config = auto(max_new_tokens=3, **{"temperature": 1.0, **changes})
@@ -86,7 +86,8 @@ def test_samples_follow_the_full_models_distribution(tiny_model, changes):
 
 
 def test_with_the_costs_fixed_a_run_can_be_repeated(tiny_model):
-    """Passes, drafts and counters, not the text alone; and a state that has learned drafts otherwise than a new one."""
+    """Passes, drafts and counters, not the text alone; and a state that has learned drafts otherwise than a
+    new one."""
     model = tiny_model(1)
     runs = [[generate(model, PROMPT, auto(), drafting=state) for _ in range(3)] for state in (Drafting(GOOD), Drafting(GOOD))]
     assert runs[0] == runs[1]
@@ -98,10 +99,10 @@ def test_with_the_costs_fixed_a_run_can_be_repeated(tiny_model):
 
 
 def test_the_expected_pace_by_hand():
-    """5 layers, exit 2, blocks of 1 s (3 s for two rows), the top 2 s (4 s), asking 0.5 s. Of 8 positions 4 reached the
-    threshold of bin 8, and 2 of these agreed; with the draft of the doubt a = 2/5, q = 1/2. At most one draft: asked,
-    2 + 0.5; with 1/2 then the rest of one row, 3 + 2; with 1/2 two more blocks and three of two rows, 2 + 9 + 4. So
-    12.5 s for 1 + 1/5 tokens."""
+    """5 layers, exit 2, blocks of 1 s (3 s for two rows), the top 2 s (4 s), asking 0.5 s. Of 8 positions 4
+    reached the threshold of bin 8, and 2 of these agreed; with the draft of the doubt a = 2/5, q = 1/2. At
+    most one draft: asked, 2 + 0.5; with 1/2 then the rest of one row, 3 + 2; with 1/2 two more blocks and
+    three of two rows, 2 + 9 + 4. So 12.5 s for 1 + 1/5 tokens."""
     costs = Costs(5, {1: 1.0, 2: 3.0}, {1: 2.0, 2: 4.0}, {2: 0.5})
     asked, agreed = np.zeros((1, BINS)), np.zeros((1, BINS))
     asked[0, 2], asked[0, 8], asked[0, 15], agreed[0, 2], agreed[0, 15] = 4, 1, 3, 1, 2
@@ -109,7 +110,8 @@ def test_the_expected_pace_by_hand():
 
 
 def test_expected_paces_are_those_of_simulated_rounds():
-    """An independent reference: 40,000 rounds, drawn token by token. A token passes with q and is kept with a; relative error below 2 %."""
+    """An independent reference: 40,000 rounds, drawn token by token. A token passes with q and is kept with
+    a; relative error below 2 %."""
     random = np.random.default_rng(0)
     costs = Costs(6, {1: 1.0, 4: 1.5, 16: 4.0}, {1: 3.0, 16: 6.0}, {3: 0.3})
     asked, agreed = np.zeros((1, BINS)), np.zeros((1, BINS))
@@ -150,8 +152,8 @@ def observed(costs, *seen) -> Drafting:
 
 
 def test_the_plan_is_the_exit_that_promises_most():
-    """Exit 2 agrees where it is confident, exit 4 always; exits that never agree, or whose questions cost what they
-    save, leave full depth."""
+    """Exit 2 agrees where it is confident, exit 4 always; exits that never agree, or whose questions cost
+    what they save, leave full depth."""
     plan = observed(GOOD, (2, 0.9, 1.0), (2, 0.3, 0.0), (4, 0.5, 0.0)).best()
     assert plan.layer == 2 and 0.3 < plan.threshold <= 0.9 and plan.drafts > 1 and plan.pace < Drafting(GOOD).full.pace
     assert observed(GOOD, (2, 0.9, 0.0), (4, 0.5, 1.0)).best().layer == 4
@@ -180,9 +182,9 @@ def test_what_was_seen_long_ago_fades():
 
 @pytest.mark.parametrize("shortlist, penalty", [(None, 1.0), (15, 1.0), (None, 1.8)])
 def test_what_it_learns_is_what_full_passes_say(tiny_model, monkeypatch, shortlist, penalty):
-    """Every observation of a text, against whole forward passes: that an exit, asked by itself about one of its
-    positions, has this confidence, and that its best token is the text's or not. Once it drafts, exits in use and
-    others are observed."""
+    """Every observation of a text, against whole forward passes: that an exit, asked by itself about one of
+    its positions, has this confidence, and that its best token is the text's or not. Once it drafts, exits in
+    use and others are observed."""
     model, seen = tiny_model(2), []
     model.frequent_ids = torch.arange(50)
     monkeypatch.setattr(module, "SHARE", 0.2)
@@ -226,8 +228,8 @@ def test_sampled_agreement_is_the_chance_to_be_kept(tiny_model):
 
 
 def test_useless_exits_cost_little_and_are_tried_again(tiny_model):
-    """By the table: of 400 tokens under exits that never agree, at most 3 % of the time is spent on asking them, yet
-    they are asked in the last hundred, too."""
+    """By the table: of 400 tokens under exits that never agree, at most 3 % of the time is spent on asking
+    them, yet they are asked in the last hundred, too."""
     model = tiny_model(0)
     state = Drafting(Costs(5, FLAT, FLAT, dict.fromkeys(range(1, 5), 0.3)))
     learn, asked, spent = state.observe, [], []
@@ -240,8 +242,8 @@ def test_useless_exits_cost_little_and_are_tried_again(tiny_model):
 
 
 def test_dear_questions_are_put_off_until_they_are_a_small_share(tiny_model):
-    """Asking all four exits costs 34 s, a token 14 s, two of which may be spent at the start, and 1 % of the time: after
-    40 tokens nothing was asked, after 80 something was."""
+    """Asking all four exits costs 34 s, a token 14 s, two of which may be spent at the start, and 1 % of the
+    time: after 40 tokens nothing was asked, after 80 something was."""
     state = Drafting(Costs(5, FLAT, {1: 9.0}, dict.fromkeys(range(1, 5), 8.5)))
     asked = []
     state.observe = lambda *one: asked.append(one)
@@ -252,7 +254,8 @@ def test_dear_questions_are_put_off_until_they_are_a_small_share(tiny_model):
 
 
 def test_good_exits_are_used_and_save_passes(tiny_model):
-    """A model whose upper three layers change nothing: all drafts of layer 2 are kept, and most tokens are drafts."""
+    """A model whose upper three layers change nothing: all drafts of layer 2 are kept, and most tokens are
+    drafts."""
     model = tiny_model(4)
     for block in model.blocks[2:]:
         block.out.zero_()

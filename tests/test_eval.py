@@ -1,4 +1,5 @@
-"""The table: figures that follow from the runs, settings that are chosen and read back, mistakes in one line."""
+"""The table: figures that follow from the runs, settings that are chosen and read back, mistakes in one
+line."""
 
 import json
 import os
@@ -116,7 +117,8 @@ def test_the_table_shows_six_rows_in_eight_columns_of_a_hundred_characters(check
 
 
 def test_recipes_are_rows_on_any_checkpoint(checkpoint, monkeypatch, capsys, tmp_path):
-    """Beside those of the settings, or without settings. Contrast alone is compared with the model's own prediction."""
+    """Beside those of the settings, or without settings. Contrast alone is compared with the model's own
+    prediction."""
     base = ("--checkpoint", checkpoint, "--limit", 2, "--tasks", "e2e", "--json", tmp_path / "out.json")
     run_command(monkeypatch, *base, "--rows", "softmax,calm")
     assert row_names(capsys.readouterr().out) == ["full", "softmax", "calm"]
@@ -178,7 +180,8 @@ def test_thresholds_from_a_file_make_a_row_and_give_way_to_flags(checkpoint, mon
 
 
 def test_tune_writes_settings_that_the_table_reads(checkpoint, tiny_model, monkeypatch, tmp_path):
-    """Of a setting that equals the full model and one that does not, the one that keeps its scores is chosen, however slow."""
+    """Of a setting that equals the full model and one that does not, the one that keeps its scores is chosen,
+    however slow."""
     safe = DecodeConfig(confidence="softmax", threshold=1.0, exit_layers=(2,), max_new_tokens=8)
     wild = DecodeConfig(confidence="softmax", threshold=0.0, exit_layers=(1,), max_new_tokens=8)
     monkeypatch.setattr(tune, "candidates", lambda *_: [safe, wild])
@@ -244,7 +247,8 @@ def tried(speedup: float, kept: float, surely: float) -> tune.Tried:
 
 
 def test_a_row_is_chosen_by_what_it_surely_keeps_not_by_the_estimate():
-    """The third keeps everything by its estimate, but may keep only 97 %; what follows it is not looked at, though it would pass."""
+    """The third keeps everything by its estimate, but may keep only 97 %; what follows it is not looked at,
+    though it would pass."""
     walked = [tried(1.0, 1.0, 1.0), tried(1.5, 0.995, 0.991), tried(2.0, 1.0, 0.97), tried(3.0, 0.999, 0.999)]
     assert tune.boldest(walked) == walked[1].config
     assert tune.boldest(walked[2:]) == walked[2].config  # nothing passes: the most cautious
@@ -252,8 +256,9 @@ def test_a_row_is_chosen_by_what_it_surely_keeps_not_by_the_estimate():
 
 
 def test_the_margin_keeps_the_promise_on_other_inputs():
-    """Of many texts the full model has all right and a row 98.5 %. Judged on 400 of them, 50 times, it passes as one that keeps 99 % by
-    the estimate in a quarter of them (four wrong or fewer; on average there are six), by the lower end of the interval hardly ever."""
+    """Of many texts the full model has all right and a row 98.5 %. Judged on 400 of them, 50 times, it passes
+    as one that keeps 99 % by the estimate in a quarter of them (four wrong or fewer; on average there are
+    six), by the lower end of the interval hardly ever."""
     draw, task = random.Random(0), replace(tasks.find_task("e2e"), metrics={"f1": "f1"})
     by_estimate = by_margin = 0
     for _ in range(50):
@@ -266,7 +271,8 @@ def test_the_margin_keeps_the_promise_on_other_inputs():
 
 
 def test_quality_is_resampled_in_pairs():
-    """A row that writes what the full model writes keeps everything in every resample, whatever that is worth."""
+    """A row that writes what the full model writes keeps everything in every resample, whatever that is
+    worth."""
     task = tasks.find_task("e2e")
     texts, references = ["a b c d e", "a x c y e", "no"], [["a b c d e"], ["a b c d e"], ["yes"]]
     assert figures.quality_interval(task, texts, texts, references, level=0.9) == [1, 1]
@@ -296,7 +302,8 @@ def test_rows_take_turns_on_the_same_prompts(tiny_model, monkeypatch):
 
 
 def test_time_of_asking_counts_what_did_not_give_the_token(tiny_model):
-    """A function that sleeps 5 ms at each of two layers takes nearly all of the time; one that answers at once takes a small part."""
+    """A function that sleeps 5 ms at each of two layers takes nearly all of the time; one that answers at
+    once takes a small part."""
     model = tiny_model(0, vocab_size=350, max_len=256)
 
     def slow(trace, layer):
@@ -411,8 +418,8 @@ def measured(tokens: list[int], times: list[list[float]]) -> measuring.Measured:
 
 
 def test_the_interval_of_the_speedup_covers_prompts_and_repeats():
-    """Equal prompts, equal repeats: no width. Repeats that differ give one though every prompt has the same median; so do prompts that
-    differ. What slows both rows alike gives none."""
+    """Equal prompts, equal repeats: no width. Repeats that differ give one though every prompt has the same
+    median; so do prompts that differ. What slows both rows alike gives none."""
     full = measured([4] * 20, [[1.0, 1.0, 1.0]] * 20)
     assert figures.speedup_interval(measured([4] * 20, [[0.5] * 3] * 20), full) == [2, 2]
     low, high = figures.speedup_interval(measured([4] * 20, [[0.4, 0.5, 0.6]] * 20), full)
@@ -456,8 +463,8 @@ def test_quality_is_the_least_share_of_the_full_models_scores():
 
 @pytest.mark.parametrize("risk, threshold", [("consistency", 0.55), ("task", 0.0)])
 def test_calibration_writes_a_threshold_that_decoding_reads(risk, threshold, checkpoint, monkeypatch, tmp_path, capsys):
-    """Where every layer is always half sure, a threshold above that is the full model, one below exits at once, into another text; but of
-    a random model no text scores worse than any other."""
+    """Where every layer is always half sure, a threshold above that is the full model, one below exits at
+    once, into another text; but of a random model no text scores worse than any other."""
     monkeypatch.setitem(FUNCTIONS, "half", lambda trace, layer: trace.logits(layer).max() * 0 + 0.5)
     monkeypatch.setattr(measuring, "tqdm", lambda items, **_: items)
     file, base = tmp_path / "t.json", ("--checkpoint", checkpoint, "--tasks", "e2e", "--limit", 30, "--out", tmp_path / "t.json")

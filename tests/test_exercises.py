@@ -1,5 +1,5 @@
-"""The exercises can be solved, and are not solved yet: every test of theirs fails with the stubs and passes with the
-solutions."""
+"""The exercises can be solved, and are not solved yet: every test of theirs fails with the stubs and passes
+with the solutions."""
 
 import importlib.util
 import subprocess

@@ -1,4 +1,5 @@
-"""Frequent ids: counted as training sees the text, kept in a checkpoint or beside it, refused where they are none."""
+"""Frequent ids: counted as training sees the text, kept in a checkpoint or beside it, refused where they are
+none."""
 
 import json
 from collections import Counter
@@ -77,8 +78,8 @@ def test_every_tenth_document_is_left_out():
 
 
 def test_coverage_by_hand():
-    """Of the completion 5 8 9 9 the list [5] holds one of four tokens; in decoding, after the prompt 5 5 8, 5 is listed,
-    8 stands in the prompt, and the second 9 is in the text by then: three of four."""
+    """Of the completion 5 8 9 9 the list [5] holds one of four tokens; in decoding, after the prompt 5 5 8, 5
+    is listed, 8 stands in the prompt, and the second 9 is in the text by then: three of four."""
     assert shortlist.coverage([5], [([5, 5, 8], [5, 8, 9, 9])]) == (1 / 4, 3 / 4)
     assert shortlist.coverage([5], [([5, 5, 8], [5, 8, 9, 9]), ([], [5])]) == (2 / 5, 4 / 5)
 
@@ -207,6 +208,7 @@ def test_decoding_goes_on_from_counted_ids(checkpoint, data, command):
     command(shortlist.main, "--checkpoint", checkpoint, "--data", data, "--out", out)
     model, tokenizer = load_checkpoint(out)
     prompt = encode_prompt(tokenizer, "Guten Tag")
-    config = DecodeConfig(max_new_tokens=12, confidence="softmax", threshold=0.0, verify=True,
-                          shortlist=len(model.frequent_ids), exit_layers=(5,), max_owed=4)
+    config = DecodeConfig(
+        max_new_tokens=12, confidence="softmax", threshold=0.0, verify=True, shortlist=len(model.frequent_ids), exit_layers=(5,), max_owed=4
+    )
     assert decode.generate(model, prompt, config).tokens == decode.generate(model, prompt, config.full()).tokens

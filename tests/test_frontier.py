@@ -1,4 +1,5 @@
-"""One model that exits early beside smaller ones: which rows there are, and that only models of one tokenizer are compared."""
+"""One model that exits early beside smaller ones: which rows there are, and that only models of one tokenizer
+are compared."""
 
 import json
 import sys

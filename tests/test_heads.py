@@ -1,4 +1,5 @@
-"""Heads in a file of their own: attached, they are the heads inside a model's file; another model's are refused."""
+"""Heads in a file of their own: attached, they are the heads inside a model's file; another model's are
+refused."""
 
 import json
 import sys
@@ -222,7 +223,8 @@ def test_wrong_files_of_heads_are_one_line(files, command, tiny_model, tmp_path)
 
 
 def test_every_command_takes_heads(files, command, tmp_path):
-    """decode.py and eval.py with heads: exits where the heads were trained, settings beside the heads' file."""
+    """decode.py and eval.py with heads: exits where the heads were trained, settings beside the heads'
+    file."""
     blob = read_checkpoint(DEFAULT_CHECKPOINT)["tokenizer"].numpy().tobytes()
     _, bare, heads = files("lowrank:2", tokenizer=blob, vocab_size=4096)
     words = ("--checkpoint", bare, "--heads", heads)

@@ -34,7 +34,8 @@ def in_int8(tiny_model, tmp_path):
 
 
 def test_a_row_is_kept_as_the_nearest_multiples_of_a_127th_of_its_largest():
-    """4 / 127 = 0.031496 is 0.031494140625 in bfloat16; 1 / that = 31.75, 0.5 / that = 15.88, -4 / that = -127.008."""
+    """4 / 127 = 0.031496 is 0.031494140625 in bfloat16; 1 / that = 31.75, 0.5 / that = 15.88, -4 / that =
+    -127.008."""
     matrix = Int8Matrix.of(torch.tensor([[1.0, -4.0, 0.5], [0.0, 0.0, 0.0]]))
     assert matrix.rows.tolist() == [[32, -127, 16], [0, 0, 0]] and matrix.scale[0].item() == 0.031494140625
     kept = matrix[torch.tensor([0])]
@@ -179,8 +180,11 @@ def test_int8_has_no_other_form_and_no_gpu(tiny_model, tmp_path):
 
 def test_decode_takes_dtype_int8(tiny_model, tmp_path, monkeypatch, capsys):
     save_checkpoint(tmp_path / "model.pt", tiny_model(0), None)
-    monkeypatch.setattr(sys, "argv", ["decode.py", "--checkpoint", str(tmp_path / "model.pt"), "--dtype", "int8",
-                                      "--prompt", "1,2,3", "--max-new-tokens", "5"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["decode.py", "--checkpoint", str(tmp_path / "model.pt"), "--dtype", "int8", "--prompt", "1,2,3", "--max-new-tokens", "5"],
+    )
     decode.main()
     model, _ = load_checkpoint(tmp_path / "model.pt", dtype=torch.int8)
     tokens = generate(model, [1, 2, 3], DecodeConfig(max_new_tokens=5)).tokens

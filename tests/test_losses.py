@@ -37,9 +37,7 @@ from training.objective import Objective, skipped_layers
 from training.part import part_of_vocabulary
 from training.settings import TrainConfig
 
-SHAPE = ModelConfig(
-    vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2)
-)
+SHAPE = ModelConfig(vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2))
 CONFIG = TrainConfig(exits=(1, 2), device="cpu")
 
 
@@ -106,17 +104,15 @@ def test_weights_rise_with_depth_or_are_as_given():
 
 
 def test_layers_are_left_out_more_often_the_deeper_they_lie():
-    """Of 4,000 batches, within 4 standard deviations: each layer fails by chance about once in 16,000 runs, and the
-    seed is fixed."""
+    """Of 4,000 batches, within 4 standard deviations: each layer fails by chance about once in 16,000 runs,
+    and the seed is fixed."""
     config, n, count = replace(CONFIG, layer_dropout=0.4), 5, 4000
     drawn = [skipped_layers(config, n, number) for number in range(count)]
     for layer in range(1, n + 1):
         chance = 0.4 * (2 ** ((layer - 1) / 4) - 1)
         seen = sum(layer in skipped for skipped in drawn) / count
         assert abs(seen - chance) <= 4 * math.sqrt(chance * (1 - chance) / count)
-    assert drawn == [
-        skipped_layers(config, n, number) for number in range(count)
-    ]  # so that a resumed run draws the same
+    assert drawn == [skipped_layers(config, n, number) for number in range(count)]  # so that a resumed run draws the same
     assert skipped_layers(CONFIG, n, 3) == frozenset()
 
 
@@ -140,9 +136,7 @@ def test_recomputing_changes_no_gradient():
 def test_a_layer_left_out_of_a_step_learns_nothing():
     model = untrained()
     slopes = gradients(model, Objective(model, CONFIG)(batch(), 0, frozenset({2}))[0])
-    moved = {
-        name.split(".")[1] for name, slope in slopes.items() if name.startswith("blocks") and slope.abs().sum() > 0
-    }
+    moved = {name.split(".")[1] for name, slope in slopes.items() if name.startswith("blocks") and slope.abs().sum() > 0}
     assert moved == {"0", "2"}
 
 
@@ -163,9 +157,7 @@ def by_definition(model: Transformer, rows, targets, weights: dict[int, float], 
 @pytest.mark.parametrize("distill", [False, True])
 @pytest.mark.parametrize("chunk", [None, 1, 300 * 4, 2**24])  # the plain sum; one target at a time, four, all
 @pytest.mark.parametrize("shape", [{}, {"tie_embeddings": False, "adapter": "lowrank:3"}, {"logit_cap": 2.0}])
-@pytest.mark.parametrize(
-    "weights", [{1: 0.2, 2: 0.3, 3: 0.5}, {1: 0.4, 2: 0.6}]
-)  # the last layer trained, or only there
+@pytest.mark.parametrize("weights", [{1: 0.2, 2: 0.3, 3: 0.5}, {1: 0.4, 2: 0.6}])  # the last layer trained, or only there
 def test_value_and_gradient_are_those_of_the_definition(distill, chunk, shape, weights, monkeypatch):
     monkeypatch.setitem(chunked.CHUNK, "cpu", chunk or 1)
     monkeypatch.setattr(chunked, "FEWEST", 1)
@@ -199,7 +191,8 @@ def test_few_logits_are_kept_and_many_are_made_chunk_by_chunk(monkeypatch):
 
 
 def test_logits_of_one_exit_and_one_chunk_at_a_time_are_made(monkeypatch):
-    """Of the last layer and two exits, 14 targets in chunks of 4: twelve products, none larger than a chunk."""
+    """Of the last layer and two exits, 14 targets in chunks of 4: twelve products, none larger than a
+    chunk."""
     model, sizes = untrained(), []
     monkeypatch.setitem(chunked.CHUNK, "cpu", 4 * 300)
     monkeypatch.setattr(chunked, "FEWEST", 1)
@@ -218,12 +211,10 @@ def test_only_the_exits_of_a_step_pay_for_a_head(monkeypatch):
 
 
 def test_distillation_teaches_the_exits_and_leaves_the_last_distribution_to_its_own_loss():
-    """A last layer that is all that is trained gets the same gradient from `distill` as from `none`, but for its
-    share."""
+    """A last layer that is all that is trained gets the same gradient from `distill` as from `none`, but for
+    its share."""
     model, (inputs, documents, learned, targets) = untrained(tie_embeddings=False), batch()
-    rows = {
-        layer: state[learned].detach() for layer, state in enumerate(model.hidden_states(inputs, documents)) if layer
-    }
+    rows = {layer: state[learned].detach() for layer, state in enumerate(model.hidden_states(inputs, documents)) if layer}
     last = gradients(model, sum_of_losses(model, rows, targets, {2: 0.5, 3: 0.5}, divergence)[0])
     alone = gradients(model, sum_of_losses(model, rows, targets, {3: 1.0})[0])
     assert_close(last["norm"], 0.5 * alone["norm"])
@@ -244,8 +235,8 @@ def test_monotone_matching_is_the_best_of_all():
 
 
 def test_hidden_loss_by_hand():
-    """Of the four layers 0, 5 | 4, 6 the lower is closest to 4, the higher to either; both match 4, at 16 and 1. Only
-    they learn."""
+    """Of the four layers 0, 5 | 4, 6 the lower is closest to 4, the higher to either; both match 4, at 16 and
+    1. Only they learn."""
     states = [torch.full((3, 2), value, requires_grad=True) for value in (0.0, 5.0, 4.0, 6.0)]
     loss = hidden_loss(states, 2)
     assert loss.item() == pytest.approx((16 + 1) / 2)
@@ -302,7 +293,8 @@ def own(tmp_path, monkeypatch):
 
 
 def test_a_loss_of_ones_own_is_asked_like_the_others(own):
-    """Label smoothing by its definition: a tenth of the mean of -log p over all pieces, nine tenths of the target's."""
+    """Label smoothing by its definition: a tenth of the mean of -log p over all pieces, nine tenths of the
+    target's."""
     model, weights = untrained(), {1: 1 / 6, 2: 2 / 6, 3: 3 / 6}
     found = ask_loss("own_losses:smooth", exits_of(model))
     expected, exits = 0, exits_of(model)
@@ -416,15 +408,11 @@ def test_a_classifier_learns_to_tell_agreement():
 def test_heads_alone_learn_and_nothing_else(loss):
     model = untrained(adapter="lowrank:2", classifiers=(1, 2))
     config = replace(CONFIG, train="heads", init="x.pt", loss=loss, classifier=True)
-    trained = {
-        name for name, weight in model.named_parameters() if name.startswith(("exit_norms", "adapters", "classifiers"))
-    }
+    trained = {name for name, weight in model.named_parameters() if name.startswith(("exit_norms", "adapters", "classifiers"))}
     for name, weight in model.named_parameters():
         weight.requires_grad_(name in trained)
     Objective(model, config)(batch(), 0)[0].backward()
-    assert {
-        name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.abs().sum() > 0
-    } == trained
+    assert {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.abs().sum() > 0} == trained
 
 
 # ---------------------------------------------------------------- over a part of the vocabulary

@@ -1,4 +1,5 @@
-"""Metrics: hand-worked numbers, properties, and values of the packages that define them (literals: none is needed to run this)."""
+"""Metrics: hand-worked numbers, properties, and values of the packages that define them (literals: none is
+needed to run this)."""
 
 import math
 import random
@@ -166,10 +167,7 @@ def test_rouge_l_equals_coco_evaluation():
     [
         ("It's £20-25, isn't it?", "it 's # 20-25 is n't it"),
         ("Café Rouge: £20-£25; a non-family-friendly 'pub'.", "café rouge # 20 # 25 a non-family-friendly pub"),
-        (
-            "I'm gonna meet Mr. O'Neil at 6 p.m.; you can't come, can you?",
-            "i 'm gon na meet mr. o'neil at 6 p.m. you ca n't come can you",
-        ),
+        ("I'm gonna meet Mr. O'Neil at 6 p.m.; you can't come, can you?", "i 'm gon na meet mr. o'neil at 6 p.m. you ca n't come can you"),
         ('Don’t pay 1,000 or £30.99 for the 5-star "food & wine"!', "do n't pay 1,000 or # 30.99 for the 5-star food & wine"),
         ("I'd've left at 12:45, the boys' kites - gone...", "i 'd 've left at 12:45 the boys kites gone"),
     ],
@@ -226,7 +224,8 @@ def test_rouge_clips_the_counts_of_ngrams():
 
 
 def test_rouge_lsum_unites_what_the_sentences_cover():
-    # the lines cover "a c e" and "a b" of the reference, together 4 of its 5 tokens with 4 of their 10; rougeL finds "a c e" alone
+    # the lines cover "a c e" and "a b" of the reference, together 4 of its 5 tokens with 4 of their 10;
+    # rougeL finds "a c e" alone
     scores = rouge("a c y z e\na b v w x", ["a b c d e"])
     assert scores["rougeLsum"] == pytest.approx(2 * 4 / (10 + 5), rel=1e-12)
     assert scores["rougeL"] == pytest.approx(2 * 3 / (10 + 5), rel=1e-12)
@@ -238,7 +237,8 @@ def test_rouge_lsum_counts_a_token_once_per_time_that_the_hypothesis_has_it():
 
 
 def test_rouge_lsum_takes_the_subsequence_that_rouge_score_takes():
-    # of "a" and "b" as LCS of "a b" and "b a" it is "a": with "b" from the second line both tokens are covered
+    # of "a" and "b" as LCS of "a b" and "b a" it is "a": with "b" from the second line both tokens are
+    # covered
     assert rouge("b a\nb", ["a b"])["rougeLsum"] == pytest.approx(2 * 2 / (3 + 2), rel=1e-12)
 
 
@@ -298,7 +298,8 @@ def test_rouge_splits_words_at_letters_beyond_a_to_z():
     ],
 )
 def test_rouge_equals_the_rouge_score_package(stemming, expected):
-    # rouge_score 0.1.2: RougeScorer([...], use_stemmer=stemming).score_multi, fmeasure of rouge1, rouge2, rougeL and rougeLsum
+    # rouge_score 0.1.2: RougeScorer([...], use_stemmer=stemming).score_multi, fmeasure of rouge1, rouge2,
+    # rougeL and rougeLsum
     for (hypothesis, references), values in zip(SUMMARIES, expected):
         assert rouge(hypothesis, references, stemming) == pytest.approx(dict(zip(ROUGE_VARIANTS, values)), rel=1e-12)
 

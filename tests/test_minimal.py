@@ -1,6 +1,6 @@
-"""minimal.py says what decode.py says. Both compute in float64: their forms of one product then differ by some 1e-6 at
-most (the project keeps logits in float32), and nothing lies so close: no confidence to the threshold, no two best
-tokens to each other."""
+"""minimal.py says what decode.py says. Both compute in float64: their forms of one product then differ by
+some 1e-6 at most (the project keeps logits in float32), and nothing lies so close: no confidence to the
+threshold, no two best tokens to each other."""
 
 import ast
 import subprocess
@@ -43,9 +43,7 @@ def test_fifty_texts_and_their_exit_layers_are_those_of_decode(models, prompts, 
     small, model = models
     decode = minimal.generate_verified if verify else minimal.generate
     threshold = 0.3 if verify else 0.6  # low enough for drafts that are wrong
-    config = DecodeConfig(
-        confidence="softmax", threshold=threshold, exit_layers=EXITS, max_new_tokens=LENGTH, verify=verify
-    )
+    config = DecodeConfig(confidence="softmax", threshold=threshold, exit_layers=EXITS, max_new_tokens=LENGTH, verify=verify)
     layers, ends, rolled_back = set(), set(), 0
     assert len(prompts) == 50
     for prompt in prompts:
@@ -60,8 +58,9 @@ def test_fifty_texts_and_their_exit_layers_are_those_of_decode(models, prompts, 
 
 @pytest.mark.parametrize("verify", [False, True], ids=["softmax", "verified"])
 def test_an_exits_own_norm_is_used_and_what_else_a_checkpoint_holds_is_passed_over(tiny_model, tmp_path, verify):
-    """A random model with norms of its own at two exits, and classifiers. Its upper blocks change little, so that some
-    drafts are kept, some rolled back; texts of every length, so that the limit falls anywhere in a run of drafts."""
+    """A random model with norms of its own at two exits, and classifiers. Its upper blocks change little, so
+    that some drafts are kept, some rolled back; texts of every length, so that the limit falls anywhere in a
+    run of drafts."""
     model = tiny_model(3, vocab_size=4096, n_kv_heads=4, exit_norms=(2, 3))
     for block in model.blocks[1:]:
         block.out.mul_(0.2)
@@ -73,9 +72,7 @@ def test_an_exits_own_norm_is_used_and_what_else_a_checkpoint_holds_is_passed_ov
     exits, threshold, layers, rolled_back = (1, 2, 3, 4), 0.003, set(), 0
     for length in range(1, 20):
         prompt = [1, 7 * length, 3, 9]
-        config = DecodeConfig(
-            confidence="softmax", threshold=threshold, exit_layers=exits, max_new_tokens=length, verify=verify
-        )
+        config = DecodeConfig(confidence="softmax", threshold=threshold, exit_layers=exits, max_new_tokens=length, verify=verify)
         out = generate(model, prompt, config)
         assert decode(small, prompt, exits, threshold, len(prompt) + length) == (out.tokens, out.exit_layers)
         layers.update(out.exit_layers)
@@ -84,7 +81,8 @@ def test_an_exits_own_norm_is_used_and_what_else_a_checkpoint_holds_is_passed_ov
 
 
 def test_it_is_one_short_file_on_its_own():
-    """At most 120 lines of at most 120 characters; of what is installed it imports torch and sentencepiece alone."""
+    """At most 120 lines of at most 120 characters; of what is installed it imports torch and sentencepiece
+    alone."""
     lines = SOURCE.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 120 and max(map(len, lines)) <= 120
     imported = set()

@@ -1,4 +1,5 @@
-"""The transformer against an independent reference, the staircase cache against a full pass, checkpoints against damage."""
+"""The transformer against an independent reference, the staircase cache against a full pass, checkpoints
+against damage."""
 
 import math
 from dataclasses import replace
@@ -32,7 +33,8 @@ FEATURES = [
 
 
 def numpy_forward(model: Transformer, tokens: list[int]) -> tuple[list[np.ndarray], np.ndarray]:
-    """States h_0..h_L (T, d) and final logits (T, V) in float64, one position and one head at a time, straight from the definitions."""
+    """States h_0..h_L (T, d) and final logits (T, V) in float64, one position and one head at a time,
+    straight from the definitions."""
     c = model.config
     w = {name: weight.double().numpy() for name, weight in model.state_dict().items()}
     H, K, C = c.n_heads, c.n_kv_heads, c.head_dim
@@ -122,8 +124,9 @@ def test_every_feature_shows(tiny_model, shape):
 @pytest.mark.parametrize("shape", SHAPES + FEATURES)
 @pytest.mark.parametrize("seed", range(4))
 def test_the_staircase_equals_a_full_pass_for_random_exits(tiny_model, shape, seed):
-    """Random chunks of tokens, each pass stopping at a random exit layer: states, keys, values and logits of every row that ran a layer
-    are those of a full forward pass, and filled never increases with the layer; L + 1 is the head."""
+    """Random chunks of tokens, each pass stopping at a random exit layer: states, keys, values and logits of
+    every row that ran a layer are those of a full forward pass, and filled never increases with the layer; L
+    + 1 is the head."""
     model = tiny_model(seed, **shape)
     L, random = model.config.n_layers, np.random.default_rng(seed)
     tokens = random.integers(0, 50, 40).tolist()
@@ -155,8 +158,8 @@ def test_the_staircase_equals_a_full_pass_for_random_exits(tiny_model, shape, se
 
 @pytest.mark.parametrize("shape", FEATURES)
 def test_early_exits_are_exact_with_every_feature(tiny_model, shape):
-    """Tokens equal those that a full pass over the text, without a cache, reads out at each token's exit layer; and step by step to the
-    top, the logits are the full pass's."""
+    """Tokens equal those that a full pass over the text, without a cache, reads out at each token's exit
+    layer; and step by step to the top, the logits are the full pass's."""
     model = tiny_model(2, **shape)
     out = generate(model, [1, 7, 3], DecodeConfig(max_new_tokens=25, confidence=lambda trace, layer: torch.rand(()), threshold=0.7))
     states = model.hidden_states(torch.tensor([[1, 7, 3, *out.tokens]]))
@@ -182,9 +185,10 @@ def test_packed_documents_slide_alone(tiny_model):
 
 
 def test_llama_3_rope_scaling_by_hand():
-    """C = 4, base 10000: the pair 0 turns 1 radian a position, pair 1 0.01. In 8192 positions pair 0 turns 1304 times, above high = 4, and
-    stays; pair 1 turns 13.04 times with length 8192, and 0.815 times, below low = 1, with length 512: slowed by the whole factor; with
-    length 1024 1.63 times: smooth = 0.63 / 3 = 0.2099, 0.01 * (0.2099 + 0.7901 / 8) = 0.003087."""
+    """C = 4, base 10000: the pair 0 turns 1 radian a position, pair 1 0.01. In 8192 positions pair 0 turns
+    1304 times, above high = 4, and stays; pair 1 turns 13.04 times with length 8192, and 0.815 times, below
+    low = 1, with length 512: slowed by the whole factor; with length 1024 1.63 times: smooth = 0.63 / 3 =
+    0.2099, 0.01 * (0.2099 + 0.7901 / 8) = 0.003087."""
     config = {"d_model": 4, "n_heads": 1, "n_kv_heads": 1, "max_len": 2, "rope_factor": 8.0}
     for length, expected in ((8192, 0.01), (512, 0.00125), (1024, 0.003087)):
         cos, sin = rope_table(ModelConfig(**config, rope_bands=(1.0, 4.0, length)))[0]

@@ -1,5 +1,5 @@
-"""The page: what is remembered of a run equals the run, what the page computes afterwards equals what the exits saw,
-and a browser shows it."""
+"""The page: what is remembered of a run equals the run, what the page computes afterwards equals what the
+exits saw, and a browser shows it."""
 
 import json
 import sys
@@ -80,8 +80,8 @@ def test_watching_changes_neither_text_nor_work(tiny_model, config):
 
 @each_setting
 def test_every_token_is_told_with_the_passes_that_made_and_settled_it(tiny_model, config):
-    """A draft comes from the pass that read the token before it, and stopped at the draft's layer; what the full model
-    puts in a draft's place comes from the pass that judged."""
+    """A draft comes from the pass that read the token before it, and stopped at the draft's layer; what the
+    full model puts in a draft's place comes from the pass that judged."""
     recorder = recorded(tiny_model(8), PROMPT, config)
     top, texts = 6, {}
     for each in recorder.emitted:
@@ -101,8 +101,8 @@ def test_every_token_is_told_with_the_passes_that_made_and_settled_it(tiny_model
 
 
 def test_the_clock_of_a_run_stands_still_while_a_token_is_shown(monkeypatch, tiny_model):
-    """The clock here ticks once whenever it is read; a reader that takes 1,000 ticks with every token costs the run
-    nothing."""
+    """The clock here ticks once whenever it is read; a reader that takes 1,000 ticks with every token costs
+    the run nothing."""
     clock, lost = count(), [0]
     monkeypatch.setattr("decoding.replay.perf_counter", lambda: next(clock) + lost[0])
     recorder = Recorder()
@@ -148,8 +148,8 @@ def page_of(model, names, tokenizer=None, title="the prompt", prompt=PROMPT):
 
 @pytest.mark.parametrize("name", ["lossy", "fixed exit", "verified", "verified, bounded"])
 def test_the_lens_tells_what_the_exits_saw_of_rolled_back_drafts_too(tiny_model, name):
-    """Greedy tokens are the best at the layer that they came from, in the table that is computed after the run, with
-    the confidence that the run had."""
+    """Greedy tokens are the best at the layer that they came from, in the table that is computed after the
+    run, with the confidence that the run had."""
     page, _ = page_of(tiny_model(8), ["full", name])
     run = page.content()["inputs"][0]["runs"][1]
     assert name not in ("verified", "verified, bounded") or any(token["lost"] for token in run["tokens"])
@@ -290,8 +290,8 @@ def test_stepping_through_the_staircase_shows_the_numbers_of_the_run(opened, ind
 
 
 def check_cells(browser, each, L):
-    """The bars of a pass: what ran is as many rows as the pass had, what is owed is what is not filled, what is rolled
-    back is what was begun and is no more."""
+    """The bars of a pass: what ran is as many rows as the pass had, what is owed is what is not filled, what
+    is rolled back is what was begun and is no more."""
     cells = read(browser, "'.flight rect.cell' => [+x.dataset.step, +x.dataset.from, +x.dataset.to, x.dataset.kind]")
     for step in range(1, L + 2):
         bars = sorted((first, stop, kind) for at, first, stop, kind in cells if at == step)
@@ -325,13 +325,16 @@ def test_every_token_names_its_exit_layer_and_lost_drafts_are_struck_through(ope
         labels = browser.run(f"[...document.querySelectorAll('.run')[{index}].querySelectorAll('.token')].map(x => x.ariaLabel)")
         for each, label in zip(emitted, labels, strict=True):
             assert f"exit layer {each.token.exit_layer}" in label
-        texts = browser.run(f"[...document.querySelectorAll('.run')[{index}].querySelectorAll('.token')]"
-                            ".map(x => +x.firstChild.textContent)")
+        texts = browser.run(
+            f"[...document.querySelectorAll('.run')[{index}].querySelectorAll('.token')].map(x => +x.firstChild.textContent)"
+        )
         assert texts == [each.token.id for each in emitted]
         choose(browser, index)
         browser.press("End")
-        lost = browser.run(f"[...document.querySelectorAll('.run')[{index}].querySelectorAll('.token')]"
-                           ".map(x => getComputedStyle(x).textDecorationLine == 'line-through')")
+        lost = browser.run(
+            f"[...document.querySelectorAll('.run')[{index}].querySelectorAll('.token')]"
+            ".map(x => getComputedStyle(x).textDecorationLine == 'line-through')"
+        )
         assert lost == [each.rolled_back for each in emitted]
     assert any(each.rolled_back for each in recorders["verified, bounded"].emitted)
 
@@ -368,14 +371,17 @@ def test_by_keyboard_a_token_shows_its_layers_and_enter_its_pass(opened):
 
 
 def test_the_text_grows_with_the_passes(opened):
-    """What a later pass makes is pale; a draft not yet judged is outlined; the newest token is the one selected."""
+    """What a later pass makes is pale; a draft not yet judged is outlined; the newest token is the one
+    selected."""
     browser, recorders = opened
     index = NAMES.index("verified, bounded")
     emitted, passes = recorders["verified, bounded"].emitted, recorders["verified, bounded"].passes
     choose(browser, index)
     for k in range(len(passes)):
-        marks = browser.run(f"[...document.querySelectorAll('.run')[{index}].querySelectorAll('.token')].map(x => "
-                            "['later', 'draft', 'lost'].filter(kind => x.classList.contains(kind)).join())")
+        marks = browser.run(
+            f"[...document.querySelectorAll('.run')[{index}].querySelectorAll('.token')].map(x => "
+            "['later', 'draft', 'lost'].filter(kind => x.classList.contains(kind)).join())"
+        )
         for each, mark in zip(emitted, marks, strict=True):
             draft = "draft" if each.settled > k else "lost" if each.rolled_back else ""
             assert mark == ("later" if each.made > k else draft)

@@ -1,4 +1,5 @@
-"""What is emitted: contrastive prediction against NumPy and naive loops, the recipes of the README, and the repetition penalty by hand."""
+"""What is emitted: contrastive prediction against NumPy and naive loops, the recipes of the README, and the
+repetition penalty by hand."""
 
 import numpy as np
 import pytest
@@ -62,7 +63,8 @@ def test_contrasted_scores_equal_their_formulas(tiny_model, form, prune):
 
 
 def recipe(model, steps, choose, **settings):
-    """Tokens of the settings, and of a naive loop that calls `choose` with all layers' distributions and the text so far."""
+    """Tokens of the settings, and of a naive loop that calls `choose` with all layers' distributions and the
+    text so far."""
     text = list(PROMPT)
     for _ in range(steps):
         text.append(choose(layers_ref(model, text), text))
@@ -85,6 +87,7 @@ def test_acd_contrasts_the_last_layer_with_a_fixed_one(tiny_model):
 def test_dola_contrasts_with_the_most_different_candidate_layer_under_a_repetition_penalty(tiny_model):
     layers = set()
     for seed in range(5):
+
         def choose(p, text):
             amateur = max((1, 3, 4), key=lambda j: jsd(p[5], p[j]))
             layers.add(amateur)
@@ -100,6 +103,7 @@ def test_dola_contrasts_with_the_most_different_candidate_layer_under_a_repetiti
 def test_the_distance_decides_where_jsd_and_dola_differ(tiny_model):
     differ = 0
     for seed in range(10):
+
         def choose(p, text):
             return best_ratio(p[5], p[max((1, 2, 3, 4), key=lambda j: jsd(p[5], p[j]) / (5 - j))])
 

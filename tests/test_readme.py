@@ -1,4 +1,5 @@
-"""What README and docs say: their commands parse, their links lead somewhere, and the embedded model is what it should be."""
+"""What README and docs say: their commands parse, their links lead somewhere, and the embedded model is what
+it should be."""
 
 import ast
 import importlib
@@ -154,8 +155,8 @@ def names_in(path: Path) -> set[str]:
 
 
 def is_named_in(name: str, path: Path) -> bool:
-    """Whether a link's text names a function, class or method of the file: `rotate`, `training/losses.rotate`,
-    `Trace.prune`, or a method alone."""
+    """Whether a link's text names a function, class or method of the file: `rotate`,
+    `training/losses.rotate`, `Trace.prune`, or a method alone."""
     names = names_in(path)
     name = name.rpartition("/")[2].removeprefix(f"{path.stem}.")
     return name in names or any(each.endswith(f".{name}") for each in names if "." in each)

@@ -1,6 +1,6 @@
-"""Real checkpoints against their references, by hand: skipped unless EARLY_EXIT_REAL names a folder with *.gguf files
-(the Llama family and Gemma), and perhaps *.txt to tokenize. It needs gguf, transformers, accelerate and
-llama-cpp-python, some GB of memory, and a minute a file:
+"""Real checkpoints against their references, by hand: skipped unless EARLY_EXIT_REAL names a folder with
+*.gguf files (the Llama family and Gemma), and perhaps *.txt to tokenize. It needs gguf, transformers,
+accelerate and llama-cpp-python, some GB of memory, and a minute a file:
 
     EARLY_EXIT_REAL=FOLDER python -m pytest tests/test_real.py -s
 """
@@ -37,7 +37,8 @@ def english(count: int) -> list[str]:
     scope="module", params=sorted(Path(FOLDER).glob("*.gguf")) if FOLDER else [], ids=lambda path: getattr(path, "stem", "none")
 )
 def case(request, tmp_path_factory):
-    """(GGUF file, our model in float32, our tokenizer or None, token ids of a text, logits of our full pass)."""
+    """(GGUF file, our model in float32, our tokenizer or None, token ids of a text, logits of our full
+    pass)."""
     torch.set_num_threads(os.cpu_count())
     out = tmp_path_factory.mktemp("real") / "model.pt"
     print(convert(request.param, out, torch.float32))
@@ -66,9 +67,7 @@ def test_logits_and_greedy_text_equal_those_of_transformers(case):
     from transformers import AutoModelForCausalLM
 
     path, model, _, tokens, logits = case
-    reference = AutoModelForCausalLM.from_pretrained(
-        FOLDER, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    reference = AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.inference_mode():
         compare(f"{path.stem}, transformers", logits, reference(torch.tensor([tokens])).logits[0].float())
         prompt = torch.tensor([tokens[:600]])
@@ -78,9 +77,9 @@ def test_logits_and_greedy_text_equal_those_of_transformers(case):
 
 
 def test_logits_equal_those_of_llama_cpp(case, tmp_path):
-    """llama.cpp on the same weights, dequantized, with a float32 cache. It looks GELU up in a table of half-precision
-    numbers (ggml's GGML_GELU_FP16), which moves Gemma's logits by some 0.03; built without the table it meets the
-    tolerance."""
+    """llama.cpp on the same weights, dequantized, with a float32 cache. It looks GELU up in a table of
+    half-precision numbers (ggml's GGML_GELU_FP16), which moves Gemma's logits by some 0.03; built without the
+    table it meets the tolerance."""
     import llama_cpp
 
     path, model, _, tokens, logits = case
@@ -128,21 +127,9 @@ def test_the_tokenizer_equals_that_of_llama_cpp(case):
     if tokenizer is None:
         pytest.skip("byte-level BPE")
     reference = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
-    hard = [
-        "Grüße, Café",
-        "👍🏽 emoji 🧑‍🚀",
-        "日本語 中文 한국어",
-        "a\nb\n\n\nc\n",
-        "  two   three    spaces ",
-        "\ttab",
-        "<b>x</b> ⟨?⟩",
-    ]
+    hard = ["Grüße, Café", "👍🏽 emoji 🧑‍🚀", "日本語 中文 한국어", "a\nb\n\n\nc\n", "  two   three    spaces ", "\ttab", "<b>x</b> ⟨?⟩"]
     german = [text for text, _ in read_pairs(DATA / "translation" / "train.tsv.xz")][:2000]
-    files = [
-        paragraph
-        for file in sorted(Path(FOLDER).glob("*.txt"))
-        for paragraph in re.split("(?<=\n\n)", file.read_text("utf-8"))
-    ]
+    files = [paragraph for file in sorted(Path(FOLDER).glob("*.txt")) for paragraph in re.split("(?<=\n\n)", file.read_text("utf-8"))]
     for text in [*hard, *english(2000), *german, *files]:
         ids = tokenizer.encode(text)
         assert ids == reference.tokenize(text.encode(), add_bos=False, special=False), text[:100]
@@ -163,8 +150,9 @@ def read_speed() -> float:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("path", sorted(Path(FOLDER).glob("*.gguf")) if FOLDER else [], ids=lambda path: getattr(path, "stem", "none"))
 def test_speed_is_printed_beside_that_of_transformers_and_llama_cpp(path, dtype, tmp_path):
-    """64 greedy tokens after 32, in turn, medians of five turns; here also in int8, and llama.cpp on the file as it is,
-    of four bits, and in eight. Of this project and transformers the first two have the same weights and dtype."""
+    """64 greedy tokens after 32, in turn, medians of five turns; here also in int8, and llama.cpp on the file
+    as it is, of four bits, and in eight. Of this project and transformers the first two have the same weights
+    and dtype."""
     import llama_cpp
     from transformers import AutoModelForCausalLM
 
@@ -216,9 +204,10 @@ LLAMAS = sorted(Path(FOLDER).glob("*[Ll][Mm]*.gguf")) if FOLDER else []
 
 @pytest.mark.parametrize("path", LLAMAS, ids=lambda path: getattr(path, "stem", "none"))
 def test_early_exit_speed_is_printed_beside_that_of_transformers(path, tmp_path):
-    """48 greedy tokens after each of 8 texts, in turn, float32, drafts from the layer at two thirds of the depth:
-    transformers by its own `assistant_early_exit` (self-speculation after LayerSkip), this project with the model's own
-    head there, choosing by measurement, and where EARLY_EXIT_HEADS names a file, with trained heads and their shortlist."""
+    """48 greedy tokens after each of 8 texts, in turn, float32, drafts from the layer at two thirds of the
+    depth: transformers by its own `assistant_early_exit` (self-speculation after LayerSkip), this project
+    with the model's own head there, choosing by measurement, and where EARLY_EXIT_HEADS names a file, with
+    trained heads and their shortlist."""
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(os.cpu_count())

@@ -1,4 +1,5 @@
-"""A model spread over two processes learns what one process learns, and its files are those of any training."""
+"""A model spread over two processes learns what one process learns, and its files are those of any
+training."""
 
 import dataclasses
 import json
@@ -31,7 +32,8 @@ SHAPE = ModelConfig(
 CHUNK, FEWEST = 9000, 4  # logits alive at a time: so few that losses are computed in chunks
 STEPS = 8
 
-# One process's part of `torchrun train.py`. Environment: STOP, the step after which the last process gets SIGTERM.
+# One process's part of `torchrun train.py`. Environment: STOP, the step after which the last process gets
+# SIGTERM.
 DRIVER = f"""
 import os, signal
 import train
@@ -60,7 +62,8 @@ os._exit(0)  # past the end of the interpreter, where a thread of torch's collec
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Two micro-batches a step in each of two processes: layers left out, every kind of head, chunked losses."""
+    """Two micro-batches a step in each of two processes: layers left out, every kind of head, chunked
+    losses."""
     folder, draw = tmp_path_factory.mktemp("files"), random.Random(0)
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
     for name, lines in {"train.tsv": 200, "dev.tsv": 20}.items():
@@ -97,7 +100,8 @@ def flags(*configs) -> list[str]:
 
 
 def run_two(folder: Path, config: TrainConfig, shape: ModelConfig | None = SHAPE, stop: int = 0) -> str:
-    """Trains in two processes; what they said on stderr. Skips the test where this torch cannot shard on a CPU."""
+    """Trains in two processes; what they said on stderr. Skips the test where this torch cannot shard on a
+    CPU."""
     driver = folder.with_name(f"{folder.name}.py")
     driver.write_text(DRIVER)
     root = Path(train.__file__).parent
@@ -180,9 +184,7 @@ def test_heads_alone_in_bfloat16_with_recomputed_blocks_learn_and_leave_the_rest
     changes = {"train": "heads", "init": str(sharded / "model.pt"), "layer_dropout": 0.0, "dtype": "bfloat16"}
     heads = dataclasses.replace(config, **changes, recompute=True)
     run_two(tmp_path / "two", heads, None)
-    train.run_training(
-        dataclasses.replace(heads, accumulate=4, shard=False), shape_from(heads, {}), tmp_path / "one"
-    )
+    train.run_training(dataclasses.replace(heads, accumulate=4, shard=False), shape_from(heads, {}), tmp_path / "one")
     start = read_checkpoint(sharded / "model.pt")["weights"]
     two, one = [read_heads(tmp_path / run / "heads.pt")["weights"] for run in ("two", "one")]
     assert set(two) == set(one) == {name for name in start if name.startswith(HEAD_WEIGHTS)}

@@ -1,4 +1,5 @@
-"""The head over the vocabulary as the topmost step: exact where verified, left out where not, over any shortlist."""
+"""The head over the vocabulary as the topmost step: exact where verified, left out where not, over any
+shortlist."""
 
 from dataclasses import replace
 
@@ -70,7 +71,8 @@ def test_over_all_ids_every_exit_says_what_it_says_without_a_shortlist(model_wit
 
 @pytest.mark.parametrize("confidence", sorted(FUNCTIONS))
 def test_verified_over_random_shortlists_is_the_full_models_text(model_with_ids, confidence):
-    """Random sizes, thresholds, exits (the last layer among them), pruning and bounds; drafts are kept and rolled back."""
+    """Random sizes, thresholds, exits (the last layer among them), pruning and bounds; drafts are kept and
+    rolled back."""
     random, kept, back = np.random.default_rng(len(confidence)), 0, 0
     for seed in range(12):
         model = model_with_ids(seed)
@@ -78,9 +80,16 @@ def test_verified_over_random_shortlists_is_the_full_models_text(model_with_ids,
         if confidence == "classifier" and 5 in exits:
             exits = [layer for layer in exits if layer < 5] or [4]
         config = DecodeConfig(
-            max_new_tokens=30, confidence=confidence, threshold=float(random.choice([0.0, 0.1, 0.4])), exit_layers=exits,
-            verify=True, max_owed=random.choice([None, 1, 4]), shortlist=int(random.integers(2, 30)),
-            prune=str(random.choice(["none", "fixed", "decaying"])), prune_k=6, prune_min=2,
+            max_new_tokens=30,
+            confidence=confidence,
+            threshold=float(random.choice([0.0, 0.1, 0.4])),
+            exit_layers=exits,
+            verify=True,
+            max_owed=random.choice([None, 1, 4]),
+            shortlist=int(random.integers(2, 30)),
+            prune=str(random.choice(["none", "fixed", "decaying"])),
+            prune_k=6,
+            prune_min=2,
         )
         out = generate(model, PROMPT, config)
         assert out.tokens == full_text(model, PROMPT, 30), config
@@ -89,7 +98,8 @@ def test_verified_over_random_shortlists_is_the_full_models_text(model_with_ids,
 
 
 def test_an_exit_after_all_blocks_leaves_out_the_head_over_the_vocabulary(model_with_ids):
-    """With threshold 0 at layer L no pass reaches the top: the token is the last layer's best of the shortlist."""
+    """With threshold 0 at layer L no pass reaches the top: the token is the last layer's best of the
+    shortlist."""
     model, config = model_with_ids(3), DecodeConfig(max_new_tokens=15, confidence="softmax", threshold=0.0, exit_layers=(5,), shortlist=12)
     out = generate(model, PROMPT, config)
     allowed, text = set(model.frequent_ids[:12].tolist()) | set(PROMPT), list(PROMPT)
@@ -105,7 +115,8 @@ def test_an_exit_after_all_blocks_leaves_out_the_head_over_the_vocabulary(model_
 
 
 def test_verified_the_head_takes_all_rows_that_owe_it_at_once(model_with_ids):
-    """Exits at L alone, four drafts at most: then a pass to the top, whose head sees the four and the newest."""
+    """Exits at L alone, four drafts at most: then a pass to the top, whose head sees the four and the
+    newest."""
     model = model_with_ids(1)
     config = DecodeConfig(max_new_tokens=16, confidence="softmax", threshold=0.0, exit_layers=(5,), shortlist=49, max_owed=4, verify=True)
     counters = Counters()
@@ -139,8 +150,8 @@ def test_a_shortlist_beyond_the_ids_counted_is_refused(model_with_ids):
 
 
 def test_the_ideal_counts_the_head_as_a_step_that_a_shortlist_leaves_out(model_with_ids, capsys):
-    """V = 50 against blocks of 2 (4 + 2) 8 + 3 48 = 240 columns: a head is 50/240 blocks. Exits at layer 5 alone, threshold
-    0: 5 of 5.208 steps a token; without a shortlist the head is no step."""
+    """V = 50 against blocks of 2 (4 + 2) 8 + 3 48 = 240 columns: a head is 50/240 blocks. Exits at layer 5
+    alone, threshold 0: 5 of 5.208 steps a token; without a shortlist the head is no step."""
     model = model_with_ids(0)
     config = DecodeConfig(max_new_tokens=10, confidence="softmax", threshold=0.0, exit_layers=(5,), shortlist=12)
     counters = generate(model, PROMPT, config).counters

@@ -47,8 +47,8 @@ def test_colours_run_from_dark_blue_to_yellow_can_be_read_and_can_be_off():
 
 @pytest.mark.parametrize("n_layers", [1, 2, 5, 12, 80])
 def test_the_scale_rises_in_lightness_and_its_text_contrasts(n_layers):
-    """Lightness alone tells the layers apart, whatever colours an eye sees; the text is as readable as WCAG asks of large
-    text (a contrast of 3)."""
+    """Lightness alone tells the layers apart, whatever colours an eye sees; the text is as readable as WCAG
+    asks of large text (a contrast of 3)."""
 
     def luminance(colour):
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (value / 255 for value in colour)]

@@ -1,4 +1,5 @@
-"""Porter's stemmer: each rule on words worked by hand, and the stems of nltk (literals: the package is not needed to run this)."""
+"""Porter's stemmer: each rule on words worked by hand, and the stems of nltk (literals: the package is not
+needed to run this)."""
 
 import pytest
 
@@ -31,8 +32,17 @@ def test_stems_equal_nltk(pair):
 @pytest.mark.parametrize(
     "word, pattern, measure",
     [
-        ("", "", 0), ("tree", "ccvv", 0), ("y", "c", 0), ("by", "cv", 0), ("toy", "cvc", 1), ("system", "cvccvc", 2),
-        ("trouble", "ccvvccv", 1), ("oats", "vvcc", 1), ("private", "ccvcvcv", 2), ("yyyy", "cvcv", 1), ("é1", "cc", 0),
+        ("", "", 0),
+        ("tree", "ccvv", 0),
+        ("y", "c", 0),
+        ("by", "cv", 0),
+        ("toy", "cvc", 1),
+        ("system", "cvccvc", 2),
+        ("trouble", "ccvvccv", 1),
+        ("oats", "vvcc", 1),
+        ("private", "ccvcvcv", 2),
+        ("yyyy", "cvcv", 1),
+        ("é1", "cc", 0),
     ],
 )
 def test_y_is_a_vowel_after_a_consonant_and_m_counts_vowels_before_consonants(word, pattern, measure):

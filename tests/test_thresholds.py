@@ -46,8 +46,8 @@ def test_a_beta_distribution_is_found_again():
 
 
 def test_the_learned_threshold_is_where_agreement_reaches_its_target():
-    """Agreed ~ Beta(6, 2) with share 0.7, disagreed ~ Beta(2, 4): P(agreed | c) = 0.9 has its root at c = 0.601, by bisection of the
-    densities below."""
+    """Agreed ~ Beta(6, 2) with share 0.7, disagreed ~ Beta(2, 4): P(agreed | c) = 0.9 has its root at c =
+    0.601, by bisection of the densities below."""
     random = np.random.default_rng(1)
 
     def posterior(c: float) -> float:
@@ -86,7 +86,8 @@ def test_a_text_is_a_run_of_its_own_and_its_thresholds_show_in_the_trace(tiny_mo
 
 
 def test_what_is_learned_is_what_the_full_model_says(tiny_model, monkeypatch):
-    """Every pair, against whole forward passes: of the early tokens that a deep pass catches up on, and of the layers asked in it."""
+    """Every pair, against whole forward passes: of the early tokens that a deep pass catches up on, and of
+    the layers asked in it."""
     seen = []
     monkeypatch.setattr(Adaptive, "learn", lambda self, confidence, agreed: seen.append((round(confidence, 5), agreed)))
     monkeypatch.setattr(Adaptive, "update", lambda self: None)

@@ -17,12 +17,7 @@ from formats.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, build_t
 from formats.tokenizer import SentencePiece, encode_prompt
 from formats.tokenizer_files import gguf_tokenizer, load_tokenizer
 from model import load_checkpoint
-from tests.public import (
-    LLAMA,
-    write_hf,
-    write_llama2c,
-    write_meta,
-)
+from tests.public import LLAMA, write_hf, write_llama2c, write_meta
 from tests.test_bpe import SAMPLE, gguf_fields, json_content, write
 
 
@@ -111,13 +106,7 @@ def test_the_tokenizer_of_llama2c(tiny_model, tmp_path, original, beside):
     ({"tokens": ["a", 3, "b"]}, "tokens that are no text"),
 ])  # fmt: skip
 def test_a_tokenizer_in_gguf_whose_parts_do_not_fit_is_refused(tmp_path, change, message):
-    fields = {
-        "model": "llama",
-        "tokens": ["<unk>", "<s>", "</s>"],
-        "scores": [0.0] * 3,
-        "token_type": [2, 3, 3],
-        "eos_token_id": 2,
-    }
+    fields = {"model": "llama", "tokens": ["<unk>", "<s>", "</s>"], "scores": [0.0] * 3, "token_type": [2, 3, 3], "eos_token_id": 2}
     assert gguf_tokenizer(tmp_path, {f"tokenizer.ggml.{name}": value for name, value in fields.items()})[0]
     with pytest.raises(UserError, match=message):
         gguf_tokenizer(tmp_path, {f"tokenizer.ggml.{name}": value for name, value in {**fields, **change}.items()})
@@ -125,10 +114,7 @@ def test_a_tokenizer_in_gguf_whose_parts_do_not_fit_is_refused(tmp_path, change,
 
 def test_a_tokenizer_that_does_not_fit_is_refused(tiny_model, tmp_path, original):
     write_hf(tmp_path / "hf", tiny_model(1, **LLAMA))
-    for content, message in (
-        (original.serialized_model_proto(), "pieces, the model only 50"),
-        (b"\x0a\x05damaged", "is damaged"),
-    ):
+    for content, message in ((original.serialized_model_proto(), "pieces, the model only 50"), (b"\x0a\x05damaged", "is damaged")):
         (tmp_path / "hf" / "tokenizer.model").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             convert.convert(tmp_path / "hf", tmp_path / "out.pt")

@@ -1,4 +1,5 @@
-"""Training: the loss over exits, one step, interruption and resumption, and every mistake of the user in one line."""
+"""Training: the loss over exits, one step, interruption and resumption, and every mistake of the user in one
+line."""
 
 import dataclasses
 import functools
@@ -43,8 +44,7 @@ from training.start import load_data, make_model, prepare_data, prepare_tokenize
 from training.validation import validate
 
 SHAPE = ModelConfig(
-    vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2),
-    exit_layers=(1, 2),
+    vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2), exit_layers=(1, 2)
 )
 ENGLISH, FRENCH = "one two three four five six seven eight", "un deux trois quatre cinq six sept huit"
 WORDS = dict(zip(ENGLISH.split(), FRENCH.split()))
@@ -98,15 +98,16 @@ def on_cpu(*parts: batching.Batch) -> Iterator[DeviceBatch]:
 
 
 def random_batch(learned: int, seed: int = 0) -> batching.Batch:
-    """Two rows of 12 positions, two documents each, of which the last `learned` targets of a row are learned."""
+    """Two rows of 12 positions, two documents each, of which the last `learned` targets of a row are
+    learned."""
     tokens = np.random.default_rng(seed).integers(0, SHAPE.vocab_size, (2, 13))
     targets = np.where(np.arange(12) >= 12 - learned, tokens[:, 1:], -1)
     return batching.Batch(tokens[:, :-1], targets, np.array([[1] * 7 + [2] * 5] * 2))
 
 
 def mean_loss(model: Transformer, batch: batching.Batch) -> torch.Tensor:
-    """The definition: minus the mean log-probability of the learned targets, in a full forward pass over each document
-    alone."""
+    """The definition: minus the mean log-probability of the learned targets, in a full forward pass over each
+    document alone."""
     losses = []
     for row, number in np.ndindex(2, 2):
         own = batch.documents[row] == number + 1
@@ -154,8 +155,7 @@ def test_one_batch_is_learned_by_heart():
     config = TrainConfig(loss="weighted", exits=(1, 2), lr=0.01, warmup=5, max_steps=100, device="cpu")
     optimizer = make_optimizer(model, config)
     losses = [
-        train_step(Objective(model, config), optimizer, itertools.repeat(to_device(batch, "cpu")), config, step)
-        for step in range(100)
+        train_step(Objective(model, config), optimizer, itertools.repeat(to_device(batch, "cpu")), config, step) for step in range(100)
     ]
     assert losses[0] == pytest.approx(math.log(300), abs=0.2) and losses[-1] < 0.02  # from a uniform guess to none
 
@@ -197,9 +197,7 @@ def test_every_target_of_a_step_weighs_alike_in_whichever_micro_batch_it_lies():
 def test_the_gradient_is_clipped_to_its_largest_norm():
     model, config = untrained(), TrainConfig(loss="none", lr=0.1, warmup=0, clip=0.01, device="cpu")
     before = weights(model)
-    train_step(
-        Objective(model, config), torch.optim.SGD(model.parameters()), on_cpu(random_batch(learned=9)), config, step=0
-    )
+    train_step(Objective(model, config), torch.optim.SGD(model.parameters()), on_cpu(random_batch(learned=9)), config, step=0)
     moved = torch.cat([(weight - before[name]).flatten() for name, weight in model.named_parameters()])
     assert moved.norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)
 
@@ -209,20 +207,16 @@ def test_bfloat16_rounds_the_activations_and_keeps_the_weights_in_float32():
     for dtype in ("float32", "bfloat16"):
         model, config = untrained(), TrainConfig(loss="weighted", exits=(1, 2), dtype=dtype, warmup=0, device="cpu")
         before = weights(model)
-        losses[dtype] = train_step(
-            Objective(model, config), make_optimizer(model, config), on_cpu(random_batch(learned=9)), config, step=0
-        )
+        losses[dtype] = train_step(Objective(model, config), make_optimizer(model, config), on_cpu(random_batch(learned=9)), config, step=0)
         for name, weight in model.named_parameters():
             assert weight.dtype == torch.float32 and weight.isfinite().all() and not torch.equal(weight, before[name])
     assert losses["bfloat16"] != losses["float32"] and losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
 
 
 def test_compiled_blocks_learn_the_same(config, finished, tmp_path, monkeypatch):
-    """Every block captured as one graph, then run without generating code: that takes torch a compiler and half a
-    minute."""
-    monkeypatch.setattr(
-        Block, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager", fullgraph=True)
-    )
+    """Every block captured as one graph, then run without generating code: that takes torch a compiler and
+    half a minute."""
+    monkeypatch.setattr(Block, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager", fullgraph=True))
     model = train.run_training(dataclasses.replace(config, compile=True), SHAPE, tmp_path)
     assert all(block._compiled_call_impl for block in model.blocks)
     assert_close(weights(model), finished[1], rtol=0, atol=1e-4)
@@ -259,9 +253,7 @@ def test_training_is_in_bfloat16_on_a_gpu_unless_told_otherwise():
 
 def test_the_model_file_holds_all_that_decoding_needs(config, finished):
     content = torch.load(finished[0] / "model.pt", weights_only=True)
-    assert all(
-        weight.dtype == (torch.float16 if weight.dim() > 1 else torch.float32) for weight in content["weights"].values()
-    )
+    assert all(weight.dtype == (torch.float16 if weight.dim() > 1 else torch.float32) for weight in content["weights"].values())
     model, tokenizer = load_checkpoint(finished[0] / "model.pt", device="cpu", form="plain")
     assert model.config == SHAPE and tokenizer.decode(tokenizer.encode("seven sept")) == "seven sept"
     rounded = {name: weight.half().float() if weight.dim() > 1 else weight for name, weight in finished[1].items()}
@@ -305,9 +297,7 @@ def python(*words) -> subprocess.CompletedProcess:
 def flags(*configs) -> list[str]:
     """The command line that says the same as the configs."""
     values = {field.name: getattr(config, field.name) for config in configs for field in dataclasses.fields(config)}
-    texts = {
-        name: ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value) for name, value in values.items()
-    }
+    texts = {name: ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value) for name, value in values.items()}
     left_out = {name for name, value in values.items() if isinstance(value, bool)} | {"exit_layers"}  # no flag of train.py
     return [f"--{name.replace('_', '-')}={text}" for name, text in texts.items() if name not in left_out]
 
@@ -344,9 +334,7 @@ def test_a_loss_that_is_not_a_number_changes_no_weight_and_no_checkpoint(config,
 def test_a_training_killed_at_a_random_step_goes_on_to_the_same_weights(config, finished, tmp_path):
     """Whatever step that is: the log tells, and goes on as if nothing had been."""
     words = [sys.executable, "train.py", f"--out={tmp_path}", *flags(dataclasses.replace(config, save_every=1), SHAPE)]
-    running = subprocess.Popen(
-        words, cwd=Path(train.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE
-    )
+    running = subprocess.Popen(words, cwd=Path(train.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
     step, log = random.randint(2, 9), tmp_path / "log.jsonl"
     while running.poll() is None and not (log.exists() and log.read_text().count('"positions_per_s"') >= step):
         time.sleep(0.001)
@@ -395,10 +383,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))
 run(train.main)
 """
     ended = python("-c", limited, f"--out={tmp_path}", *flags(config, SHAPE))
-    assert (
-        ended.returncode == 2
-        and "could not be written, the old file is kept; is the disk full?" in ended.stderr.splitlines()[-1]
-    )
+    assert ended.returncode == 2 and "could not be written, the old file is kept; is the disk full?" in ended.stderr.splitlines()[-1]
     assert read_checkpoint(tmp_path / "checkpoint.pt")["training"]["step"] == 5 and not list(tmp_path.glob("*.part"))
 
 
@@ -449,9 +434,7 @@ def test_a_log_without_a_checkpoint_is_not_replaced_unless_asked(config, tmp_pat
     (lambda training: training["optimizer"]["param_groups"].pop(), "its optimizer does not fit the model"),
     (lambda training: training["optimizer"]["state"][0].update(exp_avg=torch.ones(3)), "moments have other shapes"),
 ])  # fmt: skip
-def test_a_training_checkpoint_that_cannot_be_gone_on_from_is_said_in_one_line(
-    change, said, config, finished, tmp_path
-):
+def test_a_training_checkpoint_that_cannot_be_gone_on_from_is_said_in_one_line(change, said, config, finished, tmp_path):
     content = torch.load(finished[0] / "checkpoint.pt")
     change(content["training"])
     torch.save(content, tmp_path / "checkpoint.pt")
@@ -469,16 +452,11 @@ def test_a_validation_shows_how_far_it_is_batch_by_batch(config, finished, monke
         validate(model, *dev.values(), config, functools.partial(train.show_validation, bar, config.dev[0]))
     count = sum(1 for _ in batching.batches(*dev.values(), config.rows, config.length, seed=None))
     folder = Path(config.dev[0]).parent.name
-    assert (
-        said == [f"validating on {folder}/dev.tsv, {done} of at most 16 batches" for done in range(min(count, 16))]
-        and count > 2
-    )
+    assert said == [f"validating on {folder}/dev.tsv, {done} of at most 16 batches" for done in range(min(count, 16))] and count > 2
 
 
 def test_a_loss_of_ones_own_that_is_not_a_number_is_named(config, tmp_path, monkeypatch):
-    (tmp_path / "own_nan.py").write_text(
-        "def bad(exits):\n    return exits.weighted_sum(exits.every()) * float('nan')\n"
-    )
+    (tmp_path / "own_nan.py").write_text("def bad(exits):\n    return exits.weighted_sum(exits.every()) * float('nan')\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"the loss is nan.* at step 0 of loss own_nan:bad \(.*own_nan.py\)"):
         train.run_training(dataclasses.replace(config, loss="own_nan:bad"), SHAPE, tmp_path / "run")
@@ -530,8 +508,9 @@ def test_heads_alone_leave_the_models_own_output_bit_identical(tuned, finished):
     tokens = torch.tensor([tokenizer.encode("one two three four five six seven eight")])
     assert torch.equal(after(tokens), before(tokens))
     old, new = torch.load(finished[0] / "model.pt")["weights"], after.state_dict()
-    assert all(torch.equal(new[name], weight) for name, weight in before.state_dict().items() if name in old
-               and not name.startswith("exit_norms"))
+    assert all(
+        torch.equal(new[name], weight) for name, weight in before.state_dict().items() if name in old and not name.startswith("exit_norms")
+    )
     assert set(new) - set(old) == {f"{kind}.{layer}" for kind in ("adapters", "classifiers") for layer in (1, 2)}
 
 
@@ -620,17 +599,13 @@ def test_heads_alone_learn_to_agree(tuned):
     heads, folder = tuned
     (array,) = load_data(heads, SHAPE, folder)[2].values()
     start = make_model(heads, shape_from(heads, {"adapter": "lowrank:4"}))
-    model = make_model(
-        dataclasses.replace(heads, heads=str(folder / "heads.pt")), shape_from(heads, {"adapter": "lowrank:4"})
-    )
+    model = make_model(dataclasses.replace(heads, heads=str(folder / "heads.pt")), shape_from(heads, {"adapter": "lowrank:4"}))
     before, after = (validate(each, array, heads) for each in (start, model))
     assert after[3] == before[3] and all(after[layer][0] < before[layer][0] for layer in (1, 2))
 
 
 def test_new_heads_begin_as_the_models_own(finished, config):
-    heads = dataclasses.replace(
-        config, init=str(finished[0] / "model.pt"), train="heads", loss="rotate", classifier=True
-    )
+    heads = dataclasses.replace(config, init=str(finished[0] / "model.pt"), train="heads", loss="rotate", classifier=True)
     plain = dataclasses.replace(heads, train="all", exits=(), classifier=False)
     new = make_model(heads, shape_from(heads, {"exit_norms": (2,), "adapter": "lowrank:4"}))
     model, hidden = make_model(plain, SHAPE), torch.randn(5, 32)
@@ -661,9 +636,7 @@ def test_a_fine_tuned_model_keeps_its_chat_template(finished, config, tmp_path):
     ({"adapter": "lowrank:8"}, "the weights do not fit"), ({"exit_norms": (1,)}, "exit_norms.2 has no place in it"),
     ({"adapter": None}, "has no place in it"),
 ])  # fmt: skip
-def test_a_shape_that_drops_or_resizes_heads_of_init_is_refused_before_training(
-    change, complaint, tuned, config, tmp_path
-):
+def test_a_shape_that_drops_or_resizes_heads_of_init_is_refused_before_training(change, complaint, tuned, config, tmp_path):
     tuning = dataclasses.replace(config, init=tuned[0].init, heads=str(tuned[1] / "heads.pt"))
     with pytest.raises(ValueError, match=complaint):
         train.run_training(tuning, shape_from(tuning, change), tmp_path / "run")
@@ -683,7 +656,8 @@ def test_a_checkpoint_that_lacks_a_weight_is_not_trained_from(finished, config, 
 
 
 def test_what_starts_from_int8_or_takes_another_tokenizer_ends_in_a_file_that_fits(finished, config, tmp_path):
-    """Matrices of int8 are trained dequantized, and written so; ids that were counted with another tokenizer are left behind."""
+    """Matrices of int8 are trained dequantized, and written so; ids that were counted with another tokenizer
+    are left behind."""
     content = torch.load(finished[0] / "model.pt") | {"frequent_ids": torch.arange(20)}
     small = {name: Int8Matrix.of(weight.float()) for name, weight in content["weights"].items() if weight.dim() > 1}
     content["weights"] |= {name: matrix.rows for name, matrix in small.items()}
@@ -760,12 +734,10 @@ def test_two_processes_learn_what_one_learns_from_the_same_global_batch(config, 
 
 
 def test_two_processes_with_accumulation_dropout_and_classifiers_learn_what_one_learns(config, tmp_path):
-    """Layers left out and classifiers take no part in some micro-batches; the padding of each differs, and so do its
-    targets. After ten steps the weights agree far closer than they have moved."""
+    """Layers left out and classifiers take no part in some micro-batches; the padding of each differs, and so
+    do its targets. After ten steps the weights agree far closer than they have moved."""
     shape = dataclasses.replace(SHAPE, classifiers=(1, 2))
-    four = dataclasses.replace(
-        config, accumulate=4, layer_dropout=0.8, classifier=True, loss="distill", max_steps=10, length=24, lr=1e-3
-    )
+    four = dataclasses.replace(config, accumulate=4, layer_dropout=0.8, classifier=True, loss="distill", max_steps=10, length=24, lr=1e-3)
     alone = weights(train.run_training(four, shape, tmp_path / "one"))
     words = flags(dataclasses.replace(four, accumulate=2), shape)
     ended = python(*TWO, f"--out={tmp_path / 'two'}", "--classifier", *words)
@@ -823,7 +795,8 @@ MISTAKES = {  # a flag -> what the line must say
     "--data={files}/malformed.tsv --overwrite": "malformed.tsv, line 2: has 1 columns; 2 are needed",
     "--tokenizer={files}/empty.tsv --overwrite": "empty.tsv: neither a checkpoint nor a tokenizer",
     "--eos-id=1 --overwrite": "eos_id is 1, but the tokenizer ends texts with 2; give --eos-id 2",
-    "--data=": "invalid list of str", "--data=none": "nothing to train on",
+    "--data=": "invalid list of str",
+    "--data=none": "nothing to train on",
     "--data={files}/dev.tsv": "was trained with data",
     "--data={files}/missing.tsv": "missing.tsv: no such data file",
     "--dev={files}/missing.tsv": "missing.tsv: no such data file",
@@ -837,9 +810,7 @@ MISTAKES = {  # a flag -> what the line must say
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_in_one_line_and_status_2_and_changes_no_file(
-    mistake, files, config, finished, monkeypatch, capfd
-):
+def test_a_mistake_ends_in_one_line_and_status_2_and_changes_no_file(mistake, files, config, finished, monkeypatch, capfd):
     before = contents(finished[0])
     words = mistake.format(files=files, out=finished[0]).split()
     monkeypatch.setattr(sys, "argv", ["train.py", f"--out={finished[0]}", *flags(config, SHAPE), *words])
@@ -852,9 +823,5 @@ def test_a_mistake_ends_in_one_line_and_status_2_and_changes_no_file(
 
 def test_the_script_ends_so_too(tmp_path):
     ended = python("train.py", f"--out={tmp_path / 'new'}", "--rows=0")
-    assert (ended.returncode, ended.stdout, ended.stderr) == (
-        2,
-        "",
-        "error: rows is 0; it must be at least 1 and at most 65536\n",
-    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "error: rows is 0; it must be at least 1 and at most 65536\n")
     assert not (tmp_path / "new").exists()

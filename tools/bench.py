@@ -1,12 +1,13 @@
-"""Where the time of decoding goes: against a plain loop, by rows of a pass, by kind of question; its memory; what copy
-fill gets wrong.
+"""Where the time of decoding goes: against a plain loop, by rows of a pass, by kind of question; its memory;
+what copy fill gets wrong.
 
     python -m tools.bench
     python -m tools.bench --split               where the missing efficiency goes (tools/bench_split.py)
     python -m tools.bench --large-vocabulary    only questions, to a random model with V = 262,144, as Gemma 3 270M
     python -m tools.bench --training            tokens a second of every training loss (tools/bench_training.py)
 
-Dimensions: T positions of a pass, d model width, H query heads, K key/value heads, C width of a head, L layers.
+Dimensions: T positions of a pass, d model width, H query heads, K key/value heads, C width of a head, L
+layers.
 """
 
 import common.threads  # noqa: F401  before torch
@@ -44,10 +45,18 @@ from tools.timing import seconds
 from training.settings import TrainConfig
 
 PROMPT, ANSWER = 32, 64  # tokens
-PASSES = 20              # of the embedded model in one measurement: one is too short for the clock
+PASSES = 20  # of the embedded model in one measurement: one is too short for the clock
 ASKED = ("softmax", "weighted", "jsd")
-LARGE = {"vocab_size": 262_144, "n_layers": 18, "d_model": 640, "n_heads": 4, "n_kv_heads": 1, "head_dim": 256,
-         "d_ff": 2048, "eos_id": None}
+LARGE = {
+    "vocab_size": 262_144,
+    "n_layers": 18,
+    "d_model": 640,
+    "n_heads": 4,
+    "n_kv_heads": 1,
+    "head_dim": 256,
+    "d_ff": 2048,
+    "eos_id": None,
+}
 SHORTLIST = 8192  # ids, of the large vocabulary
 
 
@@ -56,7 +65,8 @@ SHORTLIST = 8192  # ids, of the large vocabulary
 
 @torch.inference_mode()
 def plain_loop(model: Transformer, prompt: list[int], steps: int) -> list[int]:
-    """Greedy decoding with F.linear everywhere, norms and rotation by their formulas, caches grown by torch.cat."""
+    """Greedy decoding with F.linear everywhere, norms and rotation by their formulas, caches grown by
+    torch.cat."""
     tokens, out, cache = torch.tensor([prompt], device=model.embedding.device), [], {}
     for _ in range(steps):
         x = F.embedding(tokens, model.embedding)  # (1, T, d)
@@ -68,7 +78,9 @@ def plain_loop(model: Transformer, prompt: list[int], steps: int) -> list[int]:
     return out
 
 
-def plain_block(config: ModelConfig, block, x: Tensor, cache: dict[int, tuple[Tensor, Tensor]], layer: int) -> Tensor:
+def plain_block(
+    config: ModelConfig, block, x: Tensor, cache: dict[int, tuple[Tensor, Tensor]], layer: int
+) -> Tensor:
     """One layer, x (1, T, d) -> (1, T, d); cache[layer] holds its keys and values, (1, K, S, C) each."""
     H, K, C, T = config.n_heads, config.n_kv_heads, config.head_dim, x.shape[1]
     start = cache[layer][0].shape[2] if layer in cache else 0
@@ -108,12 +120,17 @@ def print_loops(args: argparse.Namespace, model: Transformer) -> None:
         options["dtype"] = torch.float32
     plain, _ = load_checkpoint(args.checkpoint, **options)
     prompt, config = [5] * PROMPT, DecodeConfig(max_new_tokens=ANSWER)
-    loops = {"plain": lambda: plain_loop(plain, prompt, ANSWER), "full": lambda: generate(model, prompt, config)}
+    loops = {
+        "plain": lambda: plain_loop(plain, prompt, ANSWER),
+        "full": lambda: generate(model, prompt, config),
+    }
     spent = seconds(loops, args.device, args.repeat)
     same = plain_loop(plain, prompt, ANSWER) == generate(model, prompt, config).tokens
-    print(f"full depth, {ANSWER} tokens after {PROMPT}: plain loop {ANSWER / spent['plain']:.0f} tokens/s, this "
-          f"project {ANSWER / spent['full']:.0f}, {spent['plain'] / spent['full']:.2f} times as fast, "
-          f"{'the same' if same else 'not the same'} tokens")
+    print(
+        f"full depth, {ANSWER} tokens after {PROMPT}: plain loop {ANSWER / spent['plain']:.0f} tokens/s, this "
+        f"project {ANSWER / spent['full']:.0f}, {spent['plain'] / spent['full']:.2f} times as fast, "
+        f"{'the same' if same else 'not the same'} tokens"
+    )
 
 
 # ---------------------------------------------------------------- rows of a pass
@@ -138,7 +155,9 @@ def filled_cache(model: Transformer, rows: int) -> KVCache:
 def print_rows(model: Transformer, device: str, repeat: int) -> None:
     """The time of a block by rows of a pass."""
     cache, counts = filled_cache(model, 16), (1, 2, 4, 8, 16)
-    spent = seconds({count: partial(advance, model, cache, count, PASSES) for count in counts}, device, repeat)
+    spent = seconds(
+        {count: partial(advance, model, cache, count, PASSES) for count in counts}, device, repeat
+    )
     for count, value in spent.items():
         block = 1e6 * value / PASSES / model.config.n_layers
         print(f"a pass of {count:>2} rows: {block:.0f} µs a block")
@@ -154,12 +173,13 @@ class Question:
     confidence: str
     layers: tuple[int, ...]  # after which it is asked
     prune: str
-    shortlist: int | None    # frequent ids to ask over; None: the whole vocabulary
+    shortlist: int | None  # frequent ids to ask over; None: the whole vocabulary
 
 
 @torch.inference_mode()
-def ask(model: Transformer, states: list[Tensor], question: Question, k: int, short: Shortlist | None,
-        passes: int) -> None:
+def ask(
+    model: Transformer, states: list[Tensor], question: Question, k: int, short: Shortlist | None, passes: int
+) -> None:
     """The questions of `passes` tokens alone, without the blocks: states holds h_0 .. h_L, (1, d) each."""
     for _ in range(passes):
         trace = Trace(model, FUNCTIONS[question.confidence], question.prune, k, shortlist=short)
@@ -175,13 +195,18 @@ def head(model: Transformer, states: list[Tensor], passes: int) -> None:
         model.head(states[-1])
 
 
-def time_questions(model: Transformer, device: str, questions: list[Question], k: int, repeat: int,
-                   passes: int) -> dict[Question | str, float]:
-    """Microseconds a token of every question, of a pass to the top ("token"), and of the final head in it ("head")."""
+def time_questions(
+    model: Transformer, device: str, questions: list[Question], k: int, repeat: int, passes: int
+) -> dict[Question | str, float]:
+    """Microseconds a token of every question, of a pass to the top ("token"), and of the final head in it
+    ("head")."""
     prompt, cache = [5] * PROMPT, filled_cache(model, 1)
     with torch.inference_mode():
         states = [state[-1:] for state in model.hidden_states(torch.tensor([prompt], device=device))]
-    actions = {"token": partial(advance, model, cache, 1, passes), "head": partial(head, model, states, passes)}
+    actions = {
+        "token": partial(advance, model, cache, 1, passes),
+        "head": partial(head, model, states, passes),
+    }
     for question in questions:
         short = None
         if question.shortlist:
@@ -191,27 +216,39 @@ def time_questions(model: Transformer, device: str, questions: list[Question], k
     return {name: 1e6 * value / passes for name, value in seconds(actions, device, repeat).items()}
 
 
-def print_questions(model: Transformer, device: str, layers: list[tuple[int, ...]], k: int, repeat: int, passes: int,
-                    shortlist: int | None = None) -> None:
-    """A table of what questions after these layers cost, all in vain: over the vocabulary, and over a shortlist if
-    there is one; without pruning, and with `fixed` to k candidates."""
+def print_questions(
+    model: Transformer,
+    device: str,
+    layers: list[tuple[int, ...]],
+    k: int,
+    repeat: int,
+    passes: int,
+    shortlist: int | None = None,
+) -> None:
+    """A table of what questions after these layers cost, all in vain: over the vocabulary, and over a
+    shortlist if there is one; without pruning, and with `fixed` to k candidates."""
     lists = [None, shortlist] if shortlist else [None]
     questions = [Question(*values) for values in product(ASKED, layers, ("none", "fixed"), lists)]
     spent = time_questions(model, device, questions, k, repeat, passes)
     token = spent["token"]
     print(f"a token at full depth: {token:.0f} µs, of which the final head {spent['head']:.0f}")
     for exits in layers:
-        print(f"questions after layers {','.join(map(str, exits))}, all in vain: µs, and as a share of such a token")
+        print(
+            f"questions after layers {','.join(map(str, exits))}, all in vain: µs, and as a share of such a token"
+        )
         print(f"  {'':30} {'not pruned':>18} {f'fixed, k = {k}':>18}")
         for name, size in product(ASKED, lists):
-            asked = f"{name}: a shortlist of {size:,}" if size else f"{name}: all {model.config.vocab_size:,} ids"
+            asked = (
+                f"{name}: a shortlist of {size:,}" if size else f"{name}: all {model.config.vocab_size:,} ids"
+            )
             pair = [spent[Question(name, exits, prune, size)] for prune in ("none", "fixed")]
             cells = [f"{value:.0f} ({value / token:.1%})" for value in pair]
             print(f"  {asked:30} {cells[0]:>18} {cells[1]:>18}")
 
 
 def random_model(args: argparse.Namespace) -> Transformer:
-    """Random weights in the shape of Gemma 3 270M, whose vocabulary is large; the ids counted are random, too."""
+    """Random weights in the shape of Gemma 3 270M, whose vocabulary is large; the ids counted are random,
+    too."""
     options = loading(args)
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**LARGE)).requires_grad_(False)
@@ -224,7 +261,8 @@ def random_model(args: argparse.Namespace) -> Transformer:
 
 
 def print_large(args: argparse.Namespace) -> None:
-    """What questions cost where the head costs more than the blocks: one, three, and one after every layer."""
+    """What questions cost where the head costs more than the blocks: one, three, and one after every
+    layer."""
     model = random_model(args)
     print_weights(model)
     L, size = model.config.n_layers, min(SHORTLIST, model.config.vocab_size)
@@ -235,9 +273,11 @@ def print_large(args: argparse.Namespace) -> None:
 
 
 @torch.inference_mode()
-def copy_error(model: Transformer, prompts: list[list[int]], config: DecodeConfig) -> dict[int, tuple[float, float]]:
-    """Layer -> relative distances |K' - K| / |K| of the keys, and likewise of the values, that copy fill gave to the
-    positions that stopped below it, from those of a full pass over the same text."""
+def copy_error(
+    model: Transformer, prompts: list[list[int]], config: DecodeConfig
+) -> dict[int, tuple[float, float]]:
+    """Layer -> relative distances |K' - K| / |K| of the keys, and likewise of the values, that copy fill gave
+    to the positions that stopped below it, from those of a full pass over the same text."""
     sums = defaultdict(lambda: torch.zeros(2, 2, dtype=torch.float64))  # keys, values; |K' - K|^2, |K|^2
     for prompt in prompts:
         out = generate(model, prompt, config)
@@ -278,8 +318,10 @@ def print_copy_error(model: Transformer, tokenizer) -> None:
             prompts.append(encode_prompt(tokenizer, example.prompt))
     errors = copy_error(model, prompts, config)
     listed = "  ".join(f"{layer}: {keys:.2f} ({values:.2f})" for layer, (keys, values) in errors.items())
-    print(f"copy fill on {len(prompts)} test inputs, relative distance of its keys (values) from the exact ones, by "
-          f"layer: {listed}")
+    print(
+        f"copy fill on {len(prompts)} test inputs, relative distance of its keys (values) from the exact ones, by "
+        f"layer: {listed}"
+    )
 
 
 # ---------------------------------------------------------------- the command line
@@ -316,11 +358,15 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     add_model_flags(parser, str(DEFAULT_CHECKPOINT))
     parts = parser.add_mutually_exclusive_group()
-    parts.add_argument("--split", action="store_true", help="only where the missing efficiency goes, on dev inputs")
+    parts.add_argument(
+        "--split", action="store_true", help="only where the missing efficiency goes, on dev inputs"
+    )
     text = "only questions, to a random model with V = 262,144"
     parts.add_argument("--large-vocabulary", action="store_true", help=text)
     parts.add_argument("--training", action="store_true", help="only training, on one batch of random tokens")
-    parser.add_argument("--repeat", type=int, default=15, help="turns; the median counts (default: %(default)s)")
+    parser.add_argument(
+        "--repeat", type=int, default=15, help="turns; the median counts (default: %(default)s)"
+    )
     return parser
 
 

@@ -1,7 +1,8 @@
 """Where the missing efficiency goes: `python -m tools.bench --split`, on dev inputs of each task.
 
-A setting's *ideal* speed-up is the one that its block runs allow; of it the measured speed-up is the share that is
-called *efficiency*. What is missing up to 1 is a share of the setting's time, which is told apart here:
+A setting's *ideal* speed-up is the one that its block runs allow; of it the measured speed-up is the share
+that is called *efficiency*. What is missing up to 1 is a share of the setting's time, which is told apart
+here:
 
 - *questions*: the time inside Trace.decided, heads included; less, where the answer was to exit and the head was one
   over the vocabulary, the mean time of such a head at full depth, since it gave the token.
@@ -12,9 +13,10 @@ called *efficiency*. What is missing up to 1 is a share of the setting's time, w
 - *the rest*: what remains. Heads of passes to the top, embedding, sampling and bookkeeping, of which early tokens need
   as much as others, and blocks that are slower after a question than after a block.
 
-All four are measured: a clock cuts the time of every text into segments, each block run, head, question and what lies
-between. The settings take turns, text by text. The work is the same in every turn, so of every segment the median of
-its turns counts, and the segments of a text add up to its time. The clock costs about a microsecond a block run.
+All four are measured: a clock cuts the time of every text into segments, each block run, head, question and
+what lies between. The settings take turns, text by text. The work is the same in every turn, so of every
+segment the median of its turns counts, and the segments of a text add up to its time. The clock costs about a
+microsecond a block run.
 """
 
 import common.threads  # noqa: F401  before torch
@@ -43,9 +45,20 @@ from evaluation.rows import default_tasks, read_settings
 from evaluation.tasks import TASKS, read_task, sample
 from model import ModelConfig, Transformer
 
-SETTINGS, INPUTS = ("softmax", "verified"), 8  # rows of the settings beside the checkpoint; inputs of each task
-# Kinds of segments: block runs of one row, of several, and of the prompt's; heads of passes to the top; and questions.
-ONE, SEVERAL, PROMPT, HEAD, QUESTIONS, REST = "one row", "several rows", "the prompt", "head", "questions", "the rest"
+SETTINGS, INPUTS = (
+    ("softmax", "verified"),
+    8,
+)  # rows of the settings beside the checkpoint; inputs of each task
+# Kinds of segments: block runs of one row, of several, and of the prompt's; heads of passes to the top; and
+# questions.
+ONE, SEVERAL, PROMPT, HEAD, QUESTIONS, REST = (
+    "one row",
+    "several rows",
+    "the prompt",
+    "head",
+    "questions",
+    "the rest",
+)
 PARTS = (QUESTIONS, SEVERAL, PROMPT, REST)  # of what is missing
 COLUMNS = ("speed-up", "ideal", "efficiency", *PARTS)
 
@@ -125,8 +138,8 @@ def timed(model: Transformer, prompt: list[int], config: DecodeConfig) -> tuple[
 
 @dataclass
 class Spent:
-    """What the texts of one setting took: seconds by kind of segment, of each the median of its turns, and how many
-    there were."""
+    """What the texts of one setting took: seconds by kind of segment, of each the median of its turns, and
+    how many there were."""
 
     config: DecodeConfig
     outputs: list[Generation] = field(default_factory=list)
@@ -161,8 +174,9 @@ class Spent:
         return (self.seconds[kind] - self.count[kind] * one) / self.tokens
 
 
-def measure(model: Transformer, prompts: list[list[int]], configs: dict[str, DecodeConfig],
-            repeat: int) -> dict[str, Spent]:
+def measure(
+    model: Transformer, prompts: list[list[int]], configs: dict[str, DecodeConfig], repeat: int
+) -> dict[str, Spent]:
     """Every prompt under every config, in turn, `repeat` times, after a warm-up."""
     for config in configs.values():
         timed(model, prompts[0], config)
@@ -182,8 +196,8 @@ def measure(model: Transformer, prompts: list[list[int]], configs: dict[str, Dec
 
 
 def split(full: Spent, spent: Spent, shape: ModelConfig) -> dict[str, float]:
-    """Speed-up, ideal speed-up and efficiency of a setting, and the parts of what is missing up to 1: they and the
-    efficiency add up to 1."""
+    """Speed-up, ideal speed-up and efficiency of a setting, and the parts of what is missing up to 1: they
+    and the efficiency add up to 1."""
     ideal = work_figures(Measured(spent.config, outputs=spent.outputs), shape)["ideal_speedup"]
     one = full.mean(ONE)
     missing = spent.token - full.token / ideal  # seconds
@@ -199,16 +213,21 @@ def split(full: Spent, spent: Spent, shape: ModelConfig) -> dict[str, float]:
 
 
 def print_split(args: argparse.Namespace) -> None:
-    """A table of the settings beside the checkpoint. Raises UserError where there are none, or no tokenizer."""
+    """A table of the settings beside the checkpoint. Raises UserError where there are none, or no
+    tokenizer."""
     settings = Path(args.heads or args.checkpoint).with_suffix(".json")
     model, tokenizer = load_model(args)
-    print(f"where the missing efficiency goes, {INPUTS} dev inputs of each task, as shares of a setting's time:")
+    print(
+        f"where the missing efficiency goes, {INPUTS} dev inputs of each task, as shares of a setting's time:"
+    )
     print(f"{'':20}" + "".join(f"  {column}" for column in COLUMNS))
     for task in (TASKS[name] for name in default_tasks(settings)):
         rows = read_settings(settings, task, model, {})
         configs = {name: rows[name] for name in SETTINGS if name in rows}
         if not configs:
-            raise UserError(f"{settings}: has neither {' nor '.join(SETTINGS)} for {task.name}; run eval.py tune")
+            raise UserError(
+                f"{settings}: has neither {' nor '.join(SETTINGS)} for {task.name}; run eval.py tune"
+            )
         configs = {"full": next(iter(configs.values())).full(), **configs}
         examples = sample(read_task(task, "dev"), INPUTS, 0)
         prompts, configs = encode_inputs(model, tokenizer, task, examples, configs)

@@ -1,5 +1,5 @@
-"""How fast training is: `python -m tools.bench --training`. Tokens a second of a step with every loss, beside a plain
-PyTorch model.
+"""How fast training is: `python -m tools.bench --training`. Tokens a second of a step with every loss, beside
+a plain PyTorch model.
 
 Dimensions: B rows, T positions, d model width.
 """
@@ -27,7 +27,11 @@ from training.optimizer import make_optimizer
 from training.settings import TrainConfig
 from training.start import make_model
 
-PRODUCTS, WIDTH, OUT = 20, 256, 1024  # matrix products of every token by 256 x 1024, for the rate of the machine
+PRODUCTS, WIDTH, OUT = (
+    20,
+    256,
+    1024,
+)  # matrix products of every token by 256 x 1024, for the rate of the machine
 
 
 class PlainBlock(nn.Module):
@@ -61,8 +65,8 @@ def rotated(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
 
 
 class Plain(nn.Module):
-    """The embedded model's shape, trained on the last layer alone, as one writes it first (cf. nanoGPT): every position
-    learned, documents seeing each other."""
+    """The embedded model's shape, trained on the last layer alone, as one writes it first (cf. nanoGPT):
+    every position learned, documents seeing each other."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -106,8 +110,8 @@ def our_step(batch: Batch, config: TrainConfig, shape: ModelConfig) -> Callable[
 
 
 def print_training(config: TrainConfig, repeat: int) -> None:
-    """Tokens a second of a step with each loss, all positions learned, beside the plain model, and what share that is
-    of the rate of matrix products here."""
+    """Tokens a second of a step with each loss, all positions learned, beside the plain model, and what share
+    that is of the rate of matrix products here."""
     shape, N = ModelConfig(), config.rows * config.length
     tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (config.rows, config.length + 1))
     batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones_like(tokens[:, 1:]))
@@ -124,8 +128,10 @@ def print_training(config: TrainConfig, repeat: int) -> None:
     spent = seconds(actions, config.device, repeat)
 
     rate = PRODUCTS * 2 * N * WIDTH * OUT / spent.pop("products")
-    print(f"{torch.get_num_threads()} threads, {config.dtype}, {config.rows} x {config.length} tokens a step, all of "
-          f"them learned; products of {N} x {WIDTH} and {WIDTH} x {OUT}: {rate / 1e9:.0f} GFLOP/s")
+    print(
+        f"{torch.get_num_threads()} threads, {config.dtype}, {config.rows} x {config.length} tokens a step, all of "
+        f"them learned; products of {N} x {WIDTH} and {WIDTH} x {OUT}: {rate / 1e9:.0f} GFLOP/s"
+    )
     work = 6 * N * sum(weight.numel() for weight in plain.parameters())
     for name, value in spent.items():
         line = f"  {name}: {N / value:.0f} tokens/s, {value / spent['none']:.2f} times the time of none"

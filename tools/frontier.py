@@ -1,14 +1,17 @@
-"""Is one model that exits early better than a smaller one? Quality against the time of a token, measured in turns:
+"""Is one model that exits early better than a smaller one? Quality against the time of a token, measured in
+turns:
 
-    python -m tools.frontier --small runs/6/model.pt,runs/3/model.pt --plot frontier.png
-    python -m tools.frontier --small runs/6/model.pt --small "trained longer=runs/6x2/model.pt" --plot frontier.png
-    python -m tools.frontier --small runs/mine/model.pt --with docs/frontier.json --limit 200 --plot frontier.png
+    python -m tools.frontier --small runs/6/model.pt,runs/3/model.pt --plot frontier.png python -m
+    tools.frontier --small runs/6/model.pt --small "trained longer=runs/6x2/model.pt" --plot frontier.png
+    python -m tools.frontier --small runs/mine/model.pt --with docs/frontier.json --limit 200 --plot
+    frontier.png
 
-Rows are the smaller models at full depth, and of --checkpoint the full model, static exits, `softmax` and `classifier`
-at falling thresholds, and drafts that are verified, with the exit layers of the settings beside it. All models must
-share a tokenizer, so that a token means as much to each. A training takes longer than a comparison, so figures may come
-from several runs: --with adds to this run's rows those of an earlier one's --json that it has not, such as
-docs/frontier.json, with their times in proportion to the full model's, which every run measures.
+Rows are the smaller models at full depth, and of --checkpoint the full model, static exits, `softmax` and
+`classifier` at falling thresholds, and drafts that are verified, with the exit layers of the settings beside
+it. All models must share a tokenizer, so that a token means as much to each. A training takes longer than a
+comparison, so figures may come from several runs: --with adds to this run's rows those of an earlier one's
+--json that it has not, such as docs/frontier.json, with their times in proportion to the full model's, which
+every run measures.
 """
 
 import common.threads  # noqa: F401  before torch
@@ -65,17 +68,23 @@ def read_small(args: argparse.Namespace, model: Transformer, tokenizer) -> dict[
             name = f"{shape.n_layers} layers" + ("" if width == model.config.d_model else f" of {width}")
             key = (kind or "smaller", name)
             if key in small:
-                raise UserError(f"{file}: a second model of {name}; give it a curve of its own, --small NAME={file}")
+                raise UserError(
+                    f"{file}: a second model of {name}; give it a curve of its own, --small NAME={file}"
+                )
             small[key] = smaller
     return small
 
 
-def rows_of(model: Transformer, small: dict[tuple[str, str], Transformer], task: Task, settings: Path) -> list[Row]:
+def rows_of(
+    model: Transformer, small: dict[tuple[str, str], Transformer], task: Task, settings: Path
+) -> list[Row]:
     """All rows of one task."""
     tuned = read_settings(settings, task, model, custom={})
     missing = [name for name in ("softmax", "verified") if name not in tuned]
     if missing:
-        raise UserError(f"{settings}: has no row {missing[0]!r} for {task.name}; choose rows with eval.py tune")
+        raise UserError(
+            f"{settings}: has no row {missing[0]!r} for {task.name}; choose rows with eval.py tune"
+        )
     softmax = replace(tuned["softmax"], layer_thresholds=None)
     full = softmax.full()
     rows = [Row(kind, name, each, full) for (kind, name), each in small.items()]
@@ -101,12 +110,20 @@ def compare(args: argparse.Namespace, model, tokenizer, small: dict, task: Task)
     prompts, stopping = encode_inputs(model, tokenizer, task, examples, labelled)
     models = {f"{row.kind} {row.name}": row.model for row in rows}
     figures = []
-    for row, measured in zip(rows, run_in_turns(model, prompts, stopping, args.repeat, task.name, models).values()):
+    for row, measured in zip(
+        rows, run_in_turns(model, prompts, stopping, args.repeat, task.name, models).values()
+    ):
         texts = [tokenizer.decode(output.tokens) for output in measured.outputs]
         pace = sum(measured.seconds) / sum(len(output.tokens) for output in measured.outputs)
         scores = quality_figures(task, texts, [list(example.references) for example in examples])["scores"]
         figures.append(
-            {"task": task.name, "kind": row.kind, "name": row.name, "ms_per_token": 1000 * pace, "scores": scores}
+            {
+                "task": task.name,
+                "kind": row.kind,
+                "name": row.name,
+                "ms_per_token": 1000 * pace,
+                "scores": scores,
+            }
         )
     return figures
 
@@ -123,7 +140,9 @@ def read_earlier(path: Path, limit: int) -> list[dict]:
             if not row["ms_per_token"] > 0:
                 raise ValueError(f"a token of {row['ms_per_token']} ms")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: holds no figures of a frontier ({error!r}); --json writes such a file") from None
+        raise UserError(
+            f"{path}: holds no figures of a frontier ({error!r}); --json writes such a file"
+        ) from None
     if inputs != limit:
         raise UserError(f"{path}: of {inputs} inputs a task, not {limit}; --limit {inputs} takes the same")
     return rows
@@ -135,8 +154,9 @@ def full_row(figures: list[dict]) -> dict:
 
 
 def joined(figures: list[dict], earlier: list[dict]) -> list[dict]:
-    """The earlier rows of a task that are not among its figures, with these, smaller models first and by their times;
-    times become what they were beside the full model's. Raises UserError where that was another model."""
+    """The earlier rows of a task that are not among its figures, with these, smaller models first and by
+    their times; times become what they were beside the full model's. Raises UserError where that was another
+    model."""
     same_task = {(row["kind"], row["name"]): row for row in earlier if row["task"] == figures[0]["task"]}
     if not same_task:
         return figures
@@ -150,7 +170,9 @@ def joined(figures: list[dict], earlier: list[dict]) -> list[dict]:
     if any(set(row["scores"]) != set(full["scores"]) for row in rows.values()):
         raise UserError(f"the figures of an earlier run have other scores than {', '.join(full['scores'])}")
     small = [row for row in rows.values() if row["kind"] not in MARKS]
-    return sorted(small, key=lambda row: row["ms_per_token"]) + [row for row in rows.values() if row["kind"] in MARKS]
+    return sorted(small, key=lambda row: row["ms_per_token"]) + [
+        row for row in rows.values() if row["kind"] in MARKS
+    ]
 
 
 def table(figures: list[dict]) -> str:
@@ -204,7 +226,12 @@ def make_parser() -> Parser:
     )
     add("--tasks", default="translation,e2e", help="default: %(default)s")
     add("--limit", type=int, default=60, help="test inputs of each task (default: %(default)s)")
-    add("--repeat", type=int, default=1, help="times an input is decoded; the median counts (default: %(default)s)")
+    add(
+        "--repeat",
+        type=int,
+        default=1,
+        help="times an input is decoded; the median counts (default: %(default)s)",
+    )
     add("--json", type=Path, metavar="FILE", help="write all figures")
     add("--plot", type=Path, metavar="FILE", help="draw the picture (needs matplotlib)")
     add_model_flags(parser, str(DEFAULT_CHECKPOINT))

@@ -1,7 +1,7 @@
 """Looks at data files, and prepares them for train.py.
 
-    python -m tools.prepare data/e2e/train.csv.xz                    prints what a data file holds
-    python -m tools.prepare books.txt more.jsonl --out books.npy     also makes one memory-mapped file, and books.model
+python -m tools.prepare data/e2e/train.csv.xz                    prints what a data file holds
+python -m tools.prepare books.txt more.jsonl --out books.npy     also makes one memory-mapped file, and books.model
 """
 
 import argparse
@@ -23,10 +23,28 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("files", nargs="+", help="data files: .csv, .tsv, .jsonl, .json or .txt, plain or .xz or .gz")
-    add("--out", type=Path, metavar="FILE", help="prepare the files for train.py: their documents in one .npy file")
-    add("--overwrite", action="store_true", help="even if --out, or one of the files beside it, is there already")
-    add("--tokenizer", metavar="FILE", help="sentencepiece model, or a checkpoint (default: trained here, kept beside)")
-    add("--vocab-size", type=int, default=4096, help="pieces of a tokenizer trained here (default: %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="prepare the files for train.py: their documents in one .npy file",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="even if --out, or one of the files beside it, is there already",
+    )
+    add(
+        "--tokenizer",
+        metavar="FILE",
+        help="sentencepiece model, or a checkpoint (default: trained here, kept beside)",
+    )
+    add(
+        "--vocab-size",
+        type=int,
+        default=4096,
+        help="pieces of a tokenizer trained here (default: %(default)s)",
+    )
     add("--length", type=int, default=128, help="positions of a training row (default: %(default)s)")
     return parser
 

@@ -1,11 +1,12 @@
-"""Counts the token ids of a corpus, which --shortlist asks over (decoding/shortlist.py), the most frequent first. Of
-prompts with completions only these are counted, for the ids of a prompt are in the shortlist of its text anyway.
+"""Counts the token ids of a corpus, which --shortlist asks over (decoding/shortlist.py), the most frequent
+first. Of prompts with completions only these are counted, for the ids of a prompt are in the shortlist of its
+text anyway.
 
     python -m tools.shortlist --checkpoint model.pt --data train.jsonl --out model.ids.npy    ids alone
     python -m tools.shortlist --checkpoint model.pt --data train.jsonl --out counted.pt       a copy of it
 
-In model.ids.npy beside model.pt the ids are found, unless others are inside; elsewhere decode.py and eval.py are told,
---frequent-ids ids.npy. The copy has them inside.
+In model.ids.npy beside model.pt the ids are found, unless others are inside; elsewhere decode.py and eval.py
+are told, --frequent-ids ids.npy. The copy has them inside.
 """
 
 import common.threads  # noqa: F401  before torch
@@ -30,13 +31,13 @@ from formats.tokenizer import encode_prompt
 from model import ModelConfig
 
 SIZES = (1024, 2048, 4096, 8192, 16384)  # of shortlists whose coverage is printed
-HELD_OUT = 10                      # every so many-th pair is left out to measure it
+HELD_OUT = 10  # every so many-th pair is left out to measure it
 Encoded = tuple[list[int], list[int]]  # the token ids of a prompt and of its completion
 
 
 def encoded(pairs: Iterator[tuple[str, str]], tokenizer, ends: list[int]) -> Iterator[Encoded]:
-    """Token ids of prompts and completions, as training has them: [bos] prompt [sep], and completion [eos], all of the
-    model's `ends`. A text has no prompt."""
+    """Token ids of prompts and completions, as training has them: [bos] prompt [sep], and completion [eos],
+    all of the model's `ends`. A text has no prompt."""
     for prompt, completion in pairs:
         head = encode_prompt(tokenizer, prompt) if prompt else []
         yield head, [*tokenizer.encode(completion), *ends]
@@ -48,7 +49,8 @@ def by_count(counts: Counter) -> list[int]:
 
 
 def count(documents: Iterator[Encoded]) -> tuple[Counter, Counter, list[Encoded]]:
-    """How often every id occurred in completions: of all documents but every tenth, of these; and these themselves."""
+    """How often every id occurred in completions: of all documents but every tenth, of these; and these
+    themselves."""
     counts, held_counts, held = Counter(), Counter(), []
     for number, (prompt, completion) in enumerate(documents, 1):
         if number % HELD_OUT == 0:
@@ -60,8 +62,8 @@ def count(documents: Iterator[Encoded]) -> tuple[Counter, Counter, list[Encoded]
 
 
 def coverage(ids: list[int], documents: list[Encoded]) -> tuple[float, float]:
-    """What share of the tokens of completions a shortlist of these ids holds: by itself; and with the ids of the text
-    before each, as in decoding."""
+    """What share of the tokens of completions a shortlist of these ids holds: by itself; and with the ids of
+    the text before each, as in decoding."""
     listed, tokens, held, held_with_text = set(ids), 0, 0, 0
     for prompt, completion in documents:
         tokens += len(completion)
@@ -76,7 +78,9 @@ def coverage(ids: list[int], documents: list[Encoded]) -> tuple[float, float]:
 def print_coverage(counts: Counter, held: list[Encoded]) -> None:
     """A table over sizes of the shortlist."""
     ids = by_count(counts)
-    print(f"on every {HELD_OUT}th pair ({len(held):,}), whose tokens the others did not count, a shortlist holds")
+    print(
+        f"on every {HELD_OUT}th pair ({len(held):,}), whose tokens the others did not count, a shortlist holds"
+    )
     print(f"  {'ids':>8}  {'of the tokens':>14}  {'with the ids of the text before':>32}")
     for size in [size for size in SIZES if size < len(ids)] + [len(ids)]:
         alone, with_text = coverage(ids[:size], held)
@@ -99,7 +103,13 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--checkpoint", default=str(DEFAULT_CHECKPOINT), metavar="FILE", help="default: %(default)s")
     add("--data", nargs="+", required=True, metavar="FILE", help="data files, as for train.py")
-    add("--out", type=Path, required=True, metavar="FILE", help="file to write: the ids alone if it ends in .npy")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="file to write: the ids alone if it ends in .npy",
+    )
     return parser
 
 

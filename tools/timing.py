@@ -1,4 +1,5 @@
-"""Times of actions that are to be compared: they take turns, so that a drift of the machine meets all alike."""
+"""Times of actions that are to be compared: they take turns, so that a drift of the machine meets all
+alike."""
 
 import common.threads  # noqa: F401  before torch
 

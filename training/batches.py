@@ -1,7 +1,7 @@
 """Documents as token ids, and packed training batches.
 
-A document is [bos] prompt [sep] completion [eos], learned on the completion only; plain text has no prompt and is
-learned whole.
+A document is [bos] prompt [sep] completion [eos], learned on the completion only; plain text has no prompt
+and is learned whole.
 """
 
 import itertools
@@ -20,16 +20,21 @@ from formats.tokenizer import Tokenizer, encode_prompt, read_blob
 LEARN, START = 1, 2  # flags of a token: it is a training target; a document starts here
 
 
-def tokenize(pairs: Iterable[tuple[str, str]], tokenizer: Tokenizer, path: str | Path, length: int) -> dict[str, int]:
-    """Writes a memory-mappable array of (token, flags) records to `path` (.npy) and returns its statistics. A document
-    of more than `length` + 1 tokens loses the left of its prompt (not the start token, nor the separator), then the end
-    of its completion; a text is cut into documents, see `cut_text`. Raises UserError for a tokenizer that has no end of
-    text."""
+def tokenize(
+    pairs: Iterable[tuple[str, str]], tokenizer: Tokenizer, path: str | Path, length: int
+) -> dict[str, int]:
+    """Writes a memory-mappable array of (token, flags) records to `path` (.npy) and returns its statistics. A
+    document of more than `length` + 1 tokens loses the left of its prompt (not the start token, nor the
+    separator), then the end of its completion; a text is cut into documents, see `cut_text`. Raises UserError
+    for a tokenizer that has no end of text."""
     if not tokenizer.ends:
         raise UserError("the tokenizer has no piece for the end of a text, which documents need")
     tokens, flags, bos = array("I"), array("B"), [] if tokenizer.begin is None else [tokenizer.begin]
     eos = tokenizer.ends[0]
-    begin, stop = len(bos), len(encode_prompt(tokenizer, "")) - len(bos)  # tokens of a prompt that always stay
+    begin, stop = (
+        len(bos),
+        len(encode_prompt(tokenizer, "")) - len(bos),
+    )  # tokens of a prompt that always stay
     stats = {"documents": 0, "tokens": 0, "learned": 0, "shortened": 0}
     for prompt, completion in pairs:
         if prompt:
@@ -57,9 +62,9 @@ def tokenize(pairs: Iterable[tuple[str, str]], tokenizer: Tokenizer, path: str |
 
 
 def cut_text(text: str, tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:
-    """Token ids of a text in parts of at most `length`, each as many whole lines as fit; only a line that is longer is
-    cut itself. So that what follows [bos] mostly is the beginning of a paragraph, as in a prompt. [eos] ends the
-    last."""
+    """Token ids of a text in parts of at most `length`, each as many whole lines as fit; only a line that is
+    longer is cut itself. So that what follows [bos] mostly is the beginning of a paragraph, as in a prompt.
+    [eos] ends the last."""
     part, size, parts = [], 0, []
     for line in text.splitlines(keepends=True):
         more = len(tokenizer.encode(line)) + 1  # the end of the line is a token or part of the count's slack
@@ -85,18 +90,22 @@ class Batch:
 def batches(
     records: np.ndarray, rows: int, length: int, seed: int | None = 0, start: int = 0, every: int = 1
 ) -> Iterator[Batch]:
-    """Packs the documents of `records` (from `tokenize`) into batches, endlessly, in an order that depends on `seed`
-    and the epoch alone; so skipping `start` batches resumes exactly. `every`: gives only each so many-th, a process's
-    share. `seed=None`: one epoch, in the file's order. First fit over the rows of a batch; a document that fits nowhere
-    waits for the next batch, and 16 of them waiting close the batch. Raises UserError if a document is longer than a
-    row."""
+    """Packs the documents of `records` (from `tokenize`) into batches, endlessly, in an order that depends on
+    `seed` and the epoch alone; so skipping `start` batches resumes exactly. `every`: gives only each so
+    many-th, a process's share. `seed=None`: one epoch, in the file's order. First fit over the rows of a
+    batch; a document that fits nowhere waits for the next batch, and 16 of them waiting close the batch.
+    Raises UserError if a document is longer than a row."""
     begins = np.flatnonzero(records["flags"] & START)
     ends = np.append(begins[1:], len(records))
     if (ends - begins).max() > length + 1:
         raise UserError(f"the data was prepared for a longer context than {length}; prepare it again")
     number = 0
     for epoch in itertools.count():
-        order = range(len(begins)) if seed is None else np.random.default_rng((seed, epoch)).permutation(len(begins))
+        order = (
+            range(len(begins))
+            if seed is None
+            else np.random.default_rng((seed, epoch)).permutation(len(begins))
+        )
         for plan in _pack(order, ends - begins - 1, rows, length):
             if number >= start and (number - start) % every == 0:
                 yield _fill(records, plan, begins, ends, rows, length)
@@ -145,17 +154,22 @@ def _fill(records, plan, begins, ends, rows: int, length: int) -> Batch:
 
 
 def prepare_file(files: tuple[str, ...], tokenizer: bytes, path: Path, length: int) -> dict:
-    """Writes the files' documents to `path` (.npy), and beside it (.json) for which tokenizer and length, and its
-    statistics, which it returns."""
+    """Writes the files' documents to `path` (.npy), and beside it (.json) for which tokenizer and length, and
+    its statistics, which it returns."""
     stats = tokenize(Corpus(files), read_blob(tokenizer), path, length)
-    content = {"files": [str(file) for file in files], "tokenizer": digest(tokenizer), "length": length, **stats}
+    content = {
+        "files": [str(file) for file in files],
+        "tokenizer": digest(tokenizer),
+        "length": length,
+        **stats,
+    }
     write_json(path.with_suffix(".json"), content)
     return stats
 
 
 def read_prepared(path: Path, tokenizer: bytes, length: int) -> np.ndarray:
-    """The records of a prepared file, memory-mapped. Raises UserError if it is damaged, or made for another tokenizer
-    or a greater length."""
+    """The records of a prepared file, memory-mapped. Raises UserError if it is damaged, or made for another
+    tokenizer or a greater length."""
     try:
         made = read_json(path.with_suffix(".json"), "the record of prepared data")
         if made["tokenizer"] != digest(tokenizer) or made["length"] > length:

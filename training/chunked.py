@@ -1,13 +1,13 @@
 """The exits' losses in little memory: the same value and gradients as the plain sum in training/losses.py.
 
-The plain sum keeps the logits of every layer, N V numbers each, until the backward pass. Here only the logits of one
-layer, for a few rows, are alive: their gradient is made at once, and with it what the layer's state and the unembedding
-will get. n = max(CHUNK, FEWEST V) numbers at a time take 4 n bytes each for logits, log-probabilities, their gradient
-and the last layer's logits, whatever N: 16 MiB on a CPU, 512 MiB on a GPU, and 256 MiB on a CPU for V = 262,144; and
-there is one gradient of the unembedding, (V, d).
+The plain sum keeps the logits of every layer, N V numbers each, until the backward pass. Here only the logits
+of one layer, for a few rows, are alive: their gradient is made at once, and with it what the layer's state
+and the unembedding will get. n = max(CHUNK, FEWEST V) numbers at a time take 4 n bytes each for logits,
+log-probabilities, their gradient and the last layer's logits, whatever N: 16 MiB on a CPU, 512 MiB on a GPU,
+and 256 MiB on a CPU for V = 262,144; and there is one gradient of the unembedding, (V, d).
 
-Dimensions: N learned targets of a micro-batch, n of them in a chunk, d model width, V vocabulary, or the part of it
-that is trained over (training/part.py).
+Dimensions: N learned targets of a micro-batch, n of them in a chunk, d model width, V vocabulary, or the part
+of it that is trained over (training/part.py).
 """
 
 from collections.abc import Callable
@@ -18,7 +18,10 @@ from torch import Tensor
 from common.errors import UserError
 from model import Transformer
 
-CHUNK = {"cpu": 2**20, "cuda": 2**25}  # logits alive at a time: few enough for a CPU's cache, enough to keep a GPU busy
+CHUNK = {
+    "cpu": 2**20,
+    "cuda": 2**25,
+}  # logits alive at a time: few enough for a CPU's cache, enough to keep a GPU busy
 FEWEST = 64  # rows at a time, whatever the vocabulary: the unembedding is read once for all of them
 
 
@@ -28,8 +31,8 @@ def chunk_size(device: torch.device) -> int:
 
 
 class LastLogits:
-    """The last layer's logits of some rows, without a gradient, made when they are first asked for: most losses never
-    do."""
+    """The last layer's logits of some rows, without a gradient, made when they are first asked for: most
+    losses never do."""
 
     def __init__(self, model: Transformer, hidden: Tensor, unembed: Tensor):
         self.model, self.hidden, self.unembed = model, hidden, unembed  # (n, d), (V, d)
@@ -44,7 +47,8 @@ class LastLogits:
         return self.known
 
 
-# Logits (n, V) of one layer, targets (n,), and the last layer's logits (None at the last layer itself) -> losses (n,).
+# Logits (n, V) of one layer, targets (n,), and the last layer's logits (None at the last layer itself) ->
+# losses (n,).
 TargetLoss = Callable[[Tensor, Tensor, LastLogits | None], Tensor]
 # A weighted sum, the losses in it by layer, and by exit where its argmax is the last layer's.
 Summed = tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]
@@ -55,7 +59,9 @@ def losses_of_targets(each: TargetLoss, logits: Tensor, targets: Tensor, final: 
     losses = each(logits, targets, final)
     if not isinstance(losses, Tensor) or losses.shape != targets.shape:
         found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise UserError(f"{each.__name__} gave {found}; it must give one loss a target, {tuple(targets.shape)}")
+        raise UserError(
+            f"{each.__name__} gave {found}; it must give one loss a target, {tuple(targets.shape)}"
+        )
     return losses
 
 

@@ -1,4 +1,5 @@
-"""Where a training computes, and in which precision: batches on their way to the device, bfloat16 and TF32 on a GPU."""
+"""Where a training computes, and in which precision: batches on their way to the device, bfloat16 and TF32 on
+a GPU."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +24,8 @@ class DeviceBatch(NamedTuple):
 
 
 def to_device(batch: Batch, device: str) -> DeviceBatch:
-    """The batch on the device. What learns is looked up before, where nobody waits for the answer; to a GPU the copies
-    start from pinned memory, so that they go on beside its work."""
+    """The batch on the device. What learns is looked up before, where nobody waits for the answer; to a GPU
+    the copies start from pinned memory, so that they go on beside its work."""
     learned = np.flatnonzero(batch.targets >= 0)
     arrays = batch.inputs, batch.documents, learned, batch.targets.flat[learned]
     parts = [torch.from_numpy(array) for array in arrays]
@@ -34,8 +35,8 @@ def to_device(batch: Batch, device: str) -> DeviceBatch:
 
 
 def on_device(stream: Iterator[Batch], config: TrainConfig) -> Iterator[DeviceBatch]:
-    """The batches on the device of training; with `prefetch` the next is packed and copied while this one is worked
-    on."""
+    """The batches on the device of training; with `prefetch` the next is packed and copied while this one is
+    worked on."""
     device = config.device
     if device == "cuda":
         device = f"cuda:{torch.cuda.current_device()}"  # which another thread would not know

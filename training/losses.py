@@ -1,4 +1,5 @@
-"""What training minimizes at the exits. A loss is one function of `Exits`, what one micro-batch left after every layer.
+"""What training minimizes at the exits. A loss is one function of `Exits`, what one micro-batch left after
+every layer.
 
 To try a loss of your own, write a file, and name it: `python train.py --loss my_file:smooth`.
 
@@ -20,8 +21,8 @@ To try a loss of your own, write a file, and name it: `python train.py --loss my
 
 `@register_loss("smooth")` above the function gives it a name of its own, as the losses below have.
 
-Dimensions: N learned targets of a micro-batch, n some of these, d model width, V vocabulary. Layers count from 1 to L.
-With --shortlist V is a part of the vocabulary (training/part.py), and targets are places in it.
+Dimensions: N learned targets of a micro-batch, n some of these, d model width, V vocabulary. Layers count
+from 1 to L. With --shortlist V is a part of the vocabulary (training/part.py), and targets are places in it.
 """
 
 import math
@@ -47,8 +48,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, final: LastLogits | None) -> 
 
 
 def divergence(logits: Tensor, targets: Tensor, final: LastLogits | None) -> Tensor:
-    """KL(p_L‖p_l) from the last layer's distribution, which gets no gradient from it; the last layer's own is its
-    cross-entropy. (n,)."""
+    """KL(p_L‖p_l) from the last layer's distribution, which gets no gradient from it; the last layer's own is
+    its cross-entropy. (n,)."""
     if final is None:
         return cross_entropy(logits, targets, None)
     log_p, log_q = final().log_softmax(-1), logits.log_softmax(-1)
@@ -64,9 +65,10 @@ def plain_sum(
     compare: bool,
     unembed: Tensor,
 ) -> Summed:
-    """The weighted sum of the losses of the layers in `weights`: a loss is the mean over the N targets of what `each`
-    gives. Returns it, the losses by layer without gradient, and with `compare` where each exit's argmax is the last
-    layer's, (N,) bool. rows: states (N, d) of the layers in `weights` and of the last; unembed (V, d)."""
+    """The weighted sum of the losses of the layers in `weights`: a loss is the mean over the N targets of
+    what `each` gives. Returns it, the losses by layer without gradient, and with `compare` where each exit's
+    argmax is the last layer's, (N,) bool. rows: states (N, d) of the layers in `weights` and of the last;
+    unembed (V, d)."""
     last, losses, agreed = max(rows), {}, {}
     final = LastLogits(model, rows[last], unembed)
     for layer in weights:
@@ -87,8 +89,9 @@ def sum_of_losses(
     compare: bool = False,
     unembed: Tensor | None = None,
 ) -> Summed:
-    """`plain_sum`, or where its logits would be many the chunked form of it, which gives the same in less memory.
-    unembed (V, d), or the rows of a part of the vocabulary, whose places the targets are; None: all of the model's."""
+    """`plain_sum`, or where its logits would be many the chunked form of it, which gives the same in less
+    memory. unembed (V, d), or the rows of a part of the vocabulary, whose places the targets are; None: all
+    of the model's."""
     unembed = model.unembed if unembed is None else unembed
     numbers = len(targets) * len(unembed) * len(weights)  # logits in all
     form = plain_sum if numbers <= chunk_size(targets.device) else chunked_sum
@@ -110,7 +113,9 @@ class LossConfig:
     )
     exits: tuple[int, ...] = option((2, 3, 4, 6, 8, 10), "exit layers to train")
     exit_weights: tuple[float, ...] = option(
-        (), "weights of the exits' losses, lowest first, then the last layer's; none: by depth", group="losses"
+        (),
+        "weights of the exits' losses, lowest first, then the last layer's; none: by depth",
+        group="losses",
     )
     per_step: int = option(2, "rotate, distill, hidden: exits a step", group="losses", least=1, most=10_000)
     hidden_weight: float = option(
@@ -118,8 +123,11 @@ class LossConfig:
     )
     classifier: bool = option(False, "also train a confidence classifier at every exit", group="losses")
     shortlist: int | None = option(
-        None, "train heads: learn over so many frequent ids and those of the batch; none: over the whole vocabulary",
-        group="losses", least=2, most=10**9
+        None,
+        "train heads: learn over so many frequent ids and those of the batch; none: over the whole vocabulary",
+        group="losses",
+        least=2,
+        most=10**9,
     )
 
     def __post_init__(self):
@@ -140,15 +148,15 @@ class LossConfig:
 
 
 def exits_in_turn(exits: tuple[int, ...], per_step: int, step: int) -> tuple[int, ...]:
-    """Every stride-th exit, at most `per_step`, from an offset that moves on by one each step (LayerSkip, Elhoushi
-    2024, section 4.1.2, rotational early exit)."""
+    """Every stride-th exit, at most `per_step`, from an offset that moves on by one each step (LayerSkip,
+    Elhoushi 2024, section 4.1.2, rotational early exit)."""
     stride = max(1, math.ceil(len(exits) / per_step))
     return exits[step % stride :: stride]
 
 
 def shares(config: LossConfig, layers: list[int], n_layers: int) -> dict[int, float]:
-    """The weight of each layer's loss, in sum 1: by `exit_weights`, or rising with depth, w_l = l / sum (CALM, Schuster
-    2022, Eq. 6). Raises UserError for a layer that `exit_weights` say nothing of."""
+    """The weight of each layer's loss, in sum 1: by `exit_weights`, or rising with depth, w_l = l / sum
+    (CALM, Schuster 2022, Eq. 6). Raises UserError for a layer that `exit_weights` say nothing of."""
     weights = {layer: layer for layer in layers}
     if config.exit_weights:
         given = dict(zip((*config.exits, n_layers), config.exit_weights))
@@ -160,8 +168,8 @@ def shares(config: LossConfig, layers: list[int], n_layers: int) -> dict[int, fl
 
 
 class Exits:
-    """What a loss sees of one micro-batch: states after every layer at the N learned positions, and the tokens to
-    predict."""
+    """What a loss sees of one micro-batch: states after every layer at the N learned positions, and the
+    tokens to predict."""
 
     def __init__(
         self,
@@ -175,13 +183,16 @@ class Exits:
         unembed: Tensor | None = None,
         read: Callable[[int, Tensor], Tensor] = lambda layer, state: state,
     ):
-        """states: h_0 .. h_L (B T, d); which of their rows learn, and what comes next there: (N,), (N,); `unembed` as
-        in `sum_of_losses`; `read` gives what the exit of a layer reads of a state, where adapters are blocks."""
+        """states: h_0 .. h_L (B T, d); which of their rows learn, and what comes next there: (N,), (N,);
+        `unembed` as in `sum_of_losses`; `read` gives what the exit of a layer reads of a state, where
+        adapters are blocks."""
         self.model, self.config, self.step = model, config, step
         self.last = model.config.n_layers
         self.learned, self.targets = learned, targets
         self.asked: set[int] = set()  # layers whose logits the loss has used
-        self.deepest: Tensor | None = None  # of the last weighted sum the deepest layer's loss: what the log shows
+        self.deepest: Tensor | None = (
+            None  # of the last weighted sum the deepest layer's loss: what the log shows
+        )
         self._unembed = model.unembed if unembed is None else unembed
         self._states, self._learned_states, self._agreed = states, {}, {}
         self._read, self._learned_reads = read, {}
@@ -256,7 +267,8 @@ def find_loss(name: str) -> Loss:
 
 
 def ask_loss(name: str, exits: Exits) -> Tensor:
-    """What the loss called `name` says: a scalar. An error of a function of the user's names it and its file."""
+    """What the loss called `name` says: a scalar. An error of a function of the user's names it and its
+    file."""
     function = find_loss(name)
     called = name_and_file("loss", name, function)
     try:
@@ -298,22 +310,24 @@ def rotate(exits: Exits) -> Tensor:
 
 @register_loss("distill")
 def distill(exits: Exits) -> Tensor:
-    """KL from the last layer's distribution to some exits' a step, in turn; cross-entropy at the last layer."""
+    """KL from the last layer's distribution to some exits' a step, in turn; cross-entropy at the last
+    layer."""
     return exits.weighted_sum(exits.in_turn(), divergence)
 
 
 @register_loss("hidden")
 def hidden(exits: Exits) -> Tensor:
-    """As `rotate`, and the distance of the states up to the step's first exit to deeper ones (FREE, Bae 2023)."""
+    """As `rotate`, and the distance of the states up to the step's first exit to deeper ones (FREE, Bae
+    2023)."""
     layers = exits.in_turn()
     states = [exits.state(layer) for layer in range(1, exits.last + 1)]
     return exits.weighted_sum(layers) + exits.config.hidden_weight * hidden_loss(states, layers[0])
 
 
 def hidden_loss(states: list[Tensor], shallow: int) -> Tensor:
-    """Mean over the layers up to `shallow` of the mean squared distance to the closest deeper layer, which gets no
-    gradient; of two layers the higher is matched no lower (FREE, section 3.2, layerwise distillation). states: h_1 ..
-    h_L, (N, d)."""
+    """Mean over the layers up to `shallow` of the mean squared distance to the closest deeper layer, which
+    gets no gradient; of two layers the higher is matched no lower (FREE, section 3.2, layerwise
+    distillation). states: h_1 .. h_L, (N, d)."""
     low, high = states[:shallow], [state.detach() for state in states[shallow:]]
     with torch.no_grad():
         points = [torch.stack(part).float().flatten(1) for part in (low, high)]  # (layers, N d)
@@ -335,9 +349,9 @@ def monotone(costs: list[list[float]]) -> list[int]:
 
 
 def classifier_loss(model: Transformer, hidden: Tensor, layer: int, labels: Tensor) -> Tensor:
-    """Cross-entropy of the layer's classifier with `labels` (N,), whether the exit agrees with the last layer (CALM,
-    section 3.5: each layer independent of the others), both labels weighing the same however rare one is (FREE). Only
-    the classifier learns from it. hidden (N, d)."""
+    """Cross-entropy of the layer's classifier with `labels` (N,), whether the exit agrees with the last layer
+    (CALM, section 3.5: each layer independent of the others), both labels weighing the same however rare one
+    is (FREE). Only the classifier learns from it. hidden (N, d)."""
     w = model.classifiers[str(layer)]
     logits = (model.exit_norm(hidden, layer).detach() @ w[:-1] + w[-1]).float()
     losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")

@@ -1,4 +1,5 @@
-"""The training loss of a model, as a module: the full pass, the loss of its exits, the confidence classifiers.
+"""The training loss of a model, as a module: the full pass, the loss of its exits, the confidence
+classifiers.
 
 Dimensions: B rows, T positions. Layers count from 1 to L.
 """
@@ -30,9 +31,11 @@ class Objective(nn.Module):
         self.model, self.config = model, config
         self.flops = 0  # of all micro-batches so far, see training/utilization.py
 
-    def forward(self, batch: DeviceBatch, step: int, skipped: frozenset[int] = frozenset()) -> tuple[Tensor, Tensor]:
-        """The loss, and without gradient that of the deepest layer trained; means over the learned targets. Layers in
-        `skipped` hand their input on."""
+    def forward(
+        self, batch: DeviceBatch, step: int, skipped: frozenset[int] = frozenset()
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and without gradient that of the deepest layer trained; means over the learned targets.
+        Layers in `skipped` hand their input on."""
         model, config = self.model, self.config
         frozen = config.train == "heads"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
@@ -65,7 +68,9 @@ def make_objective(model: Transformer, config: TrainConfig) -> nn.Module:
         return shard(objective, config)
     if processes()[1] == 1:
         return objective
-    unused = bool(config.layer_dropout or model.config.exit_norms or model.config.classifiers)  # in some steps
+    unused = bool(
+        config.layer_dropout or model.config.exit_norms or model.config.classifiers
+    )  # in some steps
     return DistributedDataParallel(objective, find_unused_parameters=unused, gradient_as_bucket_view=True)
 
 
@@ -75,15 +80,15 @@ def unwrapped(objective: nn.Module) -> Objective:
 
 
 def synced(objective: nn.Module, last: bool):
-    """With several processes, gradients are exchanged in the backward pass of a step's `last` micro-batch alone; of a
-    sharded model in each, for whole gradients would not fit."""
+    """With several processes, gradients are exchanged in the backward pass of a step's `last` micro-batch
+    alone; of a sharded model in each, for whole gradients would not fit."""
     return nullcontext() if last or isinstance(objective, Objective) else objective.no_sync()
 
 
 def skipped_layers(config: TrainConfig, n_layers: int, batch: int) -> frozenset[int]:
-    """Layers that micro-batch number `batch` leaves out: layer l with probability layer_dropout (2^((l-1)/(L-1)) - 1),
-    so the first never and the last with layer_dropout (LayerSkip, Eq. 1-2; there drawn for each row by itself, here for
-    all rows, which saves their time)."""
+    """Layers that micro-batch number `batch` leaves out: layer l with probability layer_dropout
+    (2^((l-1)/(L-1)) - 1), so the first never and the last with layer_dropout (LayerSkip, Eq. 1-2; there drawn
+    for each row by itself, here for all rows, which saves their time)."""
     if not config.layer_dropout or n_layers == 1:
         return frozenset()
     draw, skipped = random.Random(f"{config.seed} {batch}"), set()

@@ -11,7 +11,10 @@ from training.settings import TrainConfig
 def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over what is trained; only matrices decay."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    matrices = {"params": [weight for weight in trained if weight.dim() > 1], "weight_decay": config.weight_decay}
+    matrices = {
+        "params": [weight for weight in trained if weight.dim() > 1],
+        "weight_decay": config.weight_decay,
+    }
     vectors = {"params": [weight for weight in trained if weight.dim() == 1], "weight_decay": 0.0}
     return torch.optim.AdamW([matrices, vectors], lr=config.lr, betas=(0.9, 0.98), fused=True)
 

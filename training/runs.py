@@ -1,4 +1,5 @@
-"""What keeps a long training safe: one run in a folder at a time, its checkpoint, its log, its end by a signal."""
+"""What keeps a long training safe: one run in a folder at a time, its checkpoint, its log, its end by a
+signal."""
 
 import contextlib
 import fcntl
@@ -33,8 +34,8 @@ Results = dict[str, dict[int, list[float]]]  # validation file -> layer -> [loss
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT, noted in a list instead of ending the process, so that a run ends between two steps, with a
-    checkpoint."""
+    """SIGTERM and SIGINT, noted in a list instead of ending the process, so that a run ends between two
+    steps, with a checkpoint."""
     noted: list[int] = []
     before = {}
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -48,8 +49,8 @@ def noted_signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The folder is this run's alone; the system lets go of it when the process ends, however it ends. Raises UserError
-    where another run is in it."""
+    """The folder is this run's alone; the system lets go of it when the process ends, however it ends. Raises
+    UserError where another run is in it."""
     file = by_first(lock, folder)
     try:
         yield
@@ -59,7 +60,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def lock(folder: Path) -> IO:
-    """A file that holds the lock as long as it is open; one that holds none where there are no locks, which is said."""
+    """A file that holds the lock as long as it is open; one that holds none where there are no locks, which
+    is said."""
     file = open(folder / ".lock", "a")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,8 +85,8 @@ def read_log(path: Path) -> list[dict]:
 
 
 class Log:
-    """JSON lines: step, loss, positions_per_s and perhaps share_of_peak of each step; step, dev file and [loss,
-    agreement] by layer of each validation."""
+    """JSON lines: step, loss, positions_per_s and perhaps share_of_peak of each step; step, dev file and
+    [loss, agreement] by layer of each validation."""
 
     def __init__(self, path: Path, step: int):
         """Goes on after `step`; what an interrupted run has written beyond it goes."""
@@ -103,11 +105,13 @@ class Log:
 
 
 class Run:
-    """A training in its folder: where it stands, its checkpoint.pt to go on from, its log.jsonl, at its end model.pt;
-    with --train heads heads.pt, and no file holds the model again. Only the first process writes."""
+    """A training in its folder: where it stands, its checkpoint.pt to go on from, its log.jsonl, at its end
+    model.pt; with --train heads heads.pt, and no file holds the model again. Only the first process
+    writes."""
 
     def __init__(self, config: TrainConfig, shape: ModelConfig, folder: Path, overwrite: bool = False):
-        """Looks for a checkpoint to go on from. Raises UserError for one of another run, and for what would be lost."""
+        """Looks for a checkpoint to go on from. Raises UserError for one of another run, and for what would
+        be lost."""
         self.config, self.folder, self.overwrite = config, folder, overwrite
         self.checkpoint, self.result_file, self.log_file = output_files(config, folder)
         self.heads_alone = config.train == "heads"
@@ -130,9 +134,11 @@ class Run:
                 f"{self.log_file} is there already, of a training that left no checkpoint to go on from; {REMEDY}"
             )
 
-    def begin(self, model: Transformer, optimizer: torch.optim.Optimizer, tokenizer: bytes, data: np.ndarray) -> None:
-        """From the checkpoint if there is one, else from the start, in which case files to overwrite go. Raises
-        UserError if the checkpoint was trained on other data."""
+    def begin(
+        self, model: Transformer, optimizer: torch.optim.Optimizer, tokenizer: bytes, data: np.ndarray
+    ) -> None:
+        """From the checkpoint if there is one, else from the start, in which case files to overwrite go.
+        Raises UserError if the checkpoint was trained on other data."""
         self.model, self.optimizer, self.tokenizer = model, optimizer, tokenizer
         self.data = zlib.crc32(data.view(np.uint8))
         self.belongs_to = fingerprint(read_checkpoint(self.config.init)) if self.heads_alone else None
@@ -189,7 +195,9 @@ class Run:
                 extra = {"tokenizer": as_blob(self.tokenizer), "training": training}
                 save_heads(self.checkpoint, self.model, self.belongs_to, None, weights, **extra)
             else:
-                save_checkpoint(self.checkpoint, self.model, self.tokenizer, weights=weights, training=training)
+                save_checkpoint(
+                    self.checkpoint, self.model, self.tokenizer, weights=weights, training=training
+                )
 
     def note(self, row: dict) -> None:
         """Adds a row to the log; the first process alone has one."""
@@ -197,7 +205,8 @@ class Run:
             self.log.write(row)
 
     def write_result(self) -> None:
-        """Writes model.pt, or heads.pt: matrices in float16, or as --init has them. Every process gives its part."""
+        """Writes model.pt, or heads.pt: matrices in float16, or as --init has them. Every process gives its
+        part."""
         model, config, dtype, kept = self.model, self.config, torch.float16, {}
         weights = gathered(self.weights())
         if processes()[0] > 0:
@@ -220,12 +229,14 @@ class Run:
             save_heads(self.result_file, model, self.belongs_to, dtype, weights, provenance=provenance)
             tell(f"wrote {self.result_file}, for --checkpoint {config.init} --heads {self.result_file}")
         else:
-            save_checkpoint(self.result_file, model, self.tokenizer, dtype, weights, provenance=provenance, **kept)
+            save_checkpoint(
+                self.result_file, model, self.tokenizer, dtype, weights, provenance=provenance, **kept
+            )
             tell(f"wrote {self.result_file}")
 
     def end(self, signals: list[int]) -> None:
-        """The model's file; or where a signal came before the last step, what to do, and the exit status of that
-        signal."""
+        """The model's file; or where a signal came before the last step, what to do, and the exit status of
+        that signal."""
         if self.step == self.config.max_steps:
             self.write_result()
             return
@@ -249,8 +260,8 @@ def check_outputs(config: TrainConfig, folder: Path) -> None:
 
 
 def check_resumable(checkpoint: Path, content: dict, settings: dict) -> None:
-    """Raises UserError unless the content of the checkpoint is a training with these settings, but for those that may
-    change, and not beyond max_steps."""
+    """Raises UserError unless the content of the checkpoint is a training with these settings, but for those
+    that may change, and not beyond max_steps."""
     if "training" not in content:
         raise UserError(f"{checkpoint}: holds a model but no training to go on with; {REMEDY}")
     training = content["training"]
@@ -258,7 +269,9 @@ def check_resumable(checkpoint: Path, content: dict, settings: dict) -> None:
         if not isinstance(training, dict) or not isinstance(training.get(name), kind):
             raise UserError(f"{checkpoint}: its training lacks its {name}, so it cannot go on; {REMEDY}")
     if training["step"] < 0:
-        raise UserError(f"{checkpoint}: its training is at step {training['step']}, which must be at least 0; {REMEDY}")
+        raise UserError(
+            f"{checkpoint}: its training is at step {training['step']}, which must be at least 0; {REMEDY}"
+        )
     then = {**training["config"], **content["config"]}
     for name, value in settings.items():
         if value != then.get(name) and name not in MAY_CHANGE:

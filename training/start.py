@@ -22,7 +22,13 @@ from model import ModelConfig, Transformer
 from training.batches import LEARN, describe, prepare_file, read_prepared
 from training.settings import TrainConfig
 
-ADDED = {"exit_norms", "classifiers", "adapter", "max_len", "eos_id"}  # what flags may change of the model of --init
+ADDED = {
+    "exit_norms",
+    "classifiers",
+    "adapter",
+    "max_len",
+    "eos_id",
+}  # what flags may change of the model of --init
 
 
 # ---------------------------------------------------------------- tokenizer and data
@@ -40,13 +46,16 @@ def check_start(config: TrainConfig, shape: ModelConfig) -> None:
 
 
 def prepare_tokenizer(config: TrainConfig, folder: Path, vocab_size: int) -> bytes:
-    """The tokenizer that the settings name, or one trained on the files, once for these files and this size."""
+    """The tokenizer that the settings name, or one trained on the files, once for these files and this
+    size."""
     if config.tokenizer or config.init:
         return load_tokenizer(config.tokenizer or config.init)
     files = tuple(dict.fromkeys(config.data))
     prepared = [file for file in files if file.endswith(".npy")]
     if prepared:
-        raise UserError(f"{prepared[0]} is prepared data; name the tokenizer that it was made with: --tokenizer FILE")
+        raise UserError(
+            f"{prepared[0]} is prepared data; name the tokenizer that it was made with: --tokenizer FILE"
+        )
     path = folder / f"{digest(*map(Path, files), vocab_size)}.model"
     if not path.exists():
         model = train_tokenizer(Corpus(files), vocab_size)
@@ -56,11 +65,13 @@ def prepare_tokenizer(config: TrainConfig, folder: Path, vocab_size: int) -> byt
 
 
 def prepare_data(files: tuple[str, ...], tokenizer: bytes, folder: Path, length: int) -> np.ndarray:
-    """The files' documents as one memory-mapped array, tokenized once for these files, tokenizer and length; a prepared
-    file as it is."""
+    """The files' documents as one memory-mapped array, tokenized once for these files, tokenizer and length;
+    a prepared file as it is."""
     if any(file.endswith(".npy") for file in files):
         if len(files) > 1:
-            raise UserError(f"{', '.join(files)}: a prepared file comes alone; prepare all of the data in one")
+            raise UserError(
+                f"{', '.join(files)}: a prepared file comes alone; prepare all of the data in one"
+            )
         return read_prepared(Path(files[0]), tokenizer, length)
     path = folder / f"{digest(*map(Path, files), tokenizer, length)}.npy"
     if not path.with_suffix(".json").exists():  # written last
@@ -68,14 +79,18 @@ def prepare_data(files: tuple[str, ...], tokenizer: bytes, folder: Path, length:
     return read_prepared(path, tokenizer, length)
 
 
-def load_data(config: TrainConfig, shape: ModelConfig, folder: Path) -> tuple[bytes, np.ndarray, dict[str, np.ndarray]]:
-    """Tokenizer, training data, and validation data by file, in every process; what is not there yet, the first one
-    makes."""
+def load_data(
+    config: TrainConfig, shape: ModelConfig, folder: Path
+) -> tuple[bytes, np.ndarray, dict[str, np.ndarray]]:
+    """Tokenizer, training data, and validation data by file, in every process; what is not there yet, the
+    first one makes."""
     by_first(find_data, config, shape, folder)
     return find_data(config, shape, folder)
 
 
-def find_data(config: TrainConfig, shape: ModelConfig, folder: Path) -> tuple[bytes, np.ndarray, dict[str, np.ndarray]]:
+def find_data(
+    config: TrainConfig, shape: ModelConfig, folder: Path
+) -> tuple[bytes, np.ndarray, dict[str, np.ndarray]]:
     """As `load_data`, for one process. Raises UserError for a tokenizer that does not fit the model."""
     tokenizer = prepare_tokenizer(config, folder, shape.vocab_size)
     ends = read_tokenizer(config.tokenizer or config.init or folder, tokenizer, shape.vocab_size).ends
@@ -94,8 +109,8 @@ def find_data(config: TrainConfig, shape: ModelConfig, folder: Path) -> tuple[by
 
 
 def shape_from(config: TrainConfig, given: dict) -> ModelConfig:
-    """The shape of the model to train: that of --init, or of the flags; with the heads that the settings ask for.
-    Raises UserError."""
+    """The shape of the model to train: that of --init, or of the flags; with the heads that the settings ask
+    for. Raises UserError."""
     shape = {}
     if config.init:
         content = read_model(config.init, config.heads)
@@ -116,8 +131,9 @@ def shape_from(config: TrainConfig, given: dict) -> ModelConfig:
 
 
 def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
-    """The model at the start, its weights float32; with --train heads those that stay as they are in the dtype of
-    training. To be sharded, in main memory, and all float32: what is gathered together has one dtype."""
+    """The model at the start, its weights float32; with --train heads those that stay as they are in the
+    dtype of training. To be sharded, in main memory, and all float32: what is gathered together has one
+    dtype."""
     torch.manual_seed(config.seed)
     model = Transformer(shape)
     if config.init:
@@ -131,9 +147,9 @@ def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
 
 
 def load_start(model: Transformer, config: TrainConfig) -> None:
-    """Gives the model the weights and the frequent ids of --init. Heads that it lacks begin as the final norm, the
-    identity, and a classifier that is undecided. Raises UserError if it has other weights, or fewer frequent ids than
-    --shortlist asks for."""
+    """Gives the model the weights and the frequent ids of --init. Heads that it lacks begin as the final
+    norm, the identity, and a classifier that is undecided. Raises UserError if it has other weights, or fewer
+    frequent ids than --shortlist asks for."""
     content, source = read_model(config.init, config.heads), config.heads or config.init
     with fitting(source):
         weights = dequantized(content["weights"], content.get("scales", {}))
@@ -142,14 +158,18 @@ def load_start(model: Transformer, config: TrainConfig) -> None:
         if lost:
             raise KeyError(f"{lost[0]} is missing")
         if more:
-            raise KeyError(f"{more[0]} has no place in it; exit_norms, classifiers and adapter may only add to it")
+            raise KeyError(
+                f"{more[0]} has no place in it; exit_norms, classifiers and adapter may only add to it"
+            )
     model.frequent_ids = find_frequent_ids(
         config.frequent_ids, config.init, config.heads, content, model.config.vocab_size
     )
     known = 0 if model.frequent_ids is None else len(model.frequent_ids)
     if config.shortlist is not None and config.shortlist > known:
-        raise UserError(f"shortlist is {config.shortlist}, but {known} frequent ids are known; count them with python "
-                        "-m tools.shortlist, and name the file with --frequent-ids")
+        raise UserError(
+            f"shortlist is {config.shortlist}, but {known} frequent ids are known; count them with python "
+            "-m tools.shortlist, and name the file with --frequent-ids"
+        )
     for name in missing:
         if name.startswith("exit_norms"):
             model.get_parameter(name).data.copy_(model.norm.data)

@@ -1,9 +1,10 @@
-"""The share of a device's peak that a training uses: model FLOPs utilization (PaLM, Chowdhery 2022, appendix B).
+"""The share of a device's peak that a training uses: model FLOPs utilization (PaLM, Chowdhery 2022, appendix
+B).
 
-Counted is what the model needs, multiply-adds twice: 2 operations a weight and position forward, 4 backward, and
-12 H C T for the attention of a position among T, in every layer that ran; a head for every target and exit that was
-asked. Not counted is what an implementation adds, blocks made anew with --recompute and heads without a gradient, and
-what is small: norms, rotation, softmax.
+Counted is what the model needs, multiply-adds twice: 2 operations a weight and position forward, 4 backward,
+and 12 H C T for the attention of a position among T, in every layer that ran; a head for every target and
+exit that was asked. Not counted is what an implementation adds, blocks made anew with --recompute and heads
+without a gradient, and what is small: norms, rotation, softmax.
 """
 
 from collections.abc import Collection
@@ -16,9 +17,9 @@ from formats.adapters import adapter_weights, read_adapter, side_shape
 from model import ModelConfig
 from training.settings import TrainConfig
 
-# TFLOP/s of a card, by what torch calls it, without sparsity: bfloat16, TF32 and float32 (None: the card has no such
-# units). Sources: NVIDIA's data sheets (A10, A100, H100, H200, L4, L40S, T4, V100) and the white papers of GA102 and
-# Ada (RTX 3090 and 4090, bfloat16 summed in float32).
+# TFLOP/s of a card, by what torch calls it, without sparsity: bfloat16, TF32 and float32 (None: the card has
+# no such units). Sources: NVIDIA's data sheets (A10, A100, H100, H200, L4, L40S, T4, V100) and the white
+# papers of GA102 and Ada (RTX 3090 and 4090, bfloat16 summed in float32).
 PEAKS = {
     "NVIDIA A10": (125, 62.5, 31.2),
     "NVIDIA A100-*GB": (312, 156, 19.5),
@@ -37,7 +38,8 @@ PEAKS = {
 
 
 def peak_flops(config: TrainConfig) -> float | None:
-    """Operations a second that one device could do at most: as --peak-tflops says, or a known card; else None."""
+    """Operations a second that one device could do at most: as --peak-tflops says, or a known card; else
+    None."""
     if config.peak_tflops is not None:
         return config.peak_tflops * 1e12
     if torch.device(config.device).type != "cuda":
@@ -47,7 +49,8 @@ def peak_flops(config: TrainConfig) -> float | None:
 
 
 def card_tflops(name: str, dtype: str, tf32: bool) -> float | None:
-    """TFLOP/s of the card with this name in the dtype of training; None for one that is not known, or cannot."""
+    """TFLOP/s of the card with this name in the dtype of training; None for one that is not known, or
+    cannot."""
     for pattern, (bfloat16, by_tf32, float32) in PEAKS.items():
         if fnmatchcase(name, pattern):
             if dtype == "bfloat16":
@@ -57,12 +60,18 @@ def card_tflops(name: str, dtype: str, tf32: bool) -> float | None:
 
 
 def batch_flops(
-    config: ModelConfig, rows: int, length: int, layers: int, targets: int, heads: Collection[int], frozen: bool,
+    config: ModelConfig,
+    rows: int,
+    length: int,
+    layers: int,
+    targets: int,
+    heads: Collection[int],
+    frozen: bool,
     ids: int | None = None,
 ) -> int:
-    """Operations of a micro-batch of rows of `length` positions, forward and backward, that ran `layers` blocks, and
-    asked the heads of these layers, over so many `ids` (None: all), for its targets. `frozen`: --train heads, in which
-    blocks only go forward, and the unembedding gets no gradient."""
+    """Operations of a micro-batch of rows of `length` positions, forward and backward, that ran `layers`
+    blocks, and asked the heads of these layers, over so many `ids` (None: all), for its targets. `frozen`:
+    --train heads, in which blocks only go forward, and the unembedding gets no gradient."""
     blocks = rows * length * layers * position_flops(config, length)
     unembed = targets * len(heads) * 2 * config.d_model * (ids or config.vocab_size)
     adapted = len(set(heads) & set(config.exit_norms))
@@ -80,8 +89,8 @@ def position_flops(config: ModelConfig, length: int) -> int:
 
 
 def speeds(positions: int, flops: int, seconds: float, peak: float | None) -> dict[str, float]:
-    """What log and progress bar tell of a step: positions a second of all processes; where the peak is known, the share
-    of it that the `flops` of this process are."""
+    """What log and progress bar tell of a step: positions a second of all processes; where the peak is known,
+    the share of it that the `flops` of this process are."""
     told = {"positions_per_s": round(positions / seconds)}
     if peak is not None:
         told["share_of_peak"] = round(flops / seconds / peak, 3)

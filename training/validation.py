@@ -19,11 +19,15 @@ VALIDATION_BATCHES = 16
 
 @torch.no_grad()
 def validate(
-    model: Transformer, records: np.ndarray, config: TrainConfig, progress: Callable[[int], None] | None = None
+    model: Transformer,
+    records: np.ndarray,
+    config: TrainConfig,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[int, list[float]]:
-    """[loss in nats per target, agreement with the last layer's argmax in [0, 1]] of every trained exit and of the last
-    layer, over the first batches of a validation set; with a shortlist over the part of the vocabulary that is trained
-    over, so that losses are lower. `progress` is told how many batches are done."""
+    """[loss in nats per target, agreement with the last layer's argmax in [0, 1]] of every trained exit and
+    of the last layer, over the first batches of a validation set; with a shortlist over the part of the
+    vocabulary that is trained over, so that losses are lower. `progress` is told how many batches are
+    done."""
     last = model.config.n_layers
     layers = [*config.exits, last]
     losses, agreed, count = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0), 0

@@ -1,4 +1,5 @@
-"""The largest probability alone cannot tell (0.5, 0.5, 0, ..), a toss, from (0.5, 0.001, 0.001, ..), a decision."""
+"""The largest probability alone cannot tell (0.5, 0.5, 0, ..), a toss, from (0.5, 0.001, 0.001, ..), a
+decision."""
 
 
 def margin(trace, layer):

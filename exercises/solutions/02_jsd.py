@@ -1,5 +1,5 @@
-"""It is log 2 where no token has a probability in both. Neighbours are alike for no other reason than that they are
-neighbours: divided by the distance, a layer must differ by more than its depth explains."""
+"""It is log 2 where no token has a probability in both. Neighbours are alike for no other reason than that
+they are neighbours: divided by the distance, a layer must differ by more than its depth explains."""
 
 import torch
 

@@ -1,5 +1,5 @@
-"""It can change the text at the exits: among fewer candidates the probabilities are larger, so a margin reaches the
-threshold sooner, and a token that would have risen to the top there may be gone."""
+"""It can change the text at the exits: among fewer candidates the probabilities are larger, so a margin
+reaches the threshold sooner, and a token that would have risen to the top there may be gone."""
 
 import math
 

@@ -1,6 +1,6 @@
-"""For early exit the second half: an exit is asked what the full model would say, right or wrong. Where the last layer
-is wrong, the halves pull apart, and the exit learns something between, which is what neither the text nor the model
-says."""
+"""For early exit the second half: an exit is asked what the full model would say, right or wrong. Where the
+last layer is wrong, the halves pull apart, and the exit learns something between, which is what neither the
+text nor the model says."""
 
 import torch.nn.functional as F
 

@@ -1,6 +1,7 @@
-"""Of many thresholds that are all too bold, one passes by luck sooner or later. The walk asks a second question only
-after a right answer to the first: to be wrong it must fail at the first threshold that is too bold, one test, and
-that has the error level of one test. An order chosen after a look at the losses would put the lucky one first."""
+"""Of many thresholds that are all too bold, one passes by luck sooner or later. The walk asks a second
+question only after a right answer to the first: to be wrong it must fail at the first threshold that is too
+bold, one test, and that has the error level of one test. An order chosen after a look at the losses would put
+the lucky one first."""
 
 import math
 

@@ -7,8 +7,6 @@ head.
 
 import common.threads  # noqa: F401  before torch
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor
 
@@ -29,9 +27,8 @@ class KVCache:
     8 at layer 2, the next pass takes 8 along from layer 3 on, and 7 from layer 5 on, where all three stand
     side by side."""
 
-    def __init__(self, model: Transformer, length: int, beside: Collection[int] = ()):
-        """Room for `length` positions, also in the blocks that stand `beside` these layers, if any do:
-        adapters."""
+    def __init__(self, model: Transformer, length: int):
+        """Room for `length` positions."""
         self.config, self.rope = model.config, model.rope
         shape = (
             1,
@@ -40,9 +37,6 @@ class KVCache:
             self.config.head_dim,
         )  # of a layer: its keys, then its values
         self.keys_values = [model.embedding.new_empty(shape) for _ in model.blocks]
-        self.beside = {
-            layer: model.embedding.new_empty(shape) for layer in model.side_blocks if layer in beside
-        }
         self.hidden = model.embedding.new_empty(length, self.config.d_model)
         self.filled = [0] * (self.config.n_layers + 2)
         self._slides = [False] + [self.config.slides(layer) for layer in range(1, self.config.n_layers + 1)]
@@ -64,23 +58,22 @@ class KVCache:
             x = x[start - first :]
         return start, x
 
-    def attend(self, layer: int, qkv: Tensor, beside: bool = False) -> Tensor:
-        """`attend` of a block: stores the rows' keys and values, then attends to what they may see. `beside`:
-        of the adapter's block at this layer, after the layer's own has stored the same rows. (R, (H + 2K) C)
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        """`attend` of a block: stores the rows' keys and values, then attends to what they may see. (R, (H + 2K) C)
         -> (R, H C)."""
-        return attention(*self.store(layer, qkv, beside), self.config)
+        return attention(*self.store(layer, qkv), self.config)
 
-    def store(self, layer: int, qkv: Tensor, beside: bool = False) -> tuple[Tensor | None, ...]:
+    def store(self, layer: int, qkv: Tensor) -> tuple[Tensor | None, ...]:
         """Appends the keys and values of the R rows that follow filled[layer], from qkv (R, (H + 2K) C).
         Returns the rows' queries (1, H, R, C), the S keys and values of the layer that they may see, (1, K,
         S, C), and who sees which (R, S); None for a single row, which sees them all."""
         rows = qkv.shape[0]  # len(qkv) takes ten times as long
-        first = self.filled[layer] - rows if beside else self.filled[layer]
+        first = self.filled[layer]
         stop = self.filled[layer] = first + rows
         start, rope, mask = self._seen(first, stop, self._slides[layer])
         rope = rope if self._rotates[layer] else None
         q, kv = split_heads(qkv, 1, self.config, rope)
-        stored, K = self.beside[layer] if beside else self.keys_values[layer - 1], self.config.n_kv_heads
+        stored, K = self.keys_values[layer - 1], self.config.n_kv_heads
         stored.narrow(2, first, rows).copy_(kv)  # stored[:, :, first:stop] = kv, in two thirds of the time
         seen = stored.narrow(2, start, stop - start)
         return q.type_as(seen), seen.narrow(1, 0, K), seen.narrow(1, K, K), mask

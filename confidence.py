@@ -44,9 +44,6 @@ class Trace:
         self.classifiers = {} if classifiers is None else classifiers  # layer -> made ready, once a text
         self.confidence = confidence
         self.hidden: list[Tensor] = []
-        self.beside: dict[
-            int, Tensor
-        ] = {}  # layer whose adapter is a block -> what that makes of h_l, (R, d)
         self.final: Tensor | None = None  # (R, V) logits of the rows that the head took, if any did
         self.candidates: Tensor | None = None  # (n,) int64 token ids; None is the whole vocabulary
         self.n = model.config.vocab_size  # how many candidates there are
@@ -68,10 +65,6 @@ class Trace:
     def layer(self) -> int:
         """The newest layer l."""
         return len(self.hidden) - 1
-
-    def exit_state(self, layer: int) -> Tensor:
-        """What the exit at `layer` reads: h_l, or what the block beside it makes of it, (1, d)."""
-        return (self.beside if layer in self.model.side_blocks else self.hidden)[layer][-1:]
 
     def decided(self, threshold: float) -> bool:
         """Whether the confidence after the newest layer reaches the threshold. A threshold of 0 is reached
@@ -116,7 +109,7 @@ class Trace:
         if missing:
             if self._weights is None:
                 self._weights = [lookup(self.model.unembed, self.candidates)]
-            normed = [self.model.exit_norm(self.exit_state(layer), layer) for layer in missing]
+            normed = [self.model.exit_norm(self.hidden[layer][-1:], layer) for layer in missing]
             rows = normed[0] if len(normed) == 1 else torch.cat(normed)  # (m, d)
             parts = [self.model.score(rows, weight) for weight in self._weights]
             logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # (m, n)
@@ -143,7 +136,7 @@ class Trace:
     def whole(self) -> "Trace":
         """The same position at the last layer over the whole vocabulary."""
         trace, L = Trace(self.model, premature_layers=self._premature), self.model.config.n_layers
-        trace.hidden, trace.beside, trace._logits = self.hidden, self.beside, {L: self.final[-1]}
+        trace.hidden, trace._logits = self.hidden, {L: self.final[-1]}
         return trace
 
     def premature(self, layer: int) -> list[int]:
@@ -186,15 +179,12 @@ Confidence = Callable[[Trace, int], Tensor | float]
 FUNCTIONS: dict[str, Confidence] = {}
 
 
-def register(
-    name: str, reads_logits: bool = True, reads_own_layer: bool = False
-) -> Callable[[Confidence], Confidence]:
-    """Registers a confidence function (trace, layer) -> a number in [0, 1] under `name`. Where it reads
-    hidden states alone, say reads_logits=False: no head is computed to ask it. Where it asks no other layer's
-    head or exit_state, say reads_own_layer=True: adapters that are blocks then run at the exits alone."""
+def register(name: str, reads_logits: bool = True) -> Callable[[Confidence], Confidence]:
+    """Registers a confidence function (trace, layer) -> a number in [0, 1] under `name`. Where it reads hidden
+    states alone, say reads_logits=False: no head is computed for its check."""
 
     def add(function: Confidence) -> Confidence:
-        function.reads_logits, function.reads_own_layer = reads_logits, reads_own_layer
+        function.reads_logits = reads_logits
         FUNCTIONS[name] = function
         return function
 
@@ -207,13 +197,13 @@ def resolve(name: str | Confidence) -> Confidence:
     return name if callable(name) else find_function("confidence", name, FUNCTIONS, ("trace", "layer"))
 
 
-@register("softmax", reads_own_layer=True)
+@register("softmax")
 def softmax(trace: Trace, layer: int) -> float:
     """p_l(1st) - p_l(2nd) (CALM, Schuster 2022, section 3.5, softmax response)."""
     return margin(trace.logits(layer).softmax(-1))
 
 
-@register("hidden", reads_logits=False, reads_own_layer=True)
+@register("hidden", reads_logits=False)
 def hidden(trace: Trace, layer: int) -> float:
     """max(0, cos(h_l, h_{l-1})) (CALM, section 3.5, hidden-state saturation)."""
     now, before = trace.hidden[layer][-1].float(), trace.hidden[layer - 1][-1].float()
@@ -223,14 +213,14 @@ def hidden(trace: Trace, layer: int) -> float:
     return min(max(product / max(math.sqrt(a * b), 1e-12), 0.0), 1.0)
 
 
-@register("classifier", reads_logits=False, reads_own_layer=True)
+@register("classifier", reads_logits=False)
 def classifier(trace: Trace, layer: int) -> float:
     """sigmoid(w_l norm_l(h_l) + b_l), trained to predict argmax p_l = argmax p_L (CALM, section 3.5,
     early-exit classifier). Raises UserError for a layer without one."""
-    return belief(trace.model, trace.exit_state(layer), layer, trace.classifiers)
+    return belief(trace.model, trace.hidden[layer][-1:], layer, trace.classifiers)
 
 
-@register("entropy", reads_own_layer=True)
+@register("entropy")
 def entropy(trace: Trace, layer: int) -> Tensor:
     """1 - H(p_l) / log n."""
     log_p = trace.log_probs(layer)

@@ -60,8 +60,6 @@ def run_pass(
                 cache.attend, layer
             )  # stores these rows' keys and values (filled[layer] = stop), attends
             x = block.forward(x, attend)  # not block(x, attend): a module's hooks cost time at every call
-            if layer in cache.beside:  # the exit's adapter is a block
-                trace.beside[layer] = model.beside(layer, x, partial(attend, beside=True))
         trace.hidden.append(x)
         if layer in exits and trace.decided(exits[layer]):
             cache.hidden[first:stop] = x  # here they wait, at this depth, for a pass that goes on
@@ -103,10 +101,7 @@ class Run:
             config.verify or learns
         )  # must early tokens give it their row, to be judged or learned from?
         confidence = config.confidence and resolve(config.confidence)
-        own = config.contrasting is None and getattr(confidence, "reads_own_layer", confidence is None)
-        self.cache = KVCache(
-            model, self.length, beside=config.exits(model.config) if own else model.side_blocks
-        )
+        self.cache = KVCache(model, self.length)
         self.cache.waive(len(prompt) - 1)  # only the last token of the prompt predicts
         companion = None
         if amateur is not None:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from common.config import option
 from common.errors import UserError
-from formats.adapters import adapt, at_size_one, make_adapters
+from formats.adapters import adapt, make_adapters
 from formats.checkpoint import check_finite, check_size, fitting, read_tokenizer
 from formats.frequent_ids import find_frequent_ids
 from formats.heads import read_model
@@ -53,9 +53,7 @@ class ModelConfig:
     )
     classifiers: tuple[int, ...] = option((), "exit layers with a confidence classifier")
     exit_layers: tuple[int, ...] = option((), "layers that the model was trained to exit at")
-    adapter: str | None = option(
-        None, "before norms in exit_norms: lowrank:RANK, mlp:WIDTH, block:WIDTH, or none"
-    )
+    adapter: str | None = option(None, "before norms in exit_norms: lowrank:RANK, mlp:WIDTH, or none")
     eos_id: tuple[int, ...] | int | None = option(2, "token that ends a text, or several; none: nothing does")
     head_dim: int | None = option(None, "width of a head, even; none: d_model / n_heads")
     activation: str = option("silu", "of the gated MLP: silu, or gelu_tanh (Gemma)")
@@ -246,10 +244,7 @@ class Transformer(nn.Module):
         if not config.tie_embeddings:
             self.unembedding = nn.Parameter(torch.empty(config.vocab_size, d))
         self.exit_norms = nn.ParameterDict({str(layer): torch.ones(d) for layer in config.exit_norms})
-        self.adapters = make_adapters(config, Block)
-        self.side_blocks = {
-            int(layer): block for layer, block in self.adapters.items() if isinstance(block, Block)
-        }
+        self.adapters = make_adapters(config)
         self.classifiers = nn.ParameterDict(
             {str(layer): torch.zeros(d + 1) for layer in config.classifiers}
         )  # w, b
@@ -316,10 +311,6 @@ class Transformer(nn.Module):
 
         return attend
 
-    def beside(self, layer: int, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        """What the exit at `layer` reads of h_l, where its adapter is a block: x (N, d) -> (N, d)."""
-        return self.side_blocks[layer].forward(at_size_one(x, self.config.norm_eps), attend)
-
     def embed(self, tokens: Tensor) -> Tensor:
         """h_0 of tokens (N,): (N, d)."""
         x = lookup(self.embedding, tokens)
@@ -336,14 +327,14 @@ class Transformer(nn.Module):
         return self.unembed if self.packed_unembed is None else self.packed_unembed
 
     def exit_norm(self, hidden: Tensor, layer: int) -> Tensor:
-        """norm_l(h_l), (N, d): the layer's own norm, after its adapter unless that is a block; else the final
+        """norm_l(h_l), (N, d): the layer's own norm, after its adapter; else the final
         norm."""
         gain = self.exit_norms[str(layer)] if layer in self.config.exit_norms else self.norm
         return rms_norm(self.before_norm(hidden, layer), gain, self.config.norm_eps)
 
     def before_norm(self, hidden: Tensor, layer: int) -> Tensor:
-        """What norm_l gets, (N, d): h_l after the layer's adapter, where it has one that is no block."""
-        if not self.config.adapter or self.side_blocks or layer not in self.config.exit_norms:
+        """What norm_l gets, (N, d): h_l after the layer's adapter."""
+        if not self.config.adapter or layer not in self.config.exit_norms:
             return hidden
         return adapt(hidden, self.adapters[str(layer)], self.config.norm_eps)
 

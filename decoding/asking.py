@@ -36,12 +36,11 @@ def whose(function, layer: int) -> str:
     return f"{name_and_file('confidence', name, function)} at layer {layer}"
 
 
-def ask_alone(run, states: list, beside: dict):
-    """The trace of a position that was asked at one layer alone, whatever it answered: `states` are its h_0
-    .. h_l, (1, d) each, `beside` what the blocks beside the staircase made of these, `run` a decode.Run."""
+def ask_alone(run, states: list):
+    """The trace of a position that was asked at one layer alone, whatever it answered: `states` are its h_0 ..
+    h_l, (1, d) each, `run` a decode.Run."""
     trace = run.new_trace()
     for state in states:
         trace.hidden.append(state)
-    trace.beside = beside
     trace.decided(math.inf)
     return trace

@@ -3,7 +3,6 @@ copy`)."""
 
 from cache import KVCache
 from decoding.record import Counters
-from formats.adapters import at_size_one
 from model import Transformer
 
 
@@ -13,9 +12,4 @@ def copy_up(model: Transformer, cache: KVCache, layer: int, counters: Counters) 
     for above, block in enumerate(model.blocks[layer:], layer + 1):
         rows = cache.owed(above, cache.filled[0])  # of the one position, at the depth of its exit
         cache.store(above, block.project(rows))
-        if above in cache.beside:
-            side, x = model.side_blocks[above], at_size_one(rows, model.config.norm_eps)
-            cache.store(above, side.project(x), beside=True)
-            counters.head_flops += 2 * side.qkv.numel() * len(rows)
-            counters.confidence_flops += 2 * side.qkv.numel() * len(rows)
         counters.block_flops += 2 * block.qkv.numel() * len(rows)

@@ -141,7 +141,7 @@ def measure(model: Transformer, config: DecodeConfig, run_type: Callable) -> Cos
         if model.embedding.is_cuda:
             torch.cuda.synchronize()  # the blocks are no part of the question
         started = perf_counter()
-        alone = ask_alone(run, [state[-1:] for state in trace.hidden], trace.beside)
+        alone = ask_alone(run, [state[-1:] for state in trace.hidden])
         run.emit(alone, layer)
         spent = perf_counter() - started
         run.text.pop()

@@ -97,8 +97,8 @@ class Drafting:
         self.spent += len(settled) * self.plan.pace
         if self.exploring:
             for number in range(min(kept + 1, len(deep.final))):
-                states, beside = position_states(passes, number)
-                self.explore(run, states, beside, deep.final[number], first + number)
+                states = position_states(passes, number)
+                self.explore(run, states, deep.final[number], first + number)
         if self.news >= RENEWAL:
             self.plan, self.news = self.best(), 0
         self.exploring = self.affordable()
@@ -113,10 +113,10 @@ class Drafting:
         better = [layer for layer, ideal in zip(self.layers, self.ideal) if ideal < self.plan.pace]
         return [layer for layer in better if layer != self.plan.layer]
 
-    def explore(self, run, states: list, beside: dict, final, at: int) -> None:
+    def explore(self, run, states: list, final, at: int) -> None:
         """Asks every rival about one position, by itself."""
         for layer in self.rivals():
-            trace = ask_alone(run, states[: layer + 1], beside)
+            trace = ask_alone(run, states[: layer + 1])
             self.observe(layer, trace.confidences[layer], agreement(run, trace, layer, final, at))
             self.explored += self.costs.ask[layer]
             run.counters.head_flops += sum(trace.flops.values())
@@ -181,16 +181,13 @@ def by_rows(costs: dict[int, float]) -> np.ndarray:
     return np.interp(np.arange(1, DRAFTS + 2), list(costs), list(costs.values()))
 
 
-def position_states(passes: list, number: int) -> tuple[list, dict]:
+def position_states(passes: list, number: int) -> list:
     """h_0 .. h_L, (1, d) each, of a position of a round, counted from 0: up to the layer that its own pass
-    reached from that pass, from there on from the last one, whose head took a row for every position. And
-    what the blocks beside the staircase made of these, by layer."""
+    reached from that pass, from there on from the last one, whose head took a row for every position."""
     own, deep = passes[number], passes[-1]
     row = number - len(deep.final)  # from the end
     above = [state[row:][:1] for state in deep.hidden[len(own.hidden) :]]
-    beside = {layer: state[row:][:1] for layer, state in deep.beside.items() if layer >= len(own.hidden)}
-    beside |= {layer: state[-1:] for layer, state in own.beside.items()}
-    return [state[-1:] for state in own.hidden] + above, beside
+    return [state[-1:] for state in own.hidden] + above
 
 
 def agreement(run, trace, layer: int, final, at: int) -> float:

@@ -19,7 +19,6 @@ from decoding.display import layer_colour, piece, pieces
 from decoding.record import Token, first_difference
 from decoding.replay import Emitted, Pass, Recorder
 from decoding.settings import DecodeConfig
-from formats.adapters import exit_states
 from model import Transformer
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -114,7 +113,7 @@ class Page:
     @torch.inference_mode()
     def read(self, text: list[int], tokens: list[tuple[Emitted, dict]]) -> None:
         """Adds to the rows of tokens of `text` what every layer would have said in their place."""
-        states = exit_states(self.model, torch.tensor([text[:-1]], device=self.model.embedding.device))
+        states = self.model.hidden_states(torch.tensor([text[:-1]], device=self.model.embedding.device))
         for each, row in tokens:
             log_p = layer_log_probs(self.model, states, each.at - 1)
             best = log_p.topk(BEST)

@@ -59,11 +59,6 @@ class Counters:
             self.block_runs += runs
             self.block_rows += runs * (stop - first)
             self.block_flops += runs * block_flops(model.config, first, stop)
-        for side in cache.beside:
-            if side <= layer and before[side] < stop:  # run for its exit, so part of its head
-                flops = block_flops(model.side_blocks[side].config, before[side], stop)
-                self.head_flops += flops
-                self.confidence_flops += flops if side != layer else 0
         if trace.final is not None:
             self.deep_passes += 1
             self.deep_rows += stop - before[L]

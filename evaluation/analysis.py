@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from confidence import FUNCTIONS, Trace, jensen_shannon
-from formats.adapters import exit_state, exit_states
 from model import Transformer
 
 BINS = 10  # of confidence, in reliability diagrams and the calibration error
@@ -41,25 +40,23 @@ def look(
             break
         tokens = torch.tensor([prompt + output[: wanted - 1]], device=model.embedding.device)
         states = model.hidden_states(tokens)
-        read = [exit_state(model, layer, state, tokens) for layer, state in enumerate(states)]
         for at in range(len(prompt) - 1, len(prompt) - 1 + wanted):
-            rows, seen = [state[at : at + 1] for state in states], [state[at : at + 1] for state in read]
+            rows = [state[at : at + 1] for state in states]
             token = int(model.head(rows[L]).argmax())
-            logits = [model.head(seen[layer], layer)[0] for layer in range(1, L)]
+            logits = [model.head(rows[layer], layer)[0] for layer in range(1, L)]
             ranks.append([int((z > z[token]).sum()) + 1 for z in logits])
             agrees.append([int(z.argmax()) == token for z in logits])
             for name in functions:
-                confidence[name].append(asked(model, name, rows, seen))
+                confidence[name].append(asked(model, name, rows))
     return Views(
         np.array(ranks), np.array(agrees), {name: np.array(values) for name, values in confidence.items()}
     )
 
 
-def asked(model: Transformer, name: str, rows: list[torch.Tensor], seen: list[torch.Tensor]) -> list[float]:
-    """The confidence of one function after each layer below the last. rows: h_0 .. h_L of one position, seen:
-    what exits read of these; each (1, d)."""
+def asked(model: Transformer, name: str, rows: list[torch.Tensor]) -> list[float]:
+    """The confidence of one function after each layer below the last. rows: h_0 .. h_L of one position,
+    (1, d) each."""
     trace, answers = Trace(model, FUNCTIONS[name]), []
-    trace.beside = dict(enumerate(seen))
     for layer in range(1, len(rows) - 1):
         trace.hidden = rows[: layer + 1]
         answers.append(float(FUNCTIONS[name](trace, layer)))
@@ -71,7 +68,7 @@ def divergences(model: Transformer, prompt: list[int], output: list[int]) -> np.
     """JSD of every layer 1 .. L-1 to the last, at each position that gave a token of the output: (L - 1, T),
     in [0, log 2]."""
     tokens = torch.tensor([prompt + output[:-1]], device=model.embedding.device)
-    rows = [state[len(prompt) - 1 :] for state in exit_states(model, tokens)]
+    rows = [state[len(prompt) - 1 :] for state in model.hidden_states(tokens)]
     final = model.head(rows[-1]).log_softmax(-1)
     each = [
         jensen_shannon(final, model.head(row, layer).log_softmax(-1))

@@ -135,7 +135,7 @@ def confidence_share(model: Transformer, prompts: list[list[int]], config: Decod
             asking += time.perf_counter() - started
             if exits and weights and self.layer in self.flops:
                 started = time.perf_counter()
-                normed = model.exit_norm(self.exit_state(self.layer), self.layer)
+                normed = model.exit_norm(self.hidden[self.layer][-1:], self.layer)
                 for weight in weights:
                     model.score(normed, weight)
                 synchronize(model)

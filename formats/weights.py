@@ -116,7 +116,7 @@ def store(model, form: str | None) -> None:
     if model.form == "packed" and not packs(dtype):
         name = str(dtype).removeprefix("torch.")
         raise UserError(f"this machine cannot multiply packed weights of {name}; store them folded or plain")
-    for block in [*model.blocks, *model.side_blocks.values()]:
+    for block in model.blocks:
         fold(block._parameters, model.config, norms=model.form != "int8" and dtype == torch.float32)
         for name, weight in block._parameters.items():
             if weight is not None and weight.dim() > 1:

@@ -26,7 +26,7 @@ from tests.public import LLAMA, write_hf
 PROMPT = [3, 1, 4, 1, 5]
 SHAPE = {"exit_norms": (2, 3), "classifiers": (2, 3), "exit_layers": (2, 3)}
 CONFIG = DecodeConfig(max_new_tokens=20, confidence="softmax", threshold=0.4)
-ADAPTERS = (None, "lowrank:4", "mlp:6", "block:24")
+ADAPTERS = (None, "lowrank:4", "mlp:6")
 
 
 def without_heads(model: Transformer) -> Transformer:
@@ -277,9 +277,9 @@ def test_an_mlp_adapter_turns_states_of_all_sizes_alike(tiny_model):
     assert_close(small, large, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("adapter", ["lowrank", "lowrank:", "mlp:0", "mlp:-3", "mlp:x", "tall:2", "block:0", "mlp:70000", "", "mlp:²"])
+@pytest.mark.parametrize("adapter", ["lowrank", "lowrank:", "mlp:0", "mlp:-3", "mlp:x", "tall:2", "mlp:70000", "", "mlp:²"])
 def test_an_adapter_that_is_none_is_one_line(tiny_model, adapter):
-    with pytest.raises(UserError, match="it must be one of lowrank:SIZE, mlp:SIZE, block:SIZE, with a size from 1 to 65536, or none"):
+    with pytest.raises(UserError, match="it must be one of lowrank:SIZE, mlp:SIZE, with a size from 1 to 65536, or none"):
         tiny_model(exit_norms=(2,), adapter=adapter)
 
 

@@ -181,11 +181,9 @@ class Exits:
         targets: Tensor,
         train_last: bool = True,
         unembed: Tensor | None = None,
-        read: Callable[[int, Tensor], Tensor] = lambda layer, state: state,
     ):
         """states: h_0 .. h_L (B T, d); which of their rows learn, and what comes next there: (N,), (N,);
-        `unembed` as in `sum_of_losses`; `read` gives what the exit of a layer reads of a state, where
-        adapters are blocks."""
+        `unembed` as in `sum_of_losses`."""
         self.model, self.config, self.step = model, config, step
         self.last = model.config.n_layers
         self.learned, self.targets = learned, targets
@@ -195,7 +193,6 @@ class Exits:
         )
         self._unembed = model.unembed if unembed is None else unembed
         self._states, self._learned_states, self._agreed = states, {}, {}
-        self._read, self._learned_reads = read, {}
         self._top = [self.last] if train_last else []
 
     def every(self) -> list[int]:
@@ -212,22 +209,14 @@ class Exits:
             self._learned_states[layer] = self._states[layer][self.learned]
         return self._learned_states[layer]
 
-    def read(self, layer: int) -> Tensor:
-        """What the exit reads there: h_l, or what its adapter makes of it where that is a block, (N, d)."""
-        if layer not in self.model.side_blocks:
-            return self.state(layer)
-        if layer not in self._learned_reads:
-            self._learned_reads[layer] = self._read(layer, self._states[layer])[self.learned]
-        return self._learned_reads[layer]
-
     def logits(self, layer: int) -> Tensor:
         """z_l: (N, V), with gradient; kept until the backward pass, which for a large V is much memory."""
         self.asked.add(layer)
-        return self.model.score(self.model.exit_norm(self.read(layer), layer), self._unembed)
+        return self.model.score(self.model.exit_norm(self.state(layer), layer), self._unembed)
 
     def weighted_sum(self, layers: list[int], each: TargetLoss = cross_entropy) -> Tensor:
         """The mean over the targets of `each`, summed over these layers by their `shares`: a scalar."""
-        rows = {layer: self.read(layer) for layer in {*layers, self.last}}
+        rows = {layer: self.state(layer) for layer in {*layers, self.last}}
         weights = shares(self.config, layers, self.last)
         compare = self.config.classifier
         summed = sum_of_losses(self.model, rows, self.targets, weights, each, compare, self._unembed)

@@ -6,14 +6,12 @@ Dimensions: B rows, T positions. Layers count from 1 to L.
 
 import random
 from contextlib import nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.processes import processes
-from formats.adapters import exit_state
 from model import Transformer
 from training.device import DeviceBatch
 from training.losses import Exits, ask_loss, classifier_loss
@@ -43,15 +41,14 @@ class Objective(nn.Module):
                 batch.inputs, batch.documents, skipped, config.recompute
             )  # L + 1 times (B T, d)
         unembed, targets = part_of_vocabulary(model, config.shortlist, batch)
-        read = partial(exit_state, model, tokens=batch.inputs, documents=batch.documents)
-        exits = Exits(model, config, step, states, batch.learned, targets, not frozen, unembed, read)
+        exits = Exits(model, config, step, states, batch.learned, targets, not frozen, unembed)
         loss = ask_loss(config.loss, exits)
         deepest = loss.detach() if exits.deepest is None else exits.deepest
         if config.classifier:
             layers = sorted(exits.asked & set(model.config.classifiers))
             for layer in layers:
                 labels = exits.agreement(layer)
-                loss = loss + classifier_loss(model, exits.read(layer), layer, labels) / len(layers)
+                loss = loss + classifier_loss(model, exits.state(layer), layer, labels) / len(layers)
         layers = model.config.n_layers - len(skipped)
         counted = len(targets), exits.asked, frozen, len(unembed)
         self.flops += batch_flops(model.config, *batch.inputs.shape, layers, *counted)

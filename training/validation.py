@@ -6,7 +6,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from formats.adapters import exit_state
 from model import Transformer
 from training.batches import batches
 from training.device import autocast, to_device
@@ -39,10 +38,7 @@ def validate(
         N = len(here.targets)
         with autocast(config):
             states = model.hidden_states(here.inputs, here.documents)
-            rows = {}
-            for layer in layers:
-                read = exit_state(model, layer, states[layer], here.inputs, here.documents)
-                rows[layer] = read[here.learned]
+            rows = {layer: states[layer][here.learned] for layer in layers}
             equal = dict.fromkeys(layers, 1.0)
             unembed, targets = part_of_vocabulary(model, config.shortlist, here)
             _, means, same = sum_of_losses(model, rows, targets, equal, compare=True, unembed=unembed)

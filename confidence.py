@@ -1,187 +1,63 @@
-"""Is the next token decided? The trace of one position, vocabulary pruning, the confidence functions, and
-contrast.
+"""Is the next token decided? The confidence functions, the pruning schedules, and the contrast of two layers.
 
-Notation: h_l the hidden state of the newest position after layer l, z_l = W norm_l(h_l) its logits, p_l =
-softmax(z_l), over the n current candidates (the whole vocabulary V unless there is a shortlist or pruning).
-Logits and probabilities are float32. Confidences lie in [0, 1]; exit when c >= threshold.
+Notation: h_l is the hidden state of the newest position after layer l, z_l = W norm_l(h_l) are its logits,
+p_l = softmax(z_l), over the n current candidates (the whole vocabulary V unless there is a shortlist or
+pruning). Logits and probabilities are float32. Confidence lies in [0, 1]; a token exits when it reaches the
+threshold.
 """
 
 import common.threads  # noqa: F401  before torch
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from common.config import Number, read_choice
+from common.errors import UserError
 from common.plugins import find_function
-from decoding.asking import ask
-from decoding.flops import head_flops
-from formats.classifiers import belief, numbers
-from formats.weights import lookup
-from model import Transformer
+from model import ModelConfig, Transformer
 
-ALPHA = 0.1  # plausibility: tokens of at least this share of the largest probability (Li 2022, section 3.2)
+ALPHA = 0.1  # plausible are tokens of at least this share of the largest probability (Li 2022, section 3.2)
 
 
-class Trace:
-    """The newest position of one pass, layer by layer. `hidden` holds h_0 (the embedding) .. h_l, each (R,
-    d), the newest position last. Logits are computed when asked for, once, over the current candidates. These
-    begin as the vocabulary, or as a `shortlist` (decoding/shortlist.py), and `decided` narrows them."""
+class Position(Protocol):
+    """What a confidence function is given: the newest position of a pass, after the layers that it has run.
+    (Trace in decoding/trace.py is the class behind it.)"""
 
-    def __init__(
-        self,
-        model: Transformer,
-        confidence: "Confidence | None" = None,
-        prune: str = "none",
-        prune_k: int = 64,
-        prune_min: int = 16,
-        premature_layers: tuple[int, ...] | None = None,
-        shortlist=None,
-        classifiers: dict | None = None,
-    ):
-        self.model = model
-        self.classifiers = {} if classifiers is None else classifiers  # layer -> made ready, once a text
-        self.confidence = confidence
-        self.hidden: list[Tensor] = []
-        self.final: Tensor | None = None  # (R, V) logits of the rows that the head took, if any did
-        self.candidates: Tensor | None = None  # (n,) int64 token ids; None is the whole vocabulary
-        self.n = model.config.vocab_size  # how many candidates there are
-        self.confidences: dict[int, float] = {}  # of each layer asked
-        self.thresholds: dict[int, float] = {}  # that they had to reach
-        self.amateurs: dict[int, int] = {}  # exit layer -> the layer it was contrasted with
-        self.flops: dict[int, int] = {}  # layer -> floating-point operations of its head
-        self._schedule, self._limits = SCHEDULES[prune], (prune_k, prune_min)
-        self._premature = premature_layers
-        self._logits: dict[int, Tensor] = {}  # layer -> z over the candidates, (n,)
-        self._guesses: dict[int, Tensor] = {}  # layer asked -> its best token first: pruning may drop it
-        self._weights: list[Tensor] | None = [
-            model.head_weight
-        ]  # (n, d) side by side; None: not gathered yet
-        if shortlist is not None:
-            self.candidates, self._weights, self.n = shortlist.ids, shortlist.weights, len(shortlist.ids)
+    model: Transformer
+    layer: int  # the newest layer l
+    n: int  # how many candidates there are
+    confidences: dict[int, float]  # of the layers checked before
+    amateurs: dict[int, int]  # exit layer -> the layer that it was contrasted with, for the record
 
-    @property
-    def layer(self) -> int:
-        """The newest layer l."""
-        return len(self.hidden) - 1
-
-    def decided(self, threshold: float) -> bool:
-        """Whether the confidence after the newest layer reaches the threshold. A threshold of 0 is reached
-        without asking."""
-        self.thresholds[self.layer] = threshold
-        if threshold <= 0:
-            return True
-        if getattr(self.confidence, "reads_logits", True):
-            self.prune()  # first, so that amateurs, too, are read over few candidates
-        self.confidences[self.layer] = ask(self.confidence, self)
-        return self.confidences[self.layer] >= threshold
-
-    def prune(self) -> None:
-        """Vocabulary pruning: of the candidates so far, those of largest z_l stay, as many as the schedule
-        says; and all logits known so far are cut to these."""
-        if self._schedule is None:
-            return
-        newest, size = self.logits(self.layer), self._schedule(self, *self._limits)
-        if size >= self.n:
-            return
-        for layer in self.confidences:  # what earlier exits would have said may go with the candidates
-            if layer not in self._guesses:
-                self._guesses[layer] = self.token(self.logits(layer).argmax(keepdim=True))
-        best, index = newest.topk(size)  # (size,) by falling z_l
-        self.candidates = self.token(index)
-        self._weights, self.n = None, size
-        del self._logits[self.layer]  # `best` has been cut already
-        self._logits = {layer: logits[index] for layer, logits in self._logits.items()}
-        self._logits[self.layer], self._guesses[self.layer] = best, self.candidates
+    def state(self, layer: int) -> Tensor:
+        """h_j of any layer j <= l; layer 0 is the embedding: (d,)."""
 
     def logits(self, layer: int) -> Tensor:
-        """z of `layer` <= l over the candidates: (n,)."""
-        return self.stack([layer])[0]
+        """z_j of any layer j <= l over the candidates, computed once, when it is first needed: (n,)
+        float32."""
 
     def log_probs(self, layer: int) -> Tensor:
-        """log p of `layer` over the candidates: (n,)."""
-        return self.logits(layer).log_softmax(-1)
+        """log p_j over the candidates: (n,) float32."""
 
     def stack(self, layers: list[int]) -> list[Tensor]:
-        """z of several layers, those not known yet in one product, so that W is read once: (n,) each."""
-        missing = [layer for layer in layers if layer not in self._logits]
-        if missing:
-            if self._weights is None:
-                self._weights = [lookup(self.model.unembed, self.candidates)]
-            normed = [self.model.exit_norm(self.hidden[layer][-1:], layer) for layer in missing]
-            rows = normed[0] if len(normed) == 1 else torch.cat(normed)  # (m, d)
-            parts = [self.model.score(rows, weight) for weight in self._weights]
-            logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # (m, n)
-            self._logits.update(zip(missing, logits.unbind()))
-            self.flops.update({layer: head_flops(self.model.config, layer, self.n) for layer in missing})
-        return [self._logits[layer] for layer in layers]
-
-    def token(self, index: int | Tensor) -> int | Tensor:
-        """Token ids of candidates, given by their index."""
-        return index if self.candidates is None else self.candidates[index]
-
-    def guess(self, layer: int) -> int:
-        """Token id of the most probable candidate at `layer`, of those that there were when it was asked."""
-        return int(
-            self._guesses[layer][0] if layer in self._guesses else self.token(self.logits(layer).argmax())
-        )
-
-    def spread(self, probs: Tensor | None) -> Tensor | None:
-        """Probabilities of the candidates (n,) as those of the vocabulary (V,)."""
-        if probs is None or self.candidates is None:
-            return probs
-        return probs.new_zeros(self.model.config.vocab_size).scatter(0, self.candidates, probs)
-
-    def whole(self) -> "Trace":
-        """The same position at the last layer over the whole vocabulary."""
-        trace, L = Trace(self.model, premature_layers=self._premature), self.model.config.n_layers
-        trace.hidden, trace._logits = self.hidden, {L: self.final[-1]}
-        return trace
-
-    def premature(self, layer: int) -> list[int]:
-        """J of `layer`: the layers below it that may serve as its amateur; by default from 2 on."""
-        return [j for j in (range(2, layer) if self._premature is None else self._premature) if j < layer]
-
-
-# ---------------------------------------------------------------- vocabulary pruning
-
-
-def decaying(trace: Trace, k: int, k_min: int) -> int:
-    """k first (where there are no more than k candidates, at once the next), then k_next = max(k_min, k_now /
-    (1 + (k_now - k_min) / k_min * l/L)), rounded up."""
-    if not trace.confidences and k < trace.n:  # the first layer asked
-        return k
-    shrink = 1 + (trace.n - k_min) / k_min * trace.layer / trace.model.config.n_layers
-    return max(k_min, math.ceil(trace.n / shrink))
-
-
-def adaptive(trace: Trace, k: int, k_min: int) -> int:
-    """min(k, V (1 - 0.9 c)) with c the confidence of the previous check, at least k_min. Since this is never
-    below V/10, k caps it wherever k <= V/10; the uncapped form is k = V."""
-    sure = list(trace.confidences.values())[-1] if trace.confidences else 0.0
-    return max(k_min, min(k, math.ceil(trace.model.config.vocab_size * (1 - 0.9 * sure))))
-
-
-# Name -> (trace, prune_k, prune_min) -> how many candidates to keep once an exit layer is asked; None keeps
-# all.
-SCHEDULES: dict[str, Callable[[Trace, int, int], int] | None] = {
-    "none": None,
-    "fixed": lambda trace, k, k_min: k,
-    "decaying": decaying,
-    "adaptive": adaptive,
-}
+        """z_j of several layers, which reads W only once: (n,) each."""
 
 
 # ---------------------------------------------------------------- confidence functions
 
-Confidence = Callable[[Trace, int], Tensor | float]
+Confidence = Callable[[Position, int], Tensor | float]
 FUNCTIONS: dict[str, Confidence] = {}
 
 
 def register(name: str, reads_logits: bool = True) -> Callable[[Confidence], Confidence]:
-    """Registers a confidence function (trace, layer) -> a number in [0, 1] under `name`. Where it reads hidden
-    states alone, say reads_logits=False: no head is computed for its check."""
+    """Registers a confidence function (trace, layer) -> a number in [0, 1] under `name`. A function that
+    reads hidden states alone says reads_logits=False: then its check computes no exit head."""
 
     def add(function: Confidence) -> Confidence:
         function.reads_logits = reads_logits
@@ -192,72 +68,68 @@ def register(name: str, reads_logits: bool = True) -> Callable[[Confidence], Con
 
 
 def resolve(name: str | Confidence) -> Confidence:
-    """The function registered under `name`, or that "package.module:function" imports, or `name` itself if
-    callable. Raises UserError."""
+    """The function registered under `name`, or that "package.module:function" imports, or `name` itself if it
+    is a function. Raises UserError."""
     return name if callable(name) else find_function("confidence", name, FUNCTIONS, ("trace", "layer"))
 
 
 @register("softmax")
-def softmax(trace: Trace, layer: int) -> float:
+def softmax(trace: Position, layer: int) -> float:
     """p_l(1st) - p_l(2nd) (CALM, Schuster 2022, section 3.5, softmax response)."""
     return margin(trace.logits(layer).softmax(-1))
 
 
 @register("hidden", reads_logits=False)
-def hidden(trace: Trace, layer: int) -> float:
-    """max(0, cos(h_l, h_{l-1})) (CALM, section 3.5, hidden-state saturation)."""
-    now, before = trace.hidden[layer][-1].float(), trace.hidden[layer - 1][-1].float()
-    a, b, product = numbers(
-        now.dot(now), before.dot(before), now.dot(before)
-    )  # operations on tensors cost more
-    return min(max(product / max(math.sqrt(a * b), 1e-12), 0.0), 1.0)
+def hidden(trace: Position, layer: int) -> Tensor:
+    """max(0, cos(h_l, h_{l-1})) (CALM, section 3.5, hidden-state saturation; the max is ours)."""
+    now, before = trace.state(layer).float(), trace.state(layer - 1).float()
+    return F.cosine_similarity(now, before, dim=0).clamp(0, 1)
 
 
 @register("classifier", reads_logits=False)
-def classifier(trace: Trace, layer: int) -> float:
-    """sigmoid(w_l norm_l(h_l) + b_l), trained to predict argmax p_l = argmax p_L (CALM, section 3.5,
-    early-exit classifier). Raises UserError for a layer without one."""
-    return belief(trace.model, trace.hidden[layer][-1:], layer, trace.classifiers)
+def classifier(trace: Position, layer: int) -> Tensor:
+    """sigmoid(w_l norm_l(h_l) + b_l), trained to predict whether argmax p_l = argmax p_L (CALM, section 3.5,
+    early-exit classifier; the norm is ours). Raises UserError for a layer without one."""
+    check_classifiers(trace.model.config, [layer])
+    return classifier_logit(trace.model, trace.state(layer), layer).sigmoid()
+
+
+def classifier_logit(model: Transformer, state: Tensor, layer: int) -> Tensor:
+    """w_l norm_l(h_l) + b_l; only the classifier learns from it: (.., d) -> (..)."""
+    weight = model.classifiers[str(layer)]  # (d + 1,): w, b
+    normed = model.exit_norm(state, layer).detach().to(weight.dtype)
+    return (normed @ weight[:-1] + weight[-1]).float()
+
+
+def check_classifiers(config: ModelConfig, layers: list[int]) -> None:
+    """Raises UserError for a layer that has no classifier."""
+    for layer in layers:
+        if layer not in config.classifiers:
+            have = ", ".join(map(str, config.classifiers)) or "none"
+            raise UserError(f"layer {layer} has no confidence classifier; layers with one: {have}")
 
 
 @register("entropy")
-def entropy(trace: Trace, layer: int) -> Tensor:
+def entropy(trace: Position, layer: int) -> Tensor:
     """1 - H(p_l) / log n."""
     log_p = trace.log_probs(layer)
     return (1 + (log_p.exp() * log_p).sum() / math.log(len(log_p))).clamp(0, 1)
 
 
 @register("weighted")
-def weighted(trace: Trace, layer: int) -> float:
-    """Margin of p_l contrasted with the fixed amateur m = max(1, floor(l/2)) (after ACD, Gera 2023). Layer 1
-    is its own amateur: there the plausible tokens become equal, and the margin is 0 unless there is one
-    alone."""
-    return margin(contrasted(trace, layer, halfway(trace, layer)))
-
-
-def halfway(trace: Trace, layer: int) -> int:
-    """max(1, floor(l/2))."""
-    return max(1, layer // 2)
+def weighted(trace: Position, layer: int) -> float:
+    """Margin of p_l contrasted with the fixed amateur layer m = max(1, floor(l/2)) (the Amsterdam study,
+    Abdel Sadek 2024, after ACD, Gera 2023). Layer 1 is its own amateur: there all plausible tokens become
+    equal, so the margin is 0 unless there is only one."""
+    return margin(contrasted(trace, layer, halfway(layer)))
 
 
 @register("jsd")
-def jsd(trace: Trace, layer: int) -> float:
-    """Margin of p_l contrasted with the layer that `most_different` finds (after DoLa, Chuang 2023); of p_l
-    alone where there is none."""
+def jsd(trace: Position, layer: int) -> float:
+    """Margin of p_l contrasted with the layer that `most_different` finds (the Amsterdam study, after DoLa,
+    Chuang 2023); of p_l alone if there is none."""
     amateur = most_different(trace, layer)
     return margin(trace.log_probs(layer).exp() if amateur is None else contrasted(trace, layer, amateur))
-
-
-def most_different(trace: Trace, layer: int, by_distance: bool = True) -> int | None:
-    """argmax over j in J of JSD(p_l, p_j) / (l - j), or of JSD(p_l, p_j) alone as in DoLa, Eq. 4. None where
-    J is empty."""
-    premature = trace.premature(layer)
-    if len(premature) < 2:
-        return premature[0] if premature else None
-    log_p = trace.log_probs(layer)
-    log_q = torch.stack(trace.stack(premature)).log_softmax(-1)  # (|J|, n)
-    distance = layer - torch.tensor(premature, device=log_q.device) if by_distance else 1
-    return premature[int((jensen_shannon(log_p, log_q) / distance).argmax())]
 
 
 def margin(probs: Tensor) -> float:
@@ -266,28 +138,92 @@ def margin(probs: Tensor) -> float:
     return first - second
 
 
+# ---------------------------------------------------------------- contrast with an amateur layer
+
+
+def halfway(layer: int) -> int:
+    """max(1, floor(l/2))."""
+    return max(1, layer // 2)
+
+
+def most_different(trace: Position, layer: int, by_distance: bool = True) -> int | None:
+    """The premature layer: argmax over the layers j = 2 .. l-1 of JSD(p_l, p_j) / (l - j) (the Amsterdam
+    study), or of JSD(p_l, p_j) alone (DoLa, Eq. 4). None if there is no such layer."""
+    premature = list(range(2, layer))
+    if len(premature) < 2:
+        return premature[0] if premature else None
+    log_q = torch.stack(trace.stack(premature)).log_softmax(-1)  # (l - 2, n)
+    distance = layer - torch.tensor(premature, device=log_q.device) if by_distance else 1
+    return premature[int((jensen_shannon(trace.log_probs(layer), log_q) / distance).argmax())]
+
+
 def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
     """JSD(p, q) = KL(p‖m)/2 + KL(q‖m)/2 with m = (p + q)/2, natural logarithm, of finite log-probabilities
-    (..., n): in [0, log 2]."""
+    (.., n): in [0, log 2]."""
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     terms = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
     return (terms.sum(-1) / 2).clamp(0, math.log(2))
 
 
-def plausible(log_p: Tensor, alpha: float = ALPHA) -> Tensor:
-    """V_head = {x : p(x) >= alpha max p} of log-probabilities (n,), as a mask (Li 2022, section 3.2)."""
-    return log_p >= log_p.max() + math.log(alpha)
+def plausible(log_p: Tensor) -> Tensor:
+    """V_head = {x : p(x) >= ALPHA max p} of log-probabilities (n,), as a mask (Li 2022, section 3.2)."""
+    return log_p >= log_p.max() + math.log(ALPHA)
 
 
-def contrast(log_expert: Tensor, log_amateur: Tensor, alpha: float = ALPHA) -> Tensor:
+def contrast(log_expert: Tensor, log_amateur: Tensor) -> Tensor:
     """The contrasted distribution p_DCD of log-probabilities (n,), (n,): over V_head the softmax of log p -
     log q, scaled to the mass that p has there; p elsewhere (ACD, Gera 2023, Eq. 3-5). It sums to 1."""
-    p, head = log_expert.exp(), plausible(log_expert, alpha)
+    p, head = log_expert.exp(), plausible(log_expert)
     ratio = (log_expert - log_amateur).masked_fill(~head, -math.inf)
     return torch.where(head, ratio.softmax(-1) * (p * head).sum().clamp(max=1), p)
 
 
-def contrasted(trace: Trace, layer: int, amateur: int) -> Tensor:
-    """p_DCD(l, m), the choice of m noted in the trace."""
+def contrasted(trace: Position, layer: int, amateur: int) -> Tensor:
+    """p_DCD(l, m), (n,); the trace notes the choice of m."""
     trace.amateurs[layer] = amateur
     return contrast(trace.log_probs(layer), trace.log_probs(amateur))
+
+
+# ---------------------------------------------------------------- vocabulary pruning
+
+
+def decaying(trace: Position, k: int, k_min: int) -> int:
+    """The first check keeps k, or begins to shrink at once if a shortlist has k candidates or fewer; then
+    k_next = max(k_min, k_now / (1 + (k_now - k_min) / k_min * l/L)), rounded up (the Amsterdam study)."""
+    if not trace.confidences and k < trace.n:  # the first layer checked
+        return k
+    shrink = 1 + (trace.n - k_min) / k_min * trace.layer / trace.model.config.n_layers
+    return max(k_min, math.ceil(trace.n / shrink))
+
+
+def adaptive(trace: Position, k: int, k_min: int) -> int:
+    """min(k, V (1 - 0.9 c)), c the confidence of the previous check, at least k_min (the Amsterdam study).
+    Since V (1 - 0.9 c) is never below V/10, k decides wherever k <= V/10; the uncapped form is k = V."""
+    sure = list(trace.confidences.values())[-1] if trace.confidences else 0.0
+    return max(k_min, min(k, math.ceil(trace.model.config.vocab_size * (1 - 0.9 * sure))))
+
+
+def fixed(trace: Position, k: int) -> int:
+    """k at every layer (the Amsterdam study)."""
+    return k
+
+
+K = Number("K", 64, {"least": 2})
+MIN = Number("MIN", 16, {"least": 2})
+# Name -> a function (trace, *numbers) that says how many candidates a confidence check keeps (None: all), and
+# the numbers that it takes.
+SCHEDULES: dict[str, tuple[Callable[..., int] | None, tuple[Number, ...]]] = {
+    "none": (None, ()),
+    "fixed": (fixed, (K,)),
+    "decaying": (decaying, (K, MIN)),
+    "adaptive": (adaptive, (K, MIN)),
+}
+
+
+@functools.cache
+def read_pruning(text: str) -> tuple[Callable[..., int] | None, list[int]]:
+    """The schedule that a text such as "decaying:64:16" names, and its numbers. Raises UserError."""
+    name, numbers = read_choice("prune", text, {name: numbers for name, (_, numbers) in SCHEDULES.items()})
+    if len(numbers) == 2 and numbers[1] > numbers[0]:
+        raise UserError(f"prune is {text}; MIN is {numbers[1]}, above K, which is {numbers[0]}; lower it")
+    return SCHEDULES[name][0], numbers

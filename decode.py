@@ -1,5 +1,5 @@
-"""The decoding loop: stop early, pay the debt later. `python decode.py --prompt ...` shows each token by its
-exit layer.
+"""The decoding loop: stop early, compute what is owed later. `python decode.py "Guten Morgen!"` shows each
+token in the color of its exit layer.
 
 Dimensions: R rows of a pass, d model width, L layers, V vocabulary. The loop knows token ids only.
 """
@@ -7,32 +7,28 @@ Dimensions: R rows of a pass, d model width, L layers, V vocabulary. The loop kn
 import common.threads  # noqa: F401  before torch
 
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
 
 import torch
 
 from cache import KVCache
 from common.errors import run as run_command
-from confidence import Trace, resolve
-from decoding.checks import check_amateur, check_prompt, check_stops
-from decoding.command import make_parser, show_runs
-from decoding.copying import copy_up
-from decoding.drafting import Drafting
-from decoding.prediction import Companion, Predictor
+from confidence import resolve
+from decoding.drafting import Drafting, Round
+from decoding.loading import load_checkpoint  # noqa: F401  for users: from decode import generate, load_checkpoint
+from decoding.prediction import Companion, Predictor, check_amateur
 from decoding.record import Counters, Generation, Token
 from decoding.settings import DecodeConfig
 from decoding.shortlist import Shortlist
-from decoding.verification import verified
+from decoding.trace import Trace
 from model import Transformer
 
 
 def plain(run: "Run") -> Iterator[Token]:
-    """The loop in its plain form, where every token is settled at once: pass, exit or go on, emit, owe."""
+    """The plain loop, in which every token is settled at once: pass, exit or go on, emit, owe."""
     tokens = run.unread
     while run.unfinished:
-        trace, layer = run.advance(
-            tokens, run.exits()
-        )  # up to the first exit layer that is confident, or the top
+        trace, layer = run.advance(tokens, run.exits())  # to the first confident exit layer, or to the top
         token = run.emit(trace, layer)  # from the distribution of the layer reached
         run.owe(layer)  # the layers above get its keys and values later, or a copy now
         run.settle([token], trace)
@@ -40,83 +36,93 @@ def plain(run: "Run") -> Iterator[Token]:
         tokens = [token.id]
 
 
+def verified(run: "Run", drafting: Drafting | None = None) -> Iterator[Token]:
+    """The verified loop: early exit that cannot change the output (speculative decoding of a model by its own
+    lower layers). An early token is a *draft*: the next pass goes on from it, but it is not shown. A pass
+    that reaches the top judges all drafts at once. `drafting` chooses the exit layer, the threshold and the
+    number of drafts by measurement.
+
+    This is faster than the full model although every row runs every block in the end, and rows of wrong
+    drafts run in vain, so that more FLOPs are spent: at batch size 1 the time goes into reading weights, and
+    a block reads its weights once for eight rows as for one."""
+    tokens, drafts, passes = run.unread, [], []
+    while run.unfinished:
+        if run.drafts_end(drafts):  # a pass without a new token takes the rows of the drafts to the top
+            trace, layer = run.advance([], exits={})
+        else:
+            exits = drafting.exits(len(drafts)) if drafting else run.exits()
+            trace, layer = run.advance(tokens, exits)
+        passes.append(trace)
+        if layer < run.top:
+            drafts.append(run.emit(trace, layer))
+            run.settle([], trace)  # no run.owe: a draft still owes the LM head its row
+            tokens = [drafts[-1].id]
+        else:
+            settled, kept = run.judge(trace, drafts)
+            if drafting:
+                drafting.learn(Round(passes, drafts, settled, kept, run.text), run.predictor, run.counters)
+            run.settle(settled, trace)
+            yield from settled
+            tokens, drafts, passes = [settled[-1].id], [], []  # the last token has not been read yet
+
+
 def run_pass(
     model: Transformer, cache: KVCache, tokens: list[int], trace: Trace, exits: dict[int, float]
 ) -> int:
     """One pass: advances the staircase by `tokens` until one of `exits` (layer -> threshold) finds the next
-    token decided, and returns the layer reached, L + 1 for the top: the head over the vocabulary, whose
-    logits are then trace.final (None if no row owes the head anything). Rows that stopped below a layer in
-    earlier passes join there, so that keys and values are those of a full forward pass. Without tokens, what
-    is owed is paid."""
-    first, stop = cache.filled[0], cache.filled[0] + len(tokens)
-    cache.filled[0] = stop
-    ids = torch.tensor(tokens, dtype=torch.int64, device=cache.hidden.device)
-    x = model.embed(ids)  # (R, d), the positions first .. stop - 1; R grows and first falls as owed rows join
+    token decided. Returns the layer reached, L + 1 for the top: the LM head, whose logits are then
+    trace.final (None if no row owes it anything). Rows that stopped below a layer in earlier passes join
+    there, so that keys and values are those of a full forward pass. Without tokens, the pass computes what is
+    owed."""
+    first, top = cache.begun, model.config.n_layers + 1
+    stop = cache.begun = first + len(tokens)
+    ids = torch.tensor([tokens], dtype=torch.int64, device=model.device)
+    x = model.embed(ids)  # (1, R, d), the positions first .. stop - 1
     trace.hidden.append(x)
     for layer, block in enumerate(model.blocks, 1):
-        first, x = cache.join(layer, first, x)
+        x = cache.join(cache.filled[layer], first, x)  # R grows and first falls as owed rows join
+        first = cache.filled[layer]
         if first < stop:  # without new tokens there are no rows until a layer that is owed some
-            attend = partial(
-                cache.attend, layer
-            )  # stores these rows' keys and values (filled[layer] = stop), attends
-            x = block.forward(x, attend)  # not block(x, attend): a module's hooks cost time at every call
+            x = block(x, cache)  # stores the keys and values of these rows: filled[layer] = stop
         trace.hidden.append(x)
         if layer in exits and trace.decided(exits[layer]):
-            cache.hidden[first:stop] = x  # here they wait, at this depth, for a pass that goes on
+            cache.hidden[:, first:stop] = x  # here they wait, at this depth, for a pass that goes on
             return layer
-    top = len(model.blocks) + 1
-    first, x = cache.join(top, first, x)  # here it leaves out the rows of settled tokens
-    if first < stop:
-        trace.final = model.head(x)  # (R, V)
-        trace.flops[top] = 2 * model.unembed.numel() * len(x)
-    cache.filled[top] = stop
+    x = cache.join(cache.head_filled, first, x)  # the rows that the LM head still owes, and no others
+    if x.shape[1] > 0:
+        trace.final = model.head(x[0])  # (R, V)
+        trace.flops[top] = x.shape[1] * 2 * model.config.vocab_size * model.config.d_model
+    cache.head_filled = stop
     return top
 
 
 class Run:
-    """What a run keeps: the staircase, the text so far, its settings made ready, and the count of the
-    work."""
+    """What a run keeps: the staircase, the text so far, its settings, and the count of the work."""
 
     def __init__(
-        self,
-        model: Transformer,
-        prompt: list[int],
-        config: DecodeConfig,
-        counters: Counters,
-        trace_type: type[Trace] = Trace,
-        amateur: Transformer | None = None,
+        self, model: Transformer, prompt: list[int], config: DecodeConfig, counters: Counters, amateur
     ):
-        check_prompt(prompt, model)
-        check_stops(config.stop_tokens, model)
-        self.model, self.config, self.counters = model, config, counters
-        self.top = model.config.n_layers + 1
-        self.length = min(len(prompt) + config.max_new_tokens, model.config.max_len)  # of the text, at most
-        self.text = list(prompt)  # so far, drafts included
-        self.start = self.settled = len(prompt)  # tokens of the prompt; of the text, without drafts
-        self.ends, self.ended = model.config.ends.union(config.stop_tokens), False
-        self.early = 0  # tokens emitted since a pass last reached the top
+        config.check_prompt(prompt, model.config)
+        # The maximum length of prompt plus answer:
+        self.length = min(len(prompt) + config.max_new_tokens, model.config.max_len)
+        check_amateur(amateur, model, config.predict, self.length)
+        self.model, self.counters = model, counters
         self.thresholds = config.thresholds(model.config)
-        learns = self.thresholds.learns and config.fill == "parallel"
-        self.owe_head = (
-            config.verify or learns
-        )  # must early tokens give it their row, to be judged or learned from?
-        confidence = config.confidence and resolve(config.confidence)
+        self.config = replace(config, confidence=config.confidence and resolve(config.confidence))
+        self.top = model.config.n_layers + 1  # the LM head is the step above layer L
+        self.ends, self.ended = model.config.ends.union(config.stop_tokens), False
+        self.text = list(prompt)  # so far, drafts included
+        self.start = self.settled = len(prompt)  # length of the prompt; length of the text without drafts
+        self.early = 0  # tokens emitted since a pass last reached the top
+        # Early tokens still need their row of the LM head for verification, and for thresholds that learn.
+        self.owe_head = config.verify or (self.thresholds.learns and config.fill == "parallel")
         self.cache = KVCache(model, self.length)
-        self.cache.waive(len(prompt) - 1)  # only the last token of the prompt predicts
-        companion = None
-        if amateur is not None:
-            check_amateur(amateur, model, config.contrasting, self.length)
-            companion = Companion(amateur, self.length, run_pass, counters)
-        self.predictor = Predictor(
-            config.sampling, config.contrasting, companion, counters, model.embedding.device
-        )
+        self.cache.head_filled = len(prompt) - 1  # only the last token of the prompt predicts
         self.shortlist = Shortlist(model, config.shortlist, self.length) if config.shortlist else None
-        asking = (config.prune, config.prune_k, config.prune_min, config.premature_layers, self.shortlist)
-        self.new_trace = partial(
-            trace_type, model, confidence, *asking, {}
-        )  # {}: classifiers, made ready once
-        self.unread = list(prompt)  # what of the prompt the loop begins with
-        if config.fill == "copy" and config.confidence and len(prompt) > 1:  # CALM: a prompt gets exact ones
+        companion = None if amateur is None else Companion(amateur, self.length, counters)
+        self.predictor = Predictor(config, companion, counters, model.device)
+        self.unread = list(prompt)  # the tokens of the prompt that the loop begins with
+        if config.fill == "copy" and config.confidence and len(prompt) > 1:  # CALM's prompt is exact
             self.advance(prompt[:-1], {})
             self.unread = prompt[-1:]
 
@@ -125,25 +131,32 @@ class Run:
         return self.settled < self.length and not self.ended
 
     def exits(self) -> dict[int, float]:
-        """The exit layers of the next pass with their thresholds; none once max_owed early tokens wait for
-        the top."""
+        """The exit layers of the next pass with their thresholds; none after max_owed early tokens since the
+        last pass to the top."""
         if self.config.max_owed is not None and self.early >= self.config.max_owed:
             return {}
         return self.thresholds.at(len(self.text) - self.start, self.length - self.start)
 
     def advance(self, tokens: list[int], exits: dict[int, float]) -> tuple[Trace, int]:
-        """One pass, counted, and shown to thresholds that learn: its trace, and the layer reached."""
+        """One pass, counted, and shown to thresholds that learn. Returns its trace, and the layer reached."""
         if self.shortlist:
             self.shortlist.add(tokens)
-        trace, before = self.new_trace(), list(self.cache.filled)
+        trace = self.counters.new_trace(self.model, self.config, self.shortlist)
+        before = self.cache.heights()
         layer = run_pass(self.model, self.cache, tokens, trace, exits)
         self.early = 0 if layer == self.top else self.early + 1
-        if self.thresholds.learns and trace.final is not None:
-            self.thresholds.compare(trace)
-        elif self.thresholds.learns and self.owe_head:
-            self.thresholds.hold(trace, layer)
-        self.counters.add_pass(self.model, before, self.cache, layer, trace)
+        if self.thresholds.learns:
+            self.teach(trace, layer)
+        self.counters.add_pass(before, self.cache, layer, trace)
         return trace, layer
+
+    def teach(self, trace: Trace, layer: int) -> None:
+        """Shows a pass to thresholds that learn: what its exits found, and at the top also who was right."""
+        if trace.final is not None:
+            checked = [(value, trace.guess(number)) for number, value in trace.confidences.items()]
+            self.thresholds.compare(trace.final.argmax(-1).tolist(), checked)
+        elif self.owe_head:
+            self.thresholds.hold(trace.confidences.get(layer), trace.guess(layer))
 
     def emit(self, trace: Trace, layer: int) -> Token:
         """The next token, from the distribution of the layer reached, added to the text."""
@@ -154,55 +167,91 @@ class Run:
         return token
 
     def owe(self, layer: int) -> None:
-        """The layers above the one reached get a copy of the newest position at once, or are owed it, which
-        takes no step (parallel fill). A settled token owes the head nothing, unless thresholds learn from
-        it."""
+        """After an exit, the layers above still owe the newest position its keys and values (fill parallel),
+        or get a copy of its state now (fill copy). A settled token owes the LM head nothing, unless
+        thresholds learn from it."""
         if self.config.fill == "copy":
-            copy_up(self.model, self.cache, layer, self.counters)
+            copy_up(self.model, self.cache, layer)
+            self.counters.add_copies(self.model.config, len(self.model.blocks[layer:]))
         if not self.owe_head:
-            self.cache.waive(self.cache.filled[0])
+            self.cache.head_filled = self.cache.begun
 
     def settle(self, tokens: list[Token], trace: Trace) -> None:
-        """Counts what a pass has settled, and its heads."""
+        """Counts what a pass has settled, and its exit heads."""
         self.settled += len(tokens)
         self.ended = bool(tokens) and tokens[-1].id in self.ends
         self.counters.tokens += len(tokens)
         self.counters.head_flops += sum(trace.flops.values())
 
+    def drafts_end(self, drafts: list[Token]) -> bool:
+        """Whether the newest draft ends the text, or fills it."""
+        return bool(drafts) and (drafts[-1].id in self.ends or len(self.text) == self.length)
+
+    def judge(self, trace: Trace, drafts: list[Token]) -> tuple[list[Token], int]:
+        """The drafts that the full model keeps, with its own token after them, and how many it keeps. In
+        trace.final the row of a position judges the token after it, so the first row, of the last verified
+        token, judges the first draft. The first draft that the full model would not have put there is
+        replaced, what followed it is forgotten, and the staircase rolls back."""
+        before = self.text[: len(self.text) - len(drafts)]
+        kept, token = self.predictor.judge(trace.final, drafts, before)
+        for draft in drafts:
+            draft.probs = None  # V numbers each, of no more use
+        settled = drafts[:kept]
+        if token is not None:
+            replaced = tuple(draft.id for draft in drafts[kept:])
+            settled.append(Token(token, self.model.config.n_layers, rolled_back=replaced))
+        self.counters.add_judgement(len(drafts), kept)
+        if kept == len(drafts) and token is not None:  # it follows the newest row, which the trace is about
+            self.counters.add_miss(trace, token)
+            settled[-1].explain(trace)
+        first = self.cache.begun - len(trace.final)  # the position whose row judges the first draft
+        self.cache.rollback(first + 1 + kept)  # that position stays, and those of the kept drafts
+        self.text = before + [token.id for token in settled]
+        return settled, kept
+
+
+def copy_up(model: Transformer, cache: KVCache, layer: int) -> None:
+    """The approximate alternative to owing, CALM's state propagation (Schuster 2022, section 3.2): every
+    layer above `layer` projects keys and values from the newest position's state there, without attention or
+    MLP."""
+    for block in model.blocks[layer:]:
+        first = cache.filled[block.layer]
+        _, k, v = block.heads(cache.hidden[:, first : cache.begun], first)
+        cache.extend(block.layer, k, v, block.window)
+
 
 @torch.inference_mode()
 def stream(
-    model: Transformer,
-    prompt: list[int],
-    config: DecodeConfig,
-    counters: Counters | None = None,
-    trace_type: type[Trace] = Trace,
-    amateur: Transformer | None = None,
-    drafting: Drafting | None = None,
+    model: Transformer, prompt: list[int], config: DecodeConfig, observer=None, amateur=None, drafting=None
 ) -> Iterator[Token]:
-    """Yields tokens up to and including the end of the text, adding the work to `counters`. Batch size 1:
-    `prompt` is one list of token ids. `trace_type` may be a Trace that observes; `amateur` is a second model
-    to contrast with; `drafting` goes on with what earlier texts taught. Raises UserError for a prompt that is
-    empty or too long, for layers that the model does not have, and for an amateur that cannot be."""
-    run = Run(model, prompt, config, counters or Counters(), trace_type, amateur)
-    yield from verified(run, drafting) if config.verify else plain(run)
+    """Yields tokens up to and including the end of the text. Batch size 1: `prompt` is one list of token ids.
+    `observer` (Counters) counts the work, and may record more (decoding/replay.py); `amateur` (Transformer)
+    is the second model of Contrastive Decoding; `drafting` (Drafting) goes on with what earlier texts taught.
+    Raises UserError for a prompt that is empty or too long, for layers that the model does not have, and for
+    an amateur that cannot be one."""
+    run = Run(model, prompt, config, observer or Counters(), amateur)
+    if not config.verify:
+        yield from plain(run)
+    elif config.draft == "auto":
+        yield from verified(run, drafting or Drafting.of(model, config))
+    else:
+        yield from verified(run)
 
 
 def generate(
-    model: Transformer,
-    prompt: list[int],
-    config: DecodeConfig = DecodeConfig(),
-    trace_type: type[Trace] = Trace,
-    amateur: Transformer | None = None,
-    drafting: Drafting | None = None,
+    model: Transformer, prompt: list[int], config: DecodeConfig = DecodeConfig(), observer=None, **others
 ) -> Generation:
-    """Decodes one prompt; see `stream` for what it raises."""
-    counters = Counters()
-    return Generation.of(stream(model, prompt, config, counters, trace_type, amateur, drafting), counters)
+    """Decodes one prompt; `stream` says what the arguments are and what it raises."""
+    observer = observer or Counters()
+    return Generation.of(stream(model, prompt, config, observer, **others), observer)
 
 
 def main() -> None:
-    show_runs(make_parser().parse_args(), stream)  # there token ids become text
+    from decoding.command import make_parser, open_session  # there token ids become text
+
+    with open_session(make_parser().parse_args()) as session:
+        for run in session.runs():
+            run.show(stream(session.model, session.prompt, run.config, run.recorder, session.amateur))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
 """Early exit in one file: python minimal.py "Guten Morgen!"
 
-A Llama asks after some of its layers whether the next token is decided. If so it emits the token and skips
-the layers above, which still owe its key and value to later tokens. The next pass that climbs so high pays
-that debt, exactly, by running all the rows that a layer lacks in one call: cheap, since reading the layer's
-weights is what takes the time.
+After some of its layers, a Llama checks whether the next token is decided. If it is, the model emits the
+token and skips the layers above, which still owe its key and value to later tokens. The next pass that climbs
+so high computes them, exactly, by running all rows that a layer lacks in one call. That is cheap, because
+reading the weights of the layer is what takes the time.
 
-    layer 4 │■■■■■■■■■■              filled[4] = 10    filled never increases from a layer to the next. So the rows
-    layer 3 │■■■■■■■■■■■■■           filled[3] = 13    owed at a layer, filled[layer] .. newest, are one run, and by the
-    layer 2 │■■■■■■■■■■■■■■          filled[2] = 14    time a pass comes there all of them have run the layer below.
+    layer 4 │■■■■■■■■■■        filled[4] = 10   filled never increases from a layer to the next. So the rows
+    layer 3 │■■■■■■■■■■■■■     filled[3] = 13   owed at a layer, filled[layer] .. newest, are one run, and all
+    layer 2 │■■■■■■■■■■■■■■    filled[2] = 14   have run the layer below by the time a pass comes there.
 
-R rows of a pass, S positions so far, d width, H heads, C = d / H, V vocabulary, L layers. Layers count from
-1.
+R rows of a pass, S positions so far, d width, H heads, C = d / H, V vocabulary, L layers, from 1.
 """
 
 import sys
 from functools import partial
-from timeit import timeit
+from statistics import median
+from timeit import repeat
 
 import sentencepiece
 import torch
@@ -25,10 +25,8 @@ import torch.nn.functional as F
 class Llama:
     def __init__(self, path, dtype=torch.float32):
         file = torch.load(path, weights_only=True)
-        config, self.weights = (
-            file["config"],
-            {name: weight.to(dtype) for name, weight in file["weights"].items()},
-        )
+        config = file["config"]
+        self.weights = {name: weight.to(dtype) for name, weight in file["weights"].items()}
         self.tokenizer = sentencepiece.SentencePieceProcessor(model_proto=file["tokenizer"].numpy().tobytes())
         self.L, self.d, self.H = config["n_layers"], config["d_model"], config["n_heads"]
         self.C, self.eps, self.eos = self.d // self.H, config["norm_eps"], config["eos_id"]
@@ -36,21 +34,18 @@ class Llama:
         angle = torch.arange(config["max_len"])[:, None] * frequency  # (max_len, C/2)
         self.turns = torch.exp(1j * angle).to(torch.complex64)
 
-    def rotate(
-        self, x, first
-    ):  # rotary embedding of the positions from `first` on: x (H, R, C), pairs (i, i + C/2)
+    def rotate(self, x, first):
+        """Rotary embedding of the positions from `first` on: x (H, R, C), the pairs are (i, i + C/2)."""
         pairs = torch.complex(*x.chunk(2, dim=-1)) * self.turns[first : first + x.shape[1]]  # (H, R, C/2)
         return torch.cat([pairs.real, pairs.imag], dim=-1)  # (H, R, C)
 
-    def block(
-        self, layer, x, first, keys, values
-    ):  # x (R, d): the positions from `first` on; keys (H, limit, C)
+    def block(self, layer, x, first, keys, values):
+        """x (R, d), the positions from `first` on -> (R, d). keys and values (H, limit, C) get those of x."""
         w, here = self.weights, f"blocks.{layer - 1}."
         R, S = len(x), first + len(x)
         normed = F.rms_norm(x, (self.d,), w[here + "attn_norm"], self.eps)
-        q, k, v = (
-            F.linear(normed, w[here + "qkv"]).view(R, 3, self.H, self.C).permute(1, 2, 0, 3)
-        )  # (H, R, C) each
+        qkv = F.linear(normed, w[here + "qkv"])
+        q, k, v = qkv.view(R, 3, self.H, self.C).permute(1, 2, 0, 3)  # (H, R, C) each
         keys[:, first:S], values[:, first:S] = self.rotate(k, first), v
         seen = torch.ones(R, S, dtype=torch.bool).tril(first)  # row i: 0 .. first + i
         q, k, v = self.rotate(q, first)[None], keys[None, :, :S], values[None, :, :S]  # (1, H, R or S, C)
@@ -60,32 +55,26 @@ class Llama:
         gate, up = F.linear(normed, w[here + "gate_up"]).chunk(2, dim=-1)
         return x + F.linear(F.silu(gate) * up, w[here + "down"])  # (R, d)
 
-    def head(self, x, layer):  # logits after any layer, by a norm of its own if it has one: (R, d) -> (R, V)
+    def head(self, x, layer):
+        """Logits after any layer, with a norm of its own if it has one: (R, d) -> (R, V)."""
         norm = self.weights.get(f"exit_norms.{layer}", self.weights["norm"])
         return F.linear(F.rms_norm(x, (self.d,), norm, self.eps), self.weights["embedding"])
 
 
 class Staircase:
     def __init__(self, model, limit):
-        self.filled = [0] * (
-            model.L + 1
-        )  # how many positions have their key and value in each layer; [0] is not used
-        self.hidden = model.weights["embedding"].new_empty(
-            limit, model.d
-        )  # every position's state, as deep as it got
-        self.cache = self.hidden.new_empty(
-            model.L + 1, 2, model.H, limit, model.C
-        )  # keys and values of every layer
+        # How many positions have their key and value in each layer; [0] is not used:
+        self.filled = [0] * (model.L + 1)
+        # Every position's state, as deep as it got; keys and values of every layer:
+        self.hidden = model.weights["embedding"].new_empty(limit, model.d)
+        self.cache = self.hidden.new_empty(model.L + 1, 2, model.H, limit, model.C)
 
     def climb(self, model, text, exits, threshold, drafts=0):
-        """One pass, to a confident exit or the top: its layer, and logits of the newest row, last, and of
-        drafts."""
+        """One pass, to a confident exit or to the top: the layer, and logits of drafts and the newest row."""
         first_new, stop = self.filled[1], len(text)  # every pass runs layer 1: what is missing there is new
         self.hidden[first_new:stop] = model.weights["embedding"][text[first_new:]]
         for layer in range(1, model.L + 1):
-            first = self.filled[
-                layer
-            ]  # rows first .. stop - 1: one where nothing is owed, several after early exits
+            first = self.filled[layer]  # rows first .. stop - 1: one if nothing is owed, else several
             self.hidden[first:stop] = model.block(layer, self.hidden[first:stop], first, *self.cache[layer])
             self.filled[layer] = stop
             if layer in exits and layer < model.L:
@@ -93,14 +82,12 @@ class Staircase:
                 best, second = logits[0].softmax(-1).topk(2).values
                 if best - second >= threshold:  # CALM's "softmax response"
                     return layer, logits  # (1, V)
-        return model.L, model.head(
-            self.hidden[stop - 1 - drafts : stop], model.L
-        )  # (drafts + 1, V): judges them, too
+        judging = self.hidden[stop - 1 - drafts : stop]
+        return model.L, model.head(judging, model.L)  # (drafts + 1, V): judges them, too
 
 
 def generate(model, prompt, exits=(), threshold=0.6, limit=200):
-    """Returns the new tokens and the layer that each came from, without exits the last. limit: of prompt and
-    answer."""
+    """Returns the new tokens and the layer that each came from. limit: tokens of prompt and answer."""
     stairs, text, layers = Staircase(model, limit), list(prompt), []
     while len(text) < limit and text[-1] != model.eos:
         layer, logits = stairs.climb(model, text, exits, threshold)
@@ -110,44 +97,36 @@ def generate(model, prompt, exits=(), threshold=0.6, limit=200):
 
 
 def generate_verified(model, prompt, exits=(), threshold=0.6, limit=200):
-    """The full model's text, sooner: early tokens are drafts, and the next pass to reach the top judges them
-    all."""
+    """The full model's text, sooner: early tokens are drafts, which the next pass to reach the top judges."""
     stairs, text, layers = Staircase(model, limit), list(prompt), []
     verified = len(prompt)  # text[verified:] are drafts
     while verified < limit and text[verified - 1] != model.eos:
         ended = len(text) == limit or text[-1] == model.eos  # no more to draft: up to the top
-        layer, logits = stairs.climb(
-            model, text, () if ended else exits, threshold, drafts=len(text) - verified
-        )
+        allowed = () if ended else exits
+        layer, logits = stairs.climb(model, text, allowed, threshold, drafts=len(text) - verified)
         best = logits.argmax(-1).tolist()
         if not ended:
             text.append(best[-1])
             layers.append(layer)
         if layer == model.L:
-            for i in range(
-                verified, len(text)
-            ):  # row 0 of the top's logits judges the first draft, and so on
+            for i in range(verified, len(text)):  # row 0 of the logits judges the first draft, and so on
                 if text[i] != best[i - verified]:
                     text[i:] = [best[i - verified]]
                     layers[i - len(prompt) :] = [model.L]
                     break
-            verified = len(text)
-            stairs.filled = [
-                min(count, verified - 1) for count in stairs.filled
-            ]  # the last token has not been run
+            verified = len(text)  # the last token has not been run:
+            stairs.filled = [min(count, verified - 1) for count in stairs.filled]
     return text[len(prompt) :], layers
 
 
 if __name__ == "__main__":
     model, exits, speeds = Llama("checkpoints/default.pt"), (4, 6, 8), []
     prompt = [model.tokenizer.bos_id(), *model.tokenizer.encode(" ".join(sys.argv[1:]) + "<sep>")]
-    assert len(prompt) < 200, (
-        f"the prompt has {len(prompt)} tokens, with the answer there may be 200; shorten it"
-    )
+    assert len(prompt) < 200, f"the prompt has {len(prompt)} tokens, but prompt and answer have room for 200"
     for decode, used in (generate, ()), (generate, exits), (generate_verified, exits):
         tokens, layers = decode(model, prompt, used)  # once before the clock runs
-        speeds.append(5 * len(tokens) / timeit(partial(decode, model, prompt, used), number=5))
-        print(
-            f"{decode.__name__} {used}: {speeds[-1]:.0f} tokens/s, {speeds[-1] / speeds[0]:.2f} times full depth"
-        )
+        seconds = median(repeat(partial(decode, model, prompt, used), number=1, repeat=5))
+        speeds.append(len(tokens) / seconds)
+        times = speeds[-1] / speeds[0]
+        print(f"{decode.__name__} {used}: {speeds[-1]:.0f} tokens/s, {times:.2f} times full depth")
         print(model.tokenizer.decode(tokens), " exit layers:", *layers, "\n")

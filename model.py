@@ -1,159 +1,177 @@
-"""The decoder-only transformer and its one-file checkpoints. It asks nothing: it offers the heads that exits
-read.
+"""The decoder-only transformer. It makes no exit decisions; it only provides the exit heads.
 
-Dimensions: B batch, T time, N rows, d model width, H query heads, K key/value heads, C width of a head, V
-vocabulary. Layers count from 1 to L; index 0 stands for the embedding. Positions count from 0.
+Dimensions: B batch, T time, d model width, H query heads, K key/value heads, C width of a head, S positions
+that are seen, V vocabulary. Layers count from 1 to L; index 0 stands for the embedding. Positions count from
+0.
 """
 
 import common.threads  # noqa: F401  before torch
 
 import functools
 import math
-import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from common.config import option
+from common.config import Number, check_fields, option, read_choice
 from common.errors import UserError
-from formats.adapters import adapt, make_adapters
-from formats.checkpoint import check_finite, check_size, fitting, read_tokenizer
-from formats.frequent_ids import find_frequent_ids
-from formats.heads import read_model
-from formats.rotary import rope_table, rotate, rotation, split_pairs
-from formats.shape import check_shape, one_or_several
-from formats.weights import default_dtype, linear, load_weights, lookup, rms_norm
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+ADAPTERS = {
+    "lowrank": (Number("RANK", limits={"least": 1, "most": 2**16}),),
+    "mlp": (Number("WIDTH", limits={"least": 1, "most": 2**16}),),
+}
+MATRICES = {"lowrank": 2, "mlp": 3}  # of an adapter, (size, d) each; the last one writes into the state
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a transformer of the Llama family, or of Gemma's; the defaults are the embedded
-    model's."""
+    """The shape of a transformer of the Llama family or of Gemma's; the defaults are the embedded model's."""
 
-    vocab_size: int = option(4096, "pieces of the vocabulary")
-    n_layers: int = option(12, "blocks")
-    d_model: int = option(256, "width of the residual stream")
-    n_heads: int = option(4, "query heads")
-    n_kv_heads: int = option(
-        4, "key and value heads; fewer than n_heads, and dividing it: grouped-query attention"
-    )
-    d_ff: int = option(512, "width of the gated MLP")
-    max_len: int = option(512, "most positions in one sequence")
-    rope_base: float = option(10000.0, "base of the rotary frequencies")
-    norm_eps: float = option(1e-6, "added to the mean square in the norms")
+    vocab_size: int = option(4096, "pieces of the vocabulary", least=1)
+    n_layers: int = option(12, "blocks", least=1, most=10_000)
+    d_model: int = option(256, "width of the residual stream", least=1)
+    n_heads: int = option(4, "query heads", least=1)
+    n_kv_heads: int = option(4, "key/value heads; fewer than n_heads: grouped-query attention", least=1)
+    d_ff: int = option(512, "width of the gated MLP", least=1)
+    max_len: int = option(512, "most positions in one sequence", least=1, most=2**20)
+    rope_base: float = option(10000.0, "base of the rotary frequencies", above=0)
+    norm_eps: float = option(1e-6, "added to the mean square in the norms", above=0)
     tie_embeddings: bool = option(True, "unembed with the embedding")
-    exit_norms: tuple[int, ...] = option(
-        (), "exit layers with a norm of their own; the others share the final norm"
-    )
+    exit_norms: tuple[int, ...] = option((), "exit layers that do not share the final norm")
     classifiers: tuple[int, ...] = option((), "exit layers with a confidence classifier")
     exit_layers: tuple[int, ...] = option((), "layers that the model was trained to exit at")
     adapter: str | None = option(None, "before norms in exit_norms: lowrank:RANK, mlp:WIDTH, or none")
-    eos_id: tuple[int, ...] | int | None = option(2, "token that ends a text, or several; none: nothing does")
-    head_dim: int | None = option(None, "width of a head, even; none: d_model / n_heads")
-    activation: str = option("silu", "of the gated MLP: silu, or gelu_tanh (Gemma)")
-    embedding_scale: float = option(1.0, "factor of the embeddings (Gemma: sqrt d_model)")
-    query_scale: float | None = option(None, "factor of q k before the softmax; none: 1 / sqrt head_dim")
+    eos_id: tuple[int, ...] | int | None = option(2, "token or tokens that end a text; none: nothing does")
+    head_dim: int | None = option(None, "width of a head, even; none: d_model / n_heads", least=1)
+    activation: str = option("silu", "of the MLP: silu, or gelu_tanh (Gemma)", choices=tuple(ACTIVATIONS))
+    embedding_scale: float = option(1.0, "factor of the embeddings (Gemma: sqrt d_model)", above=0)
+    query_scale: float | None = option(None, "factor of q k in the softmax; none: 1 / sqrt head_dim", above=0)
     qk_norm: bool = option(False, "norm the queries and keys of every head (Gemma 3, Qwen 3)")
     qkv_bias: bool = option(False, "add a bias to queries, keys and values (Qwen 2)")
-    post_norms: bool = option(False, "norm what attention and MLP add, too (Gemma 2 and 3)")
-    attention_cap: float | None = option(None, "soft cap of q k (Gemma 2); none: no cap")
-    logit_cap: float | None = option(None, "soft cap of the logits (Gemma 2); none: no cap")
-    window: int | None = option(
-        None,
-        "newest positions, its own included, that a position sees (Mistral 0.1, Gemma 2 and 3); none: all",
-    )
+    post_norms: bool = option(False, "also norm what attention and MLP add (Gemma 2 and 3)")
+    attention_cap: float | None = option(None, "soft cap of q k (Gemma 2); none: no cap", above=0)
+    logit_cap: float | None = option(None, "soft cap of the logits (Gemma 2); none: no cap", above=0)
+    window: int | None = option(None, "positions that a layer sees (Mistral, Gemma); none: all", least=1)
     global_layers: tuple[int, ...] = option((), "layers that see all positions in spite of a window")
-    local_rope_base: float | None = option(
-        None, "rope_base of the layers with a window (Gemma 3); none: the same"
-    )
-    unrotated_layers: tuple[int, ...] = option(
-        (), "layers whose queries and keys know no positions (SmolLM3)"
-    )
-    rope_factor: float = option(1.0, "divides the rotary frequencies, but for those of local_rope_base")
-    rope_bands: tuple[float, ...] = option(
-        (),
-        "Llama 3: low, high, length; rope_factor divides frequencies of fewer than low turns in length positions, "
-        "not those of more than high, and in part those between",
-    )
+    local_rope_base: float | None = option(None, "rope_base of layers with a window; none: the same", above=0)
+    unrotated_layers: tuple[int, ...] = option((), "layers without rotary positions (SmolLM3)")
+    rope_factor: float = option(1.0, "divides the frequencies, except those of local_rope_base", above=0)
+    rope_bands: tuple[float, ...] = option((), "Llama 3: low, high, length; where rope_factor applies")
 
     def __post_init__(self):
-        for name in (
-            "exit_norms",
-            "classifiers",
-            "exit_layers",
-            "global_layers",
-            "unrotated_layers",
-            "rope_bands",
-        ):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "eos_id", one_or_several(self.eos_id))
-        check_shape(self)
+        check_fields(self)
+        self.check_heads()
+        self.check_layers()
         object.__setattr__(self, "head_dim", self.head_dim or self.d_model // self.n_heads)
+        for token in self.ends:
+            if not 0 <= token < self.vocab_size:
+                raise UserError(f"eos_id is {token}; it must lie in 0 to {self.vocab_size - 1}")
+
+    def check_heads(self) -> None:
+        """Raises UserError for heads that do not divide what they must, and for rotary bands out of order."""
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise UserError(f"n_heads {self.n_heads} must divide d_model {self.d_model}; or give head_dim")
+        head_dim = self.head_dim or self.d_model // self.n_heads
+        if head_dim % 2:
+            raise UserError(f"head_dim is {head_dim} (d_model / n_heads if not given); it must be even")
+        if self.n_heads % self.n_kv_heads:
+            raise UserError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
+        bands = self.rope_bands
+        if bands and (len(bands) != 3 or not 0 < bands[0] < bands[1]):
+            raise UserError(f"rope_bands is {bands}; it must be low, high, length with low below high")
+
+    def check_layers(self) -> None:
+        """Raises UserError for an exit layer outside 1 .. L-1, for another layer outside 1 .. L, and for an
+        adapter that cannot be."""
+        for name in ("exit_norms", "classifiers", "exit_layers"):
+            check_exit_layers(name, getattr(self, name), self.n_layers)
+        for name in ("global_layers", "unrotated_layers"):
+            for layer in getattr(self, name):
+                if not 1 <= layer <= self.n_layers:
+                    raise UserError(f"{name}: there is no layer {layer}; choose from 1 to {self.n_layers}")
+        if self.adapter and read_choice("adapter", self.adapter, ADAPTERS) and not self.exit_norms:
+            raise UserError(f"adapter is {self.adapter}, but there are no exit_norms for it to stand before")
 
     @property
     def ends(self) -> frozenset[int]:
         """The token ids that end a text."""
-        if self.eos_id is None:
-            return frozenset()
-        return frozenset(self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,))
-
-    def slides(self, layer: int) -> bool:
-        """Whether the layer has a window."""
-        return self.window is not None and layer not in self.global_layers
-
-    def rotates(self, layer: int) -> bool:
-        """Whether the layer's queries and keys are rotated by their positions."""
-        return layer not in self.unrotated_layers
+        ids = self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,)
+        return frozenset(ids) - {None}
 
 
-# ---------------------------------------------------------------- positions and attention
+def check_exit_layers(name: str, layers: Collection[int], n_layers: int) -> None:
+    """Raises UserError unless every layer lies in 1 .. L-1: an exit after layer L would be the full model."""
+    for layer in layers:
+        if not 1 <= layer < n_layers:
+            raise UserError(f"{name}: layer {layer} is not an exit; this model's are 1 to {n_layers - 1}")
 
 
-def split_heads(qkv: Tensor, batch: int, config: ModelConfig, rope: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(B T, (H + 2K) C) -> q (B, H, T, C), and k above v (B, 2K, T, C); q and k are rotated by their
-    positions. rope: from `rotation`; None: not rotated."""
-    if rope is not None and rope.is_complex():  # folded weights, a CPU's default: the same function, by pairs
-        return split_pairs(qkv, batch, config, rope)
-    H, K, C = config.n_heads, config.n_kv_heads, config.head_dim
-    heads = qkv.view(batch, -1, H + 2 * K, C).transpose(1, 2)  # (B, H + 2K, T, C)
-    if rope is None:  # SmolLM3 has layers without
-        return heads[:, :H], heads[:, H:]
-    qk, v = rotate(heads[:, : H + K], rope), heads[:, H + K :]
-    return qk[:, :H], torch.cat([qk[:, H:], v], 1)
+# ---------------------------------------------------------------- norm, rotary positions, attention
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: ModelConfig, causal=False
-) -> Tensor:
-    """softmax(q k * query_scale) v where `mask` (.., T, S) allows, or everywhere: q (B, H, T, C), k and v (B,
-    K, S, C) -> (B T, H C)."""
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * gain over the last dimension (Zhang 2019), computed in the finer dtype of the two."""
+    dtype = torch.promote_types(x.dtype, gain.dtype)
+    return F.rms_norm(x.to(dtype), gain.shape, gain.to(dtype), eps).to(x.dtype)
+
+
+def rope_table(config: ModelConfig, base: float, factor: float = 1.0) -> Tensor:
+    """Rotary position embedding (Su 2021): cos and signed sin (-sin for the first half of a head, sin for the
+    second) of every position, (2, max_len, C). `factor` divides the frequencies for long texts, all alike or
+    in the bands of Llama 3 (`apply_scaling` in its code)."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim  # (C/2,)
+    frequency = base**-exponent
+    kept = torch.zeros_like(frequency)  # the share of each frequency that is not divided
+    if config.rope_bands:
+        low, high, length = config.rope_bands
+        turns = length * frequency / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    if factor != 1:
+        frequency = frequency * (kept + (1 - kept) / factor)
+    angle = torch.arange(config.max_len, dtype=torch.float64)[:, None] * frequency
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turns every pair (x1, x2) of a head by the angle of its position: (x1 cos - x2 sin, x2 cos + x1 sin);
+    the pair is (i, i + C/2). x (B, heads, T, C), rope (2, T, C)."""
+    cos, signed_sin = rope
+    swapped = x.roll(x.shape[-1] // 2, -1)  # x2 in the place of x1, x1 in the place of x2
+    return torch.addcmul(x * cos, swapped, signed_sin).type_as(x)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: ModelConfig) -> Tensor:
+    """softmax(q k * query_scale) v where `mask` (.., T, S) allows. Without a mask a single row sees
+    everything, and T = S rows are causal. q (B, H, T, C), k and v (B, K, S, C) -> (B, T, H C)."""
+    causal = mask is None and q.shape[2] > 1
     if config.attention_cap is None:
-        grouped = q.shape[1] != k.shape[1]
+        grouped = config.n_heads != config.n_kv_heads
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=config.query_scale, enable_gqa=grouped
         )  # (B, H, T, C)
     else:
+        if causal:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         out = capped_attention(q, k, v, mask, config)
-    return out.transpose(1, 2).reshape(-1, q.shape[1] * q.shape[3])
+    return out.transpose(1, 2).flatten(2)
 
 
 def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: ModelConfig) -> Tensor:
-    """Gemma 2: q k softly capped before the softmax, which the library's attention does not know. -> (B, H,
-    T, C)."""
-    B, H, T, C = q.shape
-    q = q.view(B, k.shape[1], -1, T, C)  # (B, K, H/K, T, C)
-    similarity = (q @ k[:, :, None].mT).float() * (config.query_scale or C**-0.5)
-    similarity = soft_cap(similarity, config.attention_cap).view(B, H, T, -1)
+    """Gemma 2: q k softly capped before the softmax, which the library's attention cannot do. -> (B, H, T,
+    C)."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (B, H, S, C)
+    scores = (q @ k.mT).float() * (config.query_scale or q.shape[-1] ** -0.5)
+    scores = soft_cap(scores, config.attention_cap)
     if mask is not None:
-        similarity = similarity.masked_fill(~mask, -math.inf)
-    weights = similarity.softmax(-1).type_as(v).view(*q.shape[:-1], -1)  # (B, K, H/K, T, S)
-    return (weights @ v[:, :, None]).view(B, H, T, C)
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1).type_as(v) @ v
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
@@ -162,25 +180,68 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
 
 
 def visible(rows: Tensor, columns: Tensor, window: int | None) -> Tensor:
-    """Which of the positions `columns` (S,) the positions `rows` (T,) see: those up to their own, the newest
-    `window` of them. (T, S)."""
+    """Which of the positions `columns` (S,) the positions `rows` (T,) see: the newest `window` (None: all) of
+    those up to their own. -> (T, S)."""
     distance = rows[:, None] - columns
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
+    return (distance >= 0) & (distance < (window or math.inf))
+
+
+Visible = tuple[Tensor, Tensor, Tensor | None]  # keys, values, and the mask of which row sees which
+
+
+class KeysValues(Protocol):
+    """What a block needs of keys and values: FullPass below, and in decoding the KVCache of cache.py."""
+
+    def first(self, layer: int) -> int:
+        """The position of the first row that a pass brings to the layer."""
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, window: int | None) -> Visible:
+        """Takes keys and values (B, K, T, C) of the rows, and gives all that these rows may see, (B, K, S, C)
+        each, with the mask of which row sees which, (.., T, S), or None as in `attention`."""
+
+
+class FullPass:
+    """The keys and values that the rows of a full pass see: those of the pass itself. `documents` (B, T)
+    numbers the documents packed into a row of the batch; no document sees another."""
+
+    def __init__(self, documents: Tensor | None = None):
+        self.documents = documents
+        self.masks: dict[
+            tuple, Tensor | None
+        ] = {}  # window -> mask, shared by the layers with the same window
+
+    def first(self, layer: int) -> int:
+        return 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, window: int | None) -> Visible:
+        if window not in self.masks:
+            self.masks[window] = self.mask(k.shape[2], k.device, window)
+        return k, v, self.masks[window]
+
+    def mask(self, length: int, device: torch.device, window: int | None) -> Tensor | None:
+        """Which positions see which, (T, T) or (B, 1, T, T); None: each sees all up to itself."""
+        if window is None and self.documents is None:
+            return None
+        positions = torch.arange(length, device=device)
+        seen = visible(positions, positions, window)
+        if self.documents is not None:
+            seen = (seen & (self.documents[:, :, None] == self.documents[:, None, :]))[:, None]
+        return seen
 
 
 # ---------------------------------------------------------------- the transformer
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). It treats every row alike; what depends on
-    positions is in `attend`, which a full pass and the cache do in their own ways. The weights of queries,
-    keys and values lie one above the other, so do those of gate and up: one product reads them."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). The weights of queries, keys and values lie
+    one above the other in `qkv`, those of gate and up in `gate_up`, so that one product reads them."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         d, C, H, K = config.d_model, config.head_dim, config.n_heads, config.n_kv_heads
-        self.config, self.activation = config, ACTIVATIONS[config.activation]
+        self.config, self.layer, self.activation = config, layer, ACTIVATIONS[config.activation]
+        self.window = None if layer in config.global_layers else config.window
+        self.register_buffer("rope", None, persistent=False)  # (2, max_len, C), or None: no rotary positions
         self.attn_norm = nn.Parameter(torch.ones(d))
         self.qkv = nn.Parameter(torch.empty((H + 2 * K) * C, d))
         self.out = nn.Parameter(torch.empty(d, H * C))
@@ -188,132 +249,115 @@ class Block(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(2 * config.d_ff, d))
         self.down = nn.Parameter(torch.empty(d, config.d_ff))
         if config.post_norms:
-            self.attn_post_norm, self.mlp_post_norm = nn.Parameter(torch.ones(d)), nn.Parameter(torch.ones(d))
+            self.attn_post_norm = nn.Parameter(torch.ones(d))
+            self.mlp_post_norm = nn.Parameter(torch.ones(d))
         if config.qkv_bias:
             self.qkv_bias = nn.Parameter(torch.zeros((H + 2 * K) * C))
         if config.qk_norm:
-            self.q_norm, self.k_norm = nn.Parameter(torch.ones(C)), nn.Parameter(torch.ones(C))
+            self.q_norm = nn.Parameter(torch.ones(C))
+            self.k_norm = nn.Parameter(torch.ones(C))
 
-    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        """x (N, d) -> (N, d); `attend` takes queries, keys and values side by side, (N, (H + 2K) C), to (N, H
-        C)."""
-        w, eps = self._parameters, self.config.norm_eps  # w["out"] is self.out, found in a third of the time
-        a = linear(attend(self.project(x)), w["out"])  # attend: split_heads, then attention
-        if self.config.post_norms:  # Gemma 2 and 3
-            a = rms_norm(a, w["attn_post_norm"], eps)
-        x = x + a
-        gate, up = linear(rms_norm(x, w["mlp_norm"], eps), w["gate_up"]).chunk(2, dim=-1)  # (N, d_ff) each
-        m = linear(self.activation(gate) * up, w["down"])
-        if self.config.post_norms:
-            m = rms_norm(m, w["mlp_post_norm"], eps)
-        return x + m
+    def forward(self, x: Tensor, kv: KeysValues) -> Tensor:
+        """x (B, T, d) -> (B, T, d). `kv` takes the keys and values of these T positions and gives those that
+        they may see: their own in a full pass, all that are stored in decoding."""
+        q, k, v = self.heads(x, kv.first(self.layer))
+        k, v, mask = kv.extend(self.layer, k, v, self.window)  # (B, K, S, C)
+        a = F.linear(attention(q, k, v, mask, self.config), self.out)
+        x = x + self.post_norm(a, "attn_post_norm")
+        gate, up = F.linear(rms_norm(x, self.mlp_norm, self.config.norm_eps), self.gate_up).chunk(2, dim=-1)
+        m = F.linear(self.activation(gate) * up, self.down)  # gate and up: (B, T, d_ff)
+        return x + self.post_norm(m, "mlp_post_norm")
 
-    def project(self, x: Tensor) -> Tensor:
-        """x (N, d) -> queries, keys and values before rotation, (N, (H + 2K) C)."""
-        w = self._parameters
-        qkv = linear(rms_norm(x, w["attn_norm"], self.config.norm_eps), w["qkv"])
+    def heads(self, x: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, C), keys and values (B, K, T, C) of x (B, T, d), whose positions count from
+        `first`."""
+        H, K, C, eps = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim, self.config.norm_eps
+        qkv = F.linear(rms_norm(x, self.attn_norm, eps), self.qkv)  # (B, T, (H + 2K) C)
         if self.config.qkv_bias:  # Qwen 2
-            qkv = (qkv + w["qkv_bias"]).type_as(qkv)  # the bias may be finer
-        return self.norm_heads(qkv) if self.config.qk_norm else qkv  # Gemma 3, Qwen 3
+            qkv = (qkv + self.qkv_bias).type_as(qkv)  # the bias may be finer
+        q, k, v = qkv.unflatten(-1, (-1, C)).transpose(1, 2).split([H, K, K], dim=1)
+        if self.config.qk_norm:  # Gemma 3, Qwen 3
+            q, k = rms_norm(q, self.q_norm, eps), rms_norm(k, self.k_norm, eps)
+        if self.rope is not None:
+            rope = self.rope[:, first : first + x.shape[1]]
+            q, k = rotate(q, rope), rotate(k, rope)
+        return q, k, v
 
-    def norm_heads(self, qkv: Tensor) -> Tensor:
-        """Gemma 3, Qwen 3: a norm over every head of the queries, and one over every head of the keys."""
-        H, K, eps = self.config.n_heads, self.config.n_kv_heads, self.config.norm_eps
-        heads = qkv.view(-1, H + 2 * K, self.config.head_dim)
-        q = rms_norm(heads[:, :H], self.q_norm, eps)
-        k = rms_norm(heads[:, H : H + K], self.k_norm, eps)
-        return torch.cat([q, k, heads[:, H + K :]], 1).view_as(qkv)
+    def post_norm(self, x: Tensor, name: str) -> Tensor:
+        """Gemma 2 and 3 norm what attention and MLP add to the residual stream; others leave it as it is."""
+        return rms_norm(x, getattr(self, name), self.config.norm_eps) if self.config.post_norms else x
 
 
 class Transformer(nn.Module):
-    """Embedding, L blocks, final norm, unembedding. Exit heads read the state after any layer as the final
-    head reads the last."""
+    """Embedding, L blocks, final norm, unembedding. An exit head reads the state after its layer in the way
+    that the final head reads the last one."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         d = config.d_model
         self.config = config
-        self.form = "plain"  # how the weights are stored, see formats/weights.py
-        self.packed_unembed: Tensor | None = None  # the unembedding so stored, where that is a second copy
-        self.frequent_ids: Tensor | None = (
-            None  # (n,) by falling frequency in a corpus, see decoding/shortlist.py
-        )
+        self.frequent_ids: Tensor | None = None  # (n,) by falling frequency in a corpus, for shortlists
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, d))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(1, config.n_layers + 1))
         self.norm = nn.Parameter(torch.ones(d))
         if not config.tie_embeddings:
             self.unembedding = nn.Parameter(torch.empty(config.vocab_size, d))
         self.exit_norms = nn.ParameterDict({str(layer): torch.ones(d) for layer in config.exit_norms})
-        self.adapters = make_adapters(config)
-        self.classifiers = nn.ParameterDict(
-            {str(layer): torch.zeros(d + 1) for layer in config.classifiers}
-        )  # w, b
-        self.register_buffer("rope", rope_table(config), persistent=False)
+        self.adapters = nn.ParameterDict()
+        if config.adapter:
+            kind, (size,) = read_choice("adapter", config.adapter, ADAPTERS)
+            for layer in config.exit_norms:
+                reading = torch.randn(MATRICES[kind] - 1, size, d) * 0.02
+                writing = torch.zeros(1, size, d)  # so that an adapter begins as the identity
+                self.adapters[str(layer)] = nn.Parameter(torch.cat([reading, writing]))
+        classifiers = {str(layer): torch.zeros(d + 1) for layer in config.classifiers}  # weights and a bias
+        self.classifiers = nn.ParameterDict(classifiers)
+        self.make_rope()
         self.initialize()
 
+    def make_rope(self) -> None:
+        """Gives every block the table of its rotary positions, one for all blocks with the same base."""
+        config, tables = self.config, {}
+        for block in self.blocks:
+            local = block.window is not None and config.local_rope_base is not None  # Gemma 3
+            base, factor = (config.local_rope_base, 1.0) if local else (config.rope_base, config.rope_factor)
+            if local not in tables:
+                tables[local] = rope_table(config, base, factor).to(self.embedding.device)
+            if block.layer not in config.unrotated_layers:
+                block.rope = tables[local]
+
     def initialize(self) -> None:
-        """Normal matrices; what writes into the residual stream starts smaller, by depth (GPT-2, Radford
+        """Normal matrices; those that write into the residual stream are smaller, by depth (GPT-2, Radford
         2019)."""
         for name, weight in self.named_parameters():
-            if weight.dim() > 1 and not name.startswith("adapters"):  # these have begun, as the identity
-                residual = name.endswith(("out", "down"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02
-                nn.init.normal_(weight, std=std)
+            if weight.dim() > 1 and not name.startswith("adapters"):
+                writes = name.endswith(("out", "down"))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layers) if writes else 0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Final-layer logits of a full pass without a cache: tokens (B, T) int64 -> (B, T, V) float32."""
-        return self.head(self.hidden_states(tokens)[-1]).view(*tokens.shape, -1)
+        return self.head(self.hidden_states(tokens)[-1])
 
-    def hidden_states(
-        self,
-        tokens: Tensor,
-        documents: Tensor | None = None,
-        skipped: Collection[int] = (),
-        recompute: bool = False,
-    ) -> list[Tensor]:
-        """h_0 .. h_L of a full pass over tokens (B, T): L + 1 tensors (B T, d). `documents` (B, T) numbers
-        the documents packed into a row; none sees another. Layers in `skipped` hand their input on; with
-        `recompute` a block's inner states are made again for the gradient instead of kept. Raises UserError
-        for more tokens than the model has positions."""
+    def hidden_states(self, tokens: Tensor, documents: Tensor | None = None, skipped=(), recompute=False):
+        """h_0 .. h_L of a full pass over tokens (B, T): L + 1 tensors (B, T, d). `documents` as in FullPass.
+        Layers in `skipped` hand their input on; with `recompute` the inner states of a block are computed
+        again for the gradient instead of kept. Raises UserError for more tokens than the model has
+        positions."""
         if tokens.shape[1] > self.config.max_len:
             raise UserError(
-                f"{tokens.shape[1]} tokens do not fit into the model's {self.config.max_len} positions; "
-                "shorten the text"
+                f"{tokens.shape[1]} tokens, but only {self.config.max_len} positions; shorten the text"
             )
-        attend_all = functools.cache(
-            functools.partial(self.attend_all, tokens, documents)
-        )  # once for alike layers
-        x = self.embed(tokens.flatten())
+        x, kv = self.embed(tokens), FullPass(documents)
         states = [x]
         for layer, block in enumerate(self.blocks, 1):
             if layer not in skipped:
-                inputs = (x, attend_all(self.config.slides(layer), self.config.rotates(layer)))
-                x = recomputed(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+                x = recomputed(block, x, kv, use_reentrant=False) if recompute else block(x, kv)
             states.append(x)
         return states
 
-    def attend_all(
-        self, tokens: Tensor, documents: Tensor | None, slides: bool, rotates: bool
-    ) -> Callable[[Tensor], Tensor]:
-        """`attend` of a block in a full pass over tokens (B, T): every position sees those before it, within
-        its own document and, where the layer slides, its window; queries and keys are rotated or not."""
-        (B, T), config, mask = tokens.shape, self.config, None
-        rope = rotation(self.rope, slides, 0, T, config) if rotates else None
-        if documents is not None or slides or config.attention_cap is not None:
-            positions = torch.arange(T, device=tokens.device)
-            mask = visible(positions, positions, config.window if slides else None)  # (T, T)
-        if documents is not None:
-            mask = (mask & (documents[:, :, None] == documents[:, None, :]))[:, None]  # (B, 1, T, T)
-
-        def attend(qkv: Tensor) -> Tensor:
-            q, kv = split_heads(qkv, B, config, rope)
-            return attention(q, *kv.chunk(2, 1), mask, config, causal=mask is None).type_as(qkv)
-
-        return attend
-
     def embed(self, tokens: Tensor) -> Tensor:
-        """h_0 of tokens (N,): (N, d)."""
-        x = lookup(self.embedding, tokens)
+        """h_0 of tokens (B, T): (B, T, d)."""
+        x = F.embedding(tokens, self.embedding)
         return x if self.config.embedding_scale == 1 else x * self.config.embedding_scale  # Gemma
 
     @property
@@ -321,64 +365,51 @@ class Transformer(nn.Module):
         """The unembedding W (V, d)."""
         return self.embedding if self.config.tie_embeddings else self.unembedding
 
+    def head_rows(self, ids: Tensor) -> Tensor:
+        """The rows of the unembedding of some tokens (n,), as `score` takes them: (n, d)."""
+        return F.embedding(ids, self.unembed)
+
+    def prepared(self, rows: Tensor) -> Tensor:
+        """Rows of the unembedding, stored as `score` reads them fastest: here as they are. (FastTransformer
+        has other forms.)"""
+        return rows
+
+    def new_states(self, *shape: int) -> Tensor:
+        """Room for states, keys or values, of the model's dtype and on its device."""
+        return self.embedding.new_empty(shape)
+
     @property
-    def head_weight(self) -> Tensor:
-        """The unembedding as the heads multiply with it."""
-        return self.unembed if self.packed_unembed is None else self.packed_unembed
+    def device(self) -> torch.device:
+        return self.norm.device
 
     def exit_norm(self, hidden: Tensor, layer: int) -> Tensor:
-        """norm_l(h_l), (N, d): the layer's own norm, after its adapter; else the final
-        norm."""
-        gain = self.exit_norms[str(layer)] if layer in self.config.exit_norms else self.norm
-        return rms_norm(self.before_norm(hidden, layer), gain, self.config.norm_eps)
+        """norm_l(h_l), (.., d): the layer's own norm, after its adapter; the final norm if it has none."""
+        own = layer in self.config.exit_norms
+        gain = self.exit_norms[str(layer)] if own else self.norm
+        return rms_norm(self.adapted(hidden, layer), gain, self.config.norm_eps)
 
-    def before_norm(self, hidden: Tensor, layer: int) -> Tensor:
-        """What norm_l gets, (N, d): h_l after the layer's adapter."""
+    def adapted(self, hidden: Tensor, layer: int) -> Tensor:
+        """What norm_l reads of h_l (.., d): h_l itself, or what the layer's adapter makes of it. `lowrank:r`:
+        h + up(down(h)) (tuned lens, Belrose 2023, of low rank). `mlp:f`: x + down(silu(gate(x)) up(x)) with x
+        = h / rms(h) (EE-Tuning, Pan 2024: norm, gated MLP, residual)."""
         if not self.config.adapter or layer not in self.config.exit_norms:
             return hidden
-        return adapt(hidden, self.adapters[str(layer)], self.config.norm_eps)
+        weight = self.adapters[str(layer)]
+        hidden = hidden.to(weight.dtype)  # in training heads may be finer than the blocks
+        if len(weight) == 2:
+            down, up = weight  # (r, d) each
+            return hidden + hidden @ down.T @ up
+        gate, up, down = weight  # (f, d) each
+        x = F.rms_norm(hidden.float(), (hidden.shape[-1],), eps=self.config.norm_eps).type_as(hidden)
+        return x + F.silu(x @ gate.T) * (x @ up.T) @ down
 
-    def score(self, normed: Tensor, weight: Tensor) -> Tensor:
-        """Logits of the tokens whose rows of the unembedding are `weight` (n, d): norm_l(h_l) (N, d) -> (N,
-        n) float32."""
-        logits = linear(normed, weight).float()
+    def score(self, normed: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Logits of the tokens whose rows of the unembedding are `weight` (n, d), of all tokens if that is
+        None: norm_l(h_l) (.., d) -> (.., n) float32."""
+        logits = F.linear(normed, self.unembed if weight is None else weight).float()
         return logits if self.config.logit_cap is None else soft_cap(logits, self.config.logit_cap)  # Gemma 2
 
     def head(self, hidden: Tensor, layer: int | None = None) -> Tensor:
-        """z_l = W norm_l(h_l): what exit `layer` (None: the last) reads, (N, d) -> logits (N, V) float32."""
-        return self.score(self.exit_norm(hidden, layer or self.config.n_layers), self.head_weight)
-
-
-# ---------------------------------------------------------------- from a file
-
-
-def load_checkpoint(
-    path: str | os.PathLike,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    form: str | None = None,
-    check: bool = False,
-    frequent_ids: str | None = None,
-    heads: str | None = None,
-):
-    """Returns (model, tokenizer) ready to decode: tokenizer as formats/tokenizer.py says, or None if the file
-    holds none. `dtype`, of the matrices (vectors keep at least the file's precision), None: float32 on the
-    CPU for float16 files (CPUs are slow at several rows in half precision), else the file's own. `form`: how
-    a CPU stores the weights (formats/weights.py; None: by its rule). `check`: compare the file with its
-    checksums first. `frequent_ids`: a file of ids for shortlists (tools/shortlist.py), `heads` one of heads
-    (formats/heads.py), each in place of those inside. Raises UserError."""
-    content, device, source = read_model(path, heads, check), torch.device(device), heads or path
-    check_finite(path)
-    with fitting(source):
-        config = ModelConfig(**content["config"])
-        check_size(content["weights"], config)
-        with torch.device("meta"):
-            model = Transformer(config).eval()
-        model.rope = rope_table(config).to(device)
-        load_weights(model, path, heads, content, device, dtype or default_dtype(content, device), form)
-    model.frequent_ids = find_frequent_ids(frequent_ids, path, heads, content, config.vocab_size)
-    blob = content.get("tokenizer")
-    tokenizer = (
-        None if blob is None else read_tokenizer(path, blob.numpy().tobytes(), model.config.vocab_size)
-    )
-    return model, tokenizer
+        """z_l = W norm_l(h_l), the exit head of `layer` (None: the last): (.., d) -> logits (.., V)
+        float32."""
+        return self.score(self.exit_norm(hidden, layer or self.config.n_layers))

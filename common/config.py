@@ -2,42 +2,47 @@
 it."""
 
 import dataclasses
+import difflib
+import operator
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from common.errors import UserError
 
 
-def option(default, text: str, group: str = "", **limits):
-    """A field of a config dataclass that is also a flag; `text` describes it, with unit or range. `group`:
-    the title in --help under which the flag stands; none for those that a beginner needs first. `limits`:
-    those of `check_range`, for `check_limits` to check."""
-    return dataclasses.field(default=default, metadata={"help": text, "group": group, "limits": limits})
+def option(default, text: str, group: str = "", rare: bool = False, choices=None, **limits):
+    """A field of a config dataclass that is also a flag. `text` describes it, with its unit or range. `group`
+    is the title in --help under which the flag stands; a flag without one stands at the top. A `rare` flag is
+    shown by --help-all only. For `check_limits`: `choices` are the words allowed, or a function that raises
+    UserError for a value that is not allowed; `limits` are those of `check_range`."""
+    metadata = {"help": text, "group": group, "rare": rare, "choices": choices, "limits": limits}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def reader(kind) -> Callable[[str], object]:
-    """Text -> a value of `kind`: int, float, str, a tuple of these (comma-separated; the word none: an empty
-    one), or one of them or None (the word none)."""
-    if isinstance(kind, types.UnionType):
-        inner = reader(next(arm for arm in typing.get_args(kind) if arm is not types.NoneType))
-        read = lambda text: None if text.lower() == "none" else inner(text)  # noqa: E731
-    elif typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-
-        def read(text: str) -> tuple:
-            parts = [] if text.lower() == "none" else text.split(",")
-            if not all(parts):
-                raise ValueError("one of the list is empty")
-            return tuple(item(part) for part in parts)
-
-        read.__name__ = f"list of {item.__name__}, separated by commas,"
-        return read
-    else:
+    """Text -> a value of `kind`: int, float, str; tuple[kind, ...], separated by commas, empty for the word
+    none; or kind | None, None for the word none."""
+    if not typing.get_args(kind):
         return kind
-    read.__name__ = inner.__name__  # what argparse calls it in its message
+    inner, is_list = reader(typing.get_args(kind)[0]), typing.get_origin(kind) is tuple
+
+    def read(text: str):
+        if text.lower() == "none":
+            return () if is_list else None
+        return tuple(map(inner, text.split(","))) if is_list else inner(text)
+
+    # argparse names it in messages
+    read.__name__ = f"list of {inner.__name__}, separated by commas," if is_list else inner.__name__
     return read
+
+
+def as_text(value) -> str:
+    """The text from which `reader` reads the value again."""
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value)) or "none"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def read_field(config: type, name: str, text: str):
@@ -46,7 +51,7 @@ def read_field(config: type, name: str, text: str):
     kinds = typing.get_type_hints(config)
     field = name.replace("-", "_")
     if field not in kinds:
-        raise UserError(f"unknown setting {name!r}; choose from {', '.join(kinds)}")
+        raise UserError(f"unknown setting {name!r}{did_you_mean(field, kinds)}; see --help-all")
     try:
         if kinds[field] is bool:
             return {"": True, "true": True, "false": False}[text.lower()]
@@ -55,49 +60,106 @@ def read_field(config: type, name: str, text: str):
         raise UserError(f"{name} cannot be {text!r}") from None
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The known word that is most like this one, as the part of a message; nothing if none is like it."""
+    similar = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {similar[0]}?" if similar else ""
+
+
+# ---------------------------------------------------------------- choices with numbers: decaying:64:16
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """One number of a choice: its name, its default (None: it must be given) and the limits of
+    `check_range`."""
+
+    name: str
+    default: float | None = None
+    limits: dict = dataclasses.field(default_factory=dict)
+    kind: type = int
+
+
+def read_choice(name: str, text: str, known: dict[str, tuple[Number, ...]]) -> tuple[str, list]:
+    """A choice and its numbers from text such as "decaying:64:16"; numbers that are left out at the end have
+    their defaults. `known` holds the numbers of each choice. Raises UserError for anything else; `name` is
+    that of the setting."""
+    choice, *parts = text.split(":")
+    numbers = known.get(choice)
+    given = len(parts)
+    if numbers is None or given > len(numbers) or any(number.default is None for number in numbers[given:]):
+        raise UserError(f"unknown {name} {text!r}; choose from {', '.join(forms(known))}")
+    values = []
+    for number, part in zip(numbers, parts):
+        try:
+            values.append(number.kind(part))
+        except ValueError:
+            raise UserError(f"{name} is {text}; {number.name} cannot be {part!r}") from None
+        check_range(f"{number.name} of {name} {text}", values[-1], **number.limits)
+    return choice, values + [number.default for number in numbers[given:]]
+
+
+def forms(known: dict[str, tuple[Number, ...]]) -> list[str]:
+    """How each choice is written: ["fixed:K", "decaying:K:MIN"]."""
+    return [":".join([choice, *(number.name for number in numbers)]) for choice, numbers in known.items()]
+
+
+# ---------------------------------------------------------------- limits and kinds
+
+
 def check_range(name: str, value, least=None, most=None, above=None) -> None:
     """Raises UserError unless the number is at least `least`, at most `most` and above `above`, where these
     are given; NaN is not."""
-    inside, asked = True, []
-    if least is not None:
-        inside, asked = inside and value >= least, [*asked, f"at least {least}"]
-    if above is not None:
-        inside, asked = inside and value > above, [*asked, f"above {above}"]
-    if most is not None:
-        inside, asked = inside and value <= most, [*asked, f"at most {most}"]
-    if not inside:
-        raise UserError(f"{name} is {value}; it must be {' and '.join(asked)}")
+    limits = ("at least", least, operator.ge), ("above", above, operator.gt), ("at most", most, operator.le)
+    limits = [limit for limit in limits if limit[1] is not None]
+    if not all(holds(value, bound) for _, bound, holds in limits):
+        wanted = " and ".join(f"{words} {bound}" for words, bound, _ in limits)
+        raise UserError(f"{name} is {value}; it must be {wanted}")
 
 
 def check_limits(config) -> None:
-    """Raises UserError for a field of a config that is outside the limits that its `option` gives; None is
-    not."""
+    """Raises UserError for a field of a config whose value, or a part of whose tuple, is not among the
+    choices, or outside the limits, that its `option` gives. None is always allowed."""
     for field in dataclasses.fields(config):
-        value, limits = getattr(config, field.name), field.metadata.get("limits")
-        if value is not None and limits:
-            check_range(field.name, value, **limits)
+        value, metadata = getattr(config, field.name), field.metadata
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        for each in values:
+            check_choice(field.name, each, metadata.get("choices"))
+            check_range(field.name, each, **metadata.get("limits", {}))
 
 
-def check_kinds(config) -> None:
-    """Raises UserError unless every field of a config is of the kind that its annotation says, and finite; an
-    int may stand for a float, but no bool for an int."""
+def check_choice(name: str, value, choices: Iterable[str] | Callable | None) -> None:
+    """Raises UserError for a value that is not among the choices; a function checks by itself."""
+    if callable(choices):
+        choices(value)
+    elif choices is not None and value not in choices:
+        raise UserError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
+
+
+def check_fields(config) -> None:
+    """Turns lists in the fields of a config into tuples, and a tuple of one value into that value where the
+    field may hold either. Raises UserError for a field that is not of the kind that its annotation says, not
+    finite, outside its limits, or not among its choices."""
     for name, kind in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
+        value = tuple(value) if isinstance(value, list) else value
+        if isinstance(kind, types.UnionType) and isinstance(value, tuple) and len(value) == 1:
+            value = value[0] if is_kind(value[0], kind) else value
         if not is_kind(value, kind):
             expected = kind.__name__ if type(kind) is type else kind
             raise UserError(f"{name} is {value!r:.40}; it must be {expected}, and finite")
+        object.__setattr__(config, name, value)
+    check_limits(config)
 
 
 def is_kind(value, kind) -> bool:
-    """Whether the value is of this kind (a type, a tuple of one, or one of several), and a number within 64
-    bits."""
-    if isinstance(kind, types.UnionType):
-        return any(is_kind(value, arm) for arm in typing.get_args(kind))
+    """Whether the value is of this kind: a type, tuple[type, ...] or type | None. An int may stand for a
+    float, but no bool for an int. A number must be finite and have at most 64 bits."""
+    arms = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-        return isinstance(value, tuple) and all(is_kind(part, item) for part in value)
-    if kind is int:
-        return type(value) is int and abs(value) < 2**63
+        return isinstance(value, tuple) and all(is_kind(part, arms[0]) for part in value)
+    if arms:
+        return any(is_kind(value, arm) for arm in arms)
     if kind is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max  # which NaN is not, either
-    return type(value) is kind
+    return type(value) is kind and (kind is not int or abs(value) < 2**63)

@@ -30,9 +30,33 @@ def whole_file(path: str | os.PathLike) -> Iterator[str]:
         if error.filename is not None:
             raise
         raise UserError(f"{path}: could not be written ({error.strerror}); what was there is kept") from None
+    except RuntimeError as error:  # what torch makes of a full disk
+        lost = "could not be written, the old file is kept; is the disk full?"
+        raise UserError(f"{path}: {lost} ({in_short(error)})") from None
     finally:
         if os.path.exists(part):
             os.remove(part)
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike, problem: str = "cannot be read") -> Iterator[None]:
+    """Makes one line that names the file of whatever goes wrong inside: a UserError gets the name in front
+    unless it has it, any other exception becomes "PATH: PROBLEM (reason)". Put only the reading of data that
+    somebody else wrote inside, because a mistake of ours becomes a line, too."""
+    try:
+        yield
+    except UserError as error:
+        named = str(error).startswith(str(path))
+        raise UserError(str(error) if named else f"{path}: {error}") from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise UserError(f"{path}: {problem} ({in_short(error)})") from None
+
+
+def in_short(error: Exception) -> str:
+    """The kind of an exception and the beginning of its text, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def check_replaceable(path: str | os.PathLike) -> None:
@@ -87,21 +111,13 @@ def read_json(path: str | os.PathLike, what: str) -> dict:
     return content
 
 
-def parse_json(text: str | bytes, where: str, **options):
-    """The value of a JSON text that comes from `where` (a file, perhaps a line of it); `options` are those of
-    json.loads. Raises UserError for what is none, and for what Python's reader gives up: too deep, or an
-    integer of thousands of digits."""
+def parse_json(text: str | bytes, where: str):
+    """The value of a JSON text that comes from `where` (a file, perhaps a line of it). Raises UserError for
+    anything else."""
     try:
-        return json.loads(text, **options)
-    except json.JSONDecodeError as error:
-        reason = error.msg
-    except UnicodeDecodeError:
-        reason = "bytes that are not UTF-8"
-    except RecursionError:
-        reason = "nested too deep"
-    except ValueError as error:  # Python reads no integer of more than 4,300 digits
-        reason = str(error).split(";")[0]
-    raise UserError(f"{where}: not JSON ({reason})")
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
 
 
 def digest(*parts) -> str:

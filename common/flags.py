@@ -10,26 +10,28 @@ import typing
 
 import torch
 
-from common.config import check_range, reader
+from common.config import as_text, check_range, did_you_mean, reader
 from common.errors import UserError
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
     "int8": torch.int8, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
 }  # fmt: skip
-DEVICES = ("cpu", "cuda")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors, for `run` to print in one line, whose help shows the
-    module's text as it is, and which takes no shortened flags: a new one would change what they mean."""
+    """An argument parser whose errors are UserErrors, which `run` prints in one line, and whose help
+    shows the module's text as it is. It takes no shortened flags: a new flag would change what they mean.
+    --help leaves out flags that are `rare`; --help-all shows them."""
 
     def __init__(self, description: str, **options):
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=form, allow_abbrev=False, **options)
+        text = "show this help with all flags, and exit"
+        self.add_argument("--help-all", action=HelpAll, nargs=0, help=text)
 
     def parse_args(self, *words, **more) -> argparse.Namespace:
-        """The arguments. Raises UserError for a value that is empty: it would be taken for none."""
+        """The arguments. Raises UserError for an empty value, which would otherwise mean none."""
         args = super().parse_args(*words, **more)
         for name, value in vars(args).items():
             if value == "" and name != "prompt":
@@ -37,73 +39,89 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        unknown, _, words = message.partition("unrecognized arguments: ")
+        flag = (words.split("=")[0].split() or [""])[0]
+        known = self._option_string_actions
+        remedy = "" if unknown or flag in known else did_you_mean(flag, known)
+        raise UserError(f"{message}{remedy}; see {self.prog} --help-all")
+
+
+def rare(action: argparse.Action) -> argparse.Action:
+    """Makes a flag that was just added one that only --help-all shows."""
+    action.help_all, action.help = action.help, argparse.SUPPRESS
+    return action
+
+
+class HelpAll(argparse.Action):
+    """Prints the help of all flags, those that are rare among them."""
+
+    def __call__(self, parser, *_):
+        for action in parser._actions:
+            action.help = getattr(action, "help_all", action.help)
+        parser.print_help()
+        parser.exit()
 
 
 # ---------------------------------------------------------------- the fields of a config
 
 
-def add_flags(parser: argparse.ArgumentParser, defaults, title: str, skip: tuple[str, ...] = ()) -> None:
-    """Adds --field-name for every field of a config, its default shown; a flag that is not given leaves
+def add_flags(parser: argparse.ArgumentParser, defaults, title: str, skip=(), common=None) -> None:
+    """Adds --field-name for every field of a config, and shows its default; a flag that is not given leaves
     nothing in the parsed arguments. In --help, fields without a group stand under `title`, the others under
-    the title of their group, in the order of the fields."""
+    the title of their group, in the order of the fields. Fields in `skip` get no flag; if the fields in
+    `common` are named, all others are rare."""
     kinds = typing.get_type_hints(type(defaults))
     groups = {"": parser.add_argument_group(title)}
     for field in dataclasses.fields(defaults):
         if field.name in skip:
             continue
-        name = field.metadata.get("group", "")
+        name = field.metadata["group"]
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
-        add_flag(groups[name], field, kinds[field.name], getattr(defaults, field.name))
+        action = add_flag(groups[name], field, kinds[field.name], getattr(defaults, field.name))
+        if common is not None and field.name not in common:
+            rare(action)
 
 
-def add_flag(group, field: dataclasses.Field, kind, default) -> None:
+def add_flag(group, field: dataclasses.Field, kind, default) -> argparse.Action:
     """Adds the flag of one field of this kind; a bool is a pair, --name and --no-name."""
     flag = "--" + field.name.replace("_", "-")
-    if isinstance(default, tuple):
-        default = ",".join(map(str, default)) or "none"
-    text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
+    text = f"{field.metadata['help']} (default: {as_text(default)})".replace("%", "%%")
     if kind is bool:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        how = {"action": argparse.BooleanOptionalAction}
     else:
-        group.add_argument(
-            flag, type=reader(kind), default=argparse.SUPPRESS, metavar=field.name.upper(), help=text
-        )
+        how = {"type": reader(kind), "metavar": field.name.upper()}
+    action = group.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
+    if field.metadata["rare"]:
+        rare(action)
+    return action
 
 
 def given(args: argparse.Namespace, config: type) -> dict:
     """The fields of `config` that were given as flags."""
-    return {
-        field.name: getattr(args, field.name)
-        for field in dataclasses.fields(config)
-        if hasattr(args, field.name)
-    }
+    names = {field.name for field in dataclasses.fields(config)}
+    return {name: value for name, value in vars(args).items() if name in names}
 
 
 # ---------------------------------------------------------------- checkpoint, device, dtype, threads
 
 
 def add_model_flags(parser: argparse.ArgumentParser, checkpoint) -> None:
-    """Adds --checkpoint, --heads, --check, --frequent-ids, --device, --dtype, --weights and --threads."""
-    parser.add_argument("--checkpoint", default=checkpoint, metavar="FILE", help="default: %(default)s")
+    """Adds, under a title of their own, the flags that say which model runs, and where."""
+    group = parser.add_argument_group("model and machine")
+    group.add_argument("--checkpoint", default=checkpoint, metavar="FILE", help="default: %(default)s")
     text = "heads that train.py --train heads made for it (default: those in the checkpoint)"
-    parser.add_argument("--heads", metavar="FILE", help=text)
-    parser.add_argument(
-        "--check", action="store_true", help="first compare the checkpoint with its checksums"
-    )
-    text = "ids for --shortlist (default: those in the checkpoint, or in model.ids.npy beside model.pt)"
-    parser.add_argument("--frequent-ids", metavar="FILE", help=text)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument(
-        "--dtype",
-        help=f"{', '.join(DTYPES)} (default: the file's own; float32 where a float16 file meets a CPU)",
-    )
-    parser.add_argument(
-        "--weights",
-        help="how a CPU stores them: plain, folded or packed (default: by rule, see formats/weights.py)",
-    )
-    add_thread_flag(parser)
+    group.add_argument("--heads", metavar="FILE", help=text)
+    text = "first compare the checkpoint with its checksums"
+    rare(group.add_argument("--check", action="store_true", help=text))
+    text = "ids for --shortlist (default: those in the checkpoint, or in model.ids.npy next to model.pt)"
+    rare(group.add_argument("--frequent-ids", metavar="FILE", help=text))
+    group.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    text = f"{', '.join(DTYPES)} (default: the file's own; on a CPU float32 for float16)"
+    group.add_argument("--dtype", help=text)
+    text = "how a CPU stores them: plain, folded or packed (default: by rule, see decoding/fast_weights.py)"
+    rare(group.add_argument("--weights", help=text))
+    add_thread_flag(group)
 
 
 def add_thread_flag(parser: argparse.ArgumentParser) -> None:
@@ -113,20 +131,14 @@ def add_thread_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def loading(args: argparse.Namespace) -> dict:
-    """What the model flags say to `load_checkpoint`. Sets --threads, and warns of a busy machine. Raises
+    """The model flags as arguments of `load_checkpoint`. Sets --threads, and warns of a busy machine. Raises
     UserError for what is not there."""
     use_threads(args.threads)
     use_device(args.device)
-    dtype = read_dtype(args.dtype)
     warn_if_busy()
-    return {
-        "device": args.device,
-        "dtype": dtype,
-        "form": args.weights,
-        "check": args.check,
-        "frequent_ids": args.frequent_ids,
-        "heads": args.heads,
-    }
+    names = "device", "check", "frequent_ids", "heads"
+    chosen = {name: getattr(args, name) for name in names}
+    return {**chosen, "dtype": read_dtype(args.dtype), "form": args.weights}
 
 
 def use_threads(count: int | None) -> None:
@@ -136,11 +148,11 @@ def use_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-@functools.cache  # said once
+@functools.cache  # warns once
 def warn_if_busy() -> None:
-    """One line on stderr, where that is a terminal, if more processes want to run than there are cores (the
-    average of a minute, where the system has one)."""
-    if not sys.stderr.isatty() or not hasattr(os, "getloadavg") or os.environ.get("RANK", "0") != "0":
+    """Warns on stderr, where that is a terminal, if more processes want to run than there are cores (the
+    average of a minute)."""
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         return
     load, cores = os.getloadavg()[0], os.cpu_count()
     if load > cores:
@@ -149,10 +161,10 @@ def warn_if_busy() -> None:
 
 
 def use_device(device: str) -> None:
-    """Makes one of several GPUs, as cuda:1, the one that torch names, waits for and tells the memory of.
-    Raises UserError for a device that is not supported, or not there."""
-    if device.partition(":")[0] not in DEVICES:
-        raise UserError(f"device {device!r} is not there to use; supported are {' and '.join(DEVICES)}")
+    """Makes one of several GPUs, such as cuda:1, torch's current device, to which its functions for time and
+    memory refer. Raises UserError for a device that is not supported, or not there."""
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"device {device!r} is not there to use; supported are cpu and cuda")
     try:
         torch.zeros(1, device=device).item()
         if device.startswith("cuda:"):

@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import os
+import sys
 from collections.abc import Callable
 
 from common.errors import UserError
@@ -15,28 +17,24 @@ def find_function(kind: str, name: str, known: dict[str, Callable], arguments: t
         return known[name]
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise UserError(
-            f"unknown {kind} {name!r}; choose from {', '.join(known)}, or package.module:function"
-        )
+        choices = ", ".join([*known, "package.module:function"])
+        raise UserError(f"unknown {kind} {name!r}; choose from {choices}")
+    # Python searches the current folder only here: it may have been downloaded, and its files must not
+    # replace optional packages.
+    sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{kind} {name!r} cannot be loaded: {error}") from None
-    wanted = f"a function of {' and '.join(arguments)}"
-    if inspect.isbuiltin(function) or inspect.isclass(function):
-        raise UserError(
-            f"{kind} {name!r} is not {wanted}: it is a part of Python or a class; write a function"
-        )
+    finally:
+        sys.path.pop()
     try:
         inspect.signature(function).bind(*arguments)
     except (TypeError, ValueError):
-        raise UserError(f"{kind} {name!r} is not {wanted}") from None
+        raise UserError(f"{kind} {name!r} is not a function of {' and '.join(arguments)}") from None
     return function
 
 
 def name_and_file(kind: str, name: str, function: Callable) -> str:
-    """What a message calls a function: "loss my_file:smooth (/home/me/my_file.py)"."""
-    try:
-        return f"{kind} {name} ({inspect.getsourcefile(inspect.unwrap(function))})"
-    except TypeError:  # one that is built into Python has no file
-        return f"{kind} {name}"
+    """A name for messages: "confidence my_file:steady (/home/me/my_file.py)"."""
+    return f"{kind} {name} ({inspect.getsourcefile(inspect.unwrap(function))})"

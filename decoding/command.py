@@ -1,138 +1,216 @@
-"""Stops early, pays the debt later: shows each token by its exit layer.
+"""Stops early, computes what is owed later: shows each token by its exit layer.
 
-python decode.py --prompt "Ich habe heute keine Zeit, ins Kino zu gehen."
-python decode.py --prompt "Guten Morgen!" --compare full,softmax,softmax+verify --html page.html
+python decode.py "Ich habe heute keine Zeit, ins Kino zu gehen."
+python decode.py "Guten Morgen!" --compare full,softmax,softmax+verify --html page.html
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TextIO
+from time import perf_counter
 
 from common.errors import UserError
 from common.files import check_outputs, whole_file
-from common.flags import Parser, add_flags, add_model_flags, given, loading
-from decoding.checks import check_prompt
-from decoding.choosing import COMMAND, DEFAULT_CHECKPOINT, settings_of, variants
-from decoding.display import difference, read_amateur, read_prompt, show
+from common.flags import Parser, add_flags, add_model_flags, given, loading, rare
+from decoding.costs import costs_of
+from decoding.display import Screen, difference, speed
+from decoding.loading import load_checkpoint
 from decoding.page import Page
-from decoding.record import Token
-from decoding.replay import Recorder, recorded
+from decoding.presets import DEFAULT_CHECKPOINT, defaults_in_help, settings_file, settings_in_force, variants
+from decoding.record import Counters, Token
+from decoding.replay import Recorder
 from decoding.settings import DecodeConfig
+from decoding.shortlist import ids_beside
 from formats.chat import conversation, load_chat
-from formats.frequent_ids import ids_beside
-from model import load_checkpoint
+from formats.tokenizers.tokenizer import encode_prompt
+
+TURNS, SECONDS = 5, 20.0  # each configuration is timed so many times, or until so much time has passed
+
+ABOUT_PROMPT = "the text to go on from; token ids, separated by commas, if the checkpoint has no tokenizer"
+ABOUT_CHAT = "the prompt is a turn in a chat, by the template of the checkpoint; needs jinja2"
+ABOUT_COMPARE = (
+    "show several configurations, and compare them with the full model: full, static or confidence "
+    "functions, with changes, as in softmax,jsd+threshold=0.5,softmax+verify"
+)
+ABOUT_HTML = "write a page that compares the run with the full model, token by token and pass by pass"
+ABOUT_STAIRCASE = "print the staircase after every token: 4×13 12×7 is 13 positions in layers 1 to 4, 7 above"
+FLAGS = {"--compare": ("NAMES", ABOUT_COMPARE), "--html": ("FILE", ABOUT_HTML)}
+FLAGS["--thresholds"] = "FILE", "JSON file of settings, as calibration writes it; flags outrank it"
+RARE = {
+    "--trace": ("FILE", "write one JSON line per token: id, text, exit layer, confidences, time, .."),
+    "--settings": ("FILE", "JSON file of settings (default: named as the checkpoint or --heads, with .json)"),
+    "--amateur": ("CHECKPOINT", "a second, weaker model to contrast with (--predict cd)"),
+}
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__, usage="python decode.py --prompt TEXT [--flag VALUE ...]")
-    parser.add_argument(
-        "--prompt",
-        required=True,
-        help="text; token ids, separated by commas, where the checkpoint has no tokenizer",
-    )
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="the prompt is a turn in a chat, by the template of the checkpoint; needs jinja2",
-    )
-    parser.add_argument(
-        "--compare",
-        metavar="NAMES",
-        help="show several settings, and where each first differs from the full model: confidence "
-        "functions or full, with changes, as in softmax,jsd+threshold=0.5,softmax+verify",
-    )
-    parser.add_argument(
-        "--trace",
-        metavar="FILE",
-        help="write one JSON line per token: id, text, exit layer, confidences, time, ..",
-    )
-    parser.add_argument(
-        "--html",
-        metavar="FILE",
-        help="write a page that shows the run beside the full model's: every token by its exit layer, "
-        "what each layer would have said, the staircase pass by pass",
-    )
-    parser.add_argument(
-        "--staircase",
-        action="store_true",
-        help="after every token print filled: 4×13 12×7 is 13 positions in layers 1 to 4, 7 in 5 to 12",
-    )
-    parser.add_argument(
-        "--thresholds",
-        metavar="FILE",
-        help="JSON file of settings, as calibration writes it; flags outrank it",
-    )
-    parser.add_argument(
-        "--amateur",
-        metavar="CHECKPOINT",
-        help="a second, weaker model to contrast with (Contrastive Decoding)",
-    )
+    parser = Parser(__doc__, usage="python decode.py PROMPT [--flag VALUE ...]")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    how = {"default": argparse.SUPPRESS, "metavar": "PROMPT"}
+    prompt.add_argument("prompt", nargs="?", help=ABOUT_PROMPT, **how)
+    rare(prompt.add_argument("--prompt", help="the same, as a flag", **how))
+    parser.add_argument("--chat", action="store_true", help=ABOUT_CHAT)
+    for flag, (metavar, text) in (FLAGS | RARE).items():
+        action = parser.add_argument(flag, metavar=metavar, help=text)
+        if flag in RARE:
+            rare(action)
+    rare(parser.add_argument("--staircase", action="store_true", help=ABOUT_STAIRCASE))
+    add_flags(parser, defaults_in_help(sys.argv), "decoding")
     add_model_flags(parser, DEFAULT_CHECKPOINT)
-    add_flags(parser, COMMAND, "decoding")
     return parser
 
 
+# ---------------------------------------------------------------- one decoding
+
+
+@dataclass
+class ShownRun:
+    """One decoding of the prompt: the caller decodes with `config` and `recorder`, and `show` takes the
+    tokens. It prints them if there is a `screen`; `full` is the full model's run, if the two are compared."""
+
+    name: str
+    config: DecodeConfig
+    screen: Screen | None = None
+    full: "ShownRun | None" = None
+    recorder: Recorder = field(default_factory=Recorder)
+    pace: list[float] = field(default_factory=list)  # seconds a token, of each time that it is decoded again
+
+    def show(self, tokens: Iterator[Token]) -> None:
+        if self.screen is None:
+            list(self.recorder.watch(tokens))
+        elif self.full is None:
+            self.screen.show(tokens, self.config, self.recorder)
+        else:
+            print(f"--- {self.name}")
+            self.screen.show(tokens, self.config, self.recorder, self.name)
+            texts = self.recorder.settled, self.full.recorder.settled
+            print(f"{difference(*texts, self.screen.tokenizer)}\n")
+
+
+class TimedRun:
+    """A run decoded again, to measure how long it takes."""
+
+    def __init__(self, run: ShownRun):
+        self.run, self.config, self.recorder = run, run.config, Counters()
+
+    def show(self, tokens: Iterator[Token]) -> None:
+        started = perf_counter()
+        for _ in tokens:
+            pass
+        self.run.pace.append((perf_counter() - started) / self.recorder.tokens)
+
+
+# ---------------------------------------------------------------- all of a command
+
+
 @contextmanager
-def trace_file(path: str | None) -> Iterator[TextIO | None]:
-    """The file for --trace, if it is asked for; one that was there is replaced at the end of the runs."""
-    if path is None:
-        yield None
-        return
-    with whole_file(path) as part, open(part, "w", encoding="utf-8") as file:
-        yield file
-
-
-def show_runs(args: argparse.Namespace, stream: Callable[..., Iterator[Token]]) -> None:
-    """Decodes as the arguments say, by decode.stream, and shows it. Raises UserError."""
-    options = loading(args)
-    model, tokenizer = load_checkpoint(args.checkpoint, **options)
-    contrast = {"predict": "contrast"} if args.amateur else {}
-    tuned = args.heads or args.checkpoint  # whose settings may lie beside it
-    config, source = settings_of(tuned, args.thresholds, contrast | given(args, DecodeConfig))
-    prompt = read_prompt(args.prompt, tokenizer)
-    amateur = read_amateur(args.amateur, tokenizer, options | {"heads": None})
-    if amateur is None and config.amateur_temperature != 1:
-        raise UserError("amateur_temperature is a second model's; name that model with --amateur")
-    if args.chat:
-        chat = load_chat(args.checkpoint, tokenizer)
-        (prompt,) = chat.encode([conversation(args.prompt)])
-        config = replace(config, stop_tokens=(*config.stop_tokens, *chat.ends))
-    configs = variants(config, args.compare) if args.compare else {"": config}
-    check_prompt(prompt, model)
-    for each in configs.values():
-        each.exits(model.config)  # a mistake there leaves an old trace file alone
-    read = [args.checkpoint, args.heads, Path(tuned).with_suffix(".json"), args.thresholds, args.amateur]
-    read += [args.frequent_ids, *(ids_beside(file) for file in (args.checkpoint, args.heads) if file)]
+def open_session(args: argparse.Namespace) -> Iterator["Session"]:
+    """The session of a command; what it writes is there, whole, once its work has ended without a mistake.
+    Raises UserError, for files that cannot be written before the work begins."""
+    if not args.prompt.strip():
+        raise UserError("the prompt is empty; give some text")
+    read = [args.checkpoint, args.heads, args.settings, args.thresholds, args.amateur, args.frequent_ids]
+    for model in filter(None, [args.heads, args.checkpoint]):  # these files may lie next to a model
+        read += [settings_file(model), ids_beside(model)]
     check_outputs([args.trace, args.html], read)
-    full, runs = Recorder(), {}
-    if args.compare or args.html:
-        list(stream(model, prompt, replace(config.full(), max_new_tokens=4), amateur=amateur))  # warms up
-        full = recorded(stream, model, prompt, config.full(), amateur)
-        runs["full model"] = config.full(), full
-    print(args.prompt)
-    for each in configs.values():
-        if each.draft == "auto":  # measures what passes cost, if nobody has, before a clock runs
-            list(stream(model, prompt, replace(each, max_new_tokens=1), amateur=amateur))
-    with trace_file(args.trace) as trace:
-        for name, each in configs.items():
-            print(f"settings: {each.describe(model.config)} ({source})", file=sys.stderr)
-            if name:
-                print(f"--- {name}")
-            recorder = Recorder()
-            tokens = recorder.watch(
-                stream(model, prompt, each, recorder, recorder.trace, amateur), len(prompt)
-            )
-            ids = show(tokens, tokenizer, model.config, each, recorder, trace, args.staircase, name)
-            if name:
-                print(f"{difference(ids, [token.id for token in full.settled], tokenizer)}\n")
-            if each.confidence or each.full() != config.full():
-                runs[name or each.confidence] = each, recorder
-    if args.html:
-        page = Page(model, tokenizer, Path(args.checkpoint).name)
-        page.add(args.prompt, prompt, runs)
-        page.write(args.html)
-        print(f"wrote {args.html}", file=sys.stderr)
+    with ExitStack() as files:
+        trace = page = None
+        if args.trace:
+            trace = files.enter_context(whole_file(args.trace))
+            trace = files.enter_context(open(trace, "w", encoding="utf-8"))
+        if args.html:
+            page = files.enter_context(whole_file(args.html))
+        session = Session(args, trace)
+        yield session
+        session.end(page)
+
+
+class Session:
+    """What the arguments of decode.py ask for."""
+
+    def __init__(self, args: argparse.Namespace, trace=None):
+        """Reads all that is needed. `trace` is the open file of --trace. Raises UserError."""
+        self.args = args
+        contrast = {"predict": "cd"} if args.amateur else {}
+        flags = contrast | given(args, DecodeConfig)
+        tuned = args.heads or args.checkpoint  # which a settings file may lie next to
+        config, self.source = settings_in_force(flags, tuned, args.settings, args.thresholds)
+        options = loading(args)
+        self.model, self.tokenizer = load_checkpoint(args.checkpoint, **options)
+        self.prompt = read_prompt(args.prompt, self.tokenizer)
+        self.amateur = None
+        if args.amateur:
+            self.amateur, other = load_checkpoint(args.amateur, **options | {"heads": None})
+            if self.tokenizer and (not other or other.to_blob() != self.tokenizer.to_blob()):
+                raise UserError(f"{args.amateur}: an amateur must have the tokenizer of the model")
+        if args.chat:
+            chat = load_chat(args.checkpoint, self.tokenizer)
+            (self.prompt,) = chat.encode([conversation(args.prompt)])
+            config = replace(config, stop_tokens=(*config.stop_tokens, *chat.ends))
+        self.full = ShownRun("full model", config.full())
+        screen = Screen(self.tokenizer, self.model.config, args.staircase, trace)
+        several = self.full if args.compare else None
+        self.printed = []
+        for name, each in configurations(config, args.compare).items():
+            each.exits(self.model.config)  # finds mistakes before anything is printed
+            self.printed.append(ShownRun(name, each, screen, several))
+        others = [run for run in self.printed if run.config != self.full.config]
+        # The runs that are timed, and shown on the page:
+        self.compared = [self.full, *others] if args.compare or args.html else []
+
+    def runs(self) -> Iterator[ShownRun | TimedRun]:
+        """The decodings that are needed, in order; each is over when the next one is asked for."""
+        if self.compared:
+            yield self.full
+        print(self.args.prompt)
+        for run in self.printed:
+            if run.config.draft == "auto":
+                costs_of(self.model, run.config)  # measured before a clock runs
+            print(f"settings: {run.config.describe(self.model.config)} ({self.source})", file=sys.stderr)
+            yield run
+        started = perf_counter()
+        for _ in range(TURNS if self.compared else 0):  # in turns, so that a busy moment meets all alike
+            yield from map(TimedRun, self.compared)
+            if perf_counter() - started > SECONDS:
+                return
+
+    def end(self, page_path: str | None) -> None:
+        """Prints how fast the configurations are, if several were timed, and writes the page of --html."""
+        if not self.compared:
+            return
+        speeds = [speed(run.pace, run.recorder.tokens, self.full.pace) for run in self.compared]
+        width = max(len(run.name) for run in self.compared)
+        print(f"median of {len(self.full.pace)} runs, in turns:")
+        for run, words in zip(self.compared, speeds):
+            print(f"{run.name:{width}}  {words}")
+        if page_path is not None:
+            page = Page(self.model, self.tokenizer, Path(self.args.checkpoint).name)
+            runs = {run.name: (run.config, run.recorder) for run in self.compared}
+            page.add(self.args.prompt, self.prompt, runs, speeds=speeds)
+            page.write(page_path)
+            print(f"wrote {self.args.html}", file=sys.stderr)
+
+
+def configurations(config: DecodeConfig, words: str | None) -> dict[str, DecodeConfig]:
+    """The configurations of --compare by name; this one alone without the flag. Raises UserError for one with
+    a checkpoint of its own, which eval.py compares."""
+    if words is None:
+        return {config.confidence or "full": config}
+    found = variants(words, config)
+    for each in found:
+        if each.checkpoint is not None:
+            raise UserError(f"{each.name}: decode.py compares one model with itself; eval.py takes several")
+    return {each.name: each.config for each in found}
+
+
+def read_prompt(text: str, tokenizer) -> list[int]:
+    """Token ids of a prompt. Without a tokenizer the prompt is ids, separated by commas. Raises UserError."""
+    if tokenizer is not None:
+        return encode_prompt(tokenizer, text)
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError("this checkpoint has no tokenizer: give token ids, separated by commas") from None

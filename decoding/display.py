@@ -1,70 +1,39 @@
-"""Tokens on the screen: each in the colour of its exit layer, drafts that were rolled back struck through,
-then figures."""
+"""What decode.py prints: each token in the colour of its exit layer, with the drafts that were rolled back
+struck through; then figures, and how fast configurations are."""
 
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator
-from itertools import groupby
+from statistics import median
 from typing import TextIO
 
-from common.errors import UserError
-from decoding.record import Counters, Token, first_difference
+from decoding.record import Token, first_difference
+from decoding.replay import Recorder
 from decoding.settings import DecodeConfig
-from formats.tokenizer import encode_prompt
-from model import ModelConfig, Transformer, load_checkpoint
+from model import ModelConfig
 
-CIVIDIS = (  # red, green, blue
-    (0, 52, 110),
-    (62, 78, 108),
-    (112, 113, 115),
-    (156, 149, 116),
-    (205, 188, 99),
-    (254, 232, 56),
-)
+# Red, green and blue.
+CIVIDIS = ((0, 52, 110), (62, 78, 108), (112, 113, 115), (156, 149, 116), (205, 188, 99), (254, 232, 56))
 
 
-def read_prompt(text: str, tokenizer) -> list[int]:
-    """Token ids of a prompt. A checkpoint without a tokenizer takes ids, separated by commas. Raises
-    UserError."""
-    if tokenizer is not None:
-        if not text.strip():
-            raise UserError("the prompt is empty; give some text")
-        return encode_prompt(tokenizer, text)
-    print("this checkpoint has no tokenizer: token ids in, token ids out", file=sys.stderr)
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(
-            "this checkpoint has no tokenizer: give the prompt as token ids, separated by commas"
-        ) from None
-
-
-def read_amateur(path: str | None, tokenizer, options: dict) -> Transformer | None:
-    """The second model of --amateur, loaded as the first. Raises UserError if its tokenizer is another."""
-    if path is None:
-        return None
-    amateur, other = load_checkpoint(path, **options)
-    if tokenizer and (not other or other.to_blob() != tokenizer.to_blob()):
-        raise UserError(f"{path}: has another tokenizer than the model; an amateur must read the same tokens")
-    return amateur
+# ---------------------------------------------------------------- tokens and colours
 
 
 def layer_colour(layer: int, n_layers: int) -> tuple[int, int, int]:
-    """The background of an exit layer, from dark blue (the first) to yellow (the full model): the scale
-    cividis (Nuñez 2018), which colour-blind readers can tell apart."""
+    """The background of an exit layer, from dark blue (the first layer) to yellow (the last): the scale
+    cividis (Nuñez 2018). Its lightness rises from layer to layer, so colour-blind readers can tell them
+    apart."""
     place = (layer - 1) / max(1, n_layers - 1) * (len(CIVIDIS) - 1)
     below = min(int(place), len(CIVIDIS) - 2)
     share = place - below
-    return tuple(
-        round((1 - share) * low + share * high) for low, high in zip(CIVIDIS[below], CIVIDIS[below + 1])
-    )
+    pairs = zip(CIVIDIS[below], CIVIDIS[below + 1])
+    return tuple(round((1 - share) * low + share * high) for low, high in pairs)
 
 
 def colour(text: str, layer: int, n_layers: int, on: bool) -> str:
-    """`text` on the colour of its exit layer, in white or black, whichever can be read there on any
-    terminal."""
+    """`text` on the colour of its exit layer, in white or black, whichever is easier to read on it."""
     if not on or not text:
         return text
     background = layer_colour(layer, n_layers)
@@ -73,18 +42,17 @@ def colour(text: str, layer: int, n_layers: int, on: bool) -> str:
 
 
 def struck(text: str, on: bool) -> str:
-    """`text` grey and struck through; nothing where there are no colours, so that the plain text is the
-    output."""
+    """`text` in grey and struck through. Without colours nothing: the plain text is the output alone."""
     return f"\033[9;90m{text}\033[0m" if on and text else ""
 
 
 def piece(tokenizer, token: int) -> str:
-    """The text of one token; its id where there is no tokenizer."""
+    """The text of one token; its id if there is no tokenizer."""
     return tokenizer.piece(token) if tokenizer else f" {token}"
 
 
 def pieces(tokenizer, tokens: Iterator[Token]) -> Iterator[tuple[Token, str]]:
-    """Each token with the text that it adds; bytes of an unfinished character wait for the rest of it."""
+    """Each token with the text that it adds. The bytes of an unfinished character wait for the rest of it."""
     ids, shown = [], ""
     for token in tokens:
         ids.append(token.id)
@@ -94,52 +62,72 @@ def pieces(tokenizer, tokens: Iterator[Token]) -> Iterator[tuple[Token, str]]:
         yield token, new
 
 
-def show(
-    tokens: Iterator[Token],
-    tokenizer,
-    shape: ModelConfig,
-    config: DecodeConfig,
-    counters: Counters,
-    trace: TextIO | None = None,
-    staircase: bool = False,
-    name: str = "",
-) -> list[int]:
-    """Streams the text and a legend, and one JSON line per token to `trace`, with the `name` of the setting
-    where it has one; returns the token ids. `staircase`: one token a line, with `counters.filled`
-    (decoding/replay.py) after it."""
-    n_layers = shape.n_layers
-    on = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    ids, layers, started, elapsed = [], [], time.perf_counter(), 0.0
-    for token, text in pieces(tokenizer, tokens):
-        elapsed = time.perf_counter() - started
-        ids.append(token.id)
-        layers.append(token.exit_layer)
-        dropped = "".join(piece(tokenizer, draft) for draft in token.rolled_back)
-        print(struck(dropped, on) + colour(text, token.exit_layer, n_layers, on), end="", flush=True)
-        if staircase:
-            print(f"{' ' * max(1, 20 - len(text))}{steps(counters.filled)}")
-        if trace:
-            row = ({"setting": name} if name else {}) | trace_row(token, text, elapsed)
-            trace.write(json.dumps(row, ensure_ascii=False) + "\n")
-    ideal = counters.ideal_speedup(shape, bool(config.shortlist))
-    print(f"\n\n{figures(layers, elapsed, n_layers, counters, ideal, on)}")
-    return ids
+# ---------------------------------------------------------------- one run
 
 
-def steps(filled: list[int]) -> str:
-    """filled[0 .. L + 1] in few characters, from the bottom, layers of the same height together: 4×13 12×7
-    head×9 are 13 positions in layers 1 to 4, 7 in 5 to 12, and 9 at the head over the vocabulary, which is
-    left out where it owes nothing."""
-    begun, *layers, head = filled
-    parts = []
-    for height, group in groupby(enumerate(layers, 1), key=lambda pair: pair[1]):
-        *_, (highest, _) = group
-        parts.append(f"{highest}×{height}")
+class Screen:
+    """Prints runs, and writes the lines of --trace."""
+
+    def __init__(self, tokenizer, shape: ModelConfig, staircase: bool = False, trace: TextIO | None = None):
+        """`staircase`: print one token a line, with the heights of the staircase. `trace`: an open file."""
+        self.tokenizer, self.shape, self.staircase, self.trace = tokenizer, shape, staircase, trace
+        self.on = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+    def show(self, tokens: Iterator[Token], config: DecodeConfig, recorder: Recorder, name: str = "") -> None:
+        """Prints the text of a run as it comes, then its figures. A run with a `name` is one of several,
+        whose speeds are compared later; without one, the figures contain its speed."""
+        n_layers, started, elapsed = self.shape.n_layers, time.perf_counter(), 0.0
+        for token, text in pieces(self.tokenizer, recorder.watch(tokens)):
+            elapsed = time.perf_counter() - started
+            dropped = "".join(piece(self.tokenizer, draft) for draft in token.rolled_back)
+            shown = colour(text, token.exit_layer, n_layers, self.on)
+            print(struck(dropped, self.on) + shown, end="", flush=True)
+            if self.staircase:
+                print(f"{' ' * max(1, 20 - len(text))}{steps(recorder.heights)}")
+            if self.trace:
+                row = ({"configuration": name} if name else {}) | trace_row(token, text, elapsed)
+                print(json.dumps(row, ensure_ascii=False), file=self.trace)
+        print(f"\n\n{self.legend(recorder)}")
+        speed = "" if name else f" in {elapsed:.2f} s ({recorder.tokens / elapsed:.0f} tokens/s)"
+        ideal = recorder.ideal_speedup(self.shape, bool(config.shortlist))
+        print(f"{figures(recorder, n_layers, speed)} (ideal speed-up {ideal:.2f})")
+
+    def legend(self, recorder: Recorder) -> str:
+        """The exit layers with their colours and numbers of tokens, and what became of drafts."""
+        layers = [token.exit_layer for token in recorder.settled]
+        counts = []
+        for layer in sorted(set(layers)):
+            number = colour(str(layer), layer, self.shape.n_layers, self.on)
+            counts.append(f"{number} ({layers.count(layer)})")
+        line = f"exit layers: {'  '.join(counts)}"
+        if recorder.drafted:
+            lost = recorder.drafted - recorder.accepted
+            line += f"; drafts: {recorder.accepted} kept, {lost} rolled back"
+        return line
+
+
+def figures(recorder: Recorder, n_layers: int, speed: str = "") -> str:
+    """How much text, how fast (`speed`, in words) and with how much work."""
+    tokens = recorder.settled
+    mean = sum(token.exit_layer for token in tokens) / len(tokens)
+    depth = f"average exit layer {mean:.1f} of {n_layers}"
+    return f"{len(tokens)} tokens{speed}, {depth}, {recorder.block_runs / len(tokens):.1f} block runs a token"
+
+
+def steps(heights: list[int]) -> str:
+    """The heights of the staircase (KVCache.heights) in few characters, layers of the same height together:
+    4×13 12×7 head×9 are 13 positions in layers 1 to 4, 7 in layers 5 to 12, and 9 at the LM head, which is
+    left out if it is owed nothing."""
+    begun, *layers, head = heights
+    highest = {
+        height: layer for layer, height in enumerate(layers, 1)
+    }  # heights never rise from layer to layer
+    parts = [f"{layer}×{height}" for height, layer in highest.items()]
     return " ".join(parts + [f"head×{head}"] * (head < begun))
 
 
 def trace_row(token: Token, text: str, elapsed: float) -> dict:
-    """What --trace tells of a token."""
+    """What --trace records of a token."""
     return {
         "id": token.id,
         "text": text,
@@ -152,35 +140,37 @@ def trace_row(token: Token, text: str, elapsed: float) -> dict:
     }
 
 
-def figures(
-    layers: list[int], seconds: float, n_layers: int, counters: Counters, ideal: float, on: bool
-) -> str:
-    """The legend of exit layers, and speed and work, in words."""
-    n = len(layers)
-    shown = [
-        f"{colour(str(layer), layer, n_layers, on)} ({layers.count(layer)})" for layer in sorted(set(layers))
-    ]
-    drafts = ""
-    if counters.drafted:
-        drafts = f"; drafts: {counters.accepted} kept, {counters.drafted - counters.accepted} rolled back"
-    return (
-        f"exit layers: {'  '.join(shown)}{drafts}\n{n} tokens in {seconds:.2f} s ({n / seconds:.0f} tokens/s), "
-        f"average exit layer {sum(layers) / n:.1f} of {n_layers}, {counters.block_runs / n:.1f} block runs a token "
-        f"(ideal speed-up {ideal:.2f})"
-    )
+# ---------------------------------------------------------------- compared with the full model
 
 
-def difference(ids: list[int], full: list[int], tokenizer) -> str:
+def difference(tokens: list[Token], full: list[Token], tokenizer) -> str:
     """Where a text first differs from the full model's, in words."""
-    at = first_difference(ids, full)
+
+    def named(side: list[Token]) -> str:
+        if at >= len(side):
+            return "nothing"
+        return repr(piece(tokenizer, side[at].id)) if tokenizer else str(side[at].id)
+
+    at = first_difference([token.id for token in tokens], [token.id for token in full])
     if at is None:
         return "the same text as the full model's"
-    ours, theirs = (describe(side, at, tokenizer) for side in (ids, full))
-    return f"differs from the full model's text first at token {at + 1}: {ours} in place of {theirs}"
+    change = f"{named(tokens)} in place of {named(full)}"
+    return f"differs from the full model's text first at token {at + 1}: {change}"
 
 
-def describe(ids: list[int], at: int, tokenizer) -> str:
-    """The token at a place of a text, in words."""
-    if at >= len(ids):
-        return "nothing"
-    return repr(piece(tokenizer, ids[at])) if tokenizer else str(ids[at])
+def speed(pace: list[float], tokens: int, full: list[float]) -> str:
+    """How fast runs of so many tokens are, in words, and how often that goes into the full model's time,
+    unless the spreads of the two overlap. `pace` and `full`: seconds a token of every run."""
+    middle, (low, high), (full_low, full_high) = median(pace), spread(pace), spread(full)
+    words = f"{middle * tokens:.3f} s, {1 / middle:.0f} tokens/s"
+    if pace is full:
+        return words
+    if low <= full_high and full_low <= high:
+        return f"{words}; too short to tell whether it is faster than the full model"
+    return f"{words}, {median(full) / middle:.2f} times as fast as the full model"
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """The lowest and the highest value, without the extremes if there are five or more."""
+    kept = sorted(values)[1:-1] if len(values) >= 5 else values
+    return min(kept), max(kept)

@@ -1,23 +1,21 @@
 """The page: runs of one or several prompts as one HTML file that needs nothing else. page.html is its
-template; here what it shows is collected, as JSON. All that a run did not compute itself, the logit lens
-above all, is computed from its finished text afterwards, so that the times shown are the run's own.
+template; here the data that it shows are collected, as JSON. What the runs did not compute themselves, the
+logit lens above all, is computed from their finished texts.
 
 L layers, T positions, V vocabulary, d model width.
 """
 
 import json
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 
 import torch
-from torch import Tensor
 
 from common.files import whole_file
 from confidence import jensen_shannon
-from decoding.display import layer_colour, piece, pieces
-from decoding.record import Token, first_difference
-from decoding.replay import Emitted, Pass, Recorder
+from decoding.display import figures, layer_colour, piece, pieces
+from decoding.record import first_difference
+from decoding.replay import Emitted, Recorder
 from decoding.settings import DecodeConfig
 from model import Transformer
 
@@ -32,95 +30,79 @@ class Page:
         """`name`: what the page calls the model."""
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.inputs: list[dict] = []
-        self.passes: list[Pass] = []
         self.shown: set[int] = set()  # token ids
 
-    def add(
-        self,
-        title: str,
-        prompt: list[int],
-        runs: dict[str, tuple[DecodeConfig, Recorder]],
-        references: Sequence[str] = (),
-    ) -> None:
-        """A prompt, its text or name as `title`, and what became of it under several settings, the first of
-        which is the full model. `references`: right answers."""
-        full = next(iter(runs.values()))[1].settled
-        rows = [self.run(name, config, recorder, prompt, full) for name, (config, recorder) in runs.items()]
+    def add(self, title: str, prompt: list[int], runs: dict, references=(), speeds=()) -> None:
+        """A prompt, with its text or name as `title`. `runs` holds the settings (DecodeConfig) and the
+        Recorder of each run by name; the first run is the full model's. `references` are right answers;
+        `speeds` say in words how fast each run is, if that was measured."""
+        rows, texts = [], [[token.id for token in recorder.settled] for _, recorder in runs.values()]
+        for (name, (config, recorder)), text in zip(runs.items(), texts):
+            difference = first_difference(text, texts[0])
+            rows.append(self.run(name, config, recorder, prompt) | {"difference": difference})
+        for row, speed in zip(rows, speeds):
+            row["speed"] = speed
         self.inputs.append({"title": title, "prompt": prompt, "runs": rows, "references": list(references)})
         self.shown.update(prompt)
 
-    def run(
-        self, name: str, config: DecodeConfig, recorder: Recorder, prompt: list[int], full: list[Token]
-    ) -> dict:
+    def run(self, name: str, config: DecodeConfig, recorder: Recorder, prompt: list[int]) -> dict:
         """One run."""
-        self.passes += recorder.passes
-        tokens = self.tokens(recorder, prompt)
-        ids, wanted = [[token.id for token in text] for text in (recorder.settled, full)]
         return {
             "name": name,
             "settings": config.describe(self.model.config),
-            "confidence": config.confidence,
+            "figures": figures(recorder, self.model.config.n_layers),
+            "speed": "",
             "verify": config.verify,
             "copied": config.fill == "copy",
             "temperature": config.temperature,
-            "contrast": config.predict == "contrast",
-            "tokens": tokens,
-            "difference": first_difference(ids, wanted),
-            "passes": [pass_row(each) for each in recorder.passes],
+            "contrast": config.predict != "own",
+            "tokens": self.tokens(recorder, prompt),
+            "passes": [asdict(each) for each in recorder.passes],
         }
 
     def tokens(self, recorder: Recorder, prompt: list[int]) -> list[dict]:
         """The tokens of a run in the order of the text, drafts that were rolled back before what replaced
         them."""
-        texts = [text for _, text in pieces(self.tokenizer, iter(recorder.settled))]
-        rows, lost, text = [], [], list(prompt)
+        texts = (text for _, text in pieces(self.tokenizer, iter(recorder.settled)))
+        rows, lost, settled, text = [], [], [], list(prompt)
         for each in recorder.emitted:
-            row = self.token_row(each)
+            token = each.token
+            row = {"id": token.id, "at": each.at, "made": each.made, "settled": each.settled}
+            row |= {"layer": token.exit_layer, "lost": each.rolled_back, "amateurs": token.amateurs}
+            # Whether the checks of its pass were about it; a token in the place of a draft comes from a pass
+            # that checked a later position:
+            row["checked"] = not token.rolled_back
             rows.append(row)
             if each.rolled_back:
+                row["text"] = piece(self.tokenizer, token.id)
                 lost.append((each, row))
                 continue
-            row["text"] = texts.pop(0)
-            self.read_lost(text, lost)
-            lost = []
-            text.append(each.token.id)
-        settled = [(each, row) for each, row in zip(recorder.emitted, rows) if not each.rolled_back]
+            if lost:  # read on the text as it was then
+                self.read(text + [draft.token.id for draft, _ in lost], lost)
+                lost = []
+            row["text"] = next(texts)
+            settled.append((each, row))
+            text.append(token.id)
         self.read(text, settled)
+        self.shown.update(row["id"] for row in rows)
         return rows
-
-    def token_row(self, each: Emitted) -> dict:
-        """What is known of a token without its lens. `asked`: whether the questions of its pass were about
-        it; a token in the place of a draft comes from a pass that asked about a later position."""
-        token = each.token
-        self.shown.add(token.id)
-        return {
-            "id": token.id,
-            "text": piece(self.tokenizer, token.id),
-            "at": each.at,
-            "layer": token.exit_layer,
-            "made": each.made,
-            "settled": each.settled,
-            "lost": each.rolled_back,
-            "asked": not token.rolled_back,
-            "amateurs": token.amateurs,
-        }
-
-    def read_lost(self, text: list[int], lost: list[tuple[Emitted, dict]]) -> None:
-        """The lens of drafts that were rolled back, on the text as it was then."""
-        if lost:
-            self.read(text + [each.token.id for each, _ in lost], lost)
 
     @torch.inference_mode()
     def read(self, text: list[int], tokens: list[tuple[Emitted, dict]]) -> None:
-        """Adds to the rows of tokens of `text` what every layer would have said in their place."""
-        states = self.model.hidden_states(torch.tensor([text[:-1]], device=self.model.embedding.device))
+        """Adds to the rows of tokens of `text` what every layer would have said in their place (the logit
+        lens, with each exit's own norm)."""
+        ids = torch.tensor([text[:-1]], device=self.model.device)
+        states = self.model.hidden_states(ids)[1:]  # h_1 .. h_L, (1, T, d) each
         for each, row in tokens:
-            log_p = layer_log_probs(self.model, states, each.at - 1)
+            before = slice(each.at - 1, each.at)  # the position that predicts the token
+            normed = [self.model.exit_norm(h[0, before], layer) for layer, h in enumerate(states, 1)]
+            log_p = self.model.score(torch.cat(normed)).log_softmax(-1)  # (L, V)
             best = log_p.topk(BEST)
-            row["best"] = [
-                flat(ids, probs) for ids, probs in zip(best.indices.tolist(), best.values.exp().tolist())
-            ]
-            row["jsd"] = [short(value) for value in jensen_shannon(log_p[row["layer"] - 1], log_p).tolist()]
+            row["best"] = []
+            for ids, probs in zip(best.indices.tolist(), best.values.exp().tolist()):
+                row["best"].append([(token, round(p, 4)) for token, p in zip(ids, probs)])
+            distances = jensen_shannon(log_p[row["layer"] - 1], log_p)
+            row["jsd"] = [round(distance, 4) for distance in distances.tolist()]
             self.shown.update(best.indices.flatten().tolist())
 
     def content(self) -> dict:
@@ -130,11 +112,10 @@ class Page:
             "model": self.name,
             "layers": L,
             "vocabulary": self.model.config.vocab_size,
-            "device": str(self.model.embedding.device),
+            "device": str(self.model.device),
             "threads": torch.get_num_threads(),
             "colours": [layer_colour(layer, L) for layer in range(1, L + 1)],
             "pieces": {token: piece(self.tokenizer, token) for token in sorted(self.shown)},
-            "row_times": row_times(self.passes) if self.model.embedding.device.type == "cpu" else [],
             "inputs": self.inputs,
         }
 
@@ -143,61 +124,6 @@ class Page:
         html = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", script_json(self.content()), 1)
         with whole_file(path) as part:
             Path(part).write_text(html, encoding="utf-8")
-
-
-# ---------------------------------------------------------------- parts of it
-
-
-def pass_row(each: Pass) -> dict:
-    """One pass."""
-    asked = {
-        layer: [short(confidence), short(threshold), n, amateur]
-        for layer, (confidence, threshold, n, amateur) in each.asked.items()
-    }
-    return {
-        "before": each.before,
-        "after": each.after,
-        "stop": each.stop,
-        "reached": each.reached,
-        "asked": asked,
-        "drafted": each.drafted,
-        "kept": each.kept,
-        "seconds": short(each.seconds),
-        "runs": each.block_runs,
-        "flops": each.flops,
-    }
-
-
-def row_times(passes: list[Pass]) -> list[tuple[int, float, int]]:
-    """(rows, median seconds that a block took for them, how many blocks), by rows."""
-    times: dict[int, list[float]] = {}
-    for each in passes:
-        for layer, seconds in each.block_seconds.items():
-            if each.rows(layer):
-                times.setdefault(each.rows(layer), []).append(seconds)
-    return [(rows, short(median(times[rows])), len(times[rows])) for rows in sorted(times)]
-
-
-@torch.inference_mode()
-def layer_log_probs(model: Transformer, states: list[Tensor], position: int) -> Tensor:
-    """log p_1 .. log p_L of the token after `position`: the logit lens with each exit's own norm. (L, V)."""
-    rows = [
-        model.exit_norm(state[position : position + 1], layer) for layer, state in enumerate(states[1:], 1)
-    ]
-    return model.score(torch.cat(rows), model.head_weight).log_softmax(-1)
-
-
-def flat(ids: list[int], probs: list[float]) -> list[float]:
-    """id, probability, id, probability, .."""
-    row = []
-    for token, probability in zip(ids, probs):
-        row += [token, round(probability, 4)]
-    return row
-
-
-def short(value: float | None) -> float | None:
-    """Four digits of it."""
-    return None if value is None else float(f"{value:.4g}")
 
 
 def script_json(content: dict) -> str:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its tokens, why each came from where it came, and the work done."""
+"""The record of a run: its tokens, the exit of each and why it was taken, and the work done."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -7,72 +7,81 @@ from itertools import groupby, zip_longest
 from torch import Tensor
 
 from cache import KVCache
-from confidence import Trace
-from decoding.flops import block_flops, blocks_of_head
-from model import ModelConfig, Transformer
+from decoding.trace import Trace
+from model import ModelConfig
 
 
 @dataclass
 class Token:
-    """One generated token and why it came from where it came."""
+    """One generated token, its exit and why it was taken."""
 
     id: int
     exit_layer: int  # L: from the full model, or from the shortlist after all blocks
     probs: Tensor | None = None  # (V,) what a draft was drawn from, if it was sampled
     rolled_back: tuple[int, ...] = ()  # verified mode: the drafts that this token replaced
-    confidences: dict[int, float] = field(default_factory=dict)  # of each layer asked
+    confidences: dict[int, float] = field(default_factory=dict)  # of each layer checked
     thresholds: dict[int, float] = field(default_factory=dict)  # that they had to reach
     amateurs: dict[int, int] = field(default_factory=dict)  # exit layer -> the layer it was contrasted with
 
     def explain(self, trace: Trace) -> None:
-        """Takes over what the trace of its position tells."""
+        """Takes over what the trace of its position holds."""
         self.confidences, self.thresholds = trace.confidences, trace.thresholds
         self.amateurs = {**self.amateurs, **trace.amateurs}
 
 
 @dataclass
 class Counters:
-    """Work done. FLOPs count multiply-adds twice: block weights, attention, and heads; of the heads,
-    confidence is what was computed to ask but not to emit (every head but that of the layer emitted from)."""
+    """The work done; the loop reports to it, and a subclass may record more (decoding/replay.py). FLOPs count
+    multiply-adds twice, and cover the weights of blocks, attention, and heads. Those of confidence checks are
+    the heads that were computed for a check and did not yield the token."""
 
     tokens: int = 0
     block_runs: int = 0
     block_rows: int = 0
-    deep_passes: int = 0  # passes that reached the head over the vocabulary
+    deep_passes: int = 0  # passes that reached the LM head
     deep_rows: int = 0  # rows at the last layer in these, owed ones included
     block_flops: int = 0
     head_flops: int = 0
     confidence_flops: int = 0  # part of head_flops
-    pruned_deep: int = 0  # deep passes whose questions were asked over fewer candidates than the vocabulary
-    missed: int = 0  # of these, how often the full model's token was not among them
+    pruned_deep: int = 0  # deep passes with checks over fewer candidates than the vocabulary
+    missed: int = 0  # how often the full model's token was not among them
     drafted: int = 0  # verified mode: early tokens judged by the full model
     accepted: int = 0  # of these, kept
 
-    def add_pass(
-        self, model: Transformer, before: list[int], cache: KVCache, layer: int, trace: Trace
-    ) -> None:
-        """One pass up to `layer` (L + 1: the head) that took filled[1..layer] of the staircase from `before`
-        to filled[0]."""
-        L, stop = model.config.n_layers, cache.filled[0]
+    def new_trace(self, *args) -> Trace:
+        """The trace of the next pass."""
+        return Trace(*args)
+
+    def add_pass(self, before: list[int], cache: KVCache, layer: int, trace: Trace) -> None:
+        """One pass up to `layer` (L + 1: the LM head), which took the layers of the staircase from the
+        heights `before` to cache.begun."""
+        shape, stop = trace.model.config, cache.begun
+        L = shape.n_layers
         for first, layers in groupby(before[1 : min(layer, L) + 1]):
             runs = len(list(layers)) if first < stop else 0
             self.block_runs += runs
             self.block_rows += runs * (stop - first)
-            self.block_flops += runs * block_flops(model.config, first, stop)
+            self.block_flops += runs * block_flops(shape, first, stop)
         if trace.final is not None:
             self.deep_passes += 1
             self.deep_rows += stop - before[L]
         self.confidence_flops += sum(flops for head, flops in trace.flops.items() if head != layer)
 
+    def add_copies(self, shape: ModelConfig, layers: int) -> None:
+        """Keys and values copied up to so many layers: each has its projection of queries, keys and
+        values."""
+        heads = shape.n_heads + 2 * shape.n_kv_heads
+        self.block_flops += layers * 2 * heads * shape.head_dim * shape.d_model
+
     def ideal_speedup(self, shape: ModelConfig, shortlist: bool) -> float:
         """The steps of the staircase that the full model runs for so many tokens, over those that were run.
         With a shortlist the head over the vocabulary is one of them, as many blocks as its weights make;
-        without one every question reads these weights, and none is saved."""
-        head = blocks_of_head(shape) if shortlist else 0
+        without one every check reads these weights, and none is saved."""
+        head = shape.vocab_size * shape.d_model / block_weights(shape) if shortlist else 0
         return (shape.n_layers + head) * self.tokens / (self.block_runs + head * self.deep_passes)
 
     def add_miss(self, trace: Trace, token: int) -> None:
-        """Whether the full model's token was among the candidates that were asked over."""
+        """Whether the full model's token was among the candidates of the confidence checks."""
         if trace.confidences and trace.candidates is not None:
             self.pruned_deep += 1
             self.missed += token not in trace.candidates
@@ -85,7 +94,7 @@ class Counters:
 
 @dataclass
 class Generation:
-    """Tokens (the end-of-text token included), the exit layer and the confidences asked of each, and the work
+    """Tokens (the end-of-text token included), the exit layer and the confidences of each, and the work
     done."""
 
     tokens: list[int] = field(default_factory=list)
@@ -105,3 +114,16 @@ def first_difference(tokens: Sequence[int], full_tokens: Sequence[int]) -> int |
     """Position of the first token that differs, a prefix differing where it ends; None for equal
     sequences."""
     return next((i for i, (a, b) in enumerate(zip_longest(tokens, full_tokens)) if a != b), None)
+
+
+def block_weights(config: ModelConfig) -> int:
+    """How many weights the matrices of one block have."""
+    attention = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
+    return config.d_model * (attention + 3 * config.d_ff)
+
+
+def block_flops(config: ModelConfig, first: int, stop: int) -> int:
+    """One block on the positions first .. stop - 1: 2 per weight and row, 4 H C per row and position that it
+    sees (without a window)."""
+    seen = (first + 1 + stop) * (stop - first) // 2
+    return 2 * block_weights(config) * (stop - first) + 4 * config.n_heads * config.head_dim * seen

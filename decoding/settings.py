@@ -1,155 +1,75 @@
-"""How to decode: every setting, checked, each also a flag of decode.py and eval.py."""
+"""How to decode: every setting, with its range, each also a flag of decode.py and eval.py."""
 
 from dataclasses import dataclass, fields
 
-from common.config import option
+from common.config import check_limits, option
 from common.errors import UserError
-from confidence import FUNCTIONS, SCHEDULES, resolve
-from decoding.prediction import AMATEURS, CONTRASTS, Contrast, Sampling
-from decoding.thresholds import THRESHOLDS, Constant
-from formats.classifiers import check_classifiers
-from formats.shape import check_layers
-from model import ModelConfig
+from confidence import FUNCTIONS, check_classifiers, read_pruning, resolve
+from decoding.thresholds import Constant, read_schedule
+from model import ModelConfig, check_exit_layers
 
-EXITS, CONTRASTED, SAMPLED = "more about exits", "contrast", "more about sampling"  # groups of flags
-AUTO_CHOOSES = ("exit_layers", "layer_thresholds", "max_owed")  # what draft = auto leaves nobody else to say
-COLDEST = 1e-4  # temperature: below, float32 knows no other token than the best
+EXITS, SAMPLED = "more about exits", "more about sampling"  # groups of flags
+AUTO_CHOOSES = ("exit_layers", "layer_thresholds", "max_owed")  # fields that draft = auto sets itself
+
+# What some flags say of their values:
+ABOUT_CONFIDENCE = f"{', '.join(FUNCTIONS)}, package.module:function, or none: the full model"
+ABOUT_EXITS = "layers with a confidence check; none: those that the model was trained to exit at, or all"
+ABOUT_VERIFY = "take early tokens as drafts that the full model verifies: its own output, exactly, sooner"
+ABOUT_OWED = "after so many early tokens the next pass goes to the top; none: no limit"
+ABOUT_PRUNE = "candidates of a confidence check: none (all), fixed:K, decaying:K:MIN or adaptive:K:MIN"
+ABOUT_SHORTLIST = "check over so many frequent ids, and exit at layer L, too; none: over all ids"
+ABOUT_DRAFT = "what decides how long verified mode drafts: fixed (the exits given), or auto (measurement)"
+ABOUT_SCHEDULE = "constant, decaying:TAU (over the steps; CALM) or adaptive:TARGET (learned; FREE)"
+ABOUT_FILL = "keys and values of skipped layers: parallel (exact, when needed) or copy (approximate, at once)"
+ABOUT_PREDICT = "own, or contrasted with a middle layer (acd), the most different (dola), a second model (cd)"
+
+
+def check_temperature(value: float) -> None:
+    """Raises UserError for a temperature at which float32 knows no other token than the best."""
+    if 0 < value < 1e-4:
+        raise UserError(f"temperature is {value}; it must be 0, which is greedy, or at least 0.0001")
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
     """How to decode. Layers count from 1; exit layer l is after l blocks."""
 
-    max_new_tokens: int = option(64, "tokens at most; fewer where the model's positions end")
-    confidence: str | None = option(
-        None, f"{', '.join(FUNCTIONS)}, package.module:function, or none: the full model"
-    )
-    threshold: float = option(
-        0.8, "exit when confidence >= threshold, 0 to 1; at 0 the question is not asked"
-    )
-    exit_layers: tuple[int, ...] | None = option(
-        None,
-        "layers after which to ask, 1 to L-1; none: those that the model was trained to exit at, or every one",
-    )
-    verify: bool = option(
-        False, "take early tokens as drafts and let the full model judge them: its output, exactly, sooner"
-    )
-    max_owed: int | None = option(
-        None, "after so many early tokens the next pass goes to the top; none: no bound"
-    )
-    prune: str = option(
-        "none", "candidates kept once an exit layer is asked: none (all), fixed, decaying or adaptive"
-    )
-    temperature: float = option(0.0, "sampling temperature; 0 is greedy")
-
-    shortlist: int | None = option(
-        None,
-        "ask over so many frequent ids with those of the text, and exit at layer L, too; none: over the whole "
-        "vocabulary",
-        EXITS,
-    )
-    draft: str = option(
-        "fixed",
-        "verified mode, what decides how long to draft: fixed (the exits and thresholds given), or auto (exit layer, "
-        "threshold and number of drafts by measurement)",
-        EXITS,
-    )
+    max_new_tokens: int = option(64, "how many tokens to write at most", least=1)
+    confidence: str | None = option(None, ABOUT_CONFIDENCE)
+    threshold: float = option(0.8, "exit when the confidence reaches it; 0: without a check", least=0, most=1)
+    exit_layers: tuple[int, ...] | None = option(None, ABOUT_EXITS)
+    verify: bool = option(False, ABOUT_VERIFY)
+    max_owed: int | None = option(None, ABOUT_OWED, rare=True, least=1)
+    prune: str = option("none", ABOUT_PRUNE, choices=read_pruning)
+    temperature: float = option(0.0, "sampling temperature; 0 is greedy", least=0, choices=check_temperature)
+    shortlist: int | None = option(None, ABOUT_SHORTLIST, EXITS, rare=True, least=2)
+    draft: str = option("fixed", ABOUT_DRAFT, EXITS, choices=("fixed", "auto"))
     layer_thresholds: tuple[float, ...] | None = option(
-        None, "one for each of exit_layers, in place of threshold", EXITS
+        None, "one for each of exit_layers, in place of one for all", EXITS, rare=True, least=0, most=1
     )
-    threshold_schedule: str = option(
-        "constant",
-        "constant, decaying over the steps (CALM), or adaptive: learned while decoding (FREE)",
-        EXITS,
-    )
-    tau: float = option(4.0, "how fast the decaying threshold falls, above 0", EXITS)
-    target: float = option(
-        0.9,
-        "adaptive threshold: wanted probability that an early token is the full model's, between 0 and 1",
-        EXITS,
-    )
-    min_layer: int = option(1, "first layer at which an exit is allowed", EXITS)
-    fill: str = option(
-        "parallel",
-        "keys and values of skipped layers: parallel (exact, when next needed) or copy (approximate, at once)",
-        EXITS,
-    )
-    premature_layers: tuple[int, ...] | None = option(
-        None, "layers that jsd may contrast with; none: all from 2 on", EXITS
-    )
-    prune_k: int = option(64, "candidates kept at first, at least 2", EXITS)
-    prune_min: int = option(
-        16, "candidates that decaying and adaptive pruning always keep, 2 to prune_k", EXITS
-    )
-
-    predict: str = option(
-        "own",
-        "what a token is taken from: own (the distribution of its layer) or contrast (against an amateur's)",
-        CONTRASTED,
-    )
-    contrast: str = option(
-        "half",
-        "contrast with: half (layer l/2), a layer's number, jsd, or dola (jsd without the distance)",
-        CONTRASTED,
-    )
-    form: str = option(
-        "dcd",
-        "dcd (sums to 1 with what is not plausible), ratio or beta (both nothing outside the plausible)",
-        CONTRASTED,
-    )
-    alpha: float = option(
-        0.1,
-        "plausible are tokens of at least this share of the largest probability, above 0, up to 1",
-        CONTRASTED,
-    )
-    beta: float = option(0.5, "weight of the amateur in form beta, above 0", CONTRASTED)
-    amateur_temperature: float = option(
-        1.0, "temperature of a second model's distribution, above 0", CONTRASTED
-    )
-
-    top_k: int | None = option(None, "sample from the k most probable tokens", SAMPLED)
-    top_p: float = option(
-        1.0, "sample from the most probable tokens of this total mass, above 0, up to 1", SAMPLED
-    )
-    repetition_penalty: float = option(
-        1.0, "makes tokens that occurred less likely (CTRL); at least 1, which is off", SAMPLED
-    )
-    seed: int = option(0, "seed of the sampling", SAMPLED)
-    stop_tokens: tuple[int, ...] = option(
-        (), "token ids that end a text, besides the model's own end of text", SAMPLED
-    )
+    threshold_schedule: str = option("constant", ABOUT_SCHEDULE, EXITS, rare=True, choices=read_schedule)
+    fill: str = option("parallel", ABOUT_FILL, EXITS, rare=True, choices=("parallel", "copy"))
+    predict: str = option("own", ABOUT_PREDICT, SAMPLED, rare=True, choices=("own", "acd", "dola", "cd"))
+    top_k: int | None = option(None, "sample from the k most probable tokens", SAMPLED, rare=True, least=1)
+    top_p: float = option(1.0, "sample from the top tokens of this mass", SAMPLED, True, above=0, most=1)
+    repetition_penalty: float = option(1.0, "above 1: repetition is less likely", SAMPLED, True, least=1)
+    seed: int = option(0, "seed of the sampling", SAMPLED, least=0, most=2**63 - 1)
+    stop_tokens: tuple[int, ...] = option((), "more token ids that end a text", SAMPLED, rare=True, least=0)
 
     def __post_init__(self):
-        for name in ("exit_layers", "premature_layers", "layer_thresholds", "stop_tokens"):
+        for name in ("exit_layers", "layer_thresholds", "stop_tokens"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        self.check_choices()
-        self.check_ranges()
-        if self.prune in ("decaying", "adaptive") and self.prune_min > self.prune_k:
-            raise UserError(f"prune_min is {self.prune_min}, above prune_k {self.prune_k}; lower it")
-        if self.layer_thresholds is not None and self.exit_layers is None:
-            raise UserError("layer_thresholds belong to exit_layers, one each; give these, too")
-        if self.exit_layers is not None and len(set(self.exit_layers)) < len(self.exit_layers):
-            raise UserError(f"exit_layers are {','.join(map(str, self.exit_layers))}; each can be given once")
-        if self.layer_thresholds is not None and len(self.layer_thresholds) != len(self.exit_layers):
-            raise UserError(
-                f"layer_thresholds has {len(self.layer_thresholds)} values; give one for each of "
-                f"exit_layers ({len(self.exit_layers)})"
-            )
-        if self.fill == "copy" and self.max_owed is not None:
-            raise UserError(
-                f"max_owed is {self.max_owed}, but fill is copy, which owes nothing; leave one of them out"
-            )
-        if self.verify and self.fill != "parallel":
-            raise UserError(
-                "verify is True, but fill is copy; only exact keys and values can judge, so fill must be "
-                "parallel"
-            )
+        check_limits(self)
+        if self.layer_thresholds is not None:
+            count, layers = len(self.layer_thresholds), len(self.exit_layers or ())
+            if count != layers:
+                raise UserError(f"layer_thresholds has {count} values, exit_layers {layers}; give as many")
+        if self.fill == "copy" and (self.max_owed is not None or self.verify):
+            name = "verify" if self.verify else "max_owed"
+            raise UserError(f"fill is copy, which owes nothing and is not exact; leave {name} out")
         if self.verify and self.predict != "own":
-            raise UserError(
-                "verify is True, but predict is contrast; drafts are judged by the full model's own "
-                "distribution"
-            )
+            raise UserError(f"predict is {self.predict}, but verify keeps the full model's own distribution")
         if self.draft == "auto":
             self.check_auto()
         if self.confidence is not None:
@@ -157,76 +77,27 @@ class DecodeConfig:
 
     def check_auto(self) -> None:
         """Raises UserError for what contradicts drafting by measurement."""
-        if not self.verify:
-            raise UserError(
-                "draft is auto, but verify is False; only drafts that the full model judges can teach, so "
-                "set verify"
-            )
-        if self.confidence is None:
-            raise UserError("draft is auto, but confidence is none; name one, such as softmax")
-        for name in AUTO_CHOOSES:
-            if getattr(self, name) is not None:
-                raise UserError(f"draft is auto, which chooses {name} itself; leave it out")
-        if self.threshold_schedule != "constant":
-            raise UserError(
-                f"draft is auto, but threshold_schedule is {self.threshold_schedule}; auto chooses "
-                "thresholds itself, so leave it out"
-            )
+        if not self.verify or self.confidence is None:
+            raise UserError("draft is auto, which needs verify and a confidence function, such as softmax")
+        given = [name for name in AUTO_CHOOSES if getattr(self, name) is not None]
+        given += ["threshold_schedule"] if self.threshold_schedule != "constant" else []
+        if given:
+            raise UserError(f"draft is auto, which chooses {given[0]} itself; leave it out")
 
-    def check_choices(self) -> None:
-        """Raises UserError for a word that is not known."""
-        choices = {
-            "threshold_schedule": THRESHOLDS,
-            "fill": ("parallel", "copy"),
-            "prune": SCHEDULES,
-            "draft": ("fixed", "auto"),
-            "predict": ("own", "contrast"),
-            "form": CONTRASTS,
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}")
-        if self.contrast not in AMATEURS and not self.contrast.isdecimal():
-            raise UserError(
-                f"unknown contrast {self.contrast!r}; choose from {', '.join(AMATEURS)}, or a layer's number"
-            )
-
-    def check_ranges(self) -> None:
-        """Raises UserError for a number outside its range."""
-        least = {
-            "max_new_tokens": 1,
-            "min_layer": 1,
-            "max_owed": 1,
-            "top_k": 1,
-            "prune_min": 2,
-            "prune_k": 2,
-            "shortlist": 2,
-            "temperature": 0,
-            "seed": 0,
-            "repetition_penalty": 1,
-        }
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value < 2**63:
-                raise UserError(f"{name} is {value}; it must be at least {low}, and finite")
-        if 0 < self.temperature < COLDEST:
-            raise UserError(
-                f"temperature is {self.temperature}; it must be 0, which is greedy, or at least {COLDEST}"
-            )
-        for token in self.stop_tokens:
-            if not 0 <= token < 2**63:
-                raise UserError(f"stop_tokens has {token}; token ids are at least 0")
-        for threshold in (self.threshold, *(self.layer_thresholds or ())):
-            if not 0 <= threshold <= 1:
-                raise UserError(f"threshold is {threshold}; it must lie between 0 and 1")
-        for name in ("top_p", "alpha"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must lie above 0 and up to 1")
-        for name in ("tau", "beta", "amateur_temperature"):
-            if not 0 < getattr(self, name) < 2**63:
-                raise UserError(f"{name} is {getattr(self, name)}; it must lie above 0, and be finite")
-        if not 0 < self.target < 1:
-            raise UserError(f"target is {self.target}; it must lie between 0 and 1")
+    def check_prompt(self, prompt: list[int], shape: ModelConfig) -> None:
+        """Raises UserError unless `prompt` is one non-empty list of a model's token ids with room for an
+        answer, and the model knows the stop tokens."""
+        if len(prompt) == 0 or not all(isinstance(token, int) for token in prompt):
+            raise UserError("the prompt must be one non-empty list of token ids (batch size 1)")
+        if len(prompt) >= shape.max_len:
+            room = f"this model has {shape.max_len} positions"
+            raise UserError(f"the prompt has {len(prompt)} tokens, and {room}; shorten it")
+        for token in (*prompt, *self.stop_tokens):
+            if not 0 <= token < shape.vocab_size:
+                where = "the prompt" if token in prompt else "stop_tokens"
+                raise UserError(
+                    f"{where} has the id {token}; this model's lie in 0 to {shape.vocab_size - 1}"
+                )
 
     def exits(self, shape: ModelConfig) -> dict[int, float]:
         """The layers at which this model may exit, with their thresholds. Raises UserError for one that it
@@ -236,89 +107,43 @@ class DecodeConfig:
         if layers is None:
             layers = shape.exit_layers or tuple(range(1, L))
             layers += () if self.confidence == "classifier" else beyond  # the last layer has none
-        check_layers("exit_layers", [layer for layer in layers if layer not in beyond], L)
-        check_layers("premature_layers", self.premature_layers or (), L)
-        check_layers("contrast", [int(self.contrast)] if self.contrast.isdecimal() else (), L)
+        check_exit_layers("exit_layers", [layer for layer in layers if layer not in beyond], L)
         if not self.confidence:
             return {}
-        thresholds = self.layer_thresholds or [self.threshold] * len(layers)
-        allowed = {
-            layer: threshold for layer, threshold in zip(layers, thresholds) if layer >= self.min_layer
-        }
         if not layers:
-            remedy = (
-                "leave the flag out"
-                if L > 1
-                else "give a shortlist, or confidence none: one layer has no exit"
-            )
-            raise UserError(f"exit_layers are none; {remedy}")
-        if not allowed:
-            raise UserError(
-                f"min_layer is {self.min_layer}, which leaves no exit layer; lower it or give other "
-                "exit_layers"
-            )
+            raise UserError("there is no exit layer; name some, give a shortlist, or choose confidence none")
+        thresholds = dict(zip(layers, self.layer_thresholds or [self.threshold] * len(layers)))
         if self.confidence == "classifier":
-            check_classifiers(shape, [layer for layer, threshold in allowed.items() if threshold > 0])
-        return allowed
+            check_classifiers(shape, [layer for layer, threshold in thresholds.items() if threshold > 0])
+        return thresholds
 
     def thresholds(self, shape: ModelConfig) -> Constant:
         """A fresh threshold schedule over the exits of a model."""
-        return THRESHOLDS[self.threshold_schedule](self.exits(shape), self.tau, self.target)
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(
-            self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed, self.verify
-        )
-
-    @property
-    def contrasting(self) -> Contrast | None:
-        """None: tokens come from a layer's own distribution."""
-        if self.predict == "own":
-            return None
-        return Contrast(self.contrast, self.form, self.alpha, self.beta, self.amateur_temperature)
+        schedule, numbers = read_schedule(self.threshold_schedule)
+        return schedule(self.exits(shape), *numbers)
 
     def full(self) -> "DecodeConfig":
-        """Every token from the last layer, under the same length, prediction and sampling; of settings that
-        differ only in their exits the same."""
-        kept = [
-            "max_new_tokens",
-            "stop_tokens",
-            "repetition_penalty",
-            "temperature",
-            "top_k",
-            "top_p",
-            "seed",
-        ]
-        if self.predict == "contrast":
-            kept += [
-                "predict",
-                "contrast",
-                "form",
-                "alpha",
-                "beta",
-                "amateur_temperature",
-                "premature_layers",
-            ]
+        """The full model under the same length, prediction and sampling. It is the same for settings that
+        differ only in their exits."""
+        kept = ("max_new_tokens", "stop_tokens", "predict", "repetition_penalty")
+        kept += ("temperature", "top_k", "top_p", "seed")
         return DecodeConfig(**{name: getattr(self, name) for name in kept})
 
     def describe(self, shape: ModelConfig) -> str:
         """What is in force, in a line: confidence, exit layers with their thresholds, and what differs from
         the defaults."""
-        if self.confidence is None:
-            shown = ["the full model"]
-        else:
+        shown = ["the full model"]
+        if self.confidence is not None:
             exits = self.exits(shape)
-            layers, thresholds = (
-                ",".join(map(str, exits)),
-                ",".join(f"{t:g}" for t in sorted(set(exits.values()))),
-            )
-            shown = [f"{self.confidence} at layers {layers} from {thresholds} on"]
+            layers = ",".join(map(str, exits))
+            values = ",".join(f"{threshold:g}" for threshold in sorted(set(exits.values())))
+            where = f"at layers {layers}, threshold {values}"
             if self.draft == "auto":
-                shown = [f"{self.confidence} at one of the layers {layers}, as measured"]
-        told = {"confidence", "threshold", "layer_thresholds", "exit_layers"}
+                where = f"at one of the layers {layers}, as measured"
+            shown = [f"{self.confidence} {where}"]
+        named = {"confidence", "threshold", "layer_thresholds", "exit_layers"}
         for each in fields(self):
             value = getattr(self, each.name)
-            if each.name not in told and value != each.default:
+            if each.name not in named and value != each.default:
                 shown.append(each.name if value is True else f"{each.name} {value}")
         return ", ".join(shown)

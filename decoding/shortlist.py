@@ -1,21 +1,25 @@
-"""A shortlist of the vocabulary: what exits are asked over where a head over all ids would cost more than the
-blocks.
+"""A shortlist of the vocabulary: the ids that confidence checks read if a head over all ids would cost too
+much.
 
-Its ids are the most frequent ones of a corpus, which a model keeps as `frequent_ids` (tools/shortlist.py
-counts them), with those of the prompt and of the text so far (after FR-Spec, Zhao 2025). Their rows of the
-unembedding are laid side by side once; new ids are appended. The head over the whole vocabulary then is the
-topmost step of the staircase, which an exit after all L blocks leaves out (lossy) or owes (verified).
+It holds the most frequent ids of a corpus, which a model keeps as `frequent_ids` (tools/shortlist.py counts
+them), and the ids of the prompt and of the text so far (after FR-Spec, Zhao 2025). The rows of the
+unembedding that belong to the frequent ids are gathered once for a model; those of new ids are appended. The
+LM head is then the topmost step of the staircase, which an exit after all L blocks leaves out (lossy) or owes
+(verified).
 
 Dimensions: n ids, d model width.
 """
 
+import os
 import weakref
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import UserError
-from formats.weights import as_form
+from common.files import check_input
 from model import Transformer
 
 _FREQUENT = weakref.WeakKeyDictionary()  # model -> size -> what all of its runs share
@@ -28,13 +32,12 @@ class Shortlist:
     def __init__(self, model: Transformer, size: int, length: int):
         """The `size` most frequent ids, and room for `length` more: those of the prompt and of tokens from
         the full model (a draft is in it already). Raises UserError if the model knows not so many."""
-        self.unembed = model.unembed
-        self._frequent_ids, self._frequent_weight, known = frequent(model, size)
+        self.model = model
+        self.ids, weight, known = frequent(model, size)
+        self.weights = [weight]
         self._known = set(known)
-        self._more_ids = self._frequent_ids.new_empty(length)
-        self._more_weight = self.unembed.new_empty(length, self.unembed.shape[1])
-        self._count = 0
-        self.ids, self.weights = self._frequent_ids, [self._frequent_weight]
+        self._more = model.new_states(length, model.config.d_model)  # rows of the other ids
+        self._count = 0  # how many these are
 
     def add(self, tokens: list[int]) -> None:
         """Appends those of the tokens that are not there yet."""
@@ -42,14 +45,11 @@ class Shortlist:
         if not new:
             return
         self._known.update(new)
-        rows = slice(self._count, self._count + len(new))
-        self._count += len(new)
-        self._more_ids[rows] = torch.tensor(new, device=self._more_ids.device)
-        self._more_weight[rows] = self.unembed[self._more_ids[rows]]
-        self.ids = torch.cat(
-            [self._frequent_ids, self._more_ids[: self._count]]
-        )  # ids are few bytes, rows are not
-        self.weights = [self._frequent_weight, self._more_weight[: self._count]]
+        ids = torch.tensor(new, device=self.ids.device)
+        self.ids = torch.cat([self.ids, ids])
+        first, self._count = self._count, self._count + len(new)
+        self._more[first : self._count] = self.model.head_rows(ids)
+        self.weights = [self.weights[0], self._more[: self._count]]
 
 
 def frequent(model: Transformer, size: int) -> tuple[Tensor, Tensor, frozenset[int]]:
@@ -59,14 +59,55 @@ def frequent(model: Transformer, size: int) -> tuple[Tensor, Tensor, frozenset[i
     made = _FREQUENT.setdefault(model, {})
     if size not in made or made[size][0] is not model.frequent_ids:
         if model.frequent_ids is None:
-            raise UserError(
-                f"shortlist is {size}, but no frequent ids are known; count them with "
-                "python -m tools.shortlist"
-            )
+            remedy = "count them with python -m tools.shortlist"
+            raise UserError(f"shortlist is {size}, but no frequent ids are known; {remedy}")
         if len(model.frequent_ids) < size:
-            raise UserError(
-                f"shortlist is {size}, but only {len(model.frequent_ids)} ids occurred in the corpus counted"
-            )
-        ids = model.frequent_ids[:size].to(model.embedding.device)
-        made[size] = model.frequent_ids, ids, as_form(model.unembed[ids], model.form), frozenset(ids.tolist())
+            count = len(model.frequent_ids)
+            raise UserError(f"shortlist is {size}, but only {count} ids occurred in the corpus counted")
+        ids = model.frequent_ids[:size].to(model.device)
+        made[size] = model.frequent_ids, ids, model.prepared(model.head_rows(ids)), frozenset(ids.tolist())
     return made[size][1:]
+
+
+# ---------------------------------------------------------------- frequent ids on a disk
+
+
+def find_frequent_ids(file, checkpoint, heads, content: dict, vocab_size: int) -> Tensor | None:
+    """The ids in `file`; without one those in the content of a checkpoint and its `heads`; without these
+    those in a file next to one of the two (model.ids.npy next to model.pt), if there are any: (n,) int64.
+    Raises UserError for anything but a list of the model's ids."""
+    if file is None and "frequent_ids" in content:
+        return checked_ids(content["frequent_ids"], vocab_size, f"{heads or checkpoint}, frequent_ids")
+    if file is None:
+        nearby = [ids_beside(each) for each in (heads, checkpoint) if each is not None]
+        file = next((path for path in nearby if path.is_file()), None)
+    return None if file is None else checked_ids(read_ids(file), vocab_size, file)
+
+
+def ids_beside(checkpoint: str | os.PathLike) -> Path:
+    """The file of ids that may lie next to a checkpoint or a file of heads."""
+    return Path(checkpoint).with_suffix(".ids.npy")
+
+
+def read_ids(file: str | os.PathLike) -> Tensor | None:
+    """The tensor in a .npy file; None if it holds none. Raises UserError if there is no such file."""
+    check_input(file, "no such file; it was to hold frequent ids (python -m tools.shortlist makes one)")
+    try:
+        with open(file, "rb") as opened:
+            return torch.from_numpy(np.lib.format.read_array(opened, allow_pickle=False))
+    except (ValueError, TypeError, EOFError):  # no .npy, cut short, or of a dtype that torch does not know
+        return None
+
+
+def checked_ids(ids, vocab_size: int, where: str | os.PathLike) -> Tensor:
+    """The ids as (n,) int64. Raises UserError unless they are a list of ids from 0 to vocab_size - 1, each
+    once."""
+    kinds = (torch.int32, torch.int64)
+    if not isinstance(ids, Tensor) or ids.dtype not in kinds or ids.dim() != 1 or not len(ids):
+        raise UserError(f"{where}: no list of token ids, as python -m tools.shortlist writes it")
+    for wrong in ids[(ids < 0) | (ids >= vocab_size)].tolist():
+        limits = f"the model's run from 0 to {vocab_size - 1}; count the ids with its tokenizer"
+        raise UserError(f"{where}: holds the id {wrong}, but {limits}")
+    if len(ids.unique()) < len(ids):
+        raise UserError(f"{where}: holds an id twice; each must be there once")
+    return ids.to(torch.int64)

@@ -1,23 +1,27 @@
 """How confident is confident enough: the threshold of every exit layer, step by step.
 
 A new schedule is a class like `Decaying`: derive it from Constant, say in `at` what the thresholds are at a
-step, and name it in THRESHOLDS below. `tau` and `target`, of DecodeConfig, are there for those that want
-them.
+step, and name it in THRESHOLDS below. A number that it takes stands in `numbers`, with its default and its
+limits.
 """
 
 import math
 from statistics import fmean, pvariance
 
-from confidence import Trace
+import torch
+from torch.distributions import Beta
+
+from common.config import Number, read_choice
 
 
 class Constant:
     """The same at every step: `thresholds` maps an exit layer to its threshold."""
 
-    learns = False  # whether it wants to be told what the full model says of early tokens, too
+    numbers: tuple[Number, ...] = ()  # what it takes besides the thresholds
+    learns = False  # whether it learns from what the full model says about early tokens
 
-    def __init__(self, thresholds: dict[int, float], tau: float = 4.0, target: float = 0.9):
-        self.thresholds, self.tau, self.target = thresholds, tau, target
+    def __init__(self, thresholds: dict[int, float]):
+        self.thresholds = thresholds
 
     def at(self, step: int, steps: int) -> dict[int, float]:
         """The threshold of every exit layer at `step` of at most `steps`."""
@@ -25,49 +29,55 @@ class Constant:
 
 
 class Decaying(Constant):
-    """clip(0.9 t + 0.1 exp(-tau i / N), 0, 1) at step i of at most N: early tokens influence all that follow,
-    so they meet a higher bar (CALM, Schuster 2022, Eq. 5). A threshold of 0, a static exit, stays 0."""
+    """clip(0.9 t + 0.1 exp(-tau i / N), 0, 1) at step i of at most N: the first tokens influence all others,
+    so their threshold is higher (CALM, Schuster 2022, Eq. 5). A threshold of 0, a static exit, stays 0."""
+
+    numbers = (Number("TAU", 4.0, {"above": 0, "most": 10**9}, float),)
+
+    def __init__(self, thresholds: dict[int, float], tau: float = 4.0):
+        super().__init__(thresholds)
+        self.tau = tau
 
     def at(self, step: int, steps: int) -> dict[int, float]:
         extra = 0.1 * math.exp(-self.tau * step / steps)
-        return {
-            layer: min(1.0, max(0.0, 0.9 * t + extra)) if t else 0.0 for layer, t in self.thresholds.items()
-        }
+        decayed = {layer: min(1.0, 0.9 * t + extra) for layer, t in self.thresholds.items() if t}
+        return {**self.thresholds, **decayed}
 
 
 class Adaptive(Constant):
-    """The lowest confidence from which on P(agreed | c) stays at `target` or above, one for all exit layers,
-    learned while decoding (FREE, Bae 2023, adaptive threshold estimator). Confidences of exit heads that
-    agree with the full model follow one Beta distribution, the others a second; both are fitted by moments to
-    the pairs that deep passes yield. One text is one run: it begins at the threshold given. A threshold of 0,
-    a static exit, stays 0."""
+    """The lowest confidence c above which P(agreed | c) stays at `target` or higher, one for all exit layers,
+    learned while decoding (FREE, Bae 2023, adaptive threshold estimator). The confidences of exits that agree
+    with the full model follow one Beta distribution, the others a second one; both are fitted by moments to
+    the pairs that deep passes yield. Every text begins anew with the given threshold. A threshold of 0, a
+    static exit, stays 0."""
 
+    numbers = (Number("TARGET", 0.9, {"above": 0, "most": 0.999}, float),)
     learns = True
-    LOW, HIGH = 0.05, 0.99  # its range; a threshold of 1 would be asked for ever and never reached
-    PRIOR = (
-        (0.1, 0.5),
-        (0.6, 0.9),
-    )  # disagreed, agreed: as if seen before, so that a fit exists from the start
+    GRID = torch.arange(99, 4, -1) / 100  # the thresholds that it may choose; 1 would never be reached
+    # Pseudo-observations that disagreed and agreed, for a fit from the start:
+    PRIOR = ((0.1, 0.5), (0.6, 0.9))
 
-    def __init__(self, thresholds: dict[int, float], tau: float = 4.0, target: float = 0.9):
-        super().__init__(thresholds, tau, target)
+    def __init__(self, thresholds: dict[int, float], target: float = 0.9):
+        super().__init__(thresholds)
+        self.target = target
         self.disagreed, self.agreed = map(list, self.PRIOR)
         self.held: list[tuple[float | None, int]] = []
 
-    def hold(self, trace: Trace, layer: int) -> None:
-        """Notes what an early exit said, until the full model says what is right."""
-        self.held.append((trace.confidences.get(layer), trace.guess(layer)))
+    def hold(self, confidence: float | None, guess: int) -> None:
+        """Notes the confidence (None: not checked) and the token of an early exit, until the full model
+        judges it."""
+        self.held.append((confidence, guess))
 
-    def compare(self, trace: Trace) -> None:
-        """Learns from a pass that reached the top: of the early tokens held, and of every layer asked in it,
-        the confidence and whether the exit head's token was the full model's. Row i of trace.final is that of
-        token i held; one more, of the newest position, follows unless the pass only paid what was owed."""
-        truth = trace.final.argmax(-1).tolist()
+    def compare(self, truth: list[int], newest: list[tuple[float, int]]) -> None:
+        """Learns from a pass that reached the top, whose LM head found the tokens `truth`: from every early
+        exit held, and from the (confidence, token) of every layer checked in this pass, whether its token was
+        the full model's. truth[i] judges the early exit i; one more, for the newest position, follows unless
+        the pass only computed what was owed."""
         for (confidence, guess), token in zip(self.held, truth):
             if confidence is not None:
                 self.learn(confidence, guess == token)
-        for layer, confidence in trace.confidences.items():
-            self.learn(confidence, trace.guess(layer) == truth[-1])
+        for confidence, guess in newest:
+            self.learn(confidence, guess == truth[-1])
         self.held = []
         self.update()
 
@@ -77,29 +87,29 @@ class Adaptive(Constant):
 
     def update(self) -> None:
         """Fits both distributions and moves the threshold."""
-        (a1, b1), (a0, b0) = fit_beta(self.agreed), fit_beta(self.disagreed)
-        odds = math.log(len(self.agreed) / len(self.disagreed)) - log_beta(a1, b1) + log_beta(a0, b0)
-        wanted = math.log(self.target / (1 - self.target))
-        threshold = self.HIGH
-        for percent in range(round(100 * self.HIGH), round(100 * self.LOW) - 1, -1):
-            c = percent / 100
-            if odds + (a1 - a0) * math.log(c) + (b1 - b0) * math.log(1 - c) < wanted:
-                break
-            threshold = c
+        odds = fit_beta(self.agreed).log_prob(self.GRID) - fit_beta(self.disagreed).log_prob(self.GRID)
+        odds += math.log(len(self.agreed) / len(self.disagreed))
+        enough = odds >= math.log(self.target / (1 - self.target))
+        # From the highest threshold down to the first that is not enough:
+        count = int(enough.cumprod(0).sum())
+        threshold = self.GRID[max(0, count - 1)].item()
         self.thresholds = {layer: threshold if t else 0.0 for layer, t in self.thresholds.items()}
 
 
-def fit_beta(values: list[float]) -> tuple[float, float]:
-    """a and b of the Beta distribution with the mean and the variance of values in [0, 1]: with m and v, a + b = m (1
-    - m) / v - 1."""
+def fit_beta(values: list[float]) -> Beta:
+    """The Beta distribution with the mean m and the variance v of values in [0, 1]: a + b = m (1 - m) / v -
+    1."""
     mean = min(0.99, max(0.01, fmean(values)))
     variance = min(max(pvariance(values), 1e-3), 0.9 * mean * (1 - mean))
     total = mean * (1 - mean) / variance - 1
-    return mean * total, (1 - mean) * total
-
-
-def log_beta(a: float, b: float) -> float:
-    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    return Beta(torch.tensor(mean * total), torch.tensor((1 - mean) * total), validate_args=False)
 
 
 THRESHOLDS: dict[str, type[Constant]] = {"constant": Constant, "decaying": Decaying, "adaptive": Adaptive}
+
+
+def read_schedule(text: str) -> tuple[type[Constant], list[float]]:
+    """The schedule that a text such as "decaying:4" names, and its numbers. Raises UserError."""
+    known = {name: schedule.numbers for name, schedule in THRESHOLDS.items()}
+    name, numbers = read_choice("threshold_schedule", text, known)
+    return THRESHOLDS[name], numbers

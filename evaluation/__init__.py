@@ -1,1 +1,1 @@
-"""Tasks, metrics, measuring, tables, tuning, sweeps, calibration, analysis, pictures."""
+"""The commands of eval.py: tasks, metrics, measurements, tables, tuning, sweeps, calibration, pictures."""

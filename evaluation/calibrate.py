@@ -1,180 +1,174 @@
-"""`eval.py calibrate`: a threshold with a guarantee for one task, found as CALM finds it (Schuster 2022,
-section 4)."""
+"""A threshold with a guarantee for one task, found as CALM finds it (Schuster 2022, section 4), by Learn
+then Test."""
 
-import argparse
-import sys
-from dataclasses import asdict, replace
+import time
+from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 
 from common.errors import UserError
 from common.files import write_json
-from common.processes import processes, tell
+from decode import generate
+from decoding.presets import override
 from decoding.settings import DecodeConfig
+from evaluation.configurations import changes, command_config, differing_fields, own_config
 from evaluation.figures import written
-from evaluation.inputs import chosen_tasks, load_inputs, load_model, note, run_record
-from evaluation.learn_then_test import fewest, walk
-from evaluation.measure import encode_inputs, run_in_turns
+from evaluation.inputs import Setup, encode_inputs, say
+from evaluation.measure import Configuration, run_in_turns, with_full_model
 from evaluation.metrics import METRICS, rouge_l_f1
-from evaluation.rows import (
-    command_setting,
-    custom_settings,
-    fields_that_differ,
-    own_origin,
-    own_setting,
-    sources,
-)
-from evaluation.table import check_files
-from evaluation.tasks import TUNING_SHARE, Task, between, one_of_each_source, sample, source
+from evaluation.tasks import TUNING_SHARE, Task, between, source
+from evaluation.walk import fewest_inputs, risk_p_value, walk
 from formats.data import Example
 
-CHECK_SHARE = (
-    1 + TUNING_SHARE
-) / 2  # of a single file: from here on inputs to check on; below, those to calibrate on
+THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))  # from cautious to bold
+CHECK_SHARE = (1 + TUNING_SHARE) / 2  # where a single file is parted into inputs to calibrate and to check on
+TIMED = 3  # inputs decoded for the estimate of the time
 
 
-def main(args: argparse.Namespace) -> None:
-    """Finds a threshold, says what was found, and writes it. Ends with status 1 if no threshold passes."""
-    custom = custom_settings(args)
-    tasks = chosen_tasks(args)
-    check_files(args, tasks, args.out, settings=args.settings)
-    check_flags(args, own_setting(args, tasks[0], custom), tasks)
-    model, tokenizer = load_model(args)
-    record = run_record(args, model)
-    task, sets = two_sets(args, tasks[0])
-    config = own_setting(args, task, custom)
-    config.exits(model.config)
-    note(sources(args, own_origin(args, custom, model)))
-    threshold, provenance = find_threshold(
-        model, tokenizer, task, sets, config, args.risk, args.tolerance, args.error
-    )
-    tell(report(task, threshold, provenance))
-    if threshold is None:
-        sys.exit(1)
-    if processes()[0] == 0:
-        settings = {"confidence": config.confidence} | fields_that_differ(config, DecodeConfig())
-        settings |= fields_that_differ(config, command_setting(args))  # what a reader of the file begins with
-        settings |= {"threshold": threshold, "provenance": provenance | record | {"task": task.name}}
-        write_json(args.out, settings)
-    tell(f"wrote {args.out}")
+def one_task(setup: Setup) -> Task:
+    """Returns the task to calibrate. Raises UserError for a task or settings that cannot be calibrated."""
+    task = setup.tasks[0]
+    if len(setup.tasks) != 1:
+        raise UserError("calibrate finds a threshold for one task; choose it with --tasks")
+    decode = own_config(setup, task)
+    if decode.confidence is None or decode.verify:
+        raise UserError("calibrate needs a confidence function, and no --verify, which changes no text")
+    if setup.config.risk == "task" and not task.metrics:
+        raise UserError(f"task {task.name} has no score; calibrate with --risk consistency")
+    return task
 
 
-def check_flags(args: argparse.Namespace, config: DecodeConfig, tasks: list[Task]) -> None:
-    """Raises UserError for what cannot be calibrated."""
-    if config.layer_thresholds:
-        raise UserError("layer_thresholds outranks the threshold that is to be found; leave it out")
-    if config.confidence is None:
-        raise UserError("calibrate needs a confidence function; confidence is none")
-    if config.verify:
-        raise UserError("verify changes no text, so every threshold is safe; leave it out")
-    if hasattr(args, "threshold"):
-        raise UserError(f"threshold is {args.threshold}, but it is what calibrate finds; leave it out")
-    for name in ("tolerance", "error"):
-        if not 0 < getattr(args, name) < 1:
-            raise UserError(f"{name} is {getattr(args, name)}; it must lie between 0 and 1")
-    if len(tasks) != 1:
-        names = ",".join(task.name for task in tasks)
-        raise UserError(f"calibrate finds a threshold for one task; choose it with --tasks (here: {names})")
-    if args.risk == "task" and not tasks[0].metrics:
-        raise UserError(f"task {tasks[0].name} has no score; calibrate with --risk consistency")
-
-
-def two_sets(args: argparse.Namespace, task: Task) -> tuple[Task, dict[str, list[Example]]]:
-    """The examples to calibrate on, and others to check on. None of the first has been used by `tune`, which
-    draws from the rest of dev; each text is asked one question, since the guarantee is for independent
-    inputs; and no text is in both sets. Of a task of your own, which is a single file, both come from the
-    part that tune leaves."""
-    task, dev = load_inputs(args, task, "dev")
+def two_sets(setup: Setup, task: Task) -> tuple[Task, dict[str, list[Example]]]:
+    """Returns the inputs to calibrate on, and others to check on, each under a name that says their source.
+    `tune` has used none of the first, since it draws from the rest of dev. One question is taken for each
+    text, since the guarantee is for independent inputs, and no text is in both sets. For a task of your own,
+    which is a single file, both sets come from the part that tune leaves."""
+    config = setup.config
+    task, dev = setup.inputs(task, "dev")
     if "{}" in task.file:
-        fit = between(dev, TUNING_SHARE, 1)
-        seen = {source(example) for example in fit}
-        check = [example for example in load_inputs(args, task, "test")[1] if source(example) not in seen]
-        names = "dev (what tune leaves of it)", "test"
+        fit, names = setup.part(dev, TUNING_SHARE, 1), ("dev (what tune leaves of it)", "test")
+        seen = {source(example) for example in between(dev, TUNING_SHARE, 1)}
+        test = [example for example in setup.inputs(task, "test")[1] if source(example) not in seen]
+        check = setup.part(test, 0, 1)
     else:
-        fit, check = between(dev, TUNING_SHARE, CHECK_SHARE), between(dev, CHECK_SHARE, 1)
         names = f"{task.file} (one part)", f"{task.file} (another part)"
-    if not fit or not check:
-        raise UserError(f"{task.file}: holds too little to calibrate on one part and check on another")
-    drawn = [
-        sample(one_of_each_source(part, args.draw_seed), args.limit, args.draw_seed) for part in (fit, check)
-    ]
-    needed = fewest(args.tolerance, args.error)
-    if len(drawn[0]) < needed:  # known before any is looked at, so another try is allowed
-        raise UserError(
-            f"{len(drawn[0])} inputs cannot prove a risk below {args.tolerance} at error level {args.error}, whatever "
-            f"their losses; take at least {needed} (--limit, or another file), or a higher --tolerance or --error"
-        )
-    return task, dict(zip(names, drawn))
+        fit, check = setup.part(dev, TUNING_SHARE, CHECK_SHARE), setup.part(dev, CHECK_SHARE, 1)
+    needed = fewest_inputs(config.tolerance, config.error)
+    if len(fit) < needed:  # known before any is looked at, so another try is allowed
+        proof = f"a risk below {config.tolerance} at error level {config.error}"
+        remedy = "(--limit, or another file), or a higher --tolerance or --error"
+        raise UserError(f"{len(fit)} inputs cannot prove {proof}; take at least {needed} {remedy}")
+    return task, dict(zip(names, (fit, check)))
 
 
-def find_threshold(
-    model,
-    tokenizer,
-    task: Task,
-    sets: dict[str, list[Example]],
-    config: DecodeConfig,
-    risk: str,
-    tolerance: float,
-    error: float,
-) -> tuple[float | None, dict]:
-    """The threshold that Learn then Test finds on the calibration examples, None if none passes; and how,
-    held-out risk included. sets: examples by what they are, the first to calibrate on, the second to check
-    on. risk: consistency, 1 - ROUGE-L to the full model's text; or task, how much lower the task's first
-    score is."""
-    fit, check = sets
-    name = next(iter(task.metrics)) if risk == "task" else "consistency"
-    both = {"early": config, "full": config.full()}
-    encoded = {
-        which: encode_inputs(model, tokenizer, task, examples, both) for which, examples in sets.items()
-    }
-    full: dict[str, list[str]] = {}  # the full model's texts of a set, which it decodes once
+class Calibration:
+    """The search for the threshold of one configuration. The file of thresholds is written after every
+    threshold that passes, so that an interrupted run leaves what it has reached: each of these is as safe
+    as the last."""
 
-    def losses(threshold: float, which: str) -> list[float]:
-        """The loss of every example of a set."""
-        prompts, ending = encoded[which]
-        configs = {"early": replace(ending["early"], threshold=threshold)}
-        if which not in full:
-            configs["full"] = ending["full"]
-        rows = run_in_turns(model, prompts, configs, 1, f"{task.name}, {which}, threshold {threshold:g}")
-        if which not in full:
-            full[which] = written(tokenizer, rows["full"])
-        early = written(tokenizer, rows["early"])
-        if risk == "consistency":
-            return [1 - rouge_l_f1(*pair) for pair in zip(early, full[which])]
-        metric = METRICS[task.metrics[name]]
-        lost = []
-        for text, whole, example in zip(early, full[which], sets[which]):
-            references = [list(example.references)]
-            lost.append(max(0.0, metric([whole], references) - metric([text], references)))
-        return lost
+    def __init__(self, setup: Setup, task: Task, sets: dict[str, list[Example]]):
+        """`sets`: examples by where they come from; the first are to calibrate on, the second to check on."""
+        self.setup, self.task, self.sets = setup, task, sets
+        decode = own_config(setup, task)
+        decode.exits(setup.model.config)
+        configurations = with_full_model(setup.model, {"early": Configuration(decode, setup.model)})
+        self.encoded = {}
+        for which, examples in sets.items():
+            self.encoded[which] = encode_inputs(setup.tokenizer, task, examples, configurations)
+        self.full_texts: dict[str, list[str]] = {}  # of each set; the full model decodes it once
+        config = setup.config
+        self.loss = next(iter(task.metrics)) if config.risk == "task" else "consistency"
+        settings = {"confidence": decode.confidence} | differing_fields(decode, DecodeConfig())
+        self.settings = settings | differing_fields(decode, command_config(setup))  # where its readers begin
+        self.provenance = {"task": task.name, "risk": config.risk, "loss": self.loss, **setup.record}
+        self.provenance |= {"tolerance": config.tolerance, "error": config.error, "tested": []}
 
-    threshold, tested = walk(lambda threshold: losses(threshold, fit), tolerance, error)
-    for each in tested:
-        tell(f"threshold {each.threshold:g}: risk {each.risk:.4f}, p {each.p_value:.4f}")
-    provenance = {"tolerance": tolerance, "error": error, "risk": risk, "loss": name}
-    provenance["calibrated on"] = f"{len(sets[fit])} inputs of {fit}"
-    provenance["tested"] = [asdict(each) for each in tested]
-    if threshold is not None:
-        held_out = losses(threshold, check)
-        provenance["held out"] = {"on": f"{len(held_out)} inputs of {check}", "risk": fmean(held_out)}
-    return threshold, provenance
+    def find(self) -> float | None:
+        """Finds the boldest threshold whose risk is surely below the tolerance, and writes it with its
+        provenance and the risk on other inputs. Returns None if no threshold passes."""
+        fit, check = self.sets
+        self.provenance["calibrated on"] = f"{len(self.sets[fit])} inputs of {fit}"
+        say(self.estimate())
+        passed = walk(THRESHOLDS, self.p_value, self.setup.config.error)
+        if not passed:
+            say(self.failure())
+            return None
+        held_out = self.losses(passed[-1], check)
+        self.provenance["held out"] = {"on": f"{len(held_out)} inputs of {check}", "risk": fmean(held_out)}
+        self.write(passed[-1])
+        say(self.success(passed[-1]))
+        return passed[-1]
 
+    def estimate(self) -> str:
+        """Estimates the time from a few inputs at full depth."""
+        fit, check = self.sets.values()
+        prompts, configurations = next(iter(self.encoded.values()))
+        started = time.perf_counter()
+        for prompt in prompts[:TIMED]:
+            generate(self.setup.model, prompt, configurations["full"].decode)
+        each = (time.perf_counter() - started) / len(prompts[:TIMED])
+        minutes = each * ((1 + len(THRESHOLDS)) * len(fit) + 2 * len(check)) / 60
+        return f"{len(fit)} inputs, at most {len(THRESHOLDS)} thresholds: up to about {minutes:.1f} minutes"
 
-def report(task: Task, threshold: float | None, provenance: dict) -> str:
-    """What calibration found, in words. After a failure it advises only what leaves a guarantee a guarantee:
-    the inputs have been looked at, so whatever is chosen in view of them must be tested on others."""
-    risk, tolerance = f"{provenance['risk']} risk", provenance["tolerance"]
-    if threshold is None:
-        return (
-            f"{task.name}: no threshold keeps the {risk} below {tolerance} at error level {provenance['error']}. "
-            "These inputs have now been looked at: another tolerance, other exits or more inputs chosen in view of "
-            "them would have no guarantee on them. Settle these first, then calibrate once on inputs that were not "
-            f"used here ({task.name}=FILE or file=FILE). Or use --verify, which changes no text and needs no guarantee."
-        )
-    held_out = provenance["held out"]
-    text = (
-        f"{task.name}: threshold {threshold:g}; on {held_out['on']}, not used to find it, its {risk} is "
-        f"{held_out['risk']:.4f} (tolerance {tolerance})."
-    )
-    if held_out["risk"] > tolerance:
-        text += " Above it: the guarantee is for the mean over many inputs, of the same source as those calibrated on."
-    return text
+    def p_value(self, threshold: float) -> float:
+        """Tests one threshold, prints the result, and keeps it if it passes."""
+        config, fit = self.setup.config, next(iter(self.sets))
+        losses = self.losses(threshold, fit)
+        risk, p_value = fmean(losses), risk_p_value(losses, config.tolerance)
+        self.provenance["tested"].append({"threshold": threshold, "risk": risk, "p_value": p_value})
+        say(f"threshold {threshold:g}: risk {risk:.4f}, p {p_value:.4f}")
+        if p_value <= config.error:
+            self.write(threshold)
+        return p_value
+
+    def losses(self, threshold: float, which: str) -> list[float]:
+        """Returns the loss of every example of a set."""
+        prompts, configurations = self.encoded[which]
+        early = configurations["early"]
+        runs = {"early": replace(early, decode=override(early.decode, {"threshold": threshold}))}
+        if which not in self.full_texts:
+            runs["full"] = configurations["full"]
+        rows = run_in_turns(runs, prompts, 1, f"{self.task.name}, {which}, threshold {threshold:g}")
+        if "full" in rows:
+            self.full_texts[which] = written(self.setup.tokenizer, rows["full"])
+        texts, full_texts = written(self.setup.tokenizer, rows["early"]), self.full_texts[which]
+        if self.loss == "consistency":
+            return [1 - rouge_l_f1(*pair) for pair in zip(texts, full_texts)]
+        metric, losses = METRICS[self.task.metrics[self.loss]], []
+        for text, full_text, example in zip(texts, full_texts, self.sets[which]):
+            references = [example.references]
+            losses.append(max(0.0, metric([full_text], references) - metric([text], references)))
+        return losses
+
+    def write(self, threshold: float) -> None:
+        settings = {**self.settings, "threshold": threshold, "provenance": self.provenance}
+        write_json(Path(self.setup.config.out), settings)
+
+    def failure(self) -> str:
+        """Says what to do where no threshold passes. It only advises what leaves a guarantee a guarantee:
+        these inputs have been looked at, so whatever is chosen in view of them must be tested on others."""
+        config, name = self.setup.config, self.task.name
+        risk = f"the {config.risk} risk below {config.tolerance} at error level {config.error}"
+        return f"""{name}: no threshold keeps {risk}.
+What is chosen in view of these inputs has no guarantee on them: change what you like, then calibrate once on
+inputs that were not used here ({name}=FILE or file=FILE). Or use --verify, which changes no text."""
+
+    def success(self, threshold: float) -> str:
+        """Says the threshold, its risk on other inputs, and the command that uses it."""
+        config, held_out = self.setup.config, self.provenance["held out"]
+        found = f"{self.task.name}: threshold {threshold:g}; on {held_out['on']}, not used to find it, its"
+        found += f" {config.risk} risk is {held_out['risk']:.4f} (tolerance {config.tolerance})."
+        if held_out["risk"] > config.tolerance:
+            found += " Above it: the guarantee is for the mean over many inputs of the same source."
+        return f"{found}\nwrote {config.out}; to use it:\n    {self.command()}"
+
+    def command(self) -> str:
+        """Returns the command that decodes with the threshold."""
+        config = self.setup.config
+        words = f'python decode.py "..." --checkpoint {config.checkpoint}'
+        if config.heads:
+            words += f" --heads {config.heads}"
+        words += f" --thresholds {config.out}"
+        if ":" in str(changes(self.setup).get("confidence")):  # a file may not name code, but a flag may
+            words += f" --confidence {self.settings['confidence']}"
+        return words

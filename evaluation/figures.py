@@ -1,282 +1,239 @@
-"""The figures of a row, each computed in one place: speed, work, likeness to the full model's output,
-quality.
+"""The figures of a table's rows, each computed in one place: speed, work, likeness to the full model's
+output, and quality.
 
-docs explain what they mean to a reader of the table; `summarize` puts them together under the names of
---json.
+docs/evaluation.md explains what they mean; `summarize` collects them under their names in --json.
 """
 
-from collections import defaultdict
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from statistics import mean, median
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from decoding.record import Counters, first_difference
-from decoding.settings import DecodeConfig
-from evaluation.measure import Measured, confidence_share, encode_inputs, run_in_turns
-from evaluation.metrics import (
-    METRICS,
-    bootstrap,
-    distinct,
-    repetition,
-    resampled_sums,
-    rouge_l_f1,
-    token_agreement,
-)
+from decoding.record import first_difference
+from evaluation import metrics
+from evaluation.inputs import Setup, Table, encode_inputs
+from evaluation.measure import Measured, confidence_share, run_in_turns, with_full_model
 from evaluation.tasks import Task
 from formats.data import Example
-from model import ModelConfig, Transformer
+from model import Transformer
 
 RESAMPLES = 1000  # of the interval of the speed-up
 
-# ---------------------------------------------------------------- a row beside the full model
+# ---------------------------------------------------------------- a row compared with the full model
 
 
-def baseline(config: DecodeConfig) -> DecodeConfig:
-    """The full model that a row is compared with: under the same length, prediction and sampling. A row
-    without exits whose tokens come from a contrast (DoLa, ACD) is compared with the model's own
-    prediction."""
-    return config.full() if config.confidence else replace(config, predict="own").full()
-
-
-def alike(configs: dict[str, DecodeConfig]) -> list[dict[str, DecodeConfig]]:
-    """The configs in groups that one full model serves."""
-    groups = defaultdict(dict)
-    for name, config in configs.items():
-        groups[baseline(config)][name] = config
-    return list(groups.values())
-
-
-def evaluate(
-    model,
-    tokenizer,
-    task: Task,
-    examples: list[Example],
-    configs: dict[str, DecodeConfig],
-    repeat: int,
-    time_questions: bool = True,
-) -> list[dict]:
-    """Rows of one task, first that of the full model, which is one for all of these configs (see `alike`).
-    The share of time for asking is measured in a run of its own, on every third prompt."""
-    prompts, configs = encode_inputs(model, tokenizer, task, examples, configs)
-    full = baseline(next(iter(configs.values())))
-    rows = run_in_turns(model, prompts, {"full": full, **configs}, repeat, task.name)
-    summaries = []
-    for name, row in rows.items():
-        asks = any(asked for out in row.outputs for asked in out.confidences)
-        share = confidence_share(model, prompts[::3], row.config) if asks and time_questions else None
-        summaries.append(summarize(model, tokenizer, task, examples, name, row, rows["full"], share))
-    return summaries
+def evaluate(setup: Setup, table: Table, time_checks: bool = True) -> list[dict]:
+    """Measures the rows of a table, the first of which is the full model. The time of confidence checks is
+    measured in a run of its own, on every third prompt."""
+    configurations = with_full_model(setup.model, table.configurations)
+    prompts, configurations = encode_inputs(setup.tokenizer, table.task, table.examples, configurations)
+    measured = run_in_turns(configurations, prompts, setup.config.repeat, table.task.name)
+    rows = []
+    for name, row in measured.items():
+        checks = any(checked for out in row.outputs for checked in out.confidences)
+        share = confidence_share(row.configuration, prompts[::3]) if checks and time_checks else None
+        rows.append(summarize(setup.tokenizer, table, name, row, measured["full"], share))
+    return rows
 
 
 def summarize(
-    model: Transformer,
-    tokenizer,
-    task: Task,
-    examples: list[Example],
-    name: str,
-    row: Measured,
-    full: Measured,
-    asking: float | None,
+    tokenizer, table: Table, name: str, row: Measured, full: Measured, checks: float | None
 ) -> dict:
-    """One row of --json, and of the table. asking: share of the time spent on it; None: not measured."""
+    """Returns one row of --json and of the table. `checks` is the share of the time that confidence checks
+    take."""
+    task, examples, configuration = table.task, table.examples, row.configuration
     texts, full_texts = written(tokenizer, row), written(tokenizer, full)
-    references = [list(example.references) for example in examples]
-    work = work_figures(row, model.config)
-    speed = speed_figures(row, full)
-    summary = {"task": task.name, "name": name, "inputs": len(examples), "config": asdict(row.config)}
-    summary |= speed | work
-    summary["exit_efficiency"] = speed["speedup"] / work["ideal_speedup"]
-    summary["confidence_time_share"] = asking
-    summary |= likeness_figures(row, full, texts, full_texts)
-    summary |= quality_figures(task, texts, references)
-    summary["kept"] = quality_kept(task, texts, full_texts, references)
-    summary["kept_ci"] = quality_interval(task, texts, full_texts, references)
-    summary["perplexity"] = None if task.metrics else perplexity(model, row)
-    summary["distinct_2"] = distinct(texts, 2)
-    summary["repetition_4"] = mean(repetition(out.tokens) for out in row.outputs)
-    summary["prompts"] = prompt_records(row, full, examples, texts)
-    return summary
+    references = [example.references for example in examples]
+    work, speedup = work_figures(row), tokens_per_second(row) / tokens_per_second(full)
+    if configuration.model is not full.configuration.model:
+        work["ideal_speedup"] = None  # blocks of two models cannot be compared
+    ideal = work["ideal_speedup"]
+    kept, resampled = quality_kept(task, texts, full_texts, references)
+    return {
+        "task": task.name,
+        "name": name,
+        "checkpoint": configuration.checkpoint,
+        "inputs": len(examples),
+        "config": asdict(configuration.decode),
+        "tokens_per_s": tokens_per_second(row),
+        "speedup": speedup,
+        "speedup_ci": speedup_interval(row, full),
+        "first_token_s": median(row.first),
+        **work,
+        "exit_efficiency": speedup / ideal if ideal else None,
+        "confidence_time_share": checks,
+        **likeness_figures(row, full, texts, full_texts),
+        **quality_figures(task, texts, references),
+        "kept": kept,
+        "kept_ci": metrics.interval(resampled),
+        "perplexity": None if task.metrics else perplexity(full.configuration.model, row),
+        "distinct_2": metrics.distinct(texts, 2),
+        "repetition_4": mean(metrics.repetition(out.tokens) for out in row.outputs),
+        "prompts": prompt_records(row, full, examples, texts),
+    }
 
 
 def written(tokenizer, row: Measured) -> list[str]:
-    """The texts of a row."""
+    """Decodes the outputs of a row into texts."""
     return [tokenizer.decode(out.tokens).strip() for out in row.outputs]
 
 
 def prompt_records(row: Measured, full: Measured, examples: list[Example], texts: list[str]) -> list[dict]:
-    """What --json keeps of every prompt."""
-    records = []
-    seconds = row.seconds
-    for i, (example, out) in enumerate(zip(examples, row.outputs)):
-        record = {"prompt": example.prompt, "references": example.references, "prompt_tokens": row.prompts[i]}
-        record |= {"text": texts[i], "tokens": out.tokens, "exit_layers": out.exit_layers}
-        record |= {"confidences": out.confidences, "seconds": seconds[i], "first_token_s": row.first[i]}
-        record["first_difference"] = first_difference(out.tokens, full.outputs[i].tokens)
-        records.append(record)
-    return records
+    """Returns what --json keeps of every prompt."""
+    columns = {
+        "prompt": [example.prompt for example in examples],
+        "references": [example.references for example in examples],
+        "prompt_tokens": row.prompts,
+        "text": texts,
+        "tokens": [out.tokens for out in row.outputs],
+        "exit_layers": [out.exit_layers for out in row.outputs],
+        "confidences": [out.confidences for out in row.outputs],
+        "seconds": row.seconds,
+        "first_token_s": row.first,
+        "first_difference": first_differences(row, full),
+    }
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
 # ---------------------------------------------------------------- speed
 
 
 def lengths(row: Measured) -> list[int]:
-    """Tokens of every output."""
+    """The number of tokens of every output."""
     return [len(out.tokens) for out in row.outputs]
 
 
-def speed_figures(row: Measured, full: Measured) -> dict:
-    """Tokens a second over all prompts, in how many times the full model's, with its interval, and what the
-    first token and each later one took."""
-    speed, full_speed = (sum(lengths(each)) / sum(each.seconds) for each in (row, full))
-    later = []
-    for count, seconds, first in zip(lengths(row), row.seconds, row.first):
-        if count > 1:
-            later.append((seconds - first) / (count - 1))
-    return {
-        "tokens_per_s": speed,
-        "speedup": speed / full_speed,
-        "speedup_ci": speedup_interval(row, full),
-        "first_token_s": median(row.first),
-        "later_token_s": median(later) if later else None,
-    }
+def tokens_per_second(row: Measured) -> float:
+    """Tokens per second over all prompts."""
+    return sum(lengths(row)) / sum(row.seconds)
 
 
 def speedup_interval(row: Measured, full: Measured) -> list[float]:
-    """95 % bootstrap interval of the speed-up in two stages: prompts are drawn with replacement, then the
-    repeats of each drawn prompt, so that it covers both what prompts were asked and the noise of the clock. A
-    repeat is drawn for both rows alike, since they ran side by side. With one repeat the second stage is
-    void. What changes the machine for the whole run is not covered by any interval."""
-    tokens, full_tokens = np.array(lengths(row)), np.array(lengths(full))
-    times, full_times = np.array(row.times), np.array(full.times)  # (prompts, repeats)
-    prompts, repeats = times.shape
+    """The 95 % bootstrap interval of the speed-up, in two stages: prompts are drawn with replacement, then
+    the repeats of each drawn prompt. So it covers both which prompts were taken and the noise of the clock.
+    A repeat is drawn for both rows alike, since they ran one after the other. With one repeat the second
+    stage has no effect. No interval covers what changes the machine for the whole run."""
+    prompts, repeats = np.shape(row.times)
     draw = np.random.default_rng(0)
     drawn = draw.integers(0, prompts, size=(RESAMPLES, prompts))
     turns = draw.integers(0, repeats, size=(RESAMPLES, prompts, repeats))
-    seconds = np.median(times[drawn[:, :, None], turns], axis=2).sum(1)
-    full_seconds = np.median(full_times[drawn[:, :, None], turns], axis=2).sum(1)
-    values = (tokens[drawn].sum(1) / seconds) / (full_tokens[drawn].sum(1) / full_seconds)
-    return interval(values)
 
+    def speeds(each: Measured) -> np.ndarray:
+        times = np.array(each.times)[drawn[:, :, None], turns]  # (RESAMPLES, prompts, repeats)
+        return np.array(lengths(each))[drawn].sum(1) / np.median(times, axis=2).sum(1)
 
-def interval(values, level: float = 0.95) -> list[float]:
-    """The quantiles between which the share `level` of the values lies."""
-    return np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()
+    return metrics.interval(speeds(row) / speeds(full))
 
 
 # ---------------------------------------------------------------- work
 
 
-def work_figures(row: Measured, shape: ModelConfig) -> dict:
-    """What the counters say, a token: blocks and their rows, FLOPs, and what became of candidates and
+def work_figures(row: Measured) -> dict:
+    """What the counters say for each token: blocks and their rows, FLOPs, and what became of candidates and
     drafts."""
-    counts = [asdict(out.counters) for out in row.outputs]
-    total = Counters(**{field.name: sum(count[field.name] for count in counts) for field in fields(Counters)})
-    kept = share(total.accepted, total.drafted)
+    total = row.total
+    shape, shortlist = row.configuration.model.config, bool(row.configuration.decode.shortlist)
     return {
-        "ideal_speedup": total.ideal_speedup(shape, bool(row.config.shortlist)),
+        "ideal_speedup": total.ideal_speedup(shape, shortlist),
         "avg_exit_layer": mean(layer for out in row.outputs for layer in out.exit_layers),
         "block_rows_per_token": total.block_rows / total.tokens,
         "rows_per_deep_pass": share(total.deep_rows, total.deep_passes),
         "flops_per_token": (total.block_flops + total.head_flops) / total.tokens,
         "confidence_flops_per_token": total.confidence_flops / total.tokens,
         "miss_rate": share(total.missed, total.pruned_deep),
-        "accepted": kept,
-        "rolled_back": None if kept is None else 1 - kept,
+        "accepted": share(total.accepted, total.drafted),
     }
 
 
 def share(part: float, whole: float) -> float | None:
-    """part / whole; None of nothing."""
+    """part / whole; None if the whole is 0."""
     return part / whole if whole else None
 
 
 # ---------------------------------------------------------------- likeness to the full model
 
 
+def first_differences(row: Measured, full: Measured) -> list[int | None]:
+    """Returns for every output the first position that differs from the full model's, or None."""
+    return [first_difference(out.tokens, base.tokens) for out, base in zip(row.outputs, full.outputs)]
+
+
 def likeness_figures(row: Measured, full: Measured, texts: list[str], full_texts: list[str]) -> dict:
-    """How near the outputs are to the full model's: tokens position by position, whole texts, ROUGE-L F1 of
-    the texts."""
-    pairs = [(out.tokens, base.tokens) for out, base in zip(row.outputs, full.outputs)]
-    differences = [first_difference(*pair) for pair in pairs]
+    """Compares the outputs with the full model's: their tokens position by position, whole texts, and ROUGE-L
+    F1 of the texts."""
+    differences = first_differences(row, full)
     changed = [at for at in differences if at is not None]
-    overlaps = [rouge_l_f1(*pair) for pair in zip(texts, full_texts)]
+    overlaps = [metrics.rouge_l_f1(*pair) for pair in zip(texts, full_texts)]
+    pairs = zip(row.outputs, full.outputs)
     return {
-        "agreement": mean(token_agreement(*pair) for pair in pairs),
+        "agreement": mean(metrics.token_agreement(out.tokens, base.tokens) for out, base in pairs),
         "same_texts": mean(at is None for at in differences),
         "first_difference": median(changed) if changed else None,
         "rougeL_full": mean(overlaps),
-        "rougeL_full_ci": bootstrap(np.mean, overlaps),
+        "rougeL_full_ci": metrics.interval(metrics.resampled_means(overlaps)),
     }
 
 
 # ---------------------------------------------------------------- quality
 
+References = list[tuple[str, ...]]  # of every text
 
-def quality_figures(task: Task, texts: list[str], references: list[list[str]]) -> dict:
+
+def quality_figures(task: Task, texts: list[str], references: References) -> dict:
     """The scores of the task, each in [0, 1], and their bootstrap intervals over the prompts."""
     scores, intervals = {}, {}
-    for name, metric in metrics_of(task):
-        counts = metric.count(texts, references)
-        scores[name] = metric.score(counts.sum(0))
-        intervals[name] = interval([metric.score(sums) for sums in resampled_sums(counts)])
+    for name, metric in task.metrics.items():
+        count, score = metrics.METRICS[metric].count, metrics.METRICS[metric].score
+        counts = count(texts, references)
+        scores[name] = score(counts.sum(0))
+        intervals[name] = metrics.interval([score(sums) for sums in metrics.resampled_sums(counts)])
     return {"scores": scores, "scores_ci": intervals}
 
 
-def metrics_of(task: Task) -> list[tuple]:
-    """(name, Metric) of every score of a task."""
-    return [(name, METRICS[metric]) for name, metric in task.metrics.items()]
-
-
-def quality_kept(task: Task, texts: list[str], full_texts: list[str], references: list[list[str]]) -> float:
-    """How much of the full model's scores a row keeps: the least of their shares; of a task without scores,
-    ROUGE-L to its texts."""
+def quality_kept(
+    task: Task, texts: list[str], full_texts: list[str], references: References
+) -> tuple[float, np.ndarray]:
+    """Returns how much of the full model's scores a row keeps, which is the smallest of the shares, and the
+    same for bootstrap resamples of the prompts, which are alike for both rows. A task without scores uses
+    ROUGE-L to the full model's texts."""
     if not task.metrics:
-        return mean(rouge_l_f1(*pair) for pair in zip(texts, full_texts))
-    return least_share(task.scores(texts, references).values(), task.scores(full_texts, references).values())
+        overlaps = [metrics.rouge_l_f1(*pair) for pair in zip(texts, full_texts)]
+        return mean(overlaps), metrics.resampled_means(overlaps)
+    shares, resampled = [], []
+    for name in task.metrics.values():
+        score, count = metrics.METRICS[name].score, metrics.METRICS[name].count
+        own, whole = count(texts, references), count(full_texts, references)
+        shares.append(share_kept(score(own.sum(0)), score(whole.sum(0))))
+        sums = zip(metrics.resampled_sums(own), metrics.resampled_sums(whole))
+        resampled.append([share_kept(score(a), score(b)) for a, b in sums])
+    return min(shares), np.min(resampled, axis=0)
 
 
-def least_share(scores, full_scores) -> float:
-    """The least of score / full score; where the full model has nothing to lose, 1."""
-    return min(score / whole if whole else 1.0 for score, whole in zip(scores, full_scores))
-
-
-def quality_interval(
-    task: Task, texts: list[str], full_texts: list[str], references: list[list[str]], level: float = 0.95
-) -> list[float]:
-    """Bootstrap interval of `quality_kept` over the prompts, of both rows the same in every resample."""
-    metrics = [metric for _, metric in metrics_of(task)]
-    if not metrics:
-        return bootstrap(np.mean, [rouge_l_f1(*pair) for pair in zip(texts, full_texts)], level=level)
-    shares = []
-    for metric in metrics:
-        own = resampled_sums(metric.count(texts, references))
-        whole = resampled_sums(metric.count(full_texts, references))
-        shares.append([least_share([metric.score(a)], [metric.score(b)]) for a, b in zip(own, whole)])
-    return interval(np.min(shares, axis=0), level)
+def share_kept(score: float, full_score: float) -> float:
+    """score / full score; 1 where the full model has nothing to lose."""
+    return score / full_score if full_score else 1.0
 
 
 @torch.inference_mode()
 def perplexity(model: Transformer, row: Measured) -> float:
-    """exp of the mean loss in nats, under the full model, of the tokens of the row's outputs, each after its
-    prompt."""
+    """Returns exp of the mean loss (nats) of the row's output tokens under the full model, each output after
+    its prompt."""
     losses = []
     for prompt, out in zip(row.prompts, row.outputs):
-        text = torch.tensor([*prompt, *out.tokens], device=model.embedding.device)
-        states = model.hidden_states(text[None, :-1])[-1][len(prompt) - 1 :]
+        text = torch.tensor([*prompt, *out.tokens], device=model.device)
+        states = model.hidden_states(text[None, :-1])[-1][0, len(prompt) - 1 :]
         losses.append(F.cross_entropy(model.head(states), text[len(prompt) :], reduction="none"))
     return torch.cat(losses).mean().exp().item()
 
 
-def pareto(points: dict[str, tuple[float, float]]) -> set[str]:
-    """Names of the points (speed, quality) that no other beats: none is at least as fast and as good, and
-    better in one of the two."""
+def best_rows(rows: list[dict]) -> set[str]:
+    """Returns the names of the rows that are surely best at something: every other row is slower or keeps
+    less quality, by intervals that do not overlap."""
 
-    def beaten(point: tuple[float, float]) -> bool:
-        return any(
-            other != point and other[0] >= point[0] and other[1] >= point[1] for other in points.values()
-        )
+    def surely_better(row: dict, other: dict) -> bool:
+        return any(row[key][0] > other[key][1] for key in ("speedup_ci", "kept_ci"))
 
-    return {name for name, point in points.items() if not beaten(point)}
+    best = [row for row in rows if all(surely_better(row, other) for other in rows if other is not row)]
+    return {row["name"] for row in best}

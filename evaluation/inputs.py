@@ -1,128 +1,185 @@
-"""What every command of eval.py begins with: the model, the tasks, their inputs and solved examples; and what
-`prompt` shows."""
+"""What every command of eval.py begins with: the model, the tasks, and their inputs."""
 
-import argparse
+import os
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import digest
-from common.flags import loading
-from common.processes import processes, tell
-from evaluation.measure import environment
-from evaluation.rows import default_tasks
-from evaluation.tasks import Task, find_task, read_task, sample
+from common.files import check_outputs, digest
+from decode import load_checkpoint
+from decoding.presets import read_settings_file, settings_file
+from evaluation.measure import Configuration, by_baseline, place_of_run
+from evaluation.settings import EvalConfig
+from evaluation.tasks import TASKS, Task, between, find_task, one_of_each_source, read_task, sample
 from formats.chat import load_chat
 from formats.data import Example
-from model import Transformer, load_checkpoint
+from model import Transformer
 
 
 def note(text: str) -> None:
-    """Says something about the run on stderr, from the first process."""
-    if processes()[0] == 0:
-        tqdm.write(text, file=sys.stderr)
+    """Says something about the run on stderr."""
+    tqdm.write(text, file=sys.stderr)
 
 
-def chosen_tasks(args: argparse.Namespace) -> list[Task]:
-    """Those of --tasks, else those that the checkpoint has settings for. Raises UserError for two of one
-    name."""
-    tasks = [
-        find_task(name) for name in (args.tasks.split(",") if args.tasks else default_tasks(args.settings))
-    ]
-    names = [task.name for task in tasks]
-    if len(set(names)) < len(names):
-        raise UserError(f"two tasks would be called {max(names, key=names.count)}; evaluate them one by one")
-    return tasks
+def say(text: str) -> None:
+    """Prints a result, above a progress bar, and at once where the output is a file."""
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
-def load_model(args: argparse.Namespace) -> tuple[Transformer, object]:
-    """The model and its tokenizer; with --chat its chat, too, is in `args`. Raises UserError if it has
-    none."""
-    model, tokenizer = load_checkpoint(args.checkpoint, **loading(args))
-    if tokenizer is None:
-        raise UserError(
-            f"{args.checkpoint}: has no tokenizer, which these tasks need, being text; decode.py takes token ids"
-        )
-    chats = getattr(args, "chat", False)  # not every tool has this flag
-    args.template = load_chat(args.checkpoint, tokenizer) if chats else None
-    return model, tokenizer
+@dataclass
+class Table:
+    """What is measured together: some inputs of a task, and configurations with the same full model."""
+
+    task: Task
+    examples: list[Example]
+    available: int  # inputs that the examples were drawn from
+    configurations: dict[str, Configuration]
 
 
-def from_here(path) -> str:
-    """The path as seen from this folder, if it lies in it."""
-    path = Path(path).absolute()
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+class Setup:
+    """The model, its tokenizer and the tasks of a command. Whatever can be wrong with its files is found
+    before anything is measured."""
 
+    def __init__(self, config: EvalConfig, *outputs: str | Path | None):
+        """`outputs`: files that the command writes in the end, which are opened now."""
+        self.config = config
+        self.settings_file = settings_file(config.heads or config.checkpoint, config.settings)
+        self.tasks = self.find_tasks()
+        self.try_outputs(outputs)
+        self.model, self.tokenizer = load_checkpoint(config.checkpoint, **config.loading)
+        if self.tokenizer is None:
+            raise UserError(f"{config.checkpoint}: has no tokenizer, which these tasks need")
+        self.chat = load_chat(config.checkpoint, self.tokenizer) if config.chat else None
+        self.models: dict[str, Transformer] = {}  # others, by checkpoint
+        self.record = self.record_of_run()
 
-def run_record(args: argparse.Namespace, model: Transformer) -> dict:
-    """How a run was made, which is said on stderr and kept beside its figures."""
-    record = environment(model)
-    files = [args.checkpoint, args.heads] if args.heads else [args.checkpoint]
-    record |= {"checkpoint": " with ".join(map(from_here, files)), "checkpoint_id": digest(*map(Path, files))}
-    record |= {
-        "split_of_data": args.split,
-        "limit": args.limit,
-        "repeat": args.repeat,
-        "seed": args.draw_seed,
-        "shots": args.shots,
-        "chat": args.chat,
-    }
-    note(", ".join(f"{name} {value}" for name, value in record.items()))
-    return record
+    def find_tasks(self) -> list[Task]:
+        """Returns the tasks of --tasks, else those that the settings file has rows for, else those of the
+        embedded model. Raises UserError for two tasks of one name."""
+        in_file = read_settings_file(self.settings_file)
+        embedded = [name for name in in_file if name in TASKS and TASKS[name].file]
+        tasks = [find_task(name) for name in self.config.tasks or embedded or ["translation", "e2e"]]
+        names = [task.name for task in tasks]
+        if len(set(names)) < len(names):
+            twice = max(names, key=names.count)
+            raise UserError(f"two tasks would be called {twice}; evaluate them one by one")
+        return tasks
 
+    def try_outputs(self, outputs: tuple[str | Path | None, ...]) -> None:
+        """Opens what is written in the end. Raises UserError, or OSError, for what cannot be written, and for
+        what would replace a file that is read."""
+        config = self.config
+        read = [config.checkpoint, config.heads, config.thresholds, config.shot_file]
+        read += [config.loading.get("frequent_ids"), *(task.file for task in self.tasks)]
+        if self.settings_file not in outputs:
+            read.append(self.settings_file)
+        check_outputs([*outputs], read)
+        for path in filter(None, outputs):
+            part = Path(f"{path}.part")
+            part.touch()
+            part.unlink()
+        if config.plot:
+            from evaluation.plots import pyplot
 
-def load_inputs(args: argparse.Namespace, task: Task, split: str) -> tuple[Task, list[Example]]:
-    """The task with its shots, and all of its inputs but these. Says how many references were merged, and
-    what was skipped."""
-    skipped: list[str] | None = [] if args.skip_bad else None
-    examples = read_task(task, split, skipped)
-    shots = []
-    if args.chat and task.openings:
-        raise UserError(f"{task.name}: goes on from a text, so it takes no --chat")
-    if args.shots:
-        if task.openings:
-            raise UserError(f"{task.name}: goes on from a text, so it takes no --shots")
-        if not args.shot_file and "{}" not in task.file:
+            pyplot()
+            Path(config.plot).mkdir(parents=True, exist_ok=True)
+
+    def record_of_run(self) -> dict:
+        """Collects how the run is made, prints it on stderr, and returns it for the files."""
+        config, record = self.config, place_of_run(self.model)
+        files = [Path(os.path.relpath(file)) for file in (config.checkpoint, config.heads) if file]
+        record |= {"checkpoint": " with ".join(map(str, files)), "checkpoint_id": digest(*files)}
+        record["split_of_data"] = config.split
+        for name in ("limit", "repeat", "seed", "shots", "chat"):
+            record[name] = getattr(config, name)
+        note(", ".join(f"{name} {value}" for name, value in record.items()))
+        return record
+
+    def model_of(self, checkpoint: str | None) -> Transformer:
+        """Returns the model of a configuration that may name a checkpoint of its own, which is loaded once.
+        Raises UserError for a checkpoint with another tokenizer."""
+        if checkpoint is None:
+            return self.model
+        if checkpoint not in self.models:
+            options = self.config.loading | {"heads": None, "frequent_ids": None}
+            self.models[checkpoint], tokenizer = load_checkpoint(checkpoint, **options)
+            if tokenizer is None or tokenizer.to_blob() != self.tokenizer.to_blob():
+                raise UserError(f"{checkpoint}: has another tokenizer than {self.config.checkpoint}")
+        return self.models[checkpoint]
+
+    def tables(self, choose: Callable[[Task], dict[str, Configuration]]) -> list[Table]:
+        """Returns what is to be measured on each task. choose(task) returns its configurations by name."""
+        tables = []
+        for task in self.tasks:
+            task, examples = self.inputs(task)
+            drawn = self.sample(examples)
+            for configurations in by_baseline(choose(task)):
+                tables.append(Table(task, drawn, len(examples), configurations))
+        return tables
+
+    def sample(self, examples: list[Example]) -> list[Example]:
+        return sample(examples, self.config.limit, self.config.seed)
+
+    def part(self, examples: list[Example], low: float, high: float) -> list[Example]:
+        """Draws inputs of a part of the texts (see `between`), one of each text, so that they are
+        independent. Raises UserError if there is none."""
+        found = one_of_each_source(between(examples, low, high), self.config.seed)
+        if not found:
+            raise UserError("there are too few texts to use one part of them; give --tasks a larger file")
+        return self.sample(found)
+
+    def inputs(self, task: Task, split: str | None = None) -> tuple[Task, list[Example]]:
+        """Returns the task with its shots, and all of its inputs except these. Says how many references were
+        merged, and what was skipped."""
+        config = self.config
+        if task.openings and (config.chat or config.shots):
+            raise UserError(f"{task.name}: continues a text, so it takes no --chat and no --shots")
+        skipped: list[str] | None = [] if config.skip_bad else None
+        examples = read_task(task, split or config.split, skipped)
+        shots = self.shots_of(task, skipped) if config.shots else []
+        if skipped:
+            say("\n".join([f"{task.name}: skipped {len(skipped)} malformed lines", *skipped]))
+        pairs = sum(len(example.references) for example in examples)
+        if pairs > len(examples):
+            note(f"{task.name}: {pairs} pairs of prompt and reference are {len(examples)} inputs")
+        left = [example for example in examples if example not in shots]
+        if not left:
+            raise UserError(f"shots is {config.shots}: all inputs of {task.name}; take fewer")
+        return replace(task.with_shots(shots), chat=self.chat), left
+
+    def shots_of(self, task: Task, skipped: list[str] | None) -> list[Example]:
+        """Draws the solved examples that stand before every prompt."""
+        config = self.config
+        if not config.shot_file and "{}" not in task.file:
             raise UserError(f"{task.name}: name the file that the shots come from with --shot-file")
-        solved = read_task(replace(task, file=args.shot_file or task.file), "train", skipped)
-        if args.shots > len(solved):
-            raise UserError(
-                f"shots is {args.shots}, but {task.name} has {len(solved)} solved examples; take fewer"
-            )
-        shots = sample(solved, args.shots, args.draw_seed)
-    for message in skipped or []:
-        tell(f"skipped: {message}")
-    if skipped:
-        tell(f"{task.name}: {len(skipped)} malformed lines skipped")
-    pairs = sum(len(example.references) for example in examples)
-    if pairs > len(examples):
-        note(
-            f"{task.name}: {pairs} pairs of prompt and reference are {len(examples)} inputs: "
-            "the references of equal prompts are put together"
-        )
-    task = replace(task.with_shots(shots), chat=args.template)
-    left = [example for example in examples if example not in shots]
-    if shots and not left:
-        raise UserError(
-            f"shots is {args.shots}: all inputs of {task.name}; take fewer, or another --shot-file"
-        )
-    return task, left
+        solved = read_task(replace(task, file=str(config.shot_file or task.file)), "train", skipped)
+        if config.shots > len(solved):
+            available = f"{task.name} has {len(solved)} solved examples"
+            raise UserError(f"shots is {config.shots}, but {available}; take fewer")
+        return sample(solved, config.shots, config.seed)
 
 
-def show_prompts(args: argparse.Namespace) -> None:
-    """`eval.py prompt`: the first prompt of each task, as the model gets it, and its references."""
-    tasks = chosen_tasks(args)
-    _, tokenizer = load_model(args)
-    for task in tasks:
-        task, examples = load_inputs(args, task, args.split)
-        first = sample(examples, args.limit, args.draw_seed)[0]
-        lines = [
-            f"--- {task.name}, {args.split}",
-            task.text(first.prompt, tokenizer),
-            "--- references",
-            *first.references,
-        ]
-        tell("\n".join(lines))
+def encode_inputs(
+    tokenizer, task: Task, examples: list[Example], configurations: dict[str, Configuration]
+) -> tuple[list[list[int]], dict[str, Configuration]]:
+    """Returns the token ids of the prompts, cut on the left where they leave no room for an answer, and the
+    configurations with the tokens that end an answer of this task."""
+    longest = max(each.decode.max_new_tokens for each in configurations.values())
+    positions = min(each.model.config.max_len for each in configurations.values())
+    if longest > positions - 2:
+        raise UserError(f"max_new_tokens is {longest}, of {positions} positions; leave some to the prompt")
+    inputs = task.encode([example.prompt for example in examples], tokenizer, positions - longest)
+    prompts, cut = zip(*inputs)
+    if any(cut):
+        room = f"to leave {longest} positions to the answer"
+        note(f"{task.name}: {sum(cut)} of {len(cut)} prompts were cut on the left {room}")
+    stops, stopping = task.stop_tokens(tokenizer), {}
+    for name, each in configurations.items():
+        decode = replace(each.decode, stop_tokens=(*each.decode.stop_tokens, *stops))
+        stopping[name] = replace(each, decode=decode)
+    return list(prompts), stopping

@@ -1,193 +1,210 @@
-"""One run: every setting on every prompt, in turn, with its outputs and times; and where it was made.
+"""How runs are measured: every configuration decodes every prompt, in turn, with its outputs and times.
 
-All rows share code, cache, dtype and prompts; they take turns prompt by prompt, so that a drift of the
-machine meets all alike.
+All configurations of a table share code, cache, dtype and prompts. They take turns prompt by prompt, so
+that a drift of the machine affects all of them equally.
 """
 
 import platform
+import re
 import resource
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
 import torch
 from tqdm import tqdm
 
-from common.errors import UserError
-from common.processes import by_first, gathered, processes
-from confidence import Trace
-from decode import Run, generate, stream
-from decoding.costs import costs_of, processor
+from confidence import FUNCTIONS
+from decode import generate, stream
 from decoding.drafting import Drafting
 from decoding.record import Counters, Generation
 from decoding.settings import DecodeConfig
-from evaluation.tasks import Task
-from formats.data import Example
+from decoding.trace import Trace
 from model import Transformer
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One line of a results table: how to decode, and with which model."""
+
+    decode: DecodeConfig
+    model: Transformer
+    checkpoint: str | None = None  # of the model, if it is not the one that the table is about
+
+    @property
+    def work(self) -> tuple:
+        """Equal for configurations that do the same work: at threshold 0 every token leaves at the first exit
+        layer, without a confidence check."""
+        config = self.decode
+        constant = config.threshold_schedule == "constant" and config.draft == "fixed"
+        if config.confidence and config.threshold == 0 and not config.layer_thresholds and constant:
+            first = min(config.exits(self.model.config))
+            config = replace(config, confidence="softmax", exit_layers=(first,), prune="none")
+        return config, self.model
+
+
+def baseline(config: DecodeConfig) -> DecodeConfig:
+    """Returns the configuration of the full model that another is compared with. It has the same length,
+    prediction and sampling. A configuration without exits whose tokens come from a contrast (DoLa, ACD) is
+    compared with the model's own prediction."""
+    return config.full() if config.confidence else replace(config, predict="own").full()
+
+
+def with_full_model(model: Transformer, configurations: dict[str, Configuration]) -> dict[str, Configuration]:
+    """Puts the full model that they are compared with in front of the configurations of one table."""
+    full = baseline(next(iter(configurations.values())).decode)
+    return {"full": Configuration(full, model), **configurations}
+
+
+def by_baseline(configurations: dict[str, Configuration]) -> list[dict[str, Configuration]]:
+    """Groups the configurations that are compared with the same full model."""
+    groups = defaultdict(dict)
+    for name, each in configurations.items():
+        groups[baseline(each.decode)][name] = each
+    return list(groups.values())
 
 
 @dataclass
 class Measured:
-    """One row's outputs and times over all prompts."""
+    """The outputs and times of one configuration over all prompts."""
 
-    config: DecodeConfig
+    configuration: Configuration
     prompts: list[list[int]] = field(default_factory=list)
     outputs: list[Generation] = field(default_factory=list)
-    times: list[list[float]] = field(default_factory=list)  # of each prompt, the seconds of every repeat
-    first: list[float] = field(default_factory=list)  # until its first token, the median of its repeats
-    drafting: Drafting | None = None  # what its texts teach, one after the other, where draft is auto
+    times: list[tuple[float, ...]] = field(
+        default_factory=list
+    )  # of each prompt, the seconds of every repeat
+    first: list[float] = field(default_factory=list)  # seconds until the first token, median of the repeats
 
     @property
     def seconds(self) -> list[float]:
-        """Of each prompt, the median of its repeats."""
+        """For each prompt, the median of its repeats."""
         return [median(repeats) for repeats in self.times]
+
+    @property
+    def total(self) -> Counters:
+        """The work done for all prompts."""
+        return Counters(*map(sum, zip(*(astuple(out.counters) for out in self.outputs))))
 
 
 def run_in_turns(
-    model: Transformer,
-    prompts: list[list[int]],
-    configs: dict[str, DecodeConfig],
-    repeat: int,
-    title: str,
-    others: dict[str, Transformer] | None = None,
+    configurations: dict[str, Configuration], prompts: list[list[int]], repeat: int, title: str
 ) -> dict[str, Measured]:
-    """Decodes every prompt under every config, in turn, `repeat` times, after a warm-up; rows named in
-    `others` by a model of their own. Several processes (torchrun) share the prompts."""
-    rank, world = processes()
-    rows = {name: Measured(config) for name, config in configs.items()}
-    models = dict.fromkeys(rows, model) | (others or {})
-    for name, row in rows.items():
-        generate(models[name], prompts[0], row.config, drafting=drafting_of(models[name], row.config))
-        row.drafting = drafting_of(models[name], row.config)
-    own = prompts[rank::world]
-    for prompt in tqdm(own, desc=title, unit="prompt", dynamic_ncols=True, disable=rank > 0):
-        runs = {name: [] for name in rows}
+    """Decodes every prompt under every configuration, in turn, `repeat` times, after a warm-up.
+    Configurations that do the same work are decoded once."""
+    rows = {each.work: Measured(each) for each in configurations.values()}
+    drafting = {}
+    for work, row in rows.items():
+        timed(row.configuration, prompts[0], new_drafting(row.configuration))
+        drafting[work] = new_drafting(row.configuration)
+    for prompt in tqdm(prompts, desc=title, unit="prompt", dynamic_ncols=True):
+        runs = {work: [] for work in rows}
         for _ in range(repeat):
-            for name, row in rows.items():
-                runs[name].append(timed(models[name], prompt, row.config, row.drafting))
-        for name, row in rows.items():
-            outputs, first, whole = zip(*runs[name])
+            for work, row in rows.items():
+                runs[work].append(timed(row.configuration, prompt, drafting[work]))
+        for work, row in rows.items():
+            outputs, first, whole = zip(*runs[work])
             row.prompts.append(prompt)
             row.outputs.append(outputs[0])
             row.first.append(median(first))
-            row.times.append(list(whole))
-    return {name: merged([part[name] for part in gathered(rows)]) for name in rows}
+            row.times.append(whole)
+    return {name: replace(rows[each.work], configuration=each) for name, each in configurations.items()}
 
 
-def drafting_of(model: Transformer, config: DecodeConfig) -> Drafting | None:
-    """For a run over several texts: where draft is auto, a beginner that knows the costs, which the first
-    process measures if nobody has."""
-    if config.draft == "fixed":
-        return None
-    by_first(costs_of, model, config, Run)
-    return Drafting(costs_of(model, config, Run))
+def new_drafting(configuration: Configuration) -> Drafting | None:
+    """What draft=auto learns over several texts, at its beginning; None for other configurations."""
+    model, config = configuration.model, configuration.decode
+    return Drafting.of(model, config) if config.draft == "auto" else None
 
 
 def timed(
-    model: Transformer, prompt: list[int], config: DecodeConfig, drafting: Drafting | None
+    each: Configuration, prompt: list[int], drafting: Drafting | None
 ) -> tuple[Generation, float, float]:
-    """The output, the seconds until its first token, and those until its last."""
+    """Decodes, and returns the output, the seconds until its first token, and the seconds until its last."""
     counters, tokens, first = Counters(), [], 0.0
-    synchronize(model)
+    synchronize(each.model)
     started = time.perf_counter()
-    for token in stream(model, prompt, config, counters, drafting=drafting):
+    for token in stream(each.model, prompt, each.decode, counters, drafting=drafting):
         first = first or time.perf_counter() - started
         tokens.append(token)
-    synchronize(model)
+    synchronize(each.model)
     return Generation.of(tokens, counters), first, time.perf_counter() - started
 
 
-def merged(parts: list[Measured]) -> Measured:
-    """What the processes measured, in the order of the prompts, which they took by turns."""
-    whole = Measured(parts[0].config)
-    for i in range(len(parts[0].outputs)):
-        for part in parts:
-            if i < len(part.outputs):
-                whole.prompts.append(part.prompts[i])
-                whole.outputs.append(part.outputs[i])
-                whole.times.append(part.times[i])
-                whole.first.append(part.first[i])
-    return whole
-
-
 def synchronize(model: Transformer) -> None:
-    if model.embedding.is_cuda:
+    if model.device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def confidence_share(model: Transformer, prompts: list[list[int]], config: DecodeConfig) -> float:
-    """Share of the decoding time spent on asking, in a run of its own: every question with the heads that it
-    computes, less, where the answer was to exit, the time of one such head, since that gives the token."""
-    asking = again = 0.0
+def confidence_share(configuration: Configuration, prompts: list[list[int]]) -> float:
+    """Returns the share of the decoding time that confidence checks take, measured in a separate run. A check
+    that lets its token exit is credited the time of one head, since that head yields the token."""
+    model, config = configuration.model, configuration.decode
+    checks = credit = 0.0
 
     class Timed(Trace):
         def decided(self, threshold: float) -> bool:
-            nonlocal asking, again
-            weights = (
-                self._weights
-            )  # a head here multiplies with them; None: a few pruned candidates, next to nothing
+            nonlocal checks, credit
+            weights = self._weights  # None for a few pruned candidates, whose head costs next to nothing
             synchronize(model)
             started = time.perf_counter()
             exits = super().decided(threshold)
-            asking += time.perf_counter() - started
+            checks += time.perf_counter() - started
             if exits and weights and self.layer in self.flops:
                 started = time.perf_counter()
-                normed = model.exit_norm(self.hidden[self.layer][-1:], self.layer)
+                normed = model.exit_norm(self.hidden[self.layer][0, -1:], self.layer)
                 for weight in weights:
                     model.score(normed, weight)
                 synchronize(model)
-                again += time.perf_counter() - started
+                credit += time.perf_counter() - started
             return exits
 
-    drafting = drafting_of(model, config)
+    class Timing(Counters):
+        def new_trace(self, *args) -> Trace:
+            return Timed(*args)
+
+    drafting = new_drafting(configuration)
     started = time.perf_counter()
     for prompt in prompts:
-        generate(model, prompt, config, Timed, drafting=drafting)
-    return max(0.0, asking - again) / (time.perf_counter() - started - again)
+        generate(model, prompt, config, Timing(), drafting=drafting)
+    return max(0.0, checks - credit) / (time.perf_counter() - started - credit)
 
 
-def encode_inputs(
-    model, tokenizer, task: Task, examples: list[Example], configs: dict[str, DecodeConfig]
-) -> tuple[list[list[int]], dict[str, DecodeConfig]]:
-    """Token ids of the prompts, cut on the left where they leave no room for an answer, and the configs with
-    what ends an answer."""
-    longest, stops = max(config.max_new_tokens for config in configs.values()), task.stop_tokens(tokenizer)
-    if longest > model.config.max_len - 2:
-        raise UserError(
-            f"max_new_tokens is {longest}, of {model.config.max_len} positions; leave some to the prompt"
-        )
-    room = model.config.max_len - longest
-    prompts, cut = zip(*task.encode([example.prompt for example in examples], tokenizer, room))
-    if any(cut):
-        tqdm.write(
-            f"{task.name}: {sum(cut)} of {len(cut)} prompts lost their left to leave {longest} positions to answer",
-            file=sys.stderr,
-        )
-    ending = {
-        name: replace(config, stop_tokens=(*config.stop_tokens, *stops)) for name, config in configs.items()
-    }
-    return list(prompts), ending
+def confidences_of(model: Transformer, name: str, states: list[torch.Tensor]) -> list[float]:
+    """Returns the confidence of one function after each layer below the last, without pruning. `states` are
+    h_0 .. h_L of one position, (1, 1, d) each."""
+    trace, confidences = Trace(model, DecodeConfig(confidence=FUNCTIONS[name])), []
+    for layer in range(1, len(states) - 1):
+        trace.hidden = states[: layer + 1]
+        confidences.append(float(FUNCTIONS[name](trace, layer)))
+    return confidences
 
 
-def environment(model: Transformer) -> dict:
-    """Where the figures were measured."""
+def place_of_run(model: Transformer) -> dict:
+    """Returns where figures are measured."""
     return {
-        "device": torch.cuda.get_device_name() if model.embedding.is_cuda else processor(),
+        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
-        "dtype": str(model.embedding.dtype).removeprefix("torch."),
-        "weights": model.form,
+        "dtype": str(getattr(model.embedding, "dtype", torch.int8)).removeprefix("torch."),
+        "weights": getattr(model, "form", "plain"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit(),
-        "processes": processes()[1],
     }
 
 
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)", info.read_text(), re.MULTILINE) if info.is_file() else []
+    return names[0].strip() if names else platform.processor()
+
+
 def commit() -> str | None:
-    """The commit of the project, short; None outside a repository, and where there is no git."""
+    """Returns the short commit of the project; None outside a repository, and where there is no git."""
     git = ["git", "-C", str(Path(__file__).parent.parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
@@ -196,10 +213,7 @@ def commit() -> str | None:
 
 
 def peak_memory(model: Transformer) -> int:
-    """The largest memory so far, in MiB: of the GPU that the model is on, or of this process."""
-    return torch.cuda.max_memory_allocated() >> 20 if model.embedding.is_cuda else peak_resident()
-
-
-def peak_resident() -> int:
-    """The largest resident memory of this process so far, in MiB."""
+    """Returns the peak memory in MiB: that of the GPU that the model is on, or that of this process."""
+    if model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() >> 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)

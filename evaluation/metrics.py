@@ -1,19 +1,19 @@
 """How good is a generated text? BLEU, ROUGE, and answers against human references; variety; agreement with
 the full model's output.
 
-Standard library and NumPy only. Every score lies in [0, 1], higher is better but for repetition; multiply by
-100 for the usual points.
+Only the standard library and NumPy are needed. Every score lies in [0, 1], and higher is better except for
+repetition; multiply by 100 for the usual points.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import numpy as np
 
-from common.errors import UserError
 from evaluation.tokens import mteval_tokens, ptb_tokens, rouge_lines, squad_tokens
 
 MAX_ORDER = 4  # BLEU-4 counts 1-grams to 4-grams
@@ -34,24 +34,17 @@ class Metric:
     score: Callable[[np.ndarray], float]
 
     def count(self, hypotheses: list[str], references: list[list[str]]) -> np.ndarray:
-        """The numbers of every text: (texts, numbers). Raises UserError for no texts, and for lists of
-        different length."""
-        if not hypotheses or len(hypotheses) != len(references):
-            raise UserError(
-                f"got {len(hypotheses)} hypotheses and {len(references)} lists of references: need equal numbers, "
-                "at least 1"
-            )
-        return np.array([self.counts(*pair) for pair in zip(hypotheses, references)], dtype=float)
+        """The numbers of every text: (texts, numbers)."""
+        pairs = zip(hypotheses, references, strict=True)
+        return np.array([self.counts(*pair) for pair in pairs], dtype=float)
 
     def __call__(self, hypotheses: list[str], references: list[list[str]]) -> float:
         return self.score(self.count(hypotheses, references).sum(0))
 
 
 def mean_of(score: Callable[[str, list[str]], float]) -> Metric:
-    """The mean over texts of a score of one text."""
-    return Metric(
-        lambda text, references: (score(text, references), 1), lambda sums: float(sums[0] / sums[1])
-    )
+    """Makes a metric that is the mean over texts of a score of one text."""
+    return Metric(lambda *texts: (score(*texts), 1), lambda sums: float(sums[0] / sums[1]))
 
 
 def bleu(hypotheses: list[str], references: list[list[str]], lowercase: bool = False) -> float:
@@ -66,16 +59,14 @@ def bleu(hypotheses: list[str], references: list[list[str]], lowercase: bool = F
     which would count as references of length 0.
 
     Sources: Papineni et al. 2002; smoothing and tokens as in NIST's mteval-v13a. With lowercase=True, the
-    BLEU of the E2E challenge. Raises UserError for no hypotheses, for lists of different length, and for an
-    input without a reference.
+    BLEU of the E2E challenge.
     """
     return METRICS["bleu_lower" if lowercase else "bleu"](hypotheses, references)
 
 
 def bleu_counts(hypothesis: str, references: list[str], lowercase: bool) -> list[int]:
-    """What BLEU adds up over texts: matching n-grams and n-grams, each for n = 1..4, and the lengths h and
-    r."""
-    _require_references(references)
+    """Returns what BLEU sums over texts: matching n-grams and n-grams, each for n = 1..4, and the lengths h
+    and r."""
     tokens = mteval_tokens(hypothesis, lowercase)
     reference_tokens = [mteval_tokens(text, lowercase) for text in references]
     matches, totals = [], []
@@ -113,12 +104,10 @@ def rouge_l(hypothesis: str, references: list[str]) -> float:
     longest common subsequence of the lower-cased Penn Treebank tokens without punctuation. Two texts without
     tokens count as equal.
 
-    Sources: Lin 2004; Chen et al. 2015 (pycocoevalcap). Raises UserError for no references.
+    Sources: Lin 2004; Chen et al. 2015 (pycocoevalcap).
     """
-    _require_references(references)
-    tokens = ptb_tokens(hypothesis) or [
-        ""
-    ]  # as in COCO, no tokens are one empty token, which matches only another one
+    # as in COCO, no tokens are one empty token, which matches only another one
+    tokens = ptb_tokens(hypothesis) or [""]
     reference_tokens = [ptb_tokens(text) or [""] for text in references]
     common = [_lcs_length(tokens, r) for r in reference_tokens]
     precision = max(common) / len(tokens)
@@ -127,21 +116,19 @@ def rouge_l(hypothesis: str, references: list[str]) -> float:
 
 
 def rouge_l_f1(hypothesis: str, reference: str) -> float:
-    """ROUGE-L F1 in [0, 1] of an early-exit text against the full model's text, equal to the rouge_score
-    package's rougeL.
+    """ROUGE-L F1 in [0, 1] of an early-exit text compared with the full model's text, equal to rougeL of the
+    rouge_score package.
 
     2 P R / (P + R) with P = LCS / hypothesis length and R = LCS / reference length, on lower-cased runs of
     a-z and 0-9. One exception to rouge_score: identical texts score 1 even where no such run is left. Source:
     Lin 2004.
     """
-    return 1.0 if hypothesis == reference else rouge(hypothesis, [reference], variants=["rougeL"])["rougeL"]
+    return 1.0 if hypothesis == reference else rouge_f1(hypothesis, [reference], "rougeL")
 
 
-def rouge(
-    hypothesis: str, references: list[str], stemming: bool = False, variants: Sequence[str] = ROUGE_VARIANTS
-) -> dict[str, float]:
-    """ROUGE of one text, every variant's F1 in [0, 1] equal to the rouge_score package's; of several
-    references, the best of each.
+def rouge_f1(hypothesis: str, references: list[str], variant: str, stemming: bool = False) -> float:
+    """ROUGE of one text, the F1 in [0, 1] of a variant, equal to the rouge_score package's; the best over the
+    references.
 
     2 P R / (P + R), with P the share of the hypothesis' tokens that match and R that of the reference's.
     rouge1 and rouge2 count n-grams for tokens, each at most as often as in the other text. rougeL matches the
@@ -149,14 +136,10 @@ def rouge(
     of what its LCS with each hypothesis sentence covers. Tokens are lower-cased runs of a-z and 0-9; stemming
     takes those of more than three letters to their stems. A text without tokens scores 0.
 
-    Source: Lin 2004. Raises UserError for no references and for a variant that is none of the four.
+    Source: Lin 2004.
     """
-    _require_references(references)
-    if unknown := set(variants) - set(ROUGE_VARIANTS):
-        raise UserError(f"got variants {sorted(unknown)}: choose among {', '.join(ROUGE_VARIANTS)}")
     lines = rouge_lines(hypothesis, stemming)
-    reference_lines = [rouge_lines(text, stemming) for text in references]
-    return {variant: max(_rouge_f1(variant, lines, r) for r in reference_lines) for variant in variants}
+    return max(_rouge_f1(variant, lines, rouge_lines(text, stemming)) for text in references)
 
 
 def squad_exact_match(hypothesis: str, references: list[str]) -> float:
@@ -164,9 +147,8 @@ def squad_exact_match(hypothesis: str, references: list[str]) -> float:
     corpus scores the mean.
 
     Case, ASCII punctuation, the words a, an and the, and the amount of white space do not count. Source:
-    Rajpurkar et al. 2016. Raises UserError for no references.
+    Rajpurkar et al. 2016.
     """
-    _require_references(references)
     return float(any(squad_tokens(hypothesis) == squad_tokens(text) for text in references))
 
 
@@ -176,9 +158,8 @@ def squad_f1(hypothesis: str, references: list[str]) -> float:
 
     Tokens are the words that squad_exact_match compares, in any order, each counted at most as often as in
     the other text. Without a common token it is 0, even for two texts that have no tokens, which match
-    exactly. Raises UserError for no references.
+    exactly.
     """
-    _require_references(references)
     counts = Counter(squad_tokens(hypothesis))
     return max(_overlap_f1(counts, Counter(squad_tokens(text))) for text in references)
 
@@ -187,11 +168,8 @@ def distinct(texts: list[str], n: int) -> float:
     """Variety, distinct-n in [0, 1]: different n-grams over all n-grams of all texts, of lower-cased tokens
     between white space.
 
-    After Li et al. 2016, who divide by the number of tokens. 0 without any n-gram. Raises UserError for n
-    below 1.
+    After Li et al. 2016, who divide by the number of tokens. 0 without any n-gram.
     """
-    if n < 1:
-        raise UserError(f"n is {n}: give n-grams at least 1 token")
     counts = Counter()
     for text in texts:
         counts.update(_ngrams(text.lower().split(), n))
@@ -209,48 +187,32 @@ def repetition(tokens: Sequence[int]) -> float:
 
 
 def token_agreement(tokens: Sequence[int], full_tokens: Sequence[int]) -> float:
-    """Share in [0, 1] of positions with the same token in both sequences, over the longer one's length; 1 for
-    two empty ones."""
+    """Returns the share in [0, 1] of positions with the same token in both sequences, over the length of the
+    longer one. It is 1 for two empty sequences."""
     longest = max(len(tokens), len(full_tokens))
     return sum(a == b for a, b in zip(tokens, full_tokens)) / longest if longest else 1.0
 
 
-def bootstrap(
-    statistic: Callable[..., float], *columns: Sequence, level=0.95, resamples=1000, seed=0
-) -> list[float]:
-    """Percentile bootstrap interval [low, high] of `statistic(*columns)`, the columns' rows being drawn
-    together, with replacement.
+def resampled_means(values: Sequence[float], resamples=1000, seed=0) -> np.ndarray:
+    """Returns the means of bootstrap resamples of the values, drawn with replacement (Efron 1979):
+    (resamples,)."""
+    array, draw = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    return np.array([array[draw.integers(0, len(array), size=len(array))].mean() for _ in range(resamples)])
 
-    A column holds a number, or an array, for each row. The interval is from the (1 - level) / 2 to the (1 +
-    level) / 2 quantile of the statistic over the resamples (Efron 1979); the same seed gives the same
-    interval. Raises UserError for no rows and for a level outside (0, 1).
-    """
-    arrays = [np.asarray(column, dtype=float) for column in columns]
-    rows = len(arrays[0])
-    if rows == 0:
-        raise UserError("got no values: give at least 1 row")
-    if not 0 < level < 1:
-        raise UserError(f"level is {level}: choose a share between 0 and 1, such as 0.95")
-    draw = np.random.default_rng(seed)
-    values = []
-    for _ in range(resamples):
-        drawn = draw.integers(0, rows, size=rows)
-        values.append(statistic(*(array[drawn] for array in arrays)))
+
+def interval(values: Sequence[float], level: float = 0.95) -> list[float]:
+    """Returns the quantiles between which the share `level` of the values lies. For resamples, this is a
+    bootstrap interval."""
     return np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 
 def resampled_sums(counts: np.ndarray, resamples=1000, seed=0) -> np.ndarray:
-    """Sums over resamples of the rows of (texts, numbers), drawn with replacement: (resamples, numbers).
-    Equal numbers of texts are drawn alike, so that two rows of a table can be compared resample by
+    """Returns sums over resamples of the rows of (texts, numbers), drawn with replacement: (resamples,
+    numbers). Equal numbers of texts are drawn alike, so that two rows of a table can be compared resample by
     resample."""
     texts = len(counts)
     times_drawn = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), size=resamples)
     return times_drawn @ counts
-
-
-def _require_references(references: list[str]) -> None:
-    if isinstance(references, str) or not references:
-        raise UserError(f"got references {references!r}: give every hypothesis a list of at least 1 text")
 
 
 def _f_measure(precision: float, recall: float, beta: float) -> float:
@@ -321,17 +283,13 @@ def _rouge_f1(variant: str, lines: list[list[str]], reference_lines: list[list[s
     return _f_measure(common / len(tokens), common / len(reference_tokens), beta=1.0)
 
 
-def rouge_metric(variant: str, stemming: bool) -> Metric:
-    return mean_of(lambda text, references: rouge(text, references, stemming, [variant])[variant])
-
-
 METRICS: dict[str, Metric] = {
-    "bleu": Metric(lambda text, references: bleu_counts(text, references, lowercase=False), bleu_score),
-    "bleu_lower": Metric(lambda text, references: bleu_counts(text, references, lowercase=True), bleu_score),
+    "bleu": Metric(partial(bleu_counts, lowercase=False), bleu_score),
+    "bleu_lower": Metric(partial(bleu_counts, lowercase=True), bleu_score),
     "rougeL_coco": mean_of(rouge_l),
     "exact_match": mean_of(squad_exact_match),
     "f1": mean_of(squad_f1),
 }
 for _variant in ROUGE_VARIANTS:
-    METRICS[_variant] = rouge_metric(_variant, stemming=False)
-    METRICS[f"{_variant}_stem"] = rouge_metric(_variant, stemming=True)
+    METRICS[_variant] = mean_of(partial(rouge_f1, variant=_variant))
+    METRICS[f"{_variant}_stem"] = mean_of(partial(rouge_f1, variant=_variant, stemming=True))

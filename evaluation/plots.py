@@ -1,52 +1,29 @@
-"""Pictures of what was measured, from the rows of the table that they belong to. matplotlib is needed for
-this alone.
+"""Pictures of what was measured, from the rows of --json or the log of a training run. Only this needs
+matplotlib.
 
-Colours come from viridis and cividis, which colour-blind readers can tell apart, and never stand alone:
-shapes, fillings or numbers say the same.
+Colors come from viridis and cividis, which color-blind readers can tell apart, and never stand alone: shapes,
+fillings or numbers say the same.
 """
 
-import math
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from common.errors import UserError
-from evaluation.analysis import divergences, look
-from evaluation.figures import pareto
-from evaluation.layer_plots import draw_confidence, draw_divergences, draw_ranks, draw_reliability
+from evaluation.analysis import Views, auroc, calibration_error, divergences, look, reliability
 from training.runs import read_log
 
-ASKED = ("softmax", "weighted", "jsd")  # confidence functions whose judgement is drawn
-SHAPES = {
-    "full": "*",
-    "static": "D",
-    "softmax": "o",
-    "weighted": "s",
-    "jsd": "^",
-    "hidden": "v",
-    "classifier": "P",
-    "entropy": "X",
-}
-SHADES = {
-    "full": 0.0,
-    "softmax": 0.1,
-    "weighted": 0.5,
-    "jsd": 0.75,
-    "hidden": 0.3,
-    "classifier": 0.6,
-    "entropy": 0.85,
-}
-FILLINGS = {
-    "none": "none",
-    "fixed": "left",
-    "decaying": "bottom",
-    "adaptive": "right",
-}  # of a shape, by pruning schedule
+CHECKS = ("softmax", "weighted", "jsd")  # confidence functions whose judgement is drawn
+STYLES = {  # kind of row -> shade of viridis, shape; other kinds are functions of one's own
+    "full": (0.0, "*"), "softmax": (0.1, "o"), "hidden": (0.3, "v"), "weighted": (0.5, "s"),
+    "classifier": (0.6, "P"), "jsd": (0.75, "^"), "entropy": (0.85, "X"), "static": (0.9, "D"),
+}  # fmt: skip
 
 
 def pyplot():
-    """matplotlib.pyplot, drawing into files. Raises UserError if it is not there."""
+    """matplotlib.pyplot, drawing into files. Raises UserError if it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -61,39 +38,31 @@ def pyplot():
     return plt
 
 
-def depth_color(plt, layer: int, n_layers: int):
-    """The colour of a layer, from the lowest (dark) to the last (bright)."""
-    return plt.get_cmap("viridis")(0.9 * layer / n_layers)
+def viridis(shade: float):
+    return pyplot().get_cmap("viridis")(shade)
 
 
-# ---------------------------------------------------------------- training
+# ---------------------------------------------------------------- a training run
 
 
 def draw_training(log: Path) -> Path:
-    """Training loss, and for each validation file loss and agreement of every exit, against steps, from a
-    log.jsonl of train.py; into a PNG beside it, which is returned. Raises UserError for a file that is not
-    such a log."""
+    """Loss against steps of a training run, and for each validation file loss and agreement of every exit,
+    from a log.jsonl of train.py; into a PNG next to it, which is returned. Raises UserError for a file that
+    is not such a log."""
     training, curves = read_curves(log)
-    plt = pyplot()
-    count = max(1, len(curves))
+    plt, count = pyplot(), max(1, len(curves))
     figure, axes = plt.subplots(2, count, figsize=(5 * count, 7), squeeze=False, sharex=True)
-    for column, (file, layers) in enumerate(curves.items() or [("", {})]):
-        loss, agreement = axes[:, column]
-        loss.plot(
-            *zip(*smoothed(training)), color="0.75", linewidth=1, label="training, deepest layer of the step"
-        )
+    for (loss, agreement), (file, layers) in zip(axes.T, curves.items() or [("", {})]):
+        loss.plot(*smoothed(training).T, color="0.75", label="training, deepest layer of the step")
+        seen = [value for _, value in training[len(training) // 10 :]]  # without the fall of the first steps
         for layer, points in sorted(layers.items()):
             steps, losses, same = zip(*points)
-            style = {
-                "color": depth_color(plt, layer, max(layers)),
-                "marker": f"${layer}$",
-                "label": f"layer {layer}",
-            }
-            loss.plot(steps, losses, **style)
+            seen += losses
+            style = {"color": viridis(0.9 * layer / max(layers)), "marker": f"${layer}$"}
+            loss.plot(steps, losses, label=f"layer {layer}", **style)
             agreement.plot(steps, same, **style)
-        loss.set(
-            title=Path(file).parent.name or file, ylabel="loss (nats a target)", ylim=zoom(training, layers)
-        )
+        loss.set(title=Path(file).parent.name or file, ylabel="loss (nats a target)")
+        loss.set_ylim(min(seen) - 0.1, max(seen) + 0.1)
         agreement.set(xlabel="step", ylabel="agreement with the last layer", ylim=(None, 1.01))
         loss.legend(fontsize="small")
     out = Path(log).with_suffix(".png")
@@ -103,15 +72,15 @@ def draw_training(log: Path) -> Path:
 
 
 def read_curves(log: Path) -> tuple[list[tuple], dict]:
-    """(step, loss) of the training, and by validation file and layer (step, loss, agreement). Raises
+    """(step, loss) of the training steps, and by validation file and layer (step, loss, agreement). Raises
     UserError."""
     curves = defaultdict(lambda: defaultdict(list))
     try:
         rows = read_log(Path(log))
-        training = [(row["step"], finite(row["loss"])) for row in rows if "loss" in row]
+        training = [(row["step"], float(row["loss"])) for row in rows if "loss" in row]
         for row in rows:
             for layer, (loss, same) in row.get("layers", {}).items():
-                curves[row["dev"]][int(layer)].append((row["step"], finite(loss), finite(same)))
+                curves[row["dev"]][int(layer)].append((row["step"], float(loss), float(same)))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{log}: not a log of train.py ({error})") from None
     if not training:
@@ -119,247 +88,196 @@ def read_curves(log: Path) -> tuple[list[tuple], dict]:
     return training, curves
 
 
-def finite(value: float) -> float:
-    """The value. Raises ValueError for one that no curve can show."""
-    if not math.isfinite(value):
-        raise ValueError(f"{value} is not finite")
-    return value
+def smoothed(points: list[tuple[int, float]]) -> np.ndarray:
+    """At most 200 points, each the last step and the mean loss of its stretch: (points, 2)."""
+    parts = np.array_split(np.array(points), min(200, len(points)))
+    return np.array([(part[-1, 0], part[:, 1].mean()) for part in parts])
 
 
-def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most 200 points, each the mean of its stretch."""
-    size = -(-len(points) // 200)
-    parts = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(part[-1][0], sum(loss for _, loss in part) / len(part)) for part in parts]
+# ---------------------------------------------------------------- a table
 
 
-def zoom(training: list[tuple[int, float]], layers: dict) -> tuple[float, float]:
-    """Limits of the loss that leave out the first steps' fall."""
-    seen = [loss for _, loss in training[len(training) // 10 :]]
-    for points in layers.values():
-        seen += [loss for _, loss, _ in points]
-    return min(seen) - 0.1, max(seen) + 0.1
-
-
-# ---------------------------------------------------------------- evaluation
-
-
-def draw_evaluation(folder: Path, rows: list[dict], model, tokenizer) -> list[Path]:
-    """Pictures of the rows of eval.py, and of what the layers of the model see in the texts that it wrote;
+def draw_evaluation(folder: Path, tables: list[list[dict]], model, tokenizer) -> list[Path]:
+    """Pictures of the tables of eval.py, and of what the layers of the model see in the texts that it wrote;
     returns the files. Rows of a sweep, which keep no texts, give fewer."""
-    plt = pyplot()
-    folder.mkdir(parents=True, exist_ok=True)
-    made = {}
-    starts = [at for at, row in enumerate(rows) if row["name"] == "full"]  # of a table
-    for first, end in zip(starts, [*starts[1:], len(rows)]):
-        own = rows[first:end]
-        name = own[0]["task"]
-        if f"{name}-speed" in made:
-            name += f"-{first}"  # another table of this task
-        made[f"{name}-speed"] = draw_speed(plt, own)
-        made[f"{name}-confidence-flops"] = draw_flops(plt, own)
-        if "prompts" not in own[0]:
-            made[f"{name}-sweep"] = draw_sweep(plt, own)
-        else:
-            for kind, figure in pictures_of_layers(plt, own, model, tokenizer).items():
-                made[f"{name}-{kind}"] = figure
     paths = []
-    for name, figure in made.items():
-        if figure is not None:
-            paths.append(folder / f"{name}.png")
+    for number, table in enumerate(tables, 1):
+        name = table[0]["task"]
+        if folder / f"{name}-speed.png" in paths:
+            name += f"-{number}"  # another table of this task
+        scores = [(f"{score}, %", "scores") for score in list(table[0]["scores"])[:1]]
+        scores.append(("ROUGE-L to the full model's text, %", "rougeL_full"))
+        kept = [("% of the full model's scores kept (the least of them)", "kept")]
+        figures = {
+            "frontier": draw_rows(table, milliseconds, "ms a token, batch 1", scores),
+            "speed": draw_rows(table, speedup, "speed-up over the full model", kept),
+        }
+        if "prompts" in table[0]:
+            figures |= draw_layers(table, model, tokenizer)
+        for kind, figure in figures.items():
+            paths.append(folder / f"{name}-{kind}.png")
             figure.savefig(paths[-1])
-            plt.close(figure)
+            pyplot().close(figure)
     return paths
 
 
-def pictures_of_layers(plt, rows: list[dict], model, tokenizer) -> dict:
-    """Pictures of what the layers see in the texts of the full model's row, and of one text under every
-    row."""
-    title = titled(rows)
-    texts = [(each["prompt_tokens"], each["tokens"]) for each in rows[0]["prompts"]]
-    views = look(model, texts, ASKED)
-    prompt, output = max(texts[:20], key=lambda text: min(len(text[1]), 25))
-    words = [piece(tokenizer, token) for token in output[:30]]
-    styles = {name: style_of(plt, name) for name in ASKED}
-    return {
-        "ranks": draw_ranks(plt, views, title),
-        "confidence": draw_confidence(plt, views, styles, title),
-        "reliability": draw_reliability(plt, views, styles, title),
-        "jsd": draw_divergences(plt, divergences(model, prompt, output)[:, :30], words, title),
-        "exits": draw_exits(plt, rows, texts.index((prompt, output)), tokenizer, model.config.n_layers),
-    }
-
-
 def titled(rows: list[dict]) -> str:
-    """The task of some rows and on how many inputs they were measured."""
+    """The task of some rows, and on how many inputs they were measured."""
     return f"{rows[0]['task']}, {rows[0]['inputs']} inputs"
 
 
-def piece(tokenizer, token: int) -> str:
-    return tokenizer.piece(token).strip() or "·"
-
-
-def kind(row: dict) -> str:
-    """What gives a row its colour and shape: its confidence function, or static, or full."""
+def kind_of(row: dict) -> str:
+    """What gives a row its color and shape: its confidence function, or static, or full."""
     config = row["config"]
     if config["confidence"] is None:
         return "full"
     return "static" if config["threshold"] == 0 and not config["verify"] else config["confidence"]
 
 
-def style_of(plt, name: str) -> dict:
-    """Colour and shape of a kind of row."""
-    color = "0.5" if name == "static" else plt.get_cmap("viridis")(SHADES.get(name, 0.95))
-    return {"color": "k" if name == "full" else color, "marker": SHAPES.get(name, "h")}
+def style_of(kind: str) -> dict:
+    shade, marker = STYLES.get(kind, (0.95, "h"))
+    return {"color": viridis(shade), "marker": marker}
 
 
-def error_bars(value: float, interval: list[float]) -> np.ndarray:
-    """How far the interval reaches to both sides: (2, 1)."""
-    low, high = interval
-    return np.array([[max(0, value - low)], [max(0, high - value)]])
+Point = tuple[float, float, float]  # a figure and the ends of its interval
 
 
-def draw_speed(plt, rows: list[dict]):
-    """Quality kept against speed, with 95 % intervals over the prompts; the Pareto front as a line."""
-    figure, axis = plt.subplots(figsize=(8, 5))
-    for row in rows:
-        config, style = row["config"], style_of(plt, kind(row))
-        filled = "full" if config["verify"] or kind(row) == "full" else FILLINGS[config["prune"]]
-        if config["fill"] == "copy":
-            style["marker"] = "x"
-        elif config["draft"] == "auto":
-            style["marker"] = "P"
-        axis.errorbar(
-            row["speedup"],
-            100 * row["kept"],
-            xerr=error_bars(row["speedup"], row["speedup_ci"]),
-            yerr=100 * error_bars(row["kept"], row["kept_ci"]),
-            label=row["name"],
-            linestyle="",
-            linewidth=0.8,
-            markersize=12 if kind(row) == "full" else 8,
-            fillstyle=filled,
-            markerfacecoloralt="w",
-            **style,
-        )
-    points = {row["name"]: (row["speedup"], 100 * row["kept"]) for row in rows}
-    front = sorted(points[name] for name in pareto(points))
-    axis.plot(*zip(*front), color="0.7", linewidth=1, zorder=0, label="Pareto front")
-    axis.set(
-        xlabel="speed-up over the full model",
-        ylabel="% of the full model's scores kept (the least of them)",
-        title=f"{titled(rows)}: speed and quality, 95 % intervals over inputs",
-    )
-    axis.legend(
-        fontsize="small",
-        loc="center left",
-        bbox_to_anchor=(1, 0.5),
-        title="half filled: pruned\nfilled: verified",
-    )
+def speedup(row: dict) -> Point:
+    return row["speedup"], *row["speedup_ci"]
+
+
+def milliseconds(row: dict) -> Point:
+    """The time of a token."""
+    value, low, high = speedup(row)
+    return tuple(1000 * value / row["tokens_per_s"] / end for end in (value, high, low))
+
+
+def in_percent(row: dict, name: str) -> Point:
+    """A share in percent; of several scores the first."""
+    value, interval = row[name], row[f"{name}_ci"]
+    if isinstance(value, dict):
+        first = next(iter(value))
+        value, interval = value[first], interval[first]
+    return tuple(100 * each for each in (value, *interval))
+
+
+def draw_rows(rows: list[dict], x: Callable[[dict], Point], xlabel: str, panels: list[tuple[str, str]]):
+    """Rows as points with 95 % intervals over the inputs, a panel for each label and figure on the y axis.
+    Rows that differ in their threshold alone, or as static exits in their layer, are a curve. Filled points
+    are exact."""
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(7 * len(panels), 5), squeeze=False)
+    curves = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["tokens_per_s"]):
+        config, varied = row["config"], ("threshold", "exit_layers")[kind_of(row) == "static"]
+        curves[str(config | {varied: None}), row["checkpoint"]].append((str(config[varied]), row))
+    for axis, (ylabel, y) in zip(axes[0], panels):
+        for members in curves.values():
+            kind, verify = kind_of(members[0][1]), members[0][1]["config"]["verify"]
+            style = style_of(kind) | {"fillstyle": "full" if verify or kind == "full" else "none"}
+            points = np.array([(*x(row), *in_percent(row, y)) for _, row in members]).T
+            at, ends = points[[0, 3]], points[[1, 2, 4, 5]].reshape(2, 2, -1)
+            bars = np.abs(ends - at[:, None])
+            axis.errorbar(*at, *bars[::-1], elinewidth=0.8, linewidth=0.8, markersize=8, label=kind, **style)
+            for (value, row), point in zip(members, at.T):
+                text = value.strip("()[],") if len(members) > 1 else row["name"]
+                axis.annotate(text, point, (4, 4), textcoords="offset points", fontsize="x-small")
+        axis.set(title=f"{titled(rows)}, 95 % intervals; filled: exact", xlabel=xlabel, ylabel=ylabel)
+        kinds = dict(zip(*axis.get_legend_handles_labels()[::-1]))  # each once
+        axis.legend(kinds.values(), kinds.keys(), fontsize="small")
     return figure
 
 
-def draw_sweep(plt, rows: list[dict]):
-    """Quality kept and exit layer against the swept number with the most values, a line for each combination
-    of the others; None if nothing swept can be an axis."""
-    configs = [row["config"] for row in rows[1:]]
-    swept = [name for name in configs[0] if len({str(config[name]) for config in configs}) > 1]
-    sizes = {}
-    for name in swept:
-        values = {str(config[name]): config[name] for config in configs}.values()
-        if all(type(value) in (int, float) for value in values):
-            sizes[name] = len(values)
-    if not sizes or max(sizes.values()) < 3:
-        return None
-    field, lines = max(sizes, key=sizes.get), defaultdict(list)
-    for row, config in zip(rows[1:], configs):
-        lines[" ".join(str(config[name]) for name in swept if name != field)].append(row)
-    figure, (quality, depth) = plt.subplots(1, 2, figsize=(10, 4))
-    quality.axhline(100, color="k", linewidth=1, linestyle=":", label="full")
-    depth.axhline(rows[0]["avg_exit_layer"], color="k", linewidth=1, linestyle=":", label="full")
-    for number, (name, members) in enumerate(lines.items()):
-        members.sort(key=lambda row: row["config"][field])
-        style = {
-            "color": plt.get_cmap("viridis")(0.85 * number / len(lines)),
-            "marker": "oDs^vPXh"[number % 8],
-        }
-        values = [row["config"][field] for row in members]
-        bars = np.hstack([error_bars(row["kept"], row["kept_ci"]) for row in members])
-        quality.errorbar(
-            values, [100 * row["kept"] for row in members], yerr=100 * bars, label=name, capsize=2, **style
-        )
-        depth.plot(values, [row["avg_exit_layer"] for row in members], label=name, **style)
-    quality.set(xlabel=field, ylabel="% of the full model's scores kept", title=titled(rows))
-    depth.set(xlabel=field, ylabel="average exit layer", title=titled(rows))
-    quality.legend(fontsize="small")
-    return figure
-
-
-def draw_flops(plt, rows: list[dict]):
-    """Confidence FLOPs a token of each function by pruning schedule, as points: a logarithmic axis has no
-    zero for bars."""
-    table = {}
-    for row in rows:
-        config = row["config"]
-        if row["confidence_flops_per_token"] and not config["verify"] and config["fill"] == "parallel":
-            table.setdefault((kind(row), config["prune"]), row["confidence_flops_per_token"])
-    functions = [name for name in ASKED if any(function == name for function, _ in table)]
-    if not functions:
-        return None
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for number, (schedule, filling) in enumerate(FILLINGS.items()):
-        points = [
-            (i + 0.12 * (number - 1.5), table[name, schedule])
-            for i, name in enumerate(functions)
-            if (name, schedule) in table
-        ]
-        if points:
-            axis.plot(
-                *zip(*points),
-                linestyle="",
-                marker="o",
-                markersize=10,
-                fillstyle=filling,
-                markerfacecoloralt="w",
-                color=plt.get_cmap("viridis")(0.28 * number),
-                label=schedule,
-            )
-    axis.set(
-        yscale="log",
-        ylabel="confidence FLOPs a token (logarithmic)",
-        title=f"{titled(rows)}: what asking costs",
-    )
-    axis.set_xlim(-0.5, len(functions) - 0.5)
-    axis.set_xticks(range(len(functions)), functions)
-    axis.legend(fontsize="small", title="pruning", loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
-def draw_exits(plt, rows: list[dict], number: int, tokenizer, n_layers: int):
-    """Exit layer of every token of one text, a line for each setting, the full model's first."""
-    rows = [rows[0], *(row for row in rows[1:] if kind(row) != "static")][:12]
+def draw_exits(rows: list[dict], number: int, tokenizer, n_layers: int):
+    """The exit layer of every token of one text, a line for each configuration, the full model's first."""
+    rows = [row for row in rows if kind_of(row) != "static" and row["checkpoint"] is None][:12]
     length = min(30, max(len(row["prompts"][number]["tokens"]) for row in rows))
-    figure, axis = plt.subplots(figsize=(max(7, 0.68 * length), 0.55 * len(rows) + 1.4))
+    figure, axis = pyplot().subplots(figsize=(max(7, 0.68 * length), 0.55 * len(rows) + 1.4))
     grid = np.full((len(rows), length), np.nan)
     for i, row in enumerate(rows):
-        each = row["prompts"][number]
-        for at, (token, layer) in enumerate(zip(each["tokens"][:length], each["exit_layers"])):
+        prompt = row["prompts"][number]
+        for at, (token, layer) in enumerate(zip(prompt["tokens"][:length], prompt["exit_layers"])):
             grid[i, at] = layer
-            color = "w" if layer < 0.6 * n_layers else "k"
-            axis.text(
-                at,
-                i,
-                f"{piece(tokenizer, token)}\n{layer}",
-                ha="center",
-                va="center",
-                fontsize="x-small",
-                color=color,
-            )
+            style = {"color": "w" if layer < 0.6 * n_layers else "k", "fontsize": "x-small"}
+            axis.text(at, i, f"{word(tokenizer, token)}\n{layer}", ha="center", va="center", **style)
     image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=1, vmax=n_layers)
-    axis.set(title=f"{rows[0]['task']}: exit layer of every token of one text")
+    axis.set(title=f"{rows[0]['task']}: exit layer of every token of one text", xticks=[])
     axis.grid(False)
     axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axis.set_xticks([])
-    seen = np.unique(grid[~np.isnan(grid)]).astype(int).tolist()
-    figure.colorbar(image, label="exit layer", ticks=sorted({1, *seen, n_layers}))
+    figure.colorbar(image, label="exit layer")
+    return figure
+
+
+def word(tokenizer, token: int) -> str:
+    return tokenizer.piece(token).strip() or "·"
+
+
+# ---------------------------------------------------------------- what the layers see
+
+
+def draw_layers(rows: list[dict], model, tokenizer) -> dict:
+    """Pictures of what the layers see in the texts of the full model's row, and of one text in every row."""
+    title = titled(rows)
+    texts = [(each["prompt_tokens"], each["tokens"]) for each in rows[0]["prompts"]]
+    views = look(model, texts, CHECKS)
+    prompt, output = max(texts[:20], key=lambda text: min(len(text[1]), 25))
+    words = [word(tokenizer, token) for token in output[:30]]
+    return {
+        "ranks": draw_ranks(views, title),
+        "confidence": draw_confidence(views, title),
+        "reliability": draw_reliability(views, title),
+        "jsd": draw_divergences(divergences(model, prompt, output)[:, :30], words, title),
+        "exits": draw_exits(rows, texts.index((prompt, output)), tokenizer, model.config.n_layers),
+    }
+
+
+def draw_ranks(views: Views, title: str):
+    """The rank of the last layer's token at every layer."""
+    figure, axis = pyplot().subplots(figsize=(7, 4))
+    axis.boxplot(list(views.ranks.T), whis=(1, 99), showfliers=False, medianprops={"color": "k"})
+    title = f"{title}: {len(views.ranks)} positions (whiskers: 1 % and 99 %)"
+    axis.set(yscale="log", xlabel="layer", ylabel="rank of the last layer's token", title=title)
+    return figure
+
+
+def draw_confidence(views: Views, title: str):
+    """The mean confidence of each function, and how often the layer is right."""
+    figure, axis = pyplot().subplots(figsize=(7, 4))
+    layers = range(1, views.agrees.shape[1] + 1)
+    axis.plot(layers, views.agrees.mean(0), color="k", marker="*", label="agrees with the last layer")
+    for name, values in views.confidence.items():
+        axis.plot(layers, values.mean(0), linestyle="--", label=f"confidence: {name}", **style_of(name))
+    axis.set(xlabel="layer", ylim=(0, 1), title=f"{title}: above the black line is over-confidence")
+    axis.legend(fontsize="small")
+    return figure
+
+
+def draw_reliability(views: Views, title: str):
+    """How often each function is right at every confidence, over all layers; dots as large as their share."""
+    count = len(views.confidence)
+    figure, axes = pyplot().subplots(1, count, figsize=(4 * count, 5.2), sharey=True, squeeze=False)
+    for axis, (name, values) in zip(axes[0], views.confidence.items()):
+        confidence, right = values.ravel(), views.agrees.ravel()
+        centers, shares, counts = map(np.array, zip(*reliability(confidence, right)))
+        axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+        axis.plot(centers, shares, color=style_of(name)["color"], zorder=2)
+        sizes = 400 * counts / counts.sum() + 8
+        axis.scatter(centers, shares, s=sizes, alpha=0.7, zorder=3, **style_of(name))
+        text = f"{name}\nECE {calibration_error(confidence, right):.3f}, AUROC {auroc(confidence, right):.3f}"
+        axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", title=text)
+        axis.set_box_aspect(1)
+    axes[0][0].set(ylabel="agrees with the last layer")
+    figure.suptitle(f"{title}: how often a confidence is right")
+    return figure
+
+
+def draw_divergences(values: np.ndarray, words: list[str], title: str):
+    """JSD to the last layer, layers upward, over the tokens of a text."""
+    figure, axis = pyplot().subplots(figsize=(max(6, 0.38 * len(words)), 4))
+    extent = (-0.5, len(words) - 0.5, 0.5, len(values) + 0.5)
+    scale = {"cmap": "cividis", "vmin": 0, "vmax": np.log(2)}
+    image = axis.imshow(values, origin="lower", aspect="auto", extent=extent, **scale)
+    axis.set(ylabel="layer", title=f"{title.split(',')[0]}: one text")
+    axis.grid(False)
+    axis.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize="small")
+    figure.colorbar(image, label="JSD to the last layer (nats)")
     return figure

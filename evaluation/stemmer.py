@@ -3,7 +3,7 @@ rules.
 
 A word is read as a pattern of consonants (c) and vowels (v); its measure m is the number of times that a
 vowel is followed by a consonant, about its syllables: m = 0 in "tree", 1 in "trouble", 2 in "private". Nearly
-every rule asks for the m of what it leaves.
+every rule has a condition on the m of what it leaves.
 """
 
 from collections.abc import Callable
@@ -42,8 +42,8 @@ def _apply(rules: list[Rule], word: str) -> str:
 
 
 def _repair(start: str) -> str:
-    """What a participle's ending left, made a word again: conflat(ed) and fil(ing) get an e back, hopp(ing)
-    loses a p."""
+    """Makes a word again from what a participle's ending left: conflat(ed) and fil(ing) get an e back,
+    hopp(ing) loses a p."""
     if start.endswith(("at", "bl", "iz")) or (_measure(start) == 1 and _short_end(start)):
         return start + "e"
     doubled = start[-2:] == 2 * start[-1] and _pattern(start).endswith("c")
@@ -51,8 +51,8 @@ def _repair(start: str) -> str:
 
 
 def _pattern(start: str) -> str:
-    """Consonant or vowel, "c" or "v" for each letter; y is a vowel after a consonant: "toy" is cvc, "system"
-    cvccvc."""
+    """Returns "c" for each consonant and "v" for each vowel; y is a vowel after a consonant: "toy" is cvc,
+    "system" cvccvc."""
     pattern = ""
     for letter in start:
         pattern += "v" if letter in "aeiou" or (letter == "y" and pattern.endswith("c")) else "c"
@@ -64,8 +64,8 @@ def _measure(start: str) -> int:
 
 
 def _short_end(start: str) -> bool:
-    """Ends like "hop": consonant, vowel, and a consonant but w, x or y, so that an e may have followed;
-    later: or "us", as a whole."""
+    """Whether a start ends like "hop": consonant, vowel, and a consonant except w, x or y, so that an e may
+    have followed. Later: or it is like "us", as a whole."""
     return _pattern(start) == "vc" or (_pattern(start).endswith("cvc") and start[-1] not in "wxy")
 
 
@@ -94,30 +94,20 @@ def _long(start: str) -> bool:
     return _measure(start) > 1
 
 
-IRREGULAR = {
-    "skies": "sky",
-    "dying": "die",
-    "lying": "lie",
-    "tying": "tie",
-    "innings": "inning",
-    "outings": "outing",
-    "cannings": "canning",
-    **{
-        word: word
-        for word in ("sky", "news", "inning", "outing", "canning", "howe", "proceed", "exceed", "succeed")
-    },
-}  # later
-PARTICIPLES = (
-    _rules(_always, "ied:i") + _rules(_positive, "eed:ee") + _rules(_has_vowel, "ed: ing:")
-)  # ied: later
+# later: words with stems of their own, and words that stay as they are
+IRREGULAR = {"skies": "sky", "dying": "die", "lying": "lie", "tying": "tie"}
+IRREGULAR |= {"innings": "inning", "outings": "outing", "cannings": "canning"}
+IRREGULAR |= {word: word for word in ("sky", "news", "inning", "outing", "canning", "howe")}
+IRREGULAR |= {word: word for word in ("proceed", "exceed", "succeed")}
+# ied: later
+PARTICIPLES = _rules(_always, "ied:i") + _rules(_positive, "eed:ee") + _rules(_has_vowel, "ed: ing:")
 STEPS = [
     _rules(_one_letter, "ies:ie"),  # later: ties, not flies
     _rules(_always, "sses:ss ies:i ss:ss s:"),
     _rules(_one_letter, "ied:ie"),  # later
     PARTICIPLES,
-    [
-        ("y", "i", lambda start: len(start) > 1 and _pattern(start).endswith("c"))
-    ],  # the paper: after any with a vowel
+    # the paper: after any start with a vowel
+    [("y", "i", lambda start: len(start) > 1 and _pattern(start).endswith("c"))],
     _rules(_positive, "alli:al"),  # a step of its own later, so that "rationally" goes on as "rational"
     [
         *_rules(_positive, "ational:ate tional:tion enci:ence anci:ance izer:ize entli:ent eli:e ousli:ous"),
@@ -128,10 +118,8 @@ STEPS = [
     ],
     _rules(_positive, "icate:ic ative: alize:al iciti:ic ical:ic ful: ness:"),
     [
-        *_rules(
-            _long,
-            "al: ance: ence: er: ic: able: ible: ant: ement: ment: ent: ou: ism: ate: iti: ous: ive: ize:",
-        ),
+        *_rules(_long, "al: ance: ence: er: ic: able: ible: ant: ement: ment: ent: ou: ism: ate: iti:"),
+        *_rules(_long, "ous: ive: ize:"),
         ("ion", "", lambda start: _long(start) and start[-1] in "st"),
     ],
     [("e", "", lambda start: _long(start) or (_measure(start) == 1 and not _short_end(start)))],

@@ -1,5 +1,4 @@
-"""What is asked of a model, and how an answer is scored: prompts, where an answer ends, the metrics of every
-task."""
+"""Tasks: prompts, where an answer ends, the metrics that score it, and which inputs serve what."""
 
 import hashlib
 import random
@@ -8,11 +7,10 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import check_input
-from evaluation.metrics import METRICS
 from formats import data
 from formats.chat import Chat, conversation
 from formats.data import Example
-from formats.tokenizer import GUARD, encode_prompt
+from formats.tokenizers.tokenizer import GUARD, encode_prompt
 
 OPENING, OPENINGS = 40, 30  # words of a story that a continuation begins with; about so many from a book
 TUNING_SHARE = 0.5  # of the texts of dev, or of a single file; calibration draws from the others
@@ -23,38 +21,34 @@ class Task:
     """One kind of input and what counts as a good output."""
 
     name: str
-    metrics: dict[str, str]  # of each score its name in metrics.METRICS; the first is the one to keep
+    metrics: dict[str, str]  # by score, its name in metrics.METRICS; the first is the one to keep
     file: str  # "{}" stands for dev or test
-    template: str = (
-        "{}"  # of a prompt, for models whose tokenizer has no separator; ends where the answer begins
-    )
-    one_line: bool = True  # such a model's answer ends with its line
+    template: str = "{}"  # of a prompt, if the tokenizer has no separator; ends where the answer begins
+    one_line: bool = True  # the answer of such a model ends with its line
     max_new_tokens: int = 100
     openings: bool = False  # prompts are the first words of a text's paragraphs
-    shots: tuple[
-        tuple[str, str], ...
-    ] = ()  # solved examples before the prompt: prompt in the template, answer
+    shots: tuple[tuple[str, str], ...] = ()  # solved examples: the prompt in the template, and the answer
     chat: Chat | None = None  # prompts, and shots before them, are turns in a chat
 
     def text(self, prompt: str, tokenizer) -> str:
-        """The prompt as the model gets it."""
+        """Returns the prompt as the model gets it."""
         if self.chat:
             (text,) = self.chat.texts([self.turns(prompt)])
             return text.replace(GUARD, "")
         if tokenizer.separator is not None and not self.shots:
             return prompt
-        solved = [f"{asked}{answered}\n\n" for asked, answered in self.shots]
+        solved = [f"{shot}{answer}\n\n" for shot, answer in self.shots]
         return "".join(solved) + self.template.format(prompt)
 
     def turns(self, prompt: str) -> list[tuple[str, str]]:
-        """The prompt as the last turn of a chat."""
-        shots = [(asked.strip(), answered) for asked, answered in self.shots]
+        """Returns the prompt as the last turn of a chat."""
+        shots = [(shot.strip(), answer) for shot, answer in self.shots]
         return conversation(self.template.format(prompt).strip(), shots)
 
     def encode(self, prompts: list[str], tokenizer, room: int) -> list[tuple[list[int], bool]]:
-        """Of each prompt its token ids, and whether its left had to go to leave at most `room`; the start
-        token stays, in a chat all but the prompt itself. Raises UserError for shots that leave a prompt no
-        room."""
+        """Returns the token ids of each prompt, and whether it was truncated on the left to fit `room`
+        tokens. The start token stays, and in a chat everything except the prompt. Raises UserError for shots
+        that leave a prompt no room."""
         if self.chat:
             encoded = self.chat.encode([self.turns(prompt) for prompt in prompts])
         else:
@@ -71,7 +65,8 @@ class Task:
         return inputs
 
     def shortened(self, prompt: str, tokenizer, size: int, room: int) -> list[int]:
-        """Token ids of a chat whose prompt loses its left; `size`: how many they are with all of it."""
+        """Returns the token ids of a chat whose prompt is truncated on the left. `size` is their number
+        before."""
         body, excess = tokenizer.encode(prompt), size - room
         while excess < len(body):
             (ids,) = self.chat.encode([self.turns(tokenizer.decode(body[excess:]))])
@@ -81,31 +76,22 @@ class Task:
         raise UserError(f"{self.name}: the turns around a prompt leave no room for it; take fewer --shots")
 
     def stop_tokens(self, tokenizer) -> tuple[int, ...]:
-        """Pieces that end an answer, besides the end of text: those with a line end, where an answer is one
-        line; in a chat the end of the turn."""
+        """Returns the tokens that end an answer, in addition to the end of text: those with a line end, where
+        an answer is one line; in a chat the end of the turn."""
         if self.chat:
             return self.chat.ends
         if not self.one_line or tokenizer.separator is not None:
             return ()
         return tuple(id for id in range(tokenizer.size) if "\n" in tokenizer.piece(id))
 
-    def scores(self, texts: list[str], references: list[list[str]]) -> dict[str, float]:
-        """Every score of the task, each in [0, 1]."""
-        return {name: METRICS[metric](texts, references) for name, metric in self.metrics.items()}
-
     def with_shots(self, examples: list[Example]) -> "Task":
-        """The same with solved examples before every prompt."""
+        """Returns the same task with solved examples before every prompt."""
         solved = [(self.template.format(each.prompt), each.references[0]) for each in examples]
         return replace(self, shots=tuple(solved))
 
 
 QA = {"f1": "f1", "exact_match": "exact_match", "rougeL": "rougeL"}
-SUMMARY = {
-    "rougeL": "rougeL_stem",
-    "rouge1": "rouge1_stem",
-    "rouge2": "rouge2_stem",
-    "rougeLsum": "rougeLsum_stem",
-}
+SUMMARY = {name: f"{name}_stem" for name in ("rougeL", "rouge1", "rouge2", "rougeLsum")}
 TRANSLATION = {"bleu": "bleu", "rougeL": "rougeL_coco"}
 DESCRIPTION = {"bleu": "bleu_lower", "rougeL": "rougeL_coco"}
 TASKS = {
@@ -116,47 +102,44 @@ TASKS = {
     "squad": Task("squad", QA, "", max_new_tokens=30),
     "samsum": Task("samsum", SUMMARY, "", max_new_tokens=60),
     "file": Task("file", {"rougeL": "rougeL", "bleu": "bleu"}, "", "{}\n"),
+    "answers": Task("answers", {"f1": "f1", "exact_match": "exact_match"}, "", "{}\n", max_new_tokens=30),
 }
 
 
 def find_task(name: str) -> Task:
-    """An embedded task by its name, or NAME=FILE: another file of its kind. Raises UserError."""
+    """Returns an embedded task by its name, or for NAME=FILE one of its kind on another file. Raises
+    UserError."""
     kind, _, file = name.partition("=")
     if kind not in TASKS:
         raise UserError(
-            f"unknown task {kind!r}; choose from {', '.join(TASKS)}; with a file of yours one of these by "
-            "what it holds, as in samsum=FILE, or file=FILE"
+            f"unknown task {kind!r}; choose from {', '.join(TASKS)}, or with a file of yours file=FILE"
         )
     task = replace(TASKS[kind], file=file or TASKS[kind].file)
     if not task.file:
         raise UserError(f"task {kind} needs its file: {kind}=FILE")
-    if kind == "file":
+    if kind in ("file", "answers"):
         task = replace(task, name=Path(file).name.split(".")[0])
         if task.name in (*TASKS, "decode", "provenance"):  # which settings name, too
-            raise UserError(
-                f"{file}: a task of your own is called as its file is, and {task.name} is taken; rename it"
-            )
+            raise UserError(f"{file}: a task is called as its file is, and {task.name} is taken; rename it")
     return task
 
 
 def read_task(task: Task, split: str, skipped: list[str] | None = None) -> list[Example]:
-    """Its examples of the train, dev or test split; of stories, openings to go on from. Raises and skips as
-    `data.read_pairs` does."""
+    """Reads the examples of the train, dev or test split; for stories, the openings to continue. Raises and
+    skips as `data.read_pairs` does."""
     path = data.locate(task.file.replace("{}", split))
     check_input(path, "no such data file")
     if task.openings:
         return openings(path, skipped)
     examples = data.read_examples(path, skipped)
     if not all(example.prompt for example in examples):
-        raise UserError(
-            f"{path}: holds texts without a prompt; the task stories={path} goes on from their openings"
-        )
+        raise UserError(f"{path}: holds texts without a prompt; stories={path} goes on from their openings")
     return examples
 
 
 def openings(path: str | Path, skipped: list[str] | None = None) -> list[Example]:
-    """The first words of paragraphs of at least twice as many, far apart, and what follows them there. Raises
-    ValueError if there is none."""
+    """Takes long paragraphs that are far apart. The first OPENING words of each are the prompt, and the
+    others are the reference. Raises UserError if there is none."""
     examples = []
     for _, text in data.read_pairs(path, skipped):
         paragraphs = [line.split() for line in text.splitlines()]
@@ -165,9 +148,7 @@ def openings(path: str | Path, skipped: list[str] | None = None) -> list[Example
         for words in long[::step]:
             examples.append(Example(" ".join(words[:OPENING]), (" ".join(words[OPENING:]),)))
     if not examples:
-        raise UserError(
-            f"{path}: has no paragraph of {2 * OPENING} words or more, to go on from its first {OPENING}"
-        )
+        raise UserError(f"{path}: has no paragraph of {2 * OPENING} words, to go on from its first {OPENING}")
     return examples
 
 
@@ -175,21 +156,21 @@ def openings(path: str | Path, skipped: list[str] | None = None) -> list[Example
 
 
 def sample(examples: list[Example], limit: int, seed: int) -> list[Example]:
-    """`limit` of the examples in their order, drawn by the seed; all for 0."""
+    """Draws `limit` of the examples by the seed, and keeps their order. 0 stands for all."""
     if not 0 < limit < len(examples):
         return examples
     return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]
 
 
 def source(example: Example) -> str:
-    """What an input is about: of a question the text that it is asked about, else its prompt."""
+    """Returns the text that an input is about: the context of its question, or else the whole prompt."""
     text, _, _ = example.prompt.rpartition("\nQuestion: ")
     return text or example.prompt
 
 
 def between(examples: list[Example], low: float, high: float) -> list[Example]:
-    """The examples whose source falls from `low` to below `high` on a fixed scale from 0 to 1. All questions
-    on one text fall together, whatever the seed and the file that they come from, so disjoint stretches never
+    """Returns the examples whose source falls from `low` to below `high` on a fixed scale from 0 to 1. All
+    questions about one text have the same place, whatever the seed and the file, so disjoint stretches never
     share a text."""
 
     def place(example: Example) -> float:
@@ -199,8 +180,7 @@ def between(examples: list[Example], low: float, high: float) -> list[Example]:
 
 
 def one_of_each_source(examples: list[Example], seed: int) -> list[Example]:
-    """Of the questions on one text a single one, drawn by the seed: inputs that are independent of each
-    other."""
+    """Draws one question for each text by the seed, so that the inputs are independent of each other."""
     groups: dict[str, list[Example]] = {}
     for example in examples:
         groups.setdefault(source(example), []).append(example)

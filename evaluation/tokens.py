@@ -10,11 +10,9 @@ from evaluation.stemmer import stem
 def rouge_lines(text: str, stemming: bool) -> list[list[str]]:
     """The tokens of each line."""
     lines = [re.findall("[a-z0-9]+", line) for line in text.lower().split("\n")]
-    return (
-        [[stem(token) if len(token) > 3 else token for token in line] for line in lines]
-        if stemming
-        else lines
-    )
+    if not stemming:
+        return lines
+    return [[stem(token) if len(token) > 3 else token for token in line] for line in lines]
 
 
 def squad_tokens(text: str) -> list[str]:
@@ -25,15 +23,10 @@ def squad_tokens(text: str) -> list[str]:
 def mteval_tokens(text: str, lowercase: bool) -> list[str]:
     """NIST's mteval-v13a tokens: ASCII punctuation stands alone, save for points and commas in numbers,
     hyphens and apostrophes."""
-    text = (
-        (text.lower() if lowercase else text)
-        .rstrip()
-        .replace("<skipped>", "")
-        .replace("-\n", "")
-        .replace("\n", " ")
-    )
-    for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
-        text = text.replace(entity, character)
+    text = text.lower().rstrip() if lowercase else text.rstrip()
+    replaced = {"<skipped>": "", "-\n": "", "\n": " ", "&quot;": '"', "&amp;": "&", "&lt;": "<", "&gt;": ">"}
+    for old, new in replaced.items():
+        text = text.replace(old, new)
     text = re.sub(r"([{-~[-` -&(-+:-@/])", r" \1 ", f" {text} ")
     text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)
     text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)

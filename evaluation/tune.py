@@ -1,250 +1,173 @@
-"""`eval.py tune`: chooses the rows of the table on dev, with a margin, and writes them to the settings beside
-the checkpoint.
+"""How `eval.py tune` chooses the rows of the table, with a margin.
 
-What is promised: of a function's threshold and of the static exit, with the layers chosen before on other
-inputs, candidates are walked from cautious to bold and the walk ends at the first that does not keep 99 % of
-every score of the full model at the lower end of its bootstrap interval; then shortlists for these functions,
-where frequent ids are known. So the chance that a chosen row keeps less on inputs of the same source is about
-5 % a walk, given a few hundred inputs: a bootstrap does not know of losses that it has not met, and what is
-not met in n inputs may still happen in 3 of n. The other pruning schedules and the copy fill share the chosen
-layers and threshold without a promise of their own; verified rows keep everything anyway. Whether inputs of
-test are of the same source as those of dev, no margin can promise.
+For the threshold of each confidence function and for the static exit, with exit layers that were chosen
+before on other inputs, candidates are walked from cautious to bold (evaluation/walk.py) as long as they
+keep 99 % of every score of the full model in 95 % of the bootstrap resamples; then shortlists for these
+functions, where frequent ids are known. So the chance that a chosen row keeps less on inputs of the same
+source is about 5 % for each walk, given a few hundred inputs: a bootstrap knows nothing of losses that it
+has not met, and what is not met in n inputs may still happen in 3 of n. The other pruning schedules and
+copy fill share the chosen layers and threshold without a promise of their own. Verified rows keep
+everything anyway. No margin can promise that the inputs of test are of the same source as those of dev.
 """
 
-import argparse
 import math
 from dataclasses import dataclass, replace
 from itertools import product
 
-from tqdm import tqdm
+import numpy as np
 
-from common.errors import UserError
-from common.files import write_json
-from common.processes import processes
 from decoding.settings import DecodeConfig
-from evaluation.figures import quality_interval, quality_kept, speed_figures, written
-from evaluation.inputs import chosen_tasks, load_inputs, load_model, run_record
-from evaluation.measure import encode_inputs, run_in_turns
-from evaluation.rows import exit_layers_of, fields_that_differ, read_settings_file
-from evaluation.table import check_files
-from evaluation.tasks import TUNING_SHARE, Task, between, one_of_each_source, sample
+from evaluation.configurations import differing_fields, exit_layers_of
+from evaluation.figures import quality_kept, tokens_per_second, written
+from evaluation.inputs import Setup, encode_inputs, say
+from evaluation.measure import Configuration, run_in_turns
+from evaluation.recipes import nearest_exit
+from evaluation.tasks import Task
+from evaluation.walk import walk
 from formats.data import Example
 
-LOSS_ALLOWED = 0.01  # how much of the full model's scores a setting may lose
-LEVEL = 0.9  # of the interval whose lower end must keep the rest: 5 % lie below it
+KEPT = 0.99  # the share of the full model's scores that a row must keep
+ERROR = 0.05  # the share of resamples that may keep less
 FIRST = 60  # inputs on which layers and drafts are chosen; thresholds are chosen on the others
-SHARES = (
-    (1 / 4,),
-    (1 / 3,),
-    (1 / 2,),
-    (1 / 4, 1 / 2),
-    (1 / 3, 2 / 3),
-    (1 / 2, 2 / 3),
-    (1 / 3, 1 / 2, 2 / 3),
-    (1 / 4, 1 / 3, 1 / 2),
-    (1 / 4, 1 / 3, 1 / 2, 2 / 3),
-)  # of the depth
-DRAFTS = (
-    (1 / 6,),
-    (1 / 4,),
-    (1 / 3,),
-    (1 / 4, 1 / 2),
-)  # exit sets of verified mode, whose early tokens are drafts
+# sets of exits, in twelfths of the depth; DRAFTS is for verified mode, whose early tokens are drafts
+LAYERS = ((3,), (4,), (6,), (3, 6), (4, 8), (6, 8), (4, 6, 8), (3, 4, 6), (3, 4, 6, 8))
+DRAFTS = ((2,), (3,), (4,), (3, 6))
 COARSE, FINE = (0.6, 0.3), (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # thresholds, from cautious to bold
 LOOSE, OWED = (0.6, 0.4, 0.2), (8, 16)  # verified mode: thresholds, bounds of the owed rows
 SHORTLISTS = (32768, 8192, 2048, 1024)  # from cautious to bold, those of at most half the vocabulary
-PRUNING = {
-    "none": {"prune": "none"},
-    "decaying": {"prune": "decaying"},
-    "adaptive": {"prune": "adaptive", "prune_k": 512},
-}
-
-
-def main(args: argparse.Namespace) -> None:
-    """Tunes every task and writes its rows; those of other tasks in the file stay."""
-    settings = read_settings_file(args.settings)
-    tasks = chosen_tasks(args)
-    check_files(args, tasks, args.settings)
-    model, tokenizer = load_model(args)
-    record = run_record(args, model)
-    for task in tasks:
-        task, examples = load_inputs(args, task, "dev")
-        independent = one_of_each_source(between(examples, 0, TUNING_SHARE), args.draw_seed)
-        drawn = sample(independent, args.limit, args.draw_seed)
-        if not drawn:
-            raise UserError(f"{task.file}: holds too little to tune on one part of it")
-        settings[task.name] = tune(model, tokenizer, task, drawn)
-        provenance = {
-            "inputs": len(drawn),
-            "of": "dev (the part that calibrate does not use)",
-            "seed": args.draw_seed,
-            "kept": 1 - LOSS_ALLOWED,
-            "level": LEVEL,
-            "checkpoint_id": record["checkpoint_id"],
-            "commit": record["commit"],
-        }
-        settings.setdefault("provenance", {})[task.name] = provenance
-    if processes()[0] == 0:
-        write_json(args.settings, settings)
-
-
-def tune(model, tokenizer, task: Task, examples: list[Example]) -> dict[str, dict]:
-    """Settings of every row, as the fields that differ from DecodeConfig's defaults. On some of the examples,
-    the exit layers that serve softmax and the drafts of verified mode; on the others, a static exit and, for
-    these layers, the threshold of each function. Up to FIRST examples are too few to be parted: then all
-    serve both."""
-    step = math.ceil(len(examples) / FIRST)
-    some = examples[::step]
-    exits = exit_layers_of(model)
-    others = [example for i, example in enumerate(examples) if i % step] or some
-
-    def try_out(
-        inputs: list[Example], name: str, layers: tuple[int, ...] | None = None, verify: bool = False
-    ) -> list[Tried]:
-        configs = candidates(model.config.n_layers, exits, task.max_new_tokens, name, layers, verify)
-        return measure_candidates(
-            model, tokenizer, task, inputs, configs, f"{task.name}, {name}{' verified' * verify}"
-        )
-
-    def try_shortlists(inputs: list[Example], row: DecodeConfig) -> list[Tried]:
-        title = f"{task.name}, {row.confidence}{' verified' * row.verify}, shortlists"
-        return measure_candidates(model, tokenizer, task, inputs, with_shortlists(model, row), title)
-
-    layers = fastest(try_out(some, "softmax")).exit_layers
-    verified, jsd_verified = (fastest(try_out(some, name, verify=True)) for name in ("softmax", "jsd"))
-    static = boldest(try_out(others, "static"))
-    softmax, weighted, jsd = (
-        boldest(try_out(others, name, layers)) for name in ("softmax", "weighted", "jsd")
-    )
-    if len(with_shortlists(model, softmax)) > 1:
-        softmax, weighted, jsd = (boldest(try_shortlists(others, row)) for row in (softmax, weighted, jsd))
-        verified, jsd_verified = (fastest(try_shortlists(some, row)) for row in (verified, jsd_verified))
-    chosen = {"static": static, "softmax": softmax, "weighted": weighted, "jsd": jsd, "verified": verified}
-    return rows_of(task, chosen, jsd_verified)
-
-
-def rows_of(task: Task, chosen: dict[str, DecodeConfig], jsd_verified: DecodeConfig) -> dict[str, dict]:
-    """All rows of a task, those `chosen` and those that share their layers and thresholds, as the fields that
-    differ from DecodeConfig's defaults."""
-    chosen, softmax, jsd = dict(chosen), chosen["softmax"], chosen["jsd"]
-    for schedule, changes in PRUNING.items():
-        chosen[f"softmax {schedule}"] = replace(softmax, **changes)
-    for schedule, changes in PRUNING.items():
-        chosen[f"jsd {schedule}"] = replace(jsd, **changes)
-    chosen["softmax copy"] = replace(softmax, fill="copy")
-    chosen["jsd verified"] = jsd_verified
-    default = DecodeConfig(max_new_tokens=task.max_new_tokens)
-    auto = {"confidence": "softmax", "verify": True, "draft": "auto"}  # needs no tuning
-    chosen["verified auto"] = replace(default, **auto, shortlist=chosen["verified"].shortlist)
-    return {name: fields_that_differ(config, default) for name, config in chosen.items()}
-
-
-def candidates(
-    n_layers: int, exits: list[int], length: int, name: str, layers: tuple[int, ...] | None, verify: bool
-) -> list[DecodeConfig]:
-    """What is tried, answers of at most `length` tokens, from cautious to bold: every `static` exit; to
-    choose layers, exit sets under few thresholds; given `layers`, many thresholds; for verified mode, exit
-    sets of drafts, thresholds and bounds. All but static exits keep 64 candidates. exits: the layers that may
-    be chosen."""
-    base = DecodeConfig(confidence="softmax", threshold=0.0, max_new_tokens=length)
-    if name == "static":
-        return [replace(base, exit_layers=(layer,)) for layer in reversed(exits)]
-    base = replace(base, confidence=name, prune="fixed")
-    if verify:
-        grid = product(exit_sets(DRAFTS, n_layers, exits), LOOSE, OWED)
-        return [
-            replace(base, exit_layers=each, threshold=bar, max_owed=owed, verify=True)
-            for each, bar, owed in grid
-        ]
-    grid = product([layers], FINE) if layers else product(exit_sets(SHARES, n_layers, exits), COARSE)
-    return [replace(base, exit_layers=each, threshold=bar) for each, bar in grid]
-
-
-def with_shortlists(model, row: DecodeConfig) -> list[DecodeConfig]:
-    """A setting asked over the vocabulary, and over shortlists, from cautious to bold; alone where no
-    frequent ids are known, or too few."""
-    known = 0 if model.frequent_ids is None else len(model.frequent_ids)
-    sizes = [size for size in SHORTLISTS if size <= min(known, model.config.vocab_size // 2)]
-    return [row, *(replace(row, shortlist=size) for size in sizes)]
-
-
-def exit_sets(
-    shares: tuple[tuple[float, ...], ...], n_layers: int, exits: list[int]
-) -> list[tuple[int, ...]]:
-    """The sets of exits nearest to these shares of the depth, each once."""
-    sets = set()
-    for wanted in shares:
-        near = {min(exits, key=lambda layer, share=share: abs(layer - share * n_layers)) for share in wanted}
-        sets.add(tuple(sorted(near)))
-    return sorted(sets)
-
-
-# ---------------------------------------------------------------- trying and choosing
+PRUNING = ("none", "decaying", "adaptive:512")
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate, its speed-up, and how much of the full model's scores it keeps: the estimate, and its
-    lower end."""
+    """A candidate, its speed-up, and how much of the full model's scores it keeps: the estimate, and
+    bootstrap resamples of it."""
 
     config: DecodeConfig
     speedup: float
     kept: float
-    surely: float
-    title: str
-    inputs: int
+    resampled: np.ndarray
 
 
-def measure_candidates(
-    model, tokenizer, task: Task, examples: list[Example], configs: list[DecodeConfig], title: str
-) -> list[Tried]:
-    """Every candidate on the examples, in turn with the full model."""
-    labelled = {"full": configs[0].full()} | {str(number): config for number, config in enumerate(configs)}
-    prompts, stopping = encode_inputs(model, tokenizer, task, examples, labelled)
-    rows = run_in_turns(model, prompts, stopping, 1, title)
-    full = rows.pop("full")
-    full_texts, references = written(tokenizer, full), [list(example.references) for example in examples]
-    tried = []
-    for config, row in zip(configs, rows.values()):
-        texts = written(tokenizer, row)
-        kept = quality_kept(task, texts, full_texts, references)
-        surely = quality_interval(task, texts, full_texts, references, LEVEL)[0]
-        tried.append(Tried(config, speed_figures(row, full)["speedup"], kept, surely, title, len(examples)))
-    return tried
+class Tuning:
+    """The choice of all rows of one task, on examples of dev. On some of them the exit layers that serve
+    softmax are chosen, and the drafts of verified mode; on the others a static exit, and the threshold of
+    each function for these layers. Up to FIRST examples are too few to be parted: then all serve both."""
+
+    def __init__(self, setup: Setup, task: Task, examples: list[Example]):
+        self.setup, self.task, self.model = setup, task, setup.model
+        self.exits = exit_layers_of(setup.model)
+        step = math.ceil(len(examples) / FIRST)
+        self.some = examples[::step]
+        self.provenance = {"inputs": len(examples), "of": "dev (the part that calibrate does not use)"}
+        self.provenance |= {"kept": KEPT, "error": ERROR, "seed": setup.config.seed}
+        self.provenance |= {name: setup.record[name] for name in ("checkpoint_id", "commit")}
+        self.others = [example for i, example in enumerate(examples) if i % step] or self.some
+
+    def rows(self) -> dict[str, dict]:
+        """Chooses all rows. Returns them by name, as the fields that differ from DecodeConfig's defaults."""
+        chosen = {}
+        layers = self.choose(fastest, self.some, "softmax", self.exit_candidates()).exit_layers
+        chosen["static"] = self.choose(boldest, self.others, "static", self.static_candidates())
+        for name in ("softmax", "weighted", "jsd"):
+            chosen[name] = self.choose_both(
+                boldest, self.others, name, self.threshold_candidates(name, layers)
+            )
+        verified = self.verified_candidates("softmax")
+        chosen["verified"] = self.choose_both(fastest, self.some, "verified", verified)
+        for name, prune in product(("softmax", "jsd"), PRUNING):
+            chosen[f"{name} {prune.partition(':')[0]}"] = replace(chosen[name], prune=prune)
+        chosen["softmax copy"] = replace(chosen["softmax"], fill="copy")
+        verified = self.verified_candidates("jsd")
+        chosen["jsd verified"] = self.choose_both(fastest, self.some, "jsd verified", verified)
+        default = DecodeConfig(max_new_tokens=self.task.max_new_tokens)
+        auto = replace(default, confidence="softmax", verify=True, draft="auto")  # needs no tuning
+        chosen["verified auto"] = replace(auto, shortlist=chosen["verified"].shortlist)
+        return {name: differing_fields(config, default) for name, config in chosen.items()}
+
+    # ------------------------------------------------------------ candidates, from cautious to bold
+
+    def static_candidates(self) -> list[DecodeConfig]:
+        """Every static exit."""
+        base = DecodeConfig(confidence="softmax", threshold=0.0, max_new_tokens=self.task.max_new_tokens)
+        return [replace(base, exit_layers=(layer,)) for layer in reversed(self.exits)]
+
+    def exit_candidates(self) -> list[DecodeConfig]:
+        """Sets of exits under few thresholds, to choose the layers."""
+        return self.grid("softmax", self.exit_sets(LAYERS), COARSE)
+
+    def threshold_candidates(self, confidence: str, layers: tuple[int, ...]) -> list[DecodeConfig]:
+        """Many thresholds for these layers."""
+        return self.grid(confidence, [layers], FINE)
+
+    def verified_candidates(self, confidence: str) -> list[DecodeConfig]:
+        """Sets of exits, thresholds and bounds of the owed rows, for verified mode."""
+        configs = self.grid(confidence, self.exit_sets(DRAFTS), LOOSE)
+        return [replace(config, verify=True, max_owed=owed) for config, owed in product(configs, OWED)]
+
+    def exit_sets(self, twelfths: tuple[tuple[int, ...], ...]) -> list[tuple[int, ...]]:
+        """The sets of exits nearest to these twelfths of the depth, each once."""
+        depth = self.model.config.n_layers
+        sets = [{nearest_exit(self.exits, share * depth / 12) for share in wanted} for wanted in twelfths]
+        return sorted({tuple(sorted(layers)) for layers in sets})
+
+    def grid(self, confidence: str, layer_sets, thresholds: tuple[float, ...]) -> list[DecodeConfig]:
+        base = DecodeConfig(confidence=confidence, prune="fixed:64", max_new_tokens=self.task.max_new_tokens)
+        pairs = product(layer_sets, thresholds)
+        return [replace(base, exit_layers=layers, threshold=threshold) for layers, threshold in pairs]
+
+    def with_shortlists(self, row: DecodeConfig) -> list[DecodeConfig]:
+        """Returns a configuration over the whole vocabulary, and over shortlists where enough frequent ids
+        are known."""
+        known = 0 if self.model.frequent_ids is None else len(self.model.frequent_ids)
+        sizes = [size for size in SHORTLISTS if size <= min(known, self.model.config.vocab_size // 2)]
+        return [row, *(replace(row, shortlist=size) for size in sizes)]
+
+    # ------------------------------------------------------------ trying and choosing
+
+    def tried(self, examples: list[Example], title: str, configs: list[DecodeConfig]) -> list[Tried]:
+        """Decodes the examples with every candidate, in turn with the full model."""
+        labelled = {"full": Configuration(configs[0].full(), self.model)}
+        labelled |= {str(number): Configuration(config, self.model) for number, config in enumerate(configs)}
+        tokenizer = self.setup.tokenizer
+        prompts, stopping = encode_inputs(tokenizer, self.task, examples, labelled)
+        rows = run_in_turns(stopping, prompts, 1, f"{self.task.name}, {title}")
+        full = rows.pop("full")
+        full_texts, references = written(tokenizer, full), [example.references for example in examples]
+        tried = []
+        for config, row in zip(configs, rows.values()):
+            kept, resampled = quality_kept(self.task, written(tokenizer, row), full_texts, references)
+            tried.append(Tried(config, tokens_per_second(row) / tokens_per_second(full), kept, resampled))
+        return tried
+
+    def choose_both(self, chooser, examples: list[Example], title: str, configs: list[DecodeConfig]):
+        """Chooses a candidate, then a shortlist for it."""
+        row = self.choose(chooser, examples, title, configs)
+        return self.choose(chooser, examples, f"{title}, shortlists", self.with_shortlists(row))
+
+    def choose(self, chooser, examples: list[Example], title: str, configs: list[DecodeConfig]):
+        """Returns the candidate that `chooser` takes, which is `fastest` or `boldest`. Prints why."""
+        if len(configs) == 1:
+            return configs[0]
+        each = chooser(self.tried(examples, title, configs))
+        low, config = np.quantile(each.resampled, ERROR), each.config
+        fields = differing_fields(config, DecodeConfig(max_new_tokens=config.max_new_tokens))
+        words = ", ".join(f"{name} {value}" for name, value in fields.items())
+        kept = f"keeps {each.kept:.1%} (95 % of the resamples: at least {low:.1%})"
+        say(f"{self.task.name}, {title}: {words}: {kept}, {each.speedup:.2f} times the full model's speed")
+        return config
 
 
-def fastest(tried: list[Tried]) -> DecodeConfig:
-    """Of those that keep the scores by their estimate the fastest; if none does, the one that keeps most. It
-    promises nothing for other inputs, and serves to choose layers, and drafts, which change no text."""
-    good = [each for each in tried if each.kept >= 1 - LOSS_ALLOWED]
-    best = max(good, key=lambda each: each.speedup) if good else max(tried, key=lambda each: each.kept)
-    return told(best)
+def fastest(tried: list[Tried]) -> Tried:
+    """Returns the fastest that keeps the scores by its estimate; if none does, the one that keeps most."""
+    good = [each for each in tried if each.kept >= KEPT]
+    return max(good, key=lambda each: each.speedup) if good else max(tried, key=lambda each: each.kept)
 
 
-def boldest(tried: list[Tried]) -> DecodeConfig:
-    """Walks from cautious to bold until one does not surely keep the scores, and takes the fastest of those
-    before it; if the first fails, the first, which then promises nothing."""
-    passed = []
-    for each in tried:
-        if each.surely < 1 - LOSS_ALLOWED:
-            break
-        passed.append(each)
-    if passed:
-        return told(max(passed, key=lambda each: each.speedup))
-    tqdm.write(
-        f"{tried[0].title}: {tried[0].inputs} inputs are too few to be sure that even the most cautious candidate "
-        f"keeps {1 - LOSS_ALLOWED:.0%}; taken all the same"
-    )
-    return told(tried[0])
-
-
-def told(each: Tried) -> DecodeConfig:
-    """The setting of a candidate, after saying why it was taken."""
-    config = each.config
-    bound = f", at most {config.max_owed} owed," if config.verify else ""
-    bound = f"{bound or ','} shortlist {config.shortlist}," if config.shortlist else bound
-    tqdm.write(
-        f"{each.title}: exits {config.exit_layers}, threshold {config.threshold}{bound} keep {each.kept:.1%}, surely "
-        f"{each.surely:.1%}, at {each.speedup:.2f} times the full model's speed on {each.inputs} inputs"
-    )
-    return config
+def boldest(tried: list[Tried]) -> Tried:
+    """Returns the fastest of the candidates that pass a walk; if the first fails, the first, without a
+    promise."""
+    passed = walk(tried, lambda each: (each.resampled < KEPT).mean(), ERROR)
+    if not passed:
+        say(f"even the most cautious candidate may keep less than {KEPT:.0%}; it is taken all the same")
+    return max(passed, key=lambda each: each.speedup) if passed else tried[0]

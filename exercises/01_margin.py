@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 
 from confidence import register
-from decode import DecodeConfig, generate
-from model import load_checkpoint
+from decode import DecodeConfig, generate, load_checkpoint
 
 CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default.pt"
 

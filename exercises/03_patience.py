@@ -9,11 +9,11 @@ Patience (after PABEE, Zhou 2020): stop when several layers running agree on the
 may be. Here: 1.0 if layers l, l - 1 and l - 2 have the same best token, else 0.0. Below layer 3 there are no
 three: 0.0.
 
-`trace.logits(j)` are the logits of any layer j up to the newest, computed when they are asked for.
+`trace.logits(j)` are the logits of any layer j up to the newest, computed when they are first needed.
 
     python -m pytest exercises/03_patience.py
 
-(To think about: which of the two costs more to ask, and by how much? At which layers would you ask for
+(To think about: which of the two costs more, and by how much? After which layers would you check for
 patience?)
 """
 
@@ -23,8 +23,7 @@ from pathlib import Path
 import torch
 
 from confidence import register
-from decode import DecodeConfig, generate
-from model import load_checkpoint
+from decode import DecodeConfig, generate, load_checkpoint
 
 CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default.pt"
 
@@ -61,13 +60,8 @@ def test_entropy_by_hand():
 
 def test_patience_by_hand():
     a, b, unsure = [0.1, 0.8, 0.1], [0.8, 0.1, 0.1], [0.3, 0.4, 0.3]
-    assert [float(patience(FixedTrace(a, a, unsure, a, b), layer)) for layer in (1, 2, 3, 4, 5)] == [
-        0,
-        0,
-        1,
-        1,
-        0,
-    ]
+    found = [float(patience(FixedTrace(a, a, unsure, a, b), layer)) for layer in (1, 2, 3, 4, 5)]
+    assert found == [0, 0, 1, 1, 0]
     assert float(patience(FixedTrace(a, b, a), 3)) == 0  # a, then b, then a again
 
 
@@ -83,5 +77,5 @@ def test_whoever_stops_early_by_patience_has_three_layers_that_agree():
         if layer < model.config.n_layers:
             early += 1
             for j in (layer, layer - 1, layer - 2):
-                assert int(model.head(states[j][row : row + 1], j).argmax()) == token
+                assert int(model.head(states[j][0, row], j).argmax()) == token
     assert early > 0

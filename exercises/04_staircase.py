@@ -5,8 +5,8 @@ whole model over the whole text; then walk through the exit layers from below, a
 margin (exercise 1) reaches the threshold; if none does, take the last layer. This is how the project's own
 tests know what is right.
 
-    states = model.hidden_states(torch.tensor([text]))     states[l] is (T, d), after layer l; states[0] the embedding
-    model.head(states[l][-1:], l)                           logits of the newest position at layer l, (1, V)
+    states = model.hidden_states(torch.tensor([text]))  states[l] (1, T, d) are those after layer l
+    model.head(states[l][0, -1], l)                     logits of the newest position at layer l, (V,)
 
     python -m pytest exercises/04_staircase.py
 
@@ -18,8 +18,7 @@ from pathlib import Path
 
 import torch
 
-from decode import DecodeConfig, generate
-from model import load_checkpoint
+from decode import DecodeConfig, generate, load_checkpoint
 
 CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default.pt"
 

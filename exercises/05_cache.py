@@ -7,7 +7,7 @@ gibberish.
 Make the mistake on purpose, in minimal.py's staircase: after every pass, pretend that all layers hold all
 positions.
 
-    stairs.filled[layer]      how many positions have their key and value in the layer (1 to model.L; [0] is not used)
+    stairs.filled[layer]      how many positions have their key and value in the layer, 1 to model.L
     stairs.cache[layer, 0]    the layer's keys, (H, limit, C)
 
 Then find the damage: which layers hold a wrong key for a given position? Before you run the test, guess: a
@@ -58,16 +58,12 @@ def test_the_damage_begins_above_the_exit_and_climbs_on_with_the_next_token():
     model = Llama(CHECKPOINT, torch.float64)
     text = [model.tokenizer.bos_id(), *model.tokenizer.encode("Die Katze sitzt auf dem Tisch.<sep>")]
     last = len(text) - 1
-    depths = [
-        (last - 1, ()),
-        (last, (4,)),
-        (last + 1, ()),
-    ]  # one token leaves at 4; before and after it all go deep
+    # One token leaves at layer 4; those before and after it go to the top.
+    depths = [(last - 1, ()), (last, (4,)), (last + 1, ())]
     right = climbed(Staircase, model, text, depths)
     broken = climbed(Forgetful, model, text, depths)
-    assert (
-        broken.filled[1:] == right.filled[1:] == [len(text)] * model.L
-    )  # the cache believes that all is well
+    believed = [len(text)] * model.L  # the cache believes that all is well
+    assert broken.filled[1:] == right.filled[1:] == believed
     assert wrong_layers(model, right, broken, 0) == []
     assert wrong_layers(model, right, broken, last - 1) == [5, 6, 7, 8, 9, 10, 11, 12]
     assert wrong_layers(model, right, broken, last) == [6, 7, 8, 9, 10, 11, 12]

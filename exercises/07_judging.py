@@ -6,10 +6,10 @@ every one of them, and one more: row i judges draft i, the last row says what fo
 Greedy: keep drafts while each is the full model's best token. At the first that is not, put the full model's
 in its place.
 
-Sampled (Leviathan 2023, Chen 2023): draft x was drawn from the exit's distribution q; p is the full model's. Keep x
-with probability min(1, p(x) / q(x)). At the first that is not kept, draw another from max(p - q, 0), made to sum to
-1. If all are kept, draw one more from the last row. What comes out is then distributed exactly as if the full model
-had drawn it.
+Sampled (Leviathan 2023, Chen 2023): draft x was drawn from the exit's distribution q; p is the full model's.
+Keep x with probability min(1, p(x) / q(x)). At the first that is not kept, draw another from max(p - q, 0),
+made to sum to 1. If all are kept, draw one more from the last row. What comes out is then distributed exactly
+as if the full model had drawn it.
 
     python -m pytest exercises/07_judging.py
 

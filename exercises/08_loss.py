@@ -4,7 +4,8 @@ An exit can learn from the text (cross-entropy with the next token) or from the 
 divergence from its distribution, which gets no gradient: the exit shall follow, not the last layer give in).
 Half of each is a fair deal:
 
-    loss = ½ · -log p_l(target)  +  ½ · KL(p_L‖p_l)        KL(p_L‖p_l) = sum over x of p_L(x) (log p_L(x) - log p_l(x))
+    loss = ½ · -log p_l(target)  +  ½ · KL(p_L‖p_l)
+    KL(p_L‖p_l) = sum over x of p_L(x) (log p_L(x) - log p_l(x))
 
 `final` is a function that gives the last layer's logits, (n, V), without gradient; it is None when the layer
 is the last one itself, which has no other to learn from: there the loss is the cross-entropy. Return one loss
@@ -16,6 +17,8 @@ That is the form in which training takes it: the head of training/losses.py says
 (To think about: for early exit, which half matters more? What would an exit learn where the last layer is
 wrong?)
 """
+
+import math
 
 import torch
 
@@ -31,15 +34,10 @@ def mixed(logits, targets, final):
 
 
 def test_by_hand():
-    p, q = (
-        torch.tensor([[0.5, 0.5], [0.25, 0.75]]),
-        torch.tensor([[0.25, 0.75], [0.25, 0.75]]),
-    )  # last layer, exit
+    p, q = torch.tensor([[[0.5, 0.5], [0.25, 0.75]], [[0.25, 0.75], [0.25, 0.75]]])  # last layer, exit
     targets = torch.tensor([0, 1])
     loss = mixed(q.log(), targets, lambda: p.log() + 2)
-    divergence = 0.5 * torch.log(torch.tensor(2.0)) + 0.5 * torch.log(
-        torch.tensor(2 / 3)
-    )  # of row 0; row 1: 0
+    divergence = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)  # of row 0; that of row 1 is 0
     expected = torch.stack([-q[0, 0].log() / 2 + divergence / 2, -q[1, 1].log() / 2])
     assert loss.shape == (2,) and (loss - expected).abs().max() < 1e-5
     assert (mixed(q.log(), targets, None) + q[[0, 1], targets].log()).abs().max() < 1e-5  # at the last layer
@@ -57,7 +55,7 @@ def test_exits_of_a_tiny_model_learn_to_agree_with_its_last_layer():
 
     def logits_of_layers():
         states = model.hidden_states(text[:, :-1])
-        return [model.head(states[layer], layer) for layer in (1, 2, 3)]
+        return [model.head(states[layer].flatten(0, 1), layer) for layer in (1, 2, 3)]  # (n, V) each
 
     for _ in range(80):
         *exits, last = logits_of_layers()

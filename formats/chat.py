@@ -1,22 +1,19 @@
 """Chats: a conversation becomes the text that a model was trained on, by the template that came with its
-checkpoint (jinja2, as Hugging Face's library writes it)."""
+checkpoint (jinja2, as Hugging Face's library uses it)."""
 
-import importlib.util
+import datetime
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_json, reading
 from formats.checkpoint import read_checkpoint
-from formats.tokenizer import GUARD, Tokenizer
+from formats.tokenizers.tokenizer import GUARD, Tokenizer
 
-SECONDS = 10  # until a rendering is stopped
 MARK = "\ufdd1"  # no character: stands for an answer whose end is looked for
-LONGEST = 2**20  # characters of a template
+LONGEST_TEXT = 2**22  # characters
 
 
 # ---------------------------------------------------------------- where templates lie
@@ -26,25 +23,21 @@ def find_template(folder: Path) -> str | None:
     """The template of a Hugging Face folder; of several the one called default. Raises UserError."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        try:
-            return checked(path.read_text(encoding="utf-8"), path)
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: holds bytes that are not UTF-8") from None
+        return path.read_text(encoding="utf-8", errors="replace")
     for name in ("tokenizer_config.json", "chat_template.json"):
         path = folder / name
         stated = read_json(path, "settings of a tokenizer").get("chat_template") if path.is_file() else None
         if isinstance(stated, list):
-            named = [entry for entry in stated if isinstance(entry, dict) and entry.get("name") == "default"]
-            stated = named[-1].get("template") if named else None
+            stated = {entry.get("name"): entry.get("template") for entry in stated}.get("default")
         if stated is not None:
-            return checked(stated, path)
+            return check_template(stated, path)
     return None
 
 
-def checked(template, where) -> str:
-    """A template, which must be text of a length that can be. Raises UserError."""
-    if not isinstance(template, str) or len(template) > LONGEST:
-        raise UserError(f"{where}: its chat_template is no text of at most {LONGEST:,} characters")
+def check_template(template, where) -> str | None:
+    """A template, or None. Raises UserError for anything but a text."""
+    if not isinstance(template, str | None):
+        raise UserError(f"{where}: its chat template is no text")
     return template
 
 
@@ -53,11 +46,44 @@ def load_chat(path: str | os.PathLike, tokenizer: Tokenizer | None) -> "Chat":
     template = read_checkpoint(path).get("chat_template")
     if tokenizer is None or template is None:
         lacks = "chat template" if tokenizer else "tokenizer"
-        remedy = (
-            "give the prompt without --chat, or convert a model that was trained to chat (its -Instruct form)"
-        )
+        remedy = "leave out --chat, or convert a model that was trained to chat (its -Instruct form)"
         raise UserError(f"{path}: has no {lacks}; {remedy}")
-    return Chat(checked(template, path), tokenizer, f"{path}: its chat template")
+    return Chat(template, tokenizer, f"{path}: its chat template")
+
+
+# ---------------------------------------------------------------- rendering
+
+
+def compile_template(template: str):
+    """A template as a program of jinja2's, set up as Hugging Face's library does (`_compile_jinja_template`):
+    in a sandbox, so that it reaches nothing but what it is given. Raises UserError where jinja2 is missing,
+    TemplateError for a mistake in the template."""
+    try:
+        from jinja2.exceptions import TemplateError
+        from jinja2.ext import Extension
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise UserError("--chat needs the package jinja2; pip install jinja2") from None
+
+    class GenerationTag(Extension):
+        """Passes over {% generation %} .. {% endgeneration %}, which mark what a training learns."""
+
+        tags = {"generation"}  # noqa: RUF012  jinja2's name
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    def refuse(message: str):
+        """Templates call this where they do not accept a conversation."""
+        raise TemplateError(message)
+
+    extensions = [GenerationTag, "jinja2.ext.loopcontrols"]
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    made.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+    made.globals["raise_exception"] = refuse
+    made.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return made.from_string(template)
 
 
 # ---------------------------------------------------------------- from a conversation to tokens
@@ -66,8 +92,8 @@ def load_chat(path: str | os.PathLike, tokenizer: Tokenizer | None) -> "Chat":
 def conversation(prompt: str, shots: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
     """Turns as (role, text): solved examples as turns of user and assistant, then the prompt."""
     turns = []
-    for asked, answered in shots:
-        turns += [("user", asked), ("assistant", answered)]
+    for prompt_shown, answer_shown in shots:
+        turns += [("user", prompt_shown), ("assistant", answer_shown)]
     return [*turns, ("user", prompt)]
 
 
@@ -76,9 +102,9 @@ class Chat:
     where jinja2 is missing."""
 
     def __init__(self, template: str, tokenizer: Tokenizer, name: str = "the chat template"):
-        if importlib.util.find_spec("jinja2") is None:
-            raise UserError("--chat needs the package jinja2; pip install jinja2")
         self.template, self.tokenizer, self.name = template, tokenizer, name
+        with reading(name, "fails"):
+            self._program = compile_template(template)
         self.ends = self._ends()
 
     def __repr__(self) -> str:
@@ -86,27 +112,23 @@ class Chat:
 
     def texts(self, conversations: Sequence[list[tuple[str, str]]], answer: bool = True) -> list[str]:
         """Each conversation as the model reads it, up to where its answer begins; with `answer` False up to
-        the end of the last turn. Special tokens that stand in the turns are kept from being tokens by GUARD.
-        Raises UserError for a template that raises, or takes too long."""
-        tokenizer, asked = self.tokenizer, []
-        ends = tokenizer.piece(tokenizer.ends[0]) if tokenizer.ends else ""
+        the end of the last turn. GUARD keeps special tokens that stand in the turns from being tokens.
+        Raises UserError for a template that raises, or whose text is too long."""
+        tokenizer, texts = self.tokenizer, []
         begin = "" if tokenizer.begin is None else tokenizer.piece(tokenizer.begin)
+        end = tokenizer.piece(tokenizer.ends[0]) if tokenizer.ends else ""
+        given = {"add_generation_prompt": answer, "bos_token": begin, "eos_token": end}
+        given |= {"tools": None, "documents": None}
         for turns in conversations:
             messages = [{"role": role, "content": self.guarded(text)} for role, text in turns]
-            asked.append(
-                {
-                    "messages": messages,
-                    "add_generation_prompt": answer,
-                    "bos_token": begin,
-                    "eos_token": ends,
-                    "tools": None,
-                    "documents": None,
-                }
-            )
-        reply = self._render({"template": self.template, "conversations": asked})
-        if "error" in reply:
-            raise UserError(f"{self.name} fails: {reply['error']}")
-        return reply["texts"]
+            text = ""
+            with reading(self.name, "fails"):  # whatever a stranger's template raises
+                for part in self._program.generate(messages=messages, **given):
+                    text += part
+                    if len(text) > LONGEST_TEXT:
+                        raise UserError(f"{self.name} writes more than {LONGEST_TEXT:,} characters")
+            texts.append(text)
+        return texts
 
     def encode(self, conversations: Sequence[list[tuple[str, str]]]) -> list[list[int]]:
         """Token ids of each conversation, up to where the answer begins. Raises UserError as `texts` does."""
@@ -128,21 +150,3 @@ class Chat:
         after = text.rpartition(MARK)[2].lstrip()
         found = [special for special in self.tokenizer.specials if after.startswith(special)]
         return (self.tokenizer.specials[max(found, key=len)],) if found else ()
-
-    def _render(self, request: dict) -> dict:
-        """The reply of rendering.py to a request."""
-        command = [sys.executable, str(Path(__file__).with_name("rendering.py"))]
-        seconds = SECONDS + len(request["conversations"]) // 100
-        request["seconds"] = seconds  # of the processor; the clock allows more, for a busy machine
-        too_long = {"error": f"it takes longer than {seconds} s, or more memory than it may"}
-        text = json.dumps(request)
-        try:
-            done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=3 * seconds)
-        except subprocess.TimeoutExpired:
-            return too_long
-        if done.returncode < 0:  # stopped by the system: beyond its limits
-            return too_long
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no reason given"]
-            raise UserError(f"{self.name} cannot be rendered ({lines[-1][:150]})")
-        return json.loads(done.stdout)

@@ -2,56 +2,39 @@
 
 A file is what torch.save writes, a zip archive, of one dictionary: `format`, `config` (fields of
 ModelConfig), `weights` (name -> tensor), perhaps `scales` (name -> those of a weight in int8, see
-formats/int8.py), `tokenizer` (the bytes that formats/tokenizer.py reads, or None), perhaps `chat_template`
-(text, see formats/chat.py), and whatever else its writer had to say (plain values, tensors). A file of heads
-(formats/heads.py) is of the same kind, by another `format`.
+decoding/fast_weights.py), `tokenizer` (the bytes that formats/tokenizers/tokenizer.py reads, or None),
+perhaps `chat_template` (text, see formats/chat.py), and whatever else its writer had to say (plain values,
+tensors). A file of heads (formats/heads.py) is of the same kind, by another `format`.
 """
 
-import contextlib
+import functools
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import whole_file
-from formats.tokenizer import Tokenizer, read_blob
+from common.files import reading, whole_file
 
 FORMAT, HEADS = "early-exit checkpoint 1", "early-exit heads 1"
-HOLDS = {
-    FORMAT: "a whole model (for --checkpoint or --init)",
-    HEADS: "heads without their model (for --heads)",
-}
+WHOLE, PART = "a whole model (for --checkpoint or --init)", "heads without their model (for --heads)"
+HOLDS = {FORMAT: WHOLE, HEADS: PART}
 STORED = (torch.float32, torch.bfloat16, torch.float16)  # what weights may be in a file
 
 
 # ---------------------------------------------------------------- writing
 
 
-def save_checkpoint(
-    path: str | os.PathLike,
-    model,
-    tokenizer: bytes | None,
-    dtype: torch.dtype | None = None,
-    weights=None,
-    **extra,
-):
+def save_checkpoint(path, model, tokenizer: bytes | None, dtype=None, weights=None, **extra) -> None:
     """Writes config, weights (matrices as `dtype`, vectors as they are), the tokenizer and `extra` (plain
     values, tensors) to one file, whole or not at all. `weights`: in place of the model's. Raises UserError
     for a full disk."""
-    stored, blob = as_stored(weights or model.state_dict(), dtype), as_blob(tokenizer)
-    content = {
-        "format": FORMAT,
-        "config": asdict(model.config),
-        "weights": stored,
-        "tokenizer": blob,
-        **extra,
-    }
-    write_content(path, content)
+    content = {"format": FORMAT, "config": asdict(model.config), "tokenizer": as_blob(tokenizer)}
+    content["weights"] = as_stored(weights or model.state_dict(), dtype)
+    write_content(path, {**content, **extra})
 
 
 def as_stored(weights: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -70,14 +53,8 @@ def as_blob(tokenizer: bytes | None) -> Tensor | None:
 
 def write_content(path: str | os.PathLike, content: dict) -> None:
     """Writes a whole checkpoint, all its entries, or nothing. Raises UserError for a full disk."""
-    try:
-        with whole_file(path) as part:
-            torch.save(content, part)
-    except RuntimeError as error:  # what torch makes of a full disk
-        reason = str(error).splitlines()[0][:80]
-        raise UserError(
-            f"{path}: could not be written, the old file is kept; is the disk full? ({reason})"
-        ) from None
+    with whole_file(path) as part:
+        torch.save(content, part)
 
 
 def seal(path: str | os.PathLike) -> None:
@@ -85,17 +62,12 @@ def seal(path: str | os.PathLike) -> None:
     with zipfile.ZipFile(path, "a") as archive:
         for entry in archive.infolist():
             del entry.CRC  # that of the data before; reading would compare with it
-            entry.CRC = checksum(archive, entry)
+            crc = 0
+            with archive.open(entry) as file:
+                while block := file.read(2**20):
+                    crc = zlib.crc32(block, crc)
+            entry.CRC = crc
         archive.comment = b""  # marks the archive as changed, so that its directory is written anew
-
-
-def checksum(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
-    """The CRC-32 of an entry's data."""
-    crc = 0
-    with archive.open(entry) as file:
-        while block := file.read(2**20):
-            crc = zlib.crc32(block, crc)
-    return crc
 
 
 # ---------------------------------------------------------------- reading
@@ -106,117 +78,89 @@ def read_checkpoint(path: str | os.PathLike, check: bool = False, kind: str = FO
     `check` compared with its checksums first. Raises UserError for a file that is not one, and for entries
     that are not what they must be."""
     if os.path.isdir(path):
-        raise UserError(
-            f"{path}: is a folder, no checkpoint; name a file in it, or convert it with convert.py"
-        )
+        raise UserError(f"{path}: is a folder; name a file in it, or convert it with convert.py")
+    if is_gguf(path):
+        raise UserError(f"{path}: is a GGUF file; convert it: python convert.py {path} model.pt")
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint; train one with train.py or name another")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: not a checkpoint, or cut short")
     if check:
         compare_checksums(path)
-    try:
+    with reading(path, "not a readable checkpoint, or cut short"):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0][:100]
-        raise UserError(f"{path}: not a readable checkpoint, or cut short ({reason})") from None
     found = content.get("format") if isinstance(content, dict) else None
-    if found not in (FORMAT, HEADS):
+    if found not in HOLDS:
         raise UserError(f"{path}: not a checkpoint of this project")
     if found != kind:
         raise UserError(f"{path}: holds {HOLDS[found]}; here belongs {HOLDS[kind]}")
     check_entries(path, content)
-    update(content)
     return content
 
 
-def update(content: dict) -> None:
-    """What files of earlier versions say in other words."""
-    config = content["config"]
-    if "exit_layers" not in config:
-        config["exit_layers"] = exits_of_training(content)
-    if "adapter_rank" in config:
-        rank = config.pop("adapter_rank")
-        config["adapter"] = f"lowrank:{rank}" if rank else None
-
-
-def exits_of_training(content: dict) -> tuple[int, ...]:
-    """The exit layers of a file written before its config told them: those of the training's settings in it,
-    if any."""
-    for entry in ("training", "provenance"):
-        try:
-            settings = content[entry]["config"]
-            return () if settings["loss"] == "none" else tuple(settings["exits"])
-        except (KeyError, TypeError):
-            continue
-    return ()
+def is_gguf(path: str | os.PathLike) -> bool:
+    """Whether this is a file of llama.cpp's, which convert.py reads."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def compare_checksums(path: str | os.PathLike) -> None:
     """Raises UserError unless all data of the file have the checksums that were stored with them.
     (Memory-mapped reading does not look at them; this takes about half a second per GB.)"""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # zipfile has many for damaged headers
-        damaged = f"its archive ({error})"
+    with reading(path, "its archive is damaged"), zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
     if damaged:
-        raise UserError(
-            f"{path}: {damaged} differs from its checksum: changed since it was written; copy it anew"
-        )
+        changed = "differs from its checksum: changed since it was written; copy it anew"
+        raise UserError(f"{path}: {damaged} {changed}")
 
 
 def check_entries(path: str | os.PathLike, content: dict) -> None:
-    """Raises UserError unless the entries of a checkpoint are of their kinds, and every weight a plain tensor
-    of finite numbers."""
-    config, weights, blob = (content.get(name) for name in ("config", "weights", "tokenizer"))
-    if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
-        raise UserError(f"{path}: its config is no dictionary of settings")
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise UserError(f"{path}: its weights are no dictionary of tensors")
-    if blob is not None and not (is_plain(blob) and blob.dtype == torch.uint8 and blob.dim() == 1):
-        raise UserError(f"{path}: its tokenizer is no row of bytes")
-    if not isinstance(content.get("chat_template"), str | None):
-        raise UserError(f"{path}: its chat template is no text")
-    scales = content.get("scales", {})
-    if not isinstance(scales, dict) or not scales.keys() <= weights.keys():
-        raise UserError(f"{path}: its scales are no dictionary of those of weights")
+    """Raises UserError unless the entries of a checkpoint are of their kinds, and every weight is a plain
+    tensor."""
+    content.setdefault("scales", {})
+    kinds = {"config": dict, "weights": dict, "scales": dict, "tokenizer": Tensor | None}
+    kinds["chat_template"] = str | None
+    for entry, kind in kinds.items():
+        if not isinstance(content.get(entry), kind):
+            found = type(content.get(entry)).__name__
+            raise UserError(f"{path}: its {entry} is of type {found}; it is damaged")
+    weights, scales = content["weights"], content["scales"]
+    names_are_text = all(isinstance(name, str) for name in [*content["config"], *weights])
+    if not names_are_text or not scales.keys() <= weights.keys():
+        raise UserError(f"{path}: its config, weights and scales do not belong together; it is damaged")
     for name, weight in weights.items():
-        known = (torch.int8,) if name in scales else STORED
-        if not is_plain(weight) or weight.dtype not in known:
-            kinds = ", ".join(map(str, known))
-            raise UserError(
-                f"{path}: the weight {name} is {in_words(weight)}; it must be a plain tensor of {kinds}"
-            )
+        if not is_plain(weight, (torch.int8,) if name in scales else STORED):
+            raise UserError(f"{path}: the weight {name} is not a plain tensor of a known dtype")
     for name, scale in scales.items():
-        if not is_plain(scale) or scale.dtype != torch.bfloat16 or scale.shape != weights[name].shape[:1]:
-            raise UserError(
-                f"{path}: the scales of {name} are {in_words(scale)}; they must be bfloat16, one a row"
-            )
+        if not is_plain(scale, (torch.bfloat16,)) or scale.shape != weights[name].shape[:1]:
+            raise UserError(f"{path}: the scales of {name} are not bfloat16, one for each row")
+
+
+def is_plain(value, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether a value is a tensor of one of these dtypes whose numbers lie side by side in memory: not
+    sparse, not quantized, not without data."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.dtype not in dtypes:
+        return False
+    return value.device.type == "cpu" and value.is_contiguous()
 
 
 def check_finite(path: str | os.PathLike) -> None:
     """Raises UserError if a weight of the checkpoint has a NaN or an infinity. It reads all of them, through
     a mapping of its own, whose memory is free again when this is done."""
     content = read_checkpoint(path)
-    for name, weight in [*content["weights"].items(), *content.get("scales", {}).items()]:
-        if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
-            raise UserError(
-                f"{path}: the weight {name} has values that are not finite, so the model is of no use"
-            )
+    for name, weight in [*content["weights"].items(), *content["scales"].items()]:
+        check_values(weight, f"{path}: the weight {name}")
 
 
-def in_words(value) -> str:
-    """What kind of thing this is."""
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return f"{value.dtype}, {value.layout}, on {value.device}"
-
-
-def is_plain(value) -> bool:
-    """Whether it is a tensor whose numbers lie side by side in memory: not sparse, quantized or without
-    data."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        return False
-    return value.device.type == "cpu" and not value.is_quantized and value.is_contiguous()
+def check_values(weight: Tensor, what: str) -> None:
+    """Raises UserError if a tensor has a NaN or an infinity. This takes no memory of the tensor's size."""
+    if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{what} has values that are not finite: it is damaged, or {kind} is too narrow for it"
+        )
 
 
 def check_size(weights: dict[str, Tensor], config) -> None:
@@ -227,28 +171,19 @@ def check_size(weights: dict[str, Tensor], config) -> None:
         raise UserError(f"n_layers is {config.n_layers}, but there are weights of {len(numbers)} layers")
 
 
-@contextlib.contextmanager
-def fitting(path: str | os.PathLike) -> Iterator[None]:
-    """What goes wrong inside is a UserError: the content of this checkpoint does not fit."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[-1].strip()[:120]
-        raise UserError(f"{path}: the weights do not fit the model ({reason})") from None
+fitting = functools.partial(reading, problem="the weights do not fit the model")
 
 
 # ---------------------------------------------------------------- the tokenizer inside
 
 
-def read_tokenizer(path: str | os.PathLike, blob: bytes, vocab_size: int) -> Tokenizer:
+def read_tokenizer(path: str | os.PathLike, blob: bytes, vocab_size: int):
     """The tokenizer of these bytes, which come from `path`. Raises UserError for damaged ones, and for more
     pieces than the model has."""
-    try:
+    from formats.tokenizers.tokenizer import read_blob  # here, so that `import decode` stays small
+
+    with reading(path):
         tokenizer = read_blob(blob)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
     if tokenizer.size > vocab_size:
         raise UserError(f"{path}: its tokenizer has {tokenizer.size} pieces, the model only {vocab_size}")
     return tokenizer

@@ -9,25 +9,21 @@ import gzip
 import io
 import lzma
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import check_input, parse_json
+from common.files import check_input, parse_json, reading
 
-HERE = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 FILES = {
-    "translation": "data/translation/{}.tsv.xz",
-    "e2e": "data/e2e/{}.csv.xz",
-    "fairytaleqa": "data/fairytaleqa/{}.jsonl.xz",
-    "stories": "data/stories/{}.jsonl.xz",
-}
-SUMMARY = "{dialogue}\nSummary:\n"  # the prompts of SAMSum,
-QUESTION = "{context}\nQuestion: {question}\nAnswer:\n"  # SQuAD and FairytaleQA
+    "translation": "data/translation/{}.tsv.xz", "e2e": "data/e2e/{}.csv.xz",
+    "fairytaleqa": "data/fairytaleqa/{}.jsonl.xz", "stories": "data/stories/{}.jsonl.xz",
+}  # fmt: skip
+SUMMARY = "{dialogue}\nSummary:\n"  # the prompts of SAMSum
+QUESTION = "{context}\nQuestion: {question}\nAnswer:\n"  # and of SQuAD and FairytaleQA
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a letter, or what stands for a byte that is not UTF-8
-NOT_UTF8 = "bytes that are not UTF-8, or half a letter"
 
 
 @dataclass(frozen=True)
@@ -44,12 +40,12 @@ def task_file(task: str, split: str) -> str:
 
 
 def locate(path: str) -> str:
-    """The path of a file of the project, from here if it lies below; any other path as it is."""
-    if not (HERE / path).is_file() or Path(path).is_file():
+    """The path of a file of the project, relative to the current folder if it lies below it; any other path
+    as it is."""
+    own = ROOT / path
+    if not own.is_file() or Path(path).is_file():
         return path
-    return str(
-        (HERE / path).relative_to(Path.cwd()) if (HERE / path).is_relative_to(Path.cwd()) else HERE / path
-    )
+    return str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own)
 
 
 # ---------------------------------------------------------------- readers
@@ -65,58 +61,40 @@ def open_text(path: str | Path) -> io.TextIOBase:
 
 
 def read_pairs(path: str | Path, skipped: list[str] | None = None) -> Iterator[tuple[str, str]]:
-    """Yields (prompt, completion) from a file, its format told by its ending: .csv with the columns mr and
+    """Yields (prompt, completion) from a file of the kind that its ending names: .csv with the columns mr and
     ref (E2E NLG), .tsv with source and target (translation), .jsonl with a record a line, .json with a list
-    of records or SQuAD's layout, and .txt as one text. Records: see `from_record`. Raises UserError naming
-    the file, and the line where there is one, for what is malformed, not UTF-8, or empty; given a list,
-    malformed lines are noted there instead, and skipped."""
+    of records or SQuAD's layout, and .txt as one text. Records: see `from_record`. Empty lines are passed
+    over. Raises UserError naming the file, and the line where there is one, for what is malformed, not UTF-8,
+    or empty; given a list, notes malformed lines there instead, and skips them."""
     inner = Path(path)
     if inner.suffix in (".xz", ".gz"):
         inner = inner.with_suffix("")
-    readers = {
-        ".csv": _read_csv,
-        ".tsv": _read_tsv,
-        ".jsonl": _read_jsonl,
-        ".json": _read_json,
-        ".txt": _read_txt,
-    }
-    if inner.suffix not in readers:
-        endings = f"{', '.join(readers)} (then .xz or .gz if compressed)"
+    if inner.suffix not in READERS:
+        endings = f"{', '.join(READERS)} (then .xz or .gz if compressed)"
         raise UserError(f"{path}: unknown kind of data file; its name must end in {endings}")
     check_input(path, "no such data file")
     count = 0
-    try:
-        with open_text(path) as file:
-            for found in readers[inner.suffix](file, path):
-                if not isinstance(found, UserError):
-                    count += 1
-                    yield found
-                elif skipped is None:
-                    raise found
-                else:
-                    skipped.append(str(found))
-    except (csv.Error, lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{path}: not readable after {count} records: {error}") from None
+    with open_text(path) as file, reading(path, f"damaged, or not in a known layout of {inner.suffix} files"):
+        for found in READERS[inner.suffix](file, path):
+            if not isinstance(found, UserError):
+                count += 1
+                yield found
+            elif skipped is None:
+                raise found
+            else:
+                skipped.append(str(found))
     if not count:
         raise UserError(f"{path}: holds no data")
 
 
-def _pair(where: str, prompt, completion) -> Found:
-    """A prompt and its completion, or what is wrong with them. Only a text has an empty prompt."""
-    if not is_text(prompt) or not is_text(completion):
-        return UserError(f"{where}: needs two non-empty texts, prompt and completion")
-    if SURROGATE.search(prompt) or SURROGATE.search(completion):
-        return UserError(f"{where}: holds {NOT_UTF8}")
+def _pair(where: str, prompt, completion, plain: bool = False) -> Found:
+    """A prompt and its completion, or what is wrong with them; the prompt of a plain text is empty."""
+    if not is_text(completion) or not (plain or is_text(prompt)):
+        needed = "a non-empty text" if plain else "two non-empty texts, prompt and completion"
+        return UserError(f"{where}: needs {needed}")
+    if SURROGATE.search(prompt + completion):
+        return UserError(f"{where}: holds bytes that are not UTF-8, or half a letter")
     return prompt, completion
-
-
-def _text(where: str, text) -> Found:
-    """A text without a prompt, or what is wrong with it."""
-    if not is_text(text):
-        return UserError(f"{where}: needs a non-empty text")
-    if SURROGATE.search(text):
-        return UserError(f"{where}: holds {NOT_UTF8}")
-    return "", text
 
 
 def is_text(value) -> bool:
@@ -125,33 +103,30 @@ def is_text(value) -> bool:
 
 
 def _read_csv(file, path) -> Iterator[Found]:
-    rows = csv.reader(file, strict=True)
-    header = next(rows, [])
-    if "mr" not in header or "ref" not in header:
+    rows = csv.DictReader(file, strict=True)
+    if not {"mr", "ref"} <= set(rows.fieldnames or ()):
         raise UserError(f"{path}, line 1: the header must name the columns mr and ref (E2E NLG)")
-    prompt, completion = header.index("mr"), header.index("ref")
     while True:
         try:
-            row = next(rows)
-        except StopIteration:
-            return
+            row = next(rows, None)
         except csv.Error as error:
-            yield UserError(f"{path}, line {rows.line_num}: not CSV ({error})")
+            yield UserError(f"{path}, line {rows.reader.line_num}: not CSV ({error})")
             continue
-        where = f"{path}, line {rows.line_num}"
-        if len(row) != len(header):
-            yield UserError(f"{where}: has {len(row)} columns; {len(header)} are needed")
+        if row is None:
+            return
+        if None in row:  # where DictReader puts what is too many
+            yield UserError(f"{path}, line {rows.line_num}: has more columns than the header")
         else:
-            yield _pair(where, row[prompt], row[completion])
+            yield _pair(f"{path}, line {rows.line_num}", row["mr"], row["ref"])
 
 
 def _read_tsv(file, path) -> Iterator[Found]:
     for number, line in enumerate(file, 1):
         row, where = line.rstrip("\r\n").split("\t"), f"{path}, line {number}"
-        if len(row) != 2:
-            yield UserError(f"{where}: has {len(row)} columns; 2 are needed")
-        else:
+        if len(row) == 2:
             yield _pair(where, *row)
+        elif row != [""]:
+            yield UserError(f"{where}: has {len(row)} columns; 2 are needed")
 
 
 def _read_jsonl(file, path) -> Iterator[Found]:
@@ -163,18 +138,13 @@ def _read_jsonl(file, path) -> Iterator[Found]:
             row = parse_json(line, where)
         except UserError as error:
             yield error
-            continue
-        yield from from_record(row, where)
+        else:
+            yield from from_record(row, where)
 
 
 def _read_json(file, path) -> Iterator[Found]:
     content = parse_json(file.read(), str(path))
-    try:
-        rows = content if isinstance(content, list) else squad_records(content)
-    except (KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: neither a list of records nor in SQuAD's layout ({reason})") from None
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(content if isinstance(content, list) else squad_records(content), 1):
         yield from from_record(row, f"{path}, record {number}")
 
 
@@ -190,13 +160,13 @@ def squad_records(content: dict) -> list[dict]:
 
 def _read_txt(file, path) -> Iterator[Found]:
     text = file.read()
-    found = SURROGATE.search(text)
-    if found:
-        line = text.count("\n", 0, found.start()) + 1
-        raise UserError(f"{path}, line {line}: holds {NOT_UTF8}")
     if text.strip():
-        yield "", text
+        yield _pair(str(path), "", text, plain=True)
 
+
+READERS = {
+    ".csv": _read_csv, ".tsv": _read_tsv, ".jsonl": _read_jsonl, ".json": _read_json, ".txt": _read_txt,
+}  # fmt: skip
 
 # ---------------------------------------------------------------- records
 
@@ -206,9 +176,12 @@ def from_record(row, where: str) -> Iterator[Found]:
     `completion` or a list of `references`; `dialogue` and `summary` (SAMSum); `context`, `question` and
     `answers`, texts, [{"text": …}] or {"text": […]} (FairytaleQA, SQuAD). A question that is marked as having
     no answer (SQuAD 2.0) gives none."""
-    row = {name: _unix(value) for name, value in row.items()} if isinstance(row, dict) else {}
+    row = row if isinstance(row, dict) else {}
+    for name, value in row.items():
+        if isinstance(value, str):
+            row[name] = value.replace("\r\n", "\n")
     if "text" in row:
-        yield _text(where, row["text"])
+        yield _pair(where, "", row["text"], plain=True)
         return
     if is_unanswerable(row):
         return
@@ -218,25 +191,15 @@ def from_record(row, where: str) -> Iterator[Found]:
         form, parts, targets = QUESTION, ["context", "question"], row.get("answers")
     else:
         form, parts, targets = "{prompt}", ["prompt"], row.get("references") or [row.get("completion")]
-    values = {part: row.get(part) for part in parts}
-    prompt = form.format(**values) if all(map(is_text, values.values())) else None
+    prompt = form.format(**row) if all(is_text(row.get(part)) for part in parts) else None
     if isinstance(targets, dict):
         targets = targets.get("text")
-    if not targets or not isinstance(targets, list):
-        targets = [None]
-    for target in targets:
-        if isinstance(target, dict):
-            target = target.get("text")
-        yield _pair(where, prompt, target)
-
-
-def _unix(value):
-    """A text with the line ends of Unix; anything else as it is."""
-    return value.replace("\r\n", "\n") if isinstance(value, str) else value
+    for target in targets if targets and isinstance(targets, list) else [None]:
+        yield _pair(where, prompt, target.get("text") if isinstance(target, dict) else target)
 
 
 def is_unanswerable(row: dict) -> bool:
-    """Whether a question is marked as having no answer: by SQuAD 2.0's own file, or by an empty list beside
+    """Whether a question is marked as having no answer: by SQuAD 2.0's own file, or by an empty list next to
     its starts."""
     answers = row.get("answers")
     empty = isinstance(answers, dict) and answers.get("text") == []
@@ -248,7 +211,7 @@ def is_unanswerable(row: dict) -> bool:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The pairs of some files, as often as they are asked for."""
+    """The pairs of some files, which can be read any number of times."""
 
     files: tuple[str, ...]
 
@@ -264,9 +227,3 @@ def read_examples(path: str | Path, skipped: list[str] | None = None) -> list[Ex
     for prompt, completion in read_pairs(path, skipped):
         groups.setdefault(prompt, []).append(completion)
     return [Example(prompt, tuple(references)) for prompt, references in groups.items()]
-
-
-def merged(examples: list[Example]) -> int:
-    """How many completions of a file were for a prompt that came before, and so became one more reference to
-    it."""
-    return sum(len(example.references) - 1 for example in examples)

@@ -2,7 +2,7 @@
 fingerprint of the model that it belongs to.
 
 The file is a checkpoint (formats/checkpoint.py) without the model: of the config the FIELDS, of the weights
-those whose names begin as HEAD_WEIGHTS do, perhaps `frequent_ids` (formats/frequent_ids.py), and `model`, the
+those whose names begin as HEAD_WEIGHTS do, perhaps `frequent_ids` (decoding/shortlist.py), and `model`, the
 fingerprint. Attached, these heads take the place of those that the model's own file holds.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import asdict
 import torch
 
 from common.errors import UserError
-from formats.checkpoint import HEADS, as_stored, read_checkpoint, write_content
+from formats.checkpoint import HEADS, as_stored, check_values, read_checkpoint, write_content
 
 HEAD_WEIGHTS = ("exit_norms", "adapters", "classifiers")
 FIELDS = ("exit_norms", "adapter", "classifiers", "exit_layers")
@@ -23,9 +23,9 @@ SAMPLES = 16  # numbers of every weight in a fingerprint
 
 
 def fingerprint(content: dict) -> dict:
-    """What tells one model from another, from the content of its file, heads left out: the `names` of the
-    weights, SAMPLES numbers of each, evenly spaced, `samples` (names, SAMPLES) float32, and by how much int8
-    may have moved each, `steps`.
+    """What distinguishes a model from others, without its heads, from the content of its file: the `names` of
+    the weights; `samples` (names, SAMPLES) float32, evenly spaced numbers of each weight; and `steps`, by how
+    much int8 may have moved each number.
 
     It reads some pages of the file, not all of it. It is made from the file, not from the model in memory,
     whose weights may be packed or int8 there. It is no hash, because the same model in a float32, a float16
@@ -59,19 +59,13 @@ def same_model(one: dict, other: dict) -> bool:
 # ---------------------------------------------------------------- writing and reading
 
 
-def save_heads(
-    path: str | os.PathLike, model, belongs_to: dict, dtype: torch.dtype | None = None, weights=None, **extra
-) -> None:
+def save_heads(path, model, belongs_to: dict, dtype=None, weights=None, **extra) -> None:
     """Writes the heads of a model, whose fingerprint `belongs_to` is, and `extra`, to one file, whole or not
     at all; matrices as `dtype`. `weights`: in place of the model's. Raises UserError for a full disk."""
     config, weights = asdict(model.config), weights or model.state_dict()
     heads = {name: weight for name, weight in weights.items() if name.startswith(HEAD_WEIGHTS)}
-    content = {
-        "format": HEADS,
-        "config": {field: config[field] for field in FIELDS},
-        "weights": as_stored(heads, dtype),
-        "model": belongs_to,
-    }
+    content = {"format": HEADS, "config": {field: config[field] for field in FIELDS}, "model": belongs_to}
+    content["weights"] = as_stored(heads, dtype)
     if model.frequent_ids is not None:
         content["frequent_ids"] = model.frequent_ids.to("cpu", torch.int32)
     write_content(path, {**content, **extra})
@@ -81,20 +75,14 @@ def read_heads(path: str | os.PathLike) -> dict:
     """The content of a file of heads, compared with its checksums, which a small file allows. Raises
     UserError for another file, and for a damaged one."""
     content = read_checkpoint(path, check=True, kind=HEADS)
-    belongs_to, config = content.get("model"), content["config"]
-    if not isinstance(belongs_to, dict) or not all(
-        name in belongs_to for name in ("names", "samples", "steps")
-    ):
+    if not {"names", "samples", "steps"} <= set(content.get("model", ())):
         raise UserError(f"{path}: does not say which model its heads belong to")
-    if not all(field in config for field in FIELDS):
-        raise UserError(f"{path}: its config must tell {', '.join(FIELDS)}")
+    if not set(FIELDS) <= set(content["config"]):
+        raise UserError(f"{path}: its config must have {', '.join(FIELDS)}")
     for name, weight in content["weights"].items():
         if not name.startswith(HEAD_WEIGHTS):
-            raise UserError(f"{path}: the weight {name} is none of a head")
-        if not weight.isfinite().all():
-            raise UserError(
-                f"{path}: the weight {name} has values that are not finite, so the heads are of no use"
-            )
+            raise UserError(f"{path}: the weight {name} does not belong to a head")
+        check_values(weight, f"{path}: the weight {name}")
     return content
 
 
@@ -106,14 +94,11 @@ def read_model(path: str | os.PathLike, heads: str | os.PathLike | None = None, 
         return content
     found = read_heads(heads)
     if not same_model(found["model"], fingerprint(content)):
-        raise UserError(
-            f"{heads}: its heads belong to another model than {path}; name the model that they were "
-            "trained on"
-        )
-    backbone = {
-        name: weight for name, weight in content["weights"].items() if not name.startswith(HEAD_WEIGHTS)
-    }
-    content["weights"] = backbone | found["weights"]
+        remedy = "name the model that they were trained on"
+        raise UserError(f"{heads}: its heads belong to another model than {path}; {remedy}")
+    for name in [name for name in content["weights"] if name.startswith(HEAD_WEIGHTS)]:
+        del content["weights"][name]
+    content["weights"] |= found["weights"]
     content["config"] |= {field: found["config"][field] for field in FIELDS}
     if "frequent_ids" in found:
         content["frequent_ids"] = found["frequent_ids"]

@@ -1,5 +1,5 @@
-"""What an opened public checkpoint is, whatever its layout: tensors that are read when they are asked for,
-and a configuration in the words of a Hugging Face config.json, so that convert.py translates only once."""
+"""The common form of an opened public checkpoint, whether it is a Hugging Face folder or a GGUF file: tensors
+that are read when they are needed, and a configuration in the words of a Hugging Face config.json."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,26 +10,21 @@ from torch import Tensor
 
 
 class Stored(NamedTuple):
-    """A tensor where it lies. `pieces` yields it in parts that follow each other along `dim`."""
+    """A tensor that has not been read yet; `pieces` yields its rows in one part or several."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     pieces: Callable[[], Iterable[Tensor]]
-    dim: int = 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
     """An opened checkpoint."""
 
-    layout: str  # what it was recognized as
+    layout: str  # what the report calls it
     config: dict  # in the words of config.json
-    names: str  # whose names the tensors have: hf, meta or gguf
+    names: str  # how its tensors are named: hf or gguf
     tensors: dict[str, Stored]
-    interleaved: bool  # the rotary pairs of a head are (2i, 2i + 1), not (i, i + C/2)
-    find_tokenizer: Callable[
-        [], tuple[bytes | None, str]
-    ]  # its bytes (formats/tokenizer.py), a note if there is none
-    note: str = ""  # what the user should know
-    tokenizer: bytes | None = None
-    chat_template: str | None = None  # see formats/chat.py
+    interleaved: bool  # whether the rotary pairs of a head are (2i, 2i + 1) instead of (i, i + C/2)
+    find_tokenizer: Callable[[], bytes | None]  # what formats/tokenizers reads; None if there is no tokenizer
+    chat_template: str | None  # see formats/chat.py

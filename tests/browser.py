@@ -1,7 +1,6 @@
 """Headless Chromium for tests, spoken to over two pipes (the DevTools protocol: JSON messages that end in a
 zero byte), so that no package is needed."""
 
-import base64
 import fcntl
 import json
 import os
@@ -14,18 +13,8 @@ import threading
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-sync",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--remote-debugging-pipe",
-    "about:blank",
-)
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe", "about:blank"]
 # The browser reads from file descriptor 3 and writes to 4.
 CONNECT = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
 TIMEOUT = 120  # seconds until a browser that does not answer is ended
@@ -129,12 +118,3 @@ class Browser:
         text = {"text": key} if len(key) == 1 else {"text": "\r"} if key == "Enter" else {}
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, code={" ": "Space"}.get(key, key), **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
-
-    def picture(self, path: Path, whole: bool = True) -> None:
-        """Writes what is to be seen, or the whole page, as a PNG."""
-        picture = self.call("Page.captureScreenshot", captureBeyondViewport=whole, **({"clip": self.size()} if whole else {}))
-        Path(path).write_bytes(base64.b64decode(picture["data"]))
-
-    def size(self) -> dict:
-        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        return {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}

@@ -2,12 +2,12 @@
 
 import json
 import math
-import struct
 
 import torch
 
 import convert
-from model import Transformer, load_checkpoint
+from decode import load_checkpoint
+from model import Transformer
 
 LLAMA = {"tie_embeddings": False, "head_dim": 8, "eos_id": 2}
 SANDWICH = {"head_dim": 6, "activation": "gelu_tanh", "embedding_scale": math.sqrt(32), "post_norms": True, "window": 4, "eos_id": 1}
@@ -35,11 +35,6 @@ HF = {
 HF_SANDWICH = {
     "mlp_norm": "pre_feedforward_layernorm", "attn_post_norm": "post_attention_layernorm",
     "mlp_post_norm": "post_feedforward_layernorm",
-}  # fmt: skip
-META = {
-    "attn_norm": "attention_norm", "mlp_norm": "ffn_norm",
-    "q": "attention.wq", "k": "attention.wk", "v": "attention.wv", "out": "attention.wo",
-    "gate": "feed_forward.w1", "up": "feed_forward.w3", "down": "feed_forward.w2",
 }  # fmt: skip
 GGUF = {
     "attn_norm": "attn_norm", "mlp_norm": "ffn_norm", "q": "attn_q", "k": "attn_k", "v": "attn_v", "out": "attn_output",
@@ -145,43 +140,6 @@ def write_hf(folder, model: Transformer, family: str = "llama", kind: str = "saf
             torch.save(part, folder / name)
     if shards > 1:
         (folder / f"{stem}.{ending}.index.json").write_text(json.dumps({"weight_map": places}))
-
-
-def write_meta(folder, model: Transformer, shards: int, rows: bool = False) -> None:
-    """`rows`: the embedding is cut by rows, as in Llama 3."""
-    c = model.config
-    folder.mkdir(exist_ok=True)
-    params = {"dim": c.d_model, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads, "norm_eps": c.norm_eps}
-    (folder / "params.json").write_text(json.dumps({**params, "vocab_size": -1, "rope_theta": c.rope_base}))
-    tensors = named(model, META, "layers", ("tok_embeddings", "norm", "output"), interleaved=True)
-    for shard in range(shards):
-        part = {"rope.freqs": torch.ones(4)}
-        for name, tensor in tensors.items():
-            columns = name.endswith(("wo.weight", "w2.weight")) or (name.startswith("tok") and not rows)
-            part[name] = tensor.chunk(shards, int(columns))[shard].clone() if tensor.dim() > 1 else tensor
-        torch.save(part, folder / f"consolidated.0{shard}.pth")
-
-
-def write_llama2c(path, model: Transformer, version: int) -> None:
-    c = model.config
-    tensors = named(model, META, "layers", ("tok_embeddings", "norm", "output"), interleaved=True)
-    every = lambda kind: [tensors[f"layers.{i}.{kind}.weight"] for i in range(c.n_layers)]  # noqa: E731
-    attention, mlp = [f"attention.w{x}" for x in "qkvo"], [f"feed_forward.w{x}" for x in "123"]
-    tail = [] if c.tie_embeddings else [tensors["output.weight"]]
-    numbers = (c.d_model, c.d_ff, c.n_layers, c.n_heads, c.n_kv_heads)
-    if version == 0:
-        header = struct.pack("<7i", *numbers, c.vocab_size if c.tie_embeddings else -c.vocab_size, c.max_len)
-        weights = [tensors["tok_embeddings.weight"]]
-        for kind in ("attention_norm", *attention, "ffn_norm", *mlp):
-            weights += every(kind)
-        weights += [tensors["norm.weight"], torch.zeros(c.max_len * c.head_dim), *tail]
-    else:
-        header = struct.pack("<Ii7iB", 0x616B3432, 1, *numbers, c.vocab_size, c.max_len, c.tie_embeddings).ljust(256, b"\0")
-        weights = [*every("attention_norm"), *every("ffn_norm"), tensors["norm.weight"], tensors["tok_embeddings.weight"]]
-        for kind in (*attention, *mlp):
-            weights += every(kind)
-        weights += tail
-    path.write_bytes(header + b"".join(weight.numpy().tobytes() for weight in weights))
 
 
 def convert_and_compare(path, model: Transformer, tmp_path, exact: bool = False, **options) -> str:

@@ -1,4 +1,4 @@
-"""Learn then Test: the bound against independent numbers, the walk, and the guarantee in simulation."""
+"""Walks with a guarantee: the bound against independent numbers, the walk, and the guarantee in simulation."""
 
 import math
 import random
@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from evaluation.learn_then_test import CANDIDATES, binomial_cdf, fewest, p_value, walk
+from evaluation.walk import binomial_cdf, fewest_inputs, risk_p_value, walk
 
 
 def test_the_binomial_is_exact():
@@ -18,34 +18,27 @@ def test_the_binomial_is_exact():
 def test_p_values_by_hand():
     """Without any loss, Hoeffding gives (1 - t)^n, which is below e (1 - t)^n; at a risk of the tolerance or
     more, there is no evidence."""
-    assert p_value([0.0] * 100, 0.05) == pytest.approx(0.95**100)
-    assert p_value([0.05] * 100, 0.05) == pytest.approx(1) == p_value([1.0] * 3, 0.5)
+    assert risk_p_value([0.0] * 100, 0.05) == pytest.approx(0.95**100)
+    assert risk_p_value([0.05] * 100, 0.05) == pytest.approx(1) == risk_p_value([1.0] * 3, 0.5)
     values = [1.0] * 2 + [0.0] * 98
     hoeffding = math.exp(-100 * (0.02 * math.log(0.02 / 0.1) + 0.98 * math.log(0.98 / 0.9)))
     bentkus = math.e * sum(math.comb(100, i) * 0.1**i * 0.9 ** (100 - i) for i in range(3))
-    assert bentkus < hoeffding and p_value(values, 0.1) == pytest.approx(bentkus)
+    assert bentkus < hoeffding and risk_p_value(values, 0.1) == pytest.approx(bentkus)
     spread = [0.02] * 100  # the same mean: the bound knows no more
-    assert p_value(spread, 0.1) == pytest.approx(bentkus)
+    assert risk_p_value(spread, 0.1) == pytest.approx(bentkus)
 
 
 @pytest.mark.parametrize("tolerance, error", [(0.05, 0.05), (0.1, 0.1), (0.5, 0.25), (0.2, 0.01)])
 def test_with_fewer_prompts_nothing_passes(tolerance, error):
-    enough = fewest(tolerance, error)
-    assert p_value([0.0] * enough, tolerance) <= error * (1 + 1e-9) and p_value([0.0] * (enough - 1), tolerance) > error
-
-
-@pytest.mark.parametrize("losses, tolerance", [([], 0.1), ([0.1, 1.2], 0.1), ([-0.1], 0.1), ([math.nan], 0.1), ([0.1], 0.0), ([0.1], 1.0)])
-def test_what_is_no_loss_is_said_so(losses, tolerance):
-    with pytest.raises(ValueError, match="must lie in 0 to 1"):
-        p_value(losses, tolerance)
+    enough = fewest_inputs(tolerance, error)
+    assert risk_p_value([0.0] * enough, tolerance) <= error * (1 + 1e-9) and risk_p_value([0.0] * (enough - 1), tolerance) > error
 
 
 def test_the_walk_stops_at_the_first_failure_though_a_later_one_would_pass():
-    risks = {1.0: 0.0, 0.9: 0.0, 0.8: 0.5, 0.7: 0.0}
-    chosen, tested = walk(lambda threshold: [risks[threshold]] * 200, 0.05, 0.05, tuple(risks))
-    assert chosen == 0.9 and [each.threshold for each in tested] == [1.0, 0.9, 0.8]
-    assert walk(lambda threshold: [0.5] * 200, 0.05, 0.05)[0] is None
-    assert walk(lambda threshold: [0.0] * 200, 0.05, 0.05)[0] == CANDIDATES[-1] == 0.0
+    p_values = {1.0: 0.01, 0.9: 0.05, 0.8: 0.06, 0.7: 0.0}
+    tested = []
+    assert walk([*p_values], lambda threshold: tested.append(threshold) or p_values[threshold], 0.05) == [1.0, 0.9]
+    assert tested == [1.0, 0.9, 0.8] and walk([0.8, 0.7], p_values.get, 0.05) == []
 
 
 def test_the_guarantee_holds_over_many_random_splits():
@@ -63,7 +56,8 @@ def test_the_guarantee_holds_over_many_random_splits():
     exceeded, found = 0, []
     for _ in range(400):
         some = draw.choices(people, k=150)
-        chosen, _ = walk(lambda threshold, some=some: [loss(person, threshold) for person in some], tolerance, error, thresholds)
+        passed = walk(thresholds, lambda bar, some=some: risk_p_value([loss(each, bar) for each in some], tolerance), error)
+        chosen = passed[-1] if passed else None
         exceeded += chosen is not None and true[chosen] > tolerance
         found.append(chosen)
     assert exceeded <= 58

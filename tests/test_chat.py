@@ -9,16 +9,15 @@ import torch
 
 import convert
 import decode
-from common.errors import UserError, run
+from common.errors import UserError
+from decode import load_checkpoint
 from evaluation.tasks import Task, find_task
-from formats import chat
-from formats.bpe import BPE
 from formats.chat import Chat, conversation, find_template, load_chat
 from formats.checkpoint import save_checkpoint
 from formats.data import Example
-from formats.pieces import train_tokenizer
-from formats.tokenizer import GUARD, SentencePiece
-from model import load_checkpoint
+from formats.tokenizers.bpe import BPE
+from formats.tokenizers.pieces import train_tokenizer
+from formats.tokenizers.tokenizer import GUARD, SentencePiece
 from tests.public import LLAMA, write_hf
 from tests.test_bpe import json_content
 
@@ -98,25 +97,14 @@ def test_what_templates_of_hugging_face_rely_on_is_there():
     assert text == '"é""\\""None%'
 
 
-BAD = {
-    "raises": ("{{ raise_exception('roles must\nalternate') }}", "fails: roles must alternate"),
-    "syntax": ("{% for %}", "fails: Expected"),
-    "type": ("{{ 1 + 'a' }}", "fails: TypeError: unsupported operand"),
-    "missing": ("{{ messages[7].content }}", "fails: list object has no element 7"),
-    "unsafe": ("{{ ''.__class__.__mro__ }}", "fails: access to attribute '__class__' of 'str' object is unsafe"),
-    "file": ("{% include '/etc/passwd' %}", "fails: TypeError: no loader"),
-    "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes longer than 1 s"),
-    "counts": ("{{ 10 ** (10 ** 10) }}", "takes longer than 1 s"),
-    "text": ("{% for a in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "text is longer than 4,194,304 characters"),
-    "memory": ("{{ ('x' * 10 ** 10) | length }}", "fails: it needs more than 1024 MiB|takes longer"),
-    "deep": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails: RecursionError"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_a_template_that_goes_wrong_ends_in_one_line(monkeypatch, kind):
-    template, message = BAD[kind]
-    monkeypatch.setattr(chat, "SECONDS", 1)
+@pytest.mark.parametrize(("template", "message"), [
+    ("{{ raise_exception('roles must\nalternate') }}", "fails .*roles must alternate"),
+    ("{{ ''.__class__.__mro__ }}", "fails .*: access to attribute '__class__' of 'str' object is unsafe"),
+    ("{{ messages.append(1) }}", "fails .*: access to attribute 'append' of 'list' object is unsafe"),
+    ("{% for a in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "writes more than 4,194,304 characters"),
+    ("{% for %}", "fails .*: Expected"),
+])  # fmt: skip
+def test_a_template_that_goes_wrong_ends_in_one_line(template, message):
     with pytest.raises(UserError, match=message) as error:
         Chat(template, bytes_tokenizer(), "x.pt: its chat template").texts([conversation("hi")])
     assert str(error.value).startswith("x.pt: its chat template") and "\n" not in str(error.value)
@@ -124,7 +112,7 @@ def test_a_template_that_goes_wrong_ends_in_one_line(monkeypatch, kind):
 
 
 def test_without_jinja2_one_line_says_what_to_do(monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.setitem(sys.modules, "jinja2.exceptions", None)
     with pytest.raises(UserError, match="--chat needs the package jinja2; pip install jinja2"):
         Chat(TEMPLATE, bytes_tokenizer())
 
@@ -137,18 +125,14 @@ def test_where_templates_lie(tmp_path):
     settings = tmp_path / "tokenizer_config.json"
     settings.write_text(json.dumps({"chat_template": "plain"}))
     assert find_template(tmp_path) == "plain"
+    settings.write_text(json.dumps({"chat_template": 3}))
+    with pytest.raises(UserError, match=r"tokenizer_config.json: its chat template is no text"):
+        find_template(tmp_path)
     several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named"}]
     settings.write_text(json.dumps({"chat_template": several}))
     assert find_template(tmp_path) == "named"
     (tmp_path / "chat_template.jinja").write_text("its own file")
     assert find_template(tmp_path) == "its own file"
-
-
-@pytest.mark.parametrize("template", [3, {"a": "b"}, [{"name": "default"}, {"name": "default", "template": 7}], "x" * 2**21])
-def test_a_template_that_is_none_is_refused(tmp_path, template):
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    with pytest.raises(UserError, match=r"tokenizer_config.json: its chat_template is no text"):
-        find_template(tmp_path)
 
 
 def test_the_template_stays_in_the_one_file(tiny_model, tmp_path):
@@ -162,19 +146,16 @@ def test_the_template_stays_in_the_one_file(tiny_model, tmp_path):
 
 def test_a_checkpoint_without_template_or_tokenizer_says_so(tiny_model, tmp_path):
     save_checkpoint(tmp_path / "x.pt", tiny_model(0, vocab_size=SIZE), bytes_tokenizer().to_blob())
-    with pytest.raises(UserError, match=r"x.pt: has no chat template; give the prompt without --chat"):
+    with pytest.raises(UserError, match=r"x.pt: has no chat template; leave out --chat"):
         load_chat(tmp_path / "x.pt", bytes_tokenizer())
     with pytest.raises(UserError, match=r"x.pt: has no tokenizer"):
         load_chat(tmp_path / "x.pt", None)
-    save_checkpoint(tmp_path / "y.pt", tiny_model(), None, chat_template=[TEMPLATE])
-    with pytest.raises(UserError, match=r"y.pt: its chat template is no text"):
-        load_checkpoint(tmp_path / "y.pt")
 
 
 # ---------------------------------------------------------------- the commands
 
 
-def test_decode_answers_a_turn_and_ends_with_it(tiny_model, tmp_path, monkeypatch, capsys, made):
+def test_decode_answers_a_turn_and_ends_with_it(tiny_model, tmp_path, command, made):
     """The model ends no text by itself; a token that it would write is made the template's end of turn."""
     model = tiny_model(3, vocab_size=SIZE, max_len=128, tie_embeddings=False)
     (prompt,) = made.encode([conversation("hi")])
@@ -187,11 +168,9 @@ def test_decode_answers_a_turn_and_ends_with_it(tiny_model, tmp_path, monkeypatc
     expected = decode.generate(model, prompt, replace(plain, stop_tokens=(258,))).tokens
     assert expected[-1] == 258 and 2 < len(expected) < 9
     words = ["--checkpoint", str(tmp_path / "chat.pt"), "--prompt", "hi", "--confidence", "none", "--max-new-tokens", "9"]
-    monkeypatch.setattr(sys, "argv", ["decode.py", *words, "--chat", "--trace", str(tmp_path / "trace")])
-    run(decode.main)
+    printed, _, _ = command(decode.main, *words, "--chat", "--trace", tmp_path / "trace")
     rows = [json.loads(line) for line in (tmp_path / "trace").read_text().splitlines()]
-    assert [row["id"] for row in rows] == expected
-    assert capsys.readouterr().out.startswith("hi\n")
+    assert [row["id"] for row in rows] == expected and printed.startswith("hi\n")
 
 
 def test_inputs_of_a_task_are_turns_and_so_are_the_shots(made):

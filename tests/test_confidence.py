@@ -8,21 +8,29 @@ import numpy as np
 import pytest
 import torch
 
-import confidence
 from common.errors import UserError
-from confidence import FUNCTIONS, SCHEDULES, Trace, contrast, jensen_shannon, margin, register, resolve
+from confidence import FUNCTIONS, SCHEDULES, contrast, jensen_shannon, read_pruning, resolve
+from decoding.settings import DecodeConfig
+from decoding.trace import Trace
 
 TOKENS = torch.tensor([[7, 3, 41, 19, 3, 28]])
 NAMES = [name for name, function in FUNCTIONS.items() if not function.__module__.startswith("test")]  # what the project brings
-SHAPES = {"shared norm": {}, "own norms": {"exit_norms": (2, 3), "tie_embeddings": False}}
 every_function = pytest.mark.parametrize("name", NAMES)
 
 
-def trace_at(model, layer: int, **options) -> Trace:
-    """The trace of the last of TOKENS after `layer`, nothing asked yet."""
-    trace = Trace(model, **options)
-    trace.hidden += model.hidden_states(TOKENS)[: layer + 1]
+def new_trace(model, confidence=None, prune: str = "none") -> Trace:
+    return Trace(model, DecodeConfig(confidence=confidence and resolve(confidence), prune=prune))
+
+
+def climb(trace: Trace, layer: int) -> Trace:
+    """The trace with the states of TOKENS, whose last is the newest position, after `layer`."""
+    trace.hidden = trace.model.hidden_states(TOKENS)[: layer + 1]
     return trace
+
+
+def trace_at(model, layer: int, *settings, **more) -> Trace:
+    """A new trace after `layer`, nothing checked yet."""
+    return climb(new_trace(model, *settings, **more), layer)
 
 
 def log(*probs: float) -> torch.Tensor:
@@ -36,13 +44,21 @@ def random_log_probs(seed: int, n: int = 40) -> torch.Tensor:
 # ---------------------------------------------------------------- the reference: NumPy, float64, probabilities instead of logarithms
 
 
+def states_ref(model) -> list[np.ndarray]:
+    """h_0 .. h_L of the last of TOKENS."""
+    return [state[0, -1].double().numpy() for state in model.hidden_states(TOKENS)]
+
+
+def normed_ref(model, layer: int) -> np.ndarray:
+    """h / rms(h) * norm, by the layer's own norm if it has one."""
+    h = states_ref(model)[layer]
+    norm = model.exit_norms[str(layer)] if layer in model.config.exit_norms else model.norm
+    return h / np.sqrt((h**2).mean() + model.config.norm_eps) * norm.double().numpy()
+
+
 def logits_ref(model, layer: int) -> np.ndarray:
-    """z = W (h / rms(h) * norm) of the last of TOKENS, over the whole vocabulary."""
-    weights = {name: weight.double().numpy() for name, weight in model.state_dict().items()}
-    h = model.hidden_states(TOKENS)[layer][-1].double().numpy()
-    norm = weights[f"exit_norms.{layer}"] if layer in model.config.exit_norms else weights["norm"]
-    unembedding = weights["embedding" if model.config.tie_embeddings else "unembedding"]
-    return unembedding @ (h / np.sqrt((h**2).mean() + model.config.norm_eps) * norm)
+    """W norm(h) over the whole vocabulary."""
+    return model.unembed.double().numpy() @ normed_ref(model, layer)
 
 
 def softmax_ref(z):
@@ -64,55 +80,55 @@ def contrast_ref(p, q):
     return mixed
 
 
-def amateur_ref(p, layer, premature=None):
+def amateur_ref(p, layer):
     """The j whose JSD(p_l, p_j) / (l - j) is largest, None without any."""
-    return max(premature or range(2, layer), key=lambda j: jsd_ref(p[layer], p[j]) / (layer - j), default=None)
+    return max(range(2, layer), key=lambda j: jsd_ref(p[layer], p[j]) / (layer - j), default=None)
 
 
 def classifier_ref(model, layer):
     w = model.classifiers[str(layer)].double().numpy()
-    h = model.hidden_states(TOKENS)[layer][-1].double().numpy()
-    norm = (model.exit_norms[str(layer)] if layer in model.config.exit_norms else model.norm).double().numpy()
-    return 1 / (1 + np.exp(-(w[:-1] @ (h / np.sqrt((h**2).mean() + model.config.norm_eps) * norm) + w[-1])))
+    return 1 / (1 + np.exp(-(w[:-1] @ normed_ref(model, layer) + w[-1])))
 
 
-def jsd_confidence_ref(p, h, layer):
+def cosine_ref(a, b):
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+def jsd_confidence_ref(p, layer):
     amateur = amateur_ref(p, layer)
     return margin_ref(p[layer] if amateur is None else contrast_ref(p[layer], p[amateur]))
 
 
-REFERENCES = {  # of p_1 .. p_l over the candidates, h_0 .. h_l, and l
-    "softmax": lambda p, h, layer: margin_ref(p[layer]),
-    "hidden": lambda p, h, layer: max(0, h[layer] @ h[layer - 1] / np.linalg.norm(h[layer]) / np.linalg.norm(h[layer - 1])),
-    "entropy": lambda p, h, layer: 1 + np.sum(p[layer] * np.log(p[layer])) / np.log(p[layer].size),
-    "weighted": lambda p, h, layer: margin_ref(contrast_ref(p[layer], p[max(1, layer // 2)])),
-    "jsd": jsd_confidence_ref,
+REFERENCES = {  # of the model, p_1 .. p_l over the candidates, and l
+    "softmax": lambda model, p, layer: margin_ref(p[layer]),
+    "hidden": lambda model, p, layer: max(0, cosine_ref(*states_ref(model)[layer - 1 : layer + 1])),
+    "entropy": lambda model, p, layer: 1 + np.sum(p[layer] * np.log(p[layer])) / np.log(p[layer].size),
+    "weighted": lambda model, p, layer: margin_ref(contrast_ref(p[layer], p[max(1, layer // 2)])),
+    "jsd": lambda model, p, layer: jsd_confidence_ref(p, layer),
+    "classifier": lambda model, p, layer: classifier_ref(model, layer),
 }
 
 
 @every_function
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("prune, exits", [("none", (1, 2, 3, 4, 5)), ("fixed", (1, 2, 3, 4, 5)), ("fixed", (3, 5))])
-def test_confidence_equals_its_definition(tiny_model, name, shape, prune, exits):
-    for seed in range(5):
+@pytest.mark.parametrize("prune", ["none", "fixed:8", "decaying:20:4", "adaptive:20:4"])
+@pytest.mark.parametrize("shape", [{}, {"exit_norms": (2, 3), "tie_embeddings": False}], ids=["shared norm", "own norms"])
+def test_confidence_equals_its_definition_over_the_candidates(tiny_model, name, prune, shape):
+    """Over those that pruning has left, whose p sum to 1."""
+    for seed in range(2):
         model = tiny_model(seed, **shape)
-        states, trace = model.hidden_states(TOKENS), Trace(model, prune=prune, prune_k=8)
-        z = {layer: logits_ref(model, layer) for layer in range(1, 6)}
-        kept = np.argsort(-z[exits[0]])[: 8 if prune == "fixed" else None]
-        p, h = {layer: softmax_ref(z[layer][kept]) for layer in z}, [state[-1].double().numpy() for state in states]
-        for layer in exits:
-            trace.hidden = states[: layer + 1]
-            if (name, layer) != ("classifier", 5):  # the last layer is no exit
-                expected = classifier_ref(model, layer) if name == "classifier" else REFERENCES[name](p, h, layer)
-                trace.prune()
-                assert float(FUNCTIONS[name](trace, layer)) == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_layer_without_a_classifier_is_named(tiny_model):
-    with pytest.raises(ValueError, match=r"layer 3 has no confidence classifier \(layers with one: 1, 2\)"):
-        FUNCTIONS["classifier"](trace_at(tiny_model(classifiers=(1, 2)), 3), 3)
-    with pytest.raises(ValueError, match="layers with one: none"):
-        FUNCTIONS["classifier"](trace_at(tiny_model(classifiers=()), 3), 3)
+        z = {layer: logits_ref(model, layer) for layer in range(1, 5)}
+        for exits in ((1, 2, 3, 4), (3, 4)):
+            trace, kept = new_trace(model, name, prune), list(range(50))
+            for layer in exits:
+                climb(trace, layer).decided(1.0)
+                if trace.candidates is not None:  # the best of those so far
+                    assert set(trace.candidates.tolist()) == set(sorted(kept, key=lambda token: -z[layer][token])[: trace.n])
+                    kept = trace.candidates.tolist()
+                p = {j: softmax_ref(z[j][kept]) for j in z}
+                assert trace.confidences[layer] == pytest.approx(REFERENCES[name](model, p, layer), abs=1e-5)
+                assert trace.n == len(trace.logits(layer)) == len(kept)
+            needs_no_head = name in ("hidden", "classifier")
+            assert (trace.n == 50) if prune == "none" or needs_no_head else (trace.n < 20 if prune != "adaptive:20:4" else trace.n <= 20)
 
 
 @every_function
@@ -129,19 +145,16 @@ def test_confidence_is_a_scalar_between_zero_and_one(tiny_model, name, scale):
 # ---------------------------------------------------------------- hand-worked numbers
 
 
-def test_margin_is_the_difference_of_the_two_largest_wherever_they_are():
-    assert [margin(torch.tensor(probs)) for probs in ([0.2, 0.5, 0.3], [0.9, 0.04, 0.06])] == pytest.approx([0.2, 0.84])
-
-
 def test_entropy_is_measured_against_that_of_the_uniform_distribution():
     trace = SimpleNamespace(log_probs=lambda layer: log(1 / 2, 1 / 4, 1 / 4))
     assert FUNCTIONS["entropy"](trace, 1).item() == pytest.approx(1 - 1.5 / math.log2(3), abs=1e-6)  # 1.5 bits of log2(3)
 
 
 @pytest.mark.parametrize("newest, cosine", [((4.0, 3.0), 24 / 25), ((-6.0, 0.0), 0), ((30.0, 40.0), 1)])
-def test_hidden_is_the_cosine_of_the_newest_position_and_never_negative(newest, cosine):
-    trace = SimpleNamespace(hidden=[torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.tensor([[0.0, 1.0], newest])])
-    assert FUNCTIONS["hidden"](trace, 1) == pytest.approx(cosine)
+def test_hidden_is_the_cosine_of_the_newest_position_and_never_negative(tiny_model, newest, cosine):
+    trace = new_trace(tiny_model())
+    trace.hidden = [torch.tensor([[[1.0, 0.0], [3.0, 4.0]]]), torch.tensor([[[0.0, 1.0], newest]])]
+    assert FUNCTIONS["hidden"](trace, 1).item() == pytest.approx(cosine)
 
 
 def test_jensen_shannon_by_hand():
@@ -158,10 +171,7 @@ def test_jensen_shannon_is_symmetric_and_at_most_log_2():
         assert jensen_shannon(p, q).item() == pytest.approx(jsd_ref(p.double().exp().numpy(), q.double().exp().numpy()), abs=1e-5)
         assert jensen_shannon(p, q).item() == pytest.approx(jensen_shannon(q, p).item(), abs=1e-6)
         assert 0 <= jensen_shannon(p, p) < 1e-6 < jensen_shannon(p, q) <= math.log(2)
-
-
-def test_jensen_shannon_of_disjoint_distributions_is_log_2():
-    left = torch.tensor([200.0] * 50 + [0.0] * 50)
+    left = torch.tensor([200.0] * 50 + [0.0] * 50)  # of disjoint distributions it is log 2
     assert jensen_shannon(left.log_softmax(-1), left.flip(0).log_softmax(-1)).item() == pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -177,26 +187,7 @@ def test_contrast_by_hand(p, q, mixed):
     assert contrast(log(*p), log(*q)).tolist() == pytest.approx(mixed, abs=1e-6)
 
 
-def test_contrast_sums_to_one_and_keeps_what_is_implausible():
-    for seed in range(20):
-        expert, amateur = random_log_probs(seed)
-        p, mixed = expert.exp(), contrast(expert, amateur)
-        outside = p < 0.1 * p.max()
-        assert mixed.sum().item() == pytest.approx(1, abs=1e-5)
-        assert outside.any() and torch.equal(mixed[outside], p[outside])
-        assert mixed.numpy() == pytest.approx(contrast_ref(p.double().numpy(), amateur.double().exp().numpy()), abs=1e-5)
-
-
 # ---------------------------------------------------------------- heads and amateurs
-
-
-def test_exit_heads_normalize_first_by_their_own_norm_if_they_have_one(tiny_model):
-    model = tiny_model(exit_norms=(2,))
-    for layer in (2, 3):
-        logits = trace_at(model, 3).logits(layer)
-        assert logits.dtype == torch.float32 and logits.numpy() == pytest.approx(logits_ref(model, layer), abs=1e-5)
-        assert (logits - model.unembed @ model.hidden_states(TOKENS)[layer][-1]).abs().max() > 0.1  # what a head without its norm would say
-    assert trace_at(model, 3).log_probs(2).exp().numpy() == pytest.approx(softmax_ref(logits_ref(model, 2)), abs=1e-6)
 
 
 def test_jsd_contrasts_with_the_layer_that_diverges_most_for_its_distance(tiny_model):
@@ -210,251 +201,147 @@ def test_jsd_contrasts_with_the_layer_that_diverges_most_for_its_distance(tiny_m
     assert not all(plainly_farthest)  # the distance matters
 
 
-@pytest.mark.parametrize("layer, premature, amateurs, heads", [
-    (4, (1, 4), {4: 1}, {1, 4}), (3, (3, 4), {}, {3}), (3, (), {}, {3}), (2, None, {}, {2}), (1, None, {}, {1}),
+@pytest.mark.parametrize("name, layer, amateurs", [
+    ("jsd", 1, {}), ("jsd", 2, {}), ("jsd", 3, {3: 2}),
+    *[("weighted", layer, {layer: amateur}) for layer, amateur in {1: 1, 2: 1, 3: 1, 4: 2, 5: 2}.items()],
 ])  # fmt: skip
-def test_jsd_contrasts_with_premature_layers_alone_and_without_one_is_the_plain_margin(tiny_model, layer, premature, amateurs, heads):
-    trace = trace_at(tiny_model(), layer, premature_layers=premature)
-    value = FUNCTIONS["jsd"](trace, layer)
-    assert trace.amateurs == amateurs and set(trace.flops) == heads
+def test_the_amateur_is_halfway_or_a_layer_from_2_on_and_without_one_there_is_the_plain_margin(tiny_model, name, layer, amateurs):
+    trace = trace_at(tiny_model(), layer)
+    value = FUNCTIONS[name](trace, layer)
+    assert trace.amateurs == amateurs and set(trace.flops) == {layer, *amateurs.values()}
     if not amateurs:
         assert value == pytest.approx(FUNCTIONS["softmax"](trace, layer), abs=1e-6)
-
-
-def test_weighted_contrasts_with_the_layer_halfway_and_with_1_at_least(tiny_model):
-    for layer, amateur in {1: 1, 2: 1, 3: 1, 4: 2, 5: 2}.items():
-        trace = trace_at(tiny_model(), layer)
-        FUNCTIONS["weighted"](trace, layer)
-        assert trace.amateurs == {layer: amateur}
 
 
 HEADS = {"softmax": {5}, "hidden": set(), "classifier": set(), "entropy": {5}, "weighted": {2, 5}, "jsd": {2, 3, 4, 5}}
 
 
 @pytest.mark.parametrize("name, layers", HEADS.items())
-@pytest.mark.parametrize("prune", ["none", "fixed"])
-def test_heads_are_computed_when_asked_for_and_once(tiny_model, monkeypatch, name, layers, prune):
-    trace, computed = trace_at(tiny_model(n_layers=6), 5, confidence=FUNCTIONS[name], prune=prune, prune_k=8), []
-    head_norm = trace.model.exit_norm
-    monkeypatch.setattr(trace.model, "exit_norm", lambda hidden, layer: computed.append(layer) or head_norm(hidden, layer))
+@pytest.mark.parametrize("prune, n", [("none", 50), ("fixed:8", 8)])
+def test_heads_are_computed_when_they_are_needed_and_once(tiny_model, monkeypatch, name, layers, prune, n):
+    trace, rows = trace_at(tiny_model(n_layers=6), 5, name, prune), []
+    score = trace.model.score
+    monkeypatch.setattr(trace.model, "score", lambda normed, weight: rows.append(len(normed)) or score(normed, weight))
     for _ in range(2):
         trace.decided(1.0)
-    assert sorted(computed) == sorted(layers)
-    n, d = {"none": 50, "fixed": 8}[prune], 32  # over n candidates once layer 5 has chosen them
-    assert trace.flops == {layer: 2 * d * (50 if layer == 5 else n) for layer in layers}
+    assert sum(rows) == len(layers)
+    assert trace.flops == {layer: 2 * 32 * (50 if layer == 5 else n) for layer in layers}  # over n once layer 5 has chosen them
 
 
 # ---------------------------------------------------------------- pruning
 
 
-def test_fixed_pruning_keeps_the_best_of_the_first_layer_asked(tiny_model):
+def test_fixed_pruning_keeps_the_best_of_the_first_layer_checked(tiny_model):
     model = tiny_model()
-    trace = trace_at(model, 2, prune="fixed", prune_k=8)
-    z = {layer: logits_ref(model, layer) for layer in range(1, 6)}
+    trace, z = trace_at(model, 2, prune="fixed:8"), {layer: logits_ref(model, layer) for layer in range(1, 6)}
     trace.prune()
-    assert set(int(trace.token(i)) for i in range(len(trace.logits(2)))) == set(np.argsort(-z[2])[:8])
-    assert trace.token(int(trace.logits(2).argmax())) == z[2].argmax()
-    trace.hidden = model.hidden_states(TOKENS)
     kept = trace.candidates.tolist()
-    assert kept != sorted(kept)  # or ids could pass for ranks
+    assert kept == np.argsort(-z[2])[:8].tolist() != sorted(kept)  # or ids could pass for ranks
+    climb(trace, 5)
     for layer in (5, 4, 1):  # heads of later layers and of earlier amateurs
         assert trace.logits(layer).numpy() == pytest.approx(z[layer][kept], abs=1e-5)
         assert trace.token(int(trace.logits(layer).argmax())) == max(kept, key=lambda token: z[layer][token])
-    V, d = model.unembed.shape
-    assert trace.flops == {2: 2 * V * d, 5: 2 * 8 * d, 4: 2 * 8 * d, 1: 2 * 8 * d}
+    assert trace.flops == {2: 2 * 50 * 32, 5: 2 * 8 * 32, 4: 2 * 8 * 32, 1: 2 * 8 * 32}
 
 
 @every_function
 def test_asking_for_logits_changes_nothing_else(tiny_model, name):
     """A function may ask for whatever it likes, in whatever order: candidates, decision and guesses stay."""
-    model = tiny_model()
-    curious, plain = ({}, {})
-    for found, asks in ((curious, True), (plain, False)):
-        trace = trace_at(model, 2, confidence=FUNCTIONS[name], prune="decaying", prune_k=12, prune_min=3)
+    found = {True: [], False: []}
+    for curious in found:
+        trace = new_trace(tiny_model(), name, "decaying:12:3")
         for layer in (2, 3, 4):
-            trace.hidden = model.hidden_states(TOKENS)[: layer + 1]
-            if asks:
+            climb(trace, layer)
+            if curious:
                 trace.logits(1), trace.log_probs(layer), trace.stack([1, layer])
-            found[layer] = trace.decided(1.0), trace.confidences[layer], trace.n
-        found["guesses"] = [trace.guess(layer) for layer in (2, 3, 4)]
-    assert curious == plain
+            found[curious].append((trace.decided(1.0), trace.confidences[layer], trace.n))
+        found[curious].append([trace.guess(layer) for layer in (2, 3, 4)])
+    assert found[True] == found[False]
 
 
-@pytest.mark.parametrize("prune", ["fixed", "decaying", "adaptive"])
-def test_a_guess_is_that_of_the_time_it_was_asked(tiny_model, prune):
+@pytest.mark.parametrize("prune", ["fixed:6", "decaying:6:2", "adaptive:6:2"])
+def test_a_guess_is_that_of_the_time_it_was_checked(tiny_model, prune):
     """Later pruning may drop what an earlier exit would have said; thresholds that learn are told what it did
     say."""
     dropped = 0
     for seed in range(20):
-        model = tiny_model(seed)
-        states = model.hidden_states(TOKENS)
-        trace, said = Trace(model, FUNCTIONS["softmax"], prune=prune, prune_k=6, prune_min=2), {}
+        trace, said = new_trace(tiny_model(seed), "softmax", prune), {}
         for layer in range(1, 5):
-            trace.hidden = states[: layer + 1]
-            trace.decided(1.0)
+            climb(trace, layer).decided(1.0)
             said[layer] = int(trace.token(trace.logits(layer).argmax()))
         assert {layer: trace.guess(layer) for layer in said} == said
         dropped += sum(token not in trace.candidates for token in said.values())
-    assert dropped > 0 or prune != "decaying"  # fixed drops nobody later, adaptive keeps six unless it is very sure
+    assert dropped > 0 or prune != "decaying:6:2"  # fixed drops nobody later, adaptive keeps six unless it is very sure
 
 
-def test_candidates_narrowed_twice_keep_their_ids_and_what_is_known_of_them(tiny_model, monkeypatch):
-    monkeypatch.setitem(SCHEDULES, "shrinking", lambda trace, k, k_min: k // trace.layer)
-    model = tiny_model()
-    trace = trace_at(model, 1, prune="shrinking", prune_k=12)
-    trace.prune()
-    first = trace.candidates.tolist()
-    trace.hidden = model.hidden_states(TOKENS)[:4]
-    trace.prune()
-    assert set(trace.candidates.tolist()) == set(sorted(first, key=lambda token: -logits_ref(model, 3)[token])[:4])
-    for layer in (1, 2, 3):
-        assert trace.logits(layer).numpy() == pytest.approx(logits_ref(model, layer)[trace.candidates.numpy()], abs=1e-5)
+def test_pruning_is_read_with_its_numbers_or_their_defaults():
+    found = {text: read_pruning(text) for text in ("none", "fixed", "fixed:8", "decaying", "decaying:40:8", "adaptive:512")}
+    assert [numbers for _, numbers in found.values()] == [[], [64], [8], [64, 16], [40, 8], [512, 16]]
+    assert [function for function, _ in found.values()] == [SCHEDULES[text.partition(":")[0]][0] for text in found]
+    with pytest.raises(UserError, match="MIN is 16, above K, which is 8"):
+        read_pruning("adaptive:8")
 
 
-@pytest.mark.parametrize("prune, k", [("none", 8), ("fixed", 50), ("fixed", 1000)])
-def test_without_pruning_an_index_is_a_token(tiny_model, prune, k):
-    trace = trace_at(tiny_model(), 3, prune=prune, prune_k=k)
-    trace.prune()
-    assert len(trace.logits(3)) == 50 and trace.candidates is None and trace.token(17) == 17
-
-
-def sizes_of(model, prune, confidences, **limits) -> list[int]:
+@pytest.mark.parametrize("prune, confidences, sizes", [
+    # 40 at first; then 40 / (1 + 32/8 · 2/5) = 15.4, 16 / (1 + 8/8 · 3/5) = 10, and 10 / (1 + 2/8 · 4/5) = 8.3 of at least 8
+    ("decaying:40:8", [0, 0, 0, 0], [40, 16, 10, 9]), ("decaying:12:12", [0, 0, 0, 0], [12] * 4),
+    ("decaying:50:10", [0], [math.ceil(50 / (1 + 40 / 10 / 5))]),  # from V on
+    ("none", [0, 0], [50, 50]), ("fixed:50", [0, 0], [50, 50]), ("fixed:1000", [0, 0], [50, 50]),
+    # V = 50: 50 · (1 - 0.9 · 0.5) = 27.5, · (1 - 0.9 · 0.2) = 41 but never growing, · (1 - 0.9) = 5 but at least 6
+    ("adaptive:50:6", [0.5, 0.2, 1.0, 0.0], [50, 28, 28, 6]), ("adaptive:5:5", [0.5, 0.2, 1.0, 0.0], [5] * 4),  # k <= V/10 caps it
+])  # fmt: skip
+def test_pruning_by_hand(tiny_model, prune, confidences, sizes):
     """How many candidates are left after the checks at layers 1, 2, .., with these confidences."""
-    trace, sizes, states = Trace(model, prune=prune, **limits), [], model.hidden_states(TOKENS)
+    trace, found = new_trace(tiny_model(), prune=prune), []
     for layer, value in enumerate(confidences, 1):
-        trace.hidden = states[: layer + 1]
-        trace.prune()
+        climb(trace, layer).prune()
         trace.confidences[layer] = value
-        sizes.append(trace.n)
+        found.append(trace.n)
         assert trace.n == (50 if trace.candidates is None else len(trace.candidates)) == len(trace.logits(1))
-    return sizes
-
-
-def test_decaying_pruning_by_hand(tiny_model):
-    """40 at first; then 40 / (1 + 32/8 · 2/5) = 15.4, 16 / (1 + 8/8 · 3/5) = 10, and 10 / (1 + 2/8 · 4/5) =
-    8.3 of at least 8."""
-    assert sizes_of(tiny_model(), "decaying", [0, 0, 0, 0], prune_k=40, prune_min=8) == [40, 16, 10, 9]
-    assert sizes_of(tiny_model(), "decaying", [0, 0, 0, 0], prune_k=12, prune_min=12) == [12] * 4
-    assert sizes_of(tiny_model(), "decaying", [0], prune_k=50, prune_min=10) == [math.ceil(50 / (1 + 40 / 10 / 5))]  # from V on
-
-
-def test_adaptive_pruning_by_hand(tiny_model):
-    """V = 50: 50 · (1 - 0.9 · 0.5) = 27.5, · (1 - 0.9 · 0.2) = 41 but never growing, · (1 - 0.9) = 5 but at
-    least 6."""
-    assert sizes_of(tiny_model(), "adaptive", [0.5, 0.2, 1.0, 0.0], prune_k=50, prune_min=6) == [50, 28, 28, 6]
-    assert sizes_of(tiny_model(), "adaptive", [0.5, 0.2, 1.0, 0.0], prune_k=5, prune_min=5) == [5] * 4  # k <= V/10 caps it
-
-
-@every_function
-@pytest.mark.parametrize("prune", ["fixed", "decaying", "adaptive"])
-def test_pruned_confidences_are_of_distributions_over_the_candidates(tiny_model, name, prune):
-    """Each is its definition over the candidates that are left, whose p sum to 1 and whose JSD is at most log
-    2."""
-    for seed in range(4):
-        model = tiny_model(seed)
-        states, trace = model.hidden_states(TOKENS), Trace(model, FUNCTIONS[name], prune=prune, prune_k=20, prune_min=4)
-        z, h = {layer: logits_ref(model, layer) for layer in range(1, 5)}, [state[-1].double().numpy() for state in states]
-        for layer in range(1, 5):
-            trace.hidden = states[: layer + 1]
-            trace.decided(1.0)
-            n = len(trace.logits(layer))
-            kept = range(50) if trace.candidates is None else trace.candidates.tolist()
-            p = {j: softmax_ref(z[j][list(kept)]) for j in z}
-            expected = classifier_ref(model, layer) if name == "classifier" else REFERENCES[name](p, h, layer)
-            assert trace.confidences[layer] == pytest.approx(expected, abs=1e-5) and n == len(kept)
-            log_p = torch.stack([trace.log_probs(j) for j in range(1, layer + 1)])
-            assert log_p.exp().sum(-1).numpy() == pytest.approx(np.ones(layer), abs=1e-5)
-            assert 0 <= jensen_shannon(log_p[-1], log_p).min() and jensen_shannon(log_p[-1], log_p).max() <= math.log(2)
-        if name in ("hidden", "classifier"):  # which need no head to say no
-            assert trace.n == 50 and trace.flops.keys() <= {1, 2, 3, 4}
-        else:
-            assert trace.n < 20 if prune == "decaying" else trace.n <= 20
+    assert found == sizes
 
 
 # ---------------------------------------------------------------- the decision, and functions from outside
 
 
-def test_a_threshold_is_reached_by_an_equal_confidence_and_0_without_asking(tiny_model):
-    trace = trace_at(tiny_model(), 3, confidence=lambda trace, layer: torch.tensor(0.5))
+def test_a_threshold_is_reached_by_an_equal_confidence_and_0_without_a_check(tiny_model):
+    trace = trace_at(tiny_model(), 3, lambda trace, layer: torch.tensor(0.5))
     assert trace.decided(0.5) and not trace.decided(0.5001) and trace.confidences == {3: 0.5}
-    assert trace_at(tiny_model(), 3, confidence=None).decided(0.0)
-
-
-def test_a_registered_function_is_found_by_its_name(monkeypatch):
-    monkeypatch.setattr(confidence, "FUNCTIONS", dict(FUNCTIONS))
-    mine = register("mine")(lambda trace, layer: torch.tensor(0.5))
-    assert resolve("mine") is resolve(mine) is mine and resolve("softmax") is FUNCTIONS["softmax"]
+    assert trace_at(tiny_model(), 3).decided(0.0)
+    assert trace_at(tiny_model(), 2, lambda trace, layer: 1.00001).decided(1.0)  # rounding beyond 1 is a confidence
 
 
 def test_a_function_is_loaded_from_outside(tiny_model, tmp_path, monkeypatch):
     (tmp_path / "ideas_of_a_reader.py").write_text("def top(trace, layer):\n    return trace.log_probs(layer).max().exp()\n")
     monkeypatch.syspath_prepend(tmp_path)
     model = tiny_model()
-    trace = trace_at(model, 4, confidence=resolve("ideas_of_a_reader:top"))
+    trace = trace_at(model, 4, "ideas_of_a_reader:top")
     assert not trace.decided(1.0) and trace.confidences[4] == pytest.approx(softmax_ref(logits_ref(model, 4)).max(), abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["softmx", "no_such_module:top", "math:no_such_function", "math:pi", ".math:sin", ":sin"])
-def test_an_unknown_function_is_named_and_an_unknown_name_answered_with_the_known(name):
-    with pytest.raises(ValueError, match=name) as error:
+@pytest.mark.parametrize("name", ["softmx", "no_such_module:top", "math:no_such_function", "math:pi", ":sin", "os:system"])
+def test_what_is_no_function_of_trace_and_layer_is_refused_before_it_runs(name):
+    with pytest.raises(UserError, match=name) as error:
         resolve(name)
     assert ":" in name or all(known in str(error.value) for known in NAMES)
 
 
-# ---------------------------------------------------------------- what a student's function may get wrong
-
-
-def nothing(trace, layer):
-    return None
-
-
-def several(trace, layer):
-    return torch.tensor([0.1, 0.2])
-
-
-def no_number(trace, layer):
-    return torch.tensor(float("nan"))
-
-
-def too_much(trace, layer):
-    return torch.tensor(1.5)
-
-
-def below(trace, layer):
-    return -0.2
-
-
-def many(trace, layer):
-    return torch.full((2, 2), 0.5)
-
-
-def broken(trace, layer):
-    return trace.colour
-
-
-@pytest.mark.parametrize("function, value", [
-    (nothing, "None"), (several, r"tensor\(\[0.1000, 0.2000\]\)"), (no_number, r"tensor\(nan\)"),
-    (too_much, r"tensor\(1.5000\)"), (below, "-0.2"), (many, r"tensor\(\[\[0.5000, 0.5000\], \[0.5000, 0.5000\]\]\)"),
+@pytest.mark.parametrize("answer, shown", [
+    (None, "None"), (-0.2, "-0.2"), (torch.tensor([0.1, 0.2]), r"tensor\(\[0.1000, 0.2000\]\)"), (torch.tensor(math.nan), r"tensor\(nan\)"),
 ])  # fmt: skip
-def test_an_answer_that_is_no_confidence_is_one_line_with_function_file_and_layer(tiny_model, function, value):
-    where = rf"confidence {function.__name__} \(.*test_confidence.py\) at layer 3"
-    where += rf" returned {value}; it must be one number from 0 to 1"
-    with pytest.raises(UserError, match=where) as error:
-        trace_at(tiny_model(), 3, confidence=function).decided(0.5)
+def test_an_answer_that_is_no_confidence_is_one_line_with_function_file_and_layer(tiny_model, answer, shown):
+    def mine(trace, layer):
+        return answer
+
+    with pytest.raises(UserError, match=rf"confidence mine \(.*test_confidence.py\) at layer 3 returned {shown}; ") as error:
+        trace_at(tiny_model(), 3, mine).decided(0.5)
     assert "\n" not in str(error.value)
 
 
 def test_an_exception_in_a_function_keeps_its_traceback_and_is_told_where(tiny_model):
+    def broken(trace, layer):
+        return trace.colour
+
     with pytest.raises(RuntimeError, match=r"confidence broken \(.*test_confidence.py\) at layer 2 failed") as error:
-        trace_at(tiny_model(), 2, confidence=broken).decided(0.5)
+        trace_at(tiny_model(), 2, broken).decided(0.5)
     assert isinstance(error.value.__cause__, AttributeError) and error.value.__cause__.__traceback__.tb_next is not None
-
-
-def test_rounding_beyond_1_is_a_confidence(tiny_model):
-    assert trace_at(tiny_model(), 2, confidence=lambda trace, layer: 1.00001).decided(1.0)
-
-
-@pytest.mark.parametrize("name", ["os:system", "os:path", "math:sqrt"])
-def test_what_does_not_take_trace_and_layer_is_refused_before_it_runs(name):
-    with pytest.raises(UserError, match="is not a function of trace and layer"):
-        confidence.resolve(name)

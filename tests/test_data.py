@@ -5,7 +5,6 @@ import gzip
 import itertools
 import json
 import lzma
-import os
 import re
 import sys
 from collections import Counter
@@ -16,10 +15,10 @@ import pytest
 from common.errors import UserError
 from formats import data
 from formats.checkpoint import save_checkpoint
-from formats.data import Example, merged, read_examples, read_pairs, task_file
-from formats.pieces import SEP, build_tokenizer, train_tokenizer
-from formats.tokenizer import SentencePiece, encode_prompt
-from formats.tokenizer_files import load_tokenizer
+from formats.data import Example, read_examples, read_pairs, task_file
+from formats.tokenizers.files import load_tokenizer
+from formats.tokenizers.pieces import SEP, build_tokenizer, train_tokenizer
+from formats.tokenizers.tokenizer import SentencePiece, encode_prompt
 from tests.test_bpe import with_special
 from tools import prepare as preparing
 from training import batches as batching
@@ -102,7 +101,7 @@ FILES = {
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_every_format_gives_the_same_pairs_compressed_or_not(tmp_path, kind, ending):
     path = tmp_path / f"some.data{kind}{ending}"
-    path.write_bytes(COMPRESS[ending](FILES[kind].encode()))
+    path.write_bytes(COMPRESS[ending](f"{FILES[kind]}\n\n".encode()))  # empty lines at the end hold nothing
     assert list(read_pairs(path)) == list(read_pairs(str(path))) == PAIRS
     assert read_examples(path) == [Example(PAIRS[0][0], (PAIRS[0][1], PAIRS[2][1])), Example(PAIRS[1][0], (PAIRS[1][1],))]
 
@@ -113,59 +112,29 @@ def test_plain_text_is_one_document_without_a_prompt_and_kept_as_it_is(tmp_path,
     assert list(read_pairs(tmp_path / f"a.txt{ending}")) == [("", " Größe\n\n  two\r\n")]
 
 
-def test_jsonl_may_list_several_references(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "references": ["one", "two"], "id": 7}\n{"prompt": "q", "completion": "three"}\n')
-    assert read_examples(tmp_path / "a.jsonl") == [Example("p", ("one", "two")), Example("q", ("three",))]
-
-
-def test_json_lines_may_hold_texts(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "one\\ntwo", "title": "x"}\n{"text": "three"}\n')
-    assert list(read_pairs(tmp_path / "a.jsonl")) == [("", "one\ntwo"), ("", "three")]
+def test_json_lines_may_list_several_references_or_hold_texts(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "references": ["one", "two"], "id": 7}\n{"text": "one\\ntwo", "title": "x"}\n')
+    assert read_examples(tmp_path / "a.jsonl") == [Example("p", ("one", "two")), Example("", ("one\ntwo",))]
 
 
 @pytest.mark.parametrize("name, content, complaint", [
     ("text.jsonl", '{"text": " "}\n', "text.jsonl, line 1: needs a non-empty text"),
-    ("three.tsv", "a\tb\nc\td\te\n", "line 2: has 3 columns; 2 are needed"),
-    ("blank.tsv", "a\tb\n\nc\td\n", "line 2: has 1 columns; 2 are needed"),
-    ("space.tsv", "a\tb\nc\t \n", "line 2: needs two non-empty texts"),
-    ("one.csv", 'mr,ref\na,"b\nb"\nc\n', "line 4: has 1 columns; 2 are needed"),
-    ("half.csv", "mr,ref\n,b\n", "line 2: needs two non-empty texts"),
+    ("three.tsv", "a\tb\n\nc\td\te\n", "line 3: has 3 columns; 2 are needed"),
+    ("one.csv", 'mr,ref\na,"b\nb"\nc\n', "line 4: needs two non-empty texts"),
+    ("more.csv", "mr,ref\na,b,c\n", "line 2: has more columns than the header"),
     ("header.csv", "meaning,text\na,b\n", "line 1: the header must name the columns mr and ref"),
-    ("wide.csv", "mr,ref,fixed\na,b\n", "line 2: has 2 columns; 3 are needed"),
     ("bad.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n', "line 2: not JSON"),
-    ("list.jsonl", '["a", "b"]\n', "line 1: needs two non-empty texts"),
-    ("no_prompt.jsonl", '{"completion": "b"}\n', "line 1: needs two non-empty texts"),
-    ("no_answer.jsonl", '{"prompt": "a"}\n', "line 1: needs two non-empty texts"),
-    ("number.jsonl", '{"prompt": "a", "completion": 3}\n', "line 1: needs two non-empty texts"),
-    ("string.jsonl", '{"prompt": "a", "references": "bc"}\n', "line 1: needs two non-empty texts"),
-    ("empty.csv", "", "line 1: the header must name the columns mr and ref"),
-    ("header_only.csv", "mr,ref\n", "holds no data"),
-    ("empty.tsv", "", "holds no data"),
-    ("empty.jsonl", "", "holds no data"),
     ("empty.txt", " \n", "holds no data"),
-    ("latin1.tsv", "a\tb\nGröße\tsize\n".encode("latin-1"), "line 2: holds bytes that are not UTF-8"),
-    ("latin1.csv", "mr,ref\na,b\nc,Größe\n".encode("latin-1"), "line 3: holds bytes that are not UTF-8"),
-    ("latin1.jsonl", '{"text": "a"}\n{"text": "Größe"}\n'.encode("latin-1"), "line 2: holds bytes that are not UTF-8"),
-    ("latin1.json", '[{"text": "a"}, {"text": "Größe"}]'.encode("latin-1"), "record 2: holds bytes that are not UTF-8"),
-    ("latin1.txt", "a\nb\nGröße".encode("latin-1"), "line 3: holds bytes that are not UTF-8"),
-    ("utf16.tsv", "a\tb\n".encode("utf-16"), "line 1: holds bytes that are not UTF-8"),
-    ("deep.jsonl", '{"text": "a"}\n' + "[" * 100_000 + "\n", "line 2: not JSON (nested too deep)"),
-    ("long.jsonl", '{"text": "a"}\n{"text": ' + "1" * 5000 + "}\n", "line 2: not JSON (Exceeds the limit (4300"),
-    ("deep.json", "[" * 100_000, "deep.json: not JSON (nested too deep)"),
-    ("long.json", "1" * 5000, "long.json: not JSON (Exceeds the limit (4300"),
-    ("truncated.tsv.xz", lzma.compress(b"a\tb\n" * 9)[:-20], "not readable"),
-    ("truncated.tsv.gz", gzip.compress(b"a\tb\n" * 9)[:-10], "not readable"),
-    ("plain.tsv.xz", "a\tb\n", "not readable after 0 records"),
-    ("plain.tsv.gz", "a\tb\n", "not readable after 0 records"),
-    ("corrupt.tsv.gz", gzip.compress(bytes(range(32, 127)) * 99)[:40] + b"?" * 40, "not readable"),
+    ("latin1.txt", "a\nb\nGröße".encode("latin-1"), "latin1.txt: holds bytes that are not UTF-8"),
+    ("truncated.tsv.xz", lzma.compress(b"a\tb\n" * 9)[:-20], "damaged, or not in a known layout"),
+    ("corrupt.tsv.gz", gzip.compress(bytes(range(32, 127)) * 99)[:40] + b"?" * 40, "damaged, or not in a known layout"),
     ("quote.csv", 'mr,ref\na,"b\nc,d\n', "line 3: not CSV (unexpected end of data)"),
-    ("inner.csv", 'mr,ref\na,"b"c\nc,d\n', "line 2: not CSV ("),
-    ("header_quote.csv", '"mr"x,ref\n', "not readable after 0 records"),
     ("data.yaml", "{}", "unknown kind of data file; its name must end in .csv, .tsv, .jsonl, .json, .txt"),
-    ("data.xz", "", "unknown kind of data file"),
+    ("missing/a.tsv", None, "no such data file"),
 ])  # fmt: skip
 def test_a_malformed_file_is_named_in_one_line_with_what_is_wrong(tmp_path, name, content, complaint):
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=re.escape(complaint)) as error:
         list(read_pairs(tmp_path / name))
     assert name in str(error.value) and "\n" not in str(error.value)
@@ -174,8 +143,8 @@ def test_a_malformed_file_is_named_in_one_line_with_what_is_wrong(tmp_path, name
 MIXED = {
     ".tsv": b"a\tb\nGr\xf6\xdfe\tx\nc\td\n",
     ".csv": b'mr,ref\na,b\nGr\xf6\xdfe,x\n"one" two,x\nc,d\n',
-    ".jsonl": b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xf6", "completion": "x"}\n' + b"[" * 100_000
-              + b'\n{"a": ' + b"1" * 5000 + b'}\n{"prompt": "c", "completion": "d"}\n',
+    ".jsonl": b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xf6", "completion": "x"}\n{\n'
+              b'{"prompt": "c", "completion": "d"}\n',
     ".json": b'[{"prompt": "a", "completion": "b"}, {"prompt": "\xf6", "completion": "x"}, '
              b'{"prompt": "c", "completion": "d"}]',
 }  # fmt: skip
@@ -187,26 +156,14 @@ def test_a_bad_line_is_skipped_alone_where_that_is_asked_for(tmp_path, kind, end
     path, skipped = tmp_path / f"mixed{kind}{ending}", []
     path.write_bytes(COMPRESS[ending](MIXED[kind]))
     assert list(read_pairs(path, skipped)) == [("a", "b"), ("c", "d")]
-    assert len(skipped) == {".csv": 2, ".jsonl": 3}.get(kind, 1)
+    assert len(skipped) == {".csv": 2, ".jsonl": 2}.get(kind, 1)
     assert all(re.match(rf".*mixed{kind}{ending}, (line|record) \d: ", line) and "\n" not in line for line in skipped)
 
 
 def test_columns_of_e2e_are_found_by_name(tmp_path):
     """The cleaned set has mr,ref,fixed,orig_mr."""
-    (tmp_path / "a.csv").write_text('mr,ref,fixed,orig_mr\na,"b, c",True,x\n')
-    (tmp_path / "b.csv").write_text("fixed,ref,mr\nTrue,b,a\n")
+    (tmp_path / "a.csv").write_text('fixed,ref,mr\nTrue,"b, c",a\n')
     assert list(read_pairs(tmp_path / "a.csv")) == [("a", "b, c")]
-    assert list(read_pairs(tmp_path / "b.csv")) == [("a", "b")]
-
-
-@pytest.mark.parametrize("make, said", [
-    (os.mkdir, "is a folder; name a file in it"), (os.mkfifo, "is no regular file"),
-    (lambda path: None, "no such data file"),
-])  # fmt: skip
-def test_what_is_no_file_of_data_is_said_to_be_none(tmp_path, make, said):
-    make(tmp_path / "a.tsv")
-    with pytest.raises(UserError, match=rf"a\.tsv: {said}"):
-        list(read_pairs(tmp_path / "a.tsv"))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -216,15 +173,6 @@ def test_embedded_files_are_found_from_anywhere_and_share_no_prompt(task, tmp_pa
     train, dev, test = ({example.prompt for example in examples} for examples in sets)
     assert min(len(dev), len(test)) > 500 and len(train) > 4000
     assert not train & dev and not train & test and not dev & test
-
-
-def test_the_command_counts_prompts_and_completions(tmp_path, monkeypatch, capsys):
-    (tmp_path / "a.tsv").write_text("p\tone\nq\tone two three\np\tone two\n")
-    monkeypatch.setattr("sys.argv", ["prepare.py", str(tmp_path / "a.tsv")])
-    preparing.main()
-    said = capsys.readouterr().out
-    assert "2 prompts, 3 completions, 2 words each (at most 3); 1 for a prompt that came before\n" in said
-    assert merged(read_examples(tmp_path / "a.tsv")) == 1
 
 
 # ---------------------------------------------------------------- the tokenizer
@@ -240,20 +188,16 @@ def test_a_prompt_is_encoded_between_bos_and_one_separator(tokenizer, monkeypatc
     sep = tokenizer.separator
     assert tokenizer.size == 400 and tokenizer.encode(SEP)[-1] == sep and tokenizer.piece(sep) == SEP
     assert encode_prompt(tokenizer, "Hallo du!") == [tokenizer.begin, *tokenizer.encode("Hallo du!"), sep]
-    monkeypatch.setattr("formats.tokenizer.SEP", "<a piece that it lacks>")
+    monkeypatch.setattr("formats.tokenizers.tokenizer.SEP", "<a piece that it lacks>")
     without = SentencePiece(tokenizer.to_blob())
     assert without.separator is None and encode_prompt(without, "Hallo du!") == [tokenizer.begin, *tokenizer.encode("Hallo du!")]
 
 
-def test_a_prompt_that_is_not_utf8_is_one_line(tokenizer):
-    with pytest.raises(UserError, match=r"the prompt 'a\\udcff' holds bytes that are not UTF-8"):
-        encode_prompt(tokenizer, b"a\xff".decode(errors="surrogateescape"))
-
-
-@pytest.mark.parametrize("size", [10, 100_000])
-def test_a_vocabulary_that_the_text_cannot_fill_or_that_cannot_hold_it_is_named(size):
-    with pytest.raises(ValueError, match=f"no tokenizer of {size} pieces") as error:
-        train_tokenizer([("", "one two three")] * 20, size)
+def test_a_vocabulary_that_the_text_cannot_fill_is_smaller_and_one_that_cannot_hold_it_is_named():
+    pairs = [("", "one two three")] * 20
+    assert 256 < SentencePiece(train_tokenizer(pairs, 100_000)).size < 400
+    with pytest.raises(ValueError, match="no tokenizer of 10 pieces") as error:
+        train_tokenizer(pairs, 10)
     assert "\n" not in str(error.value)
 
 
@@ -274,7 +218,7 @@ def test_every_document_comes_once_an_epoch_with_exactly_its_completion_learned(
     }
 
 
-def test_documents_lie_side_by_side_numbered_from_one_and_padding_teaches_nothing(prepare, short_pairs):
+def test_documents_lie_side_by_side_numbered_from_one_and_little_is_padding_which_teaches_nothing(prepare, short_pairs):
     packed = list(batches(prepare(short_pairs)[0], 3, LENGTH, seed=None))
     assert any((batch.documents == 0).any() for batch in packed) and any(batch.documents.max() > 2 for batch in packed)
     for batch in packed:
@@ -283,12 +227,7 @@ def test_documents_lie_side_by_side_numbered_from_one_and_padding_teaches_nothin
         for numbers in batch.documents:
             used = numbers[numbers > 0]
             assert (numbers[len(used) :] == 0).all() and set(np.diff(used, prepend=0)) <= {0, 1}
-
-
-def test_no_document_waits_while_there_is_room_for_it(prepare, short_pairs):
-    packed = list(batches(prepare(short_pairs)[0], 3, LENGTH, seed=None))
-    sizes, count = [len(inputs) for batch in packed for inputs, _ in unpack(batch)], len(packed)
-    assert sum(sizes) > 0.9 * (count - 1) * 3 * LENGTH  # all but the last batch are nearly full
+    assert np.mean([batch.documents > 0 for batch in packed[:-1]]) > 0.85
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(prepare, short_pairs):
@@ -301,12 +240,14 @@ def test_the_order_depends_on_seed_and_epoch_alone(prepare, short_pairs):
 
 
 @pytest.mark.parametrize("seed", [0, 5, None])
-def test_starting_at_a_batch_equals_dropping_those_before(prepare, short_pairs, seed):
+def test_starting_at_a_batch_equals_dropping_those_before_and_each_process_gets_every_other(prepare, short_pairs, seed):
     array, _ = prepare(short_pairs)
-    whole = list(itertools.islice(batches(array, 3, LENGTH, seed), 120))
+    whole = [unpack(batch) for batch in itertools.islice(batches(array, 3, LENGTH, seed), 120)]
     for start in (1, 7, 100 if seed is not None else 20):  # 100 lies in a later epoch
-        resumed = list(itertools.islice(batches(array, 3, LENGTH, seed, start), 120 - start))
-        assert [unpack(batch) for batch in resumed] == [unpack(batch) for batch in whole[start:]] and resumed
+        for every in (1, 2):
+            expected = whole[start::every]
+            resumed = itertools.islice(batches(array, 3, LENGTH, seed, start, every), len(expected))
+            assert [unpack(batch) for batch in resumed] == expected != []
 
 
 def test_a_document_that_is_too_long_loses_the_left_of_its_prompt_and_is_counted(tokenizer, prepare):
@@ -356,12 +297,6 @@ def test_a_tokenizer_has_a_separator_only_where_there_are_prompts():
     assert encode_prompt(tokenizer, "one two") == [tokenizer.begin, *tokenizer.encode("one two")]
 
 
-def test_documents_longer_than_a_row_are_an_error(prepare, short_pairs):
-    array, _ = prepare(short_pairs)
-    with pytest.raises(ValueError, match=f"longer context than {LENGTH // 2}; prepare it again"):
-        next(batches(array, 3, LENGTH // 2))
-
-
 # ---------------------------------------------------------------- tasks' own formats, prepared files
 
 QA = {"id": "x", "context": "A king had a ring.", "question": "Who had it?", "answers": ["the king", "a king"]}
@@ -374,27 +309,15 @@ SAID = ("A: hi\nB: ho\nSummary:\n", ("They greet.",))
 
 @pytest.mark.parametrize("name, content, expected", [
     ("fairytaleqa.jsonl", json.dumps(QA), ASKED),
+    ("squad.jsonl", json.dumps({**QA, "answers": {"text": QA["answers"], "answer_start": [0, 1]}}), ASKED),
     ("squad.json", json.dumps(SQUAD), ASKED),
+    ("listed.jsonl", json.dumps({**QA, "answers": [{"text": text} for text in QA["answers"]]}), ASKED),
     ("samsum.jsonl", json.dumps({"dialogue": "A: hi\r\nB: ho", "summary": "They greet."}), SAID),
     ("samsum.json", json.dumps([{"dialogue": "A: hi\nB: ho", "summary": "They greet."}]), SAID),
 ])  # fmt: skip
 def test_a_tasks_own_format_becomes_prompts_and_references(name, content, expected, tmp_path):
     (tmp_path / name).write_text(content)
     assert read_examples(tmp_path / name) == [Example(*expected)]
-
-
-@pytest.mark.parametrize("content, said", [
-    ('{"data": [{}]}', "squad.json: neither a list of records nor in SQuAD's layout (KeyError: 'paragraphs')"),
-    ('{"data": 3}', "neither a list of records nor in SQuAD's layout"),
-    ("{", "squad.json: not JSON (Expecting property name"),
-    ('[{"dialogue": "a", "summary": "b"}, {"dialogue": "a"}]', "squad.json, record 2: needs two non-empty texts"),
-    ('[{"question": "a", "context": "b", "answers": []}]', "record 1: needs two non-empty texts"),
-])  # fmt: skip
-def test_malformed_json_is_named_by_record(content, said, tmp_path):
-    (tmp_path / "squad.json").write_text(content)
-    with pytest.raises(ValueError) as error:
-        read_examples(tmp_path / "squad.json")
-    assert said in str(error.value)
 
 
 def test_the_command_prepares_files_that_batches_read(tmp_path, monkeypatch, capsys):
@@ -410,37 +333,23 @@ def test_the_command_prepares_files_that_batches_read(tmp_path, monkeypatch, cap
     assert f"{len(pairs):,} documents, {len(records):,} tokens" in said and isinstance(records, np.memmap)
     learned = sum((batch.targets >= 0).sum() for batch in batches(records, 4, 300, seed=None))
     assert learned == (records["flags"] & LEARN > 0).sum()
-    with pytest.raises(ValueError, match="it was made for length 300"):
+    with pytest.raises(ValueError, match="another tokenizer, or for longer rows"):
         read_prepared(out, tokenizer, 200)
-    with pytest.raises(ValueError, match=r"make it anew with python -m tools\.prepare"):
+    with pytest.raises(ValueError, match=r"prepare it anew"):
         read_prepared(out, tokenizer + b"x", 300)
-    with pytest.raises(ValueError, match="make it anew"):
-        read_prepared(tmp_path / "other.npy", tokenizer, 300)
 
 
 def test_what_is_read_is_not_overwritten(tmp_path, monkeypatch):
     (tmp_path / "mine.json").write_text('[{"prompt": "a", "completion": "b"}]')
     words = ["prepare.py", str(tmp_path / "mine.json"), f"--out={tmp_path}/mine.npy", "--overwrite"]
     monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(ValueError, match=r"mine.json: is read, and would be overwritten"):
+    with pytest.raises(ValueError, match=r"mine.json: is read here, and would be overwritten"):
         preparing.main()
-
-
-def test_a_separator_is_there_if_any_pair_has_a_prompt():
-    mixed = [("", "some text of its own")] * 9 + embedded_pairs(150)
-    tokenizer = SentencePiece(train_tokenizer(mixed, 400))
-    assert tokenizer.piece(tokenizer.separator) == SEP
 
 
 def test_a_very_long_line_is_trained_on():
     text = " ".join(completion for _, completion in embedded_pairs(2000))
     assert len(text) > 65536 and train_tokenizer([("", text)], 400)
-
-
-def test_what_is_wrong_with_a_file_is_said_by_training_a_tokenizer_too(tmp_path):
-    (tmp_path / "bad.tsv").write_text("one\tun\ntwo\n")
-    with pytest.raises(ValueError, match=r"bad.tsv, line 2: has 1 columns"):
-        train_tokenizer(data.Corpus((str(tmp_path / "bad.tsv"),)), 300)
 
 
 def test_documents_of_a_tokenizer_without_a_start_have_none_and_one_without_an_end_is_refused(tmp_path):
@@ -456,26 +365,11 @@ def test_documents_of_a_tokenizer_without_a_start_have_none_and_one_without_an_e
         batching.tokenize([("a", "b")], build(None), tmp_path / "y.npy", 20)
 
 
-@pytest.mark.parametrize("content", ["", "[]"])
-def test_damaged_prepared_files_are_said_to_be(content, tmp_path):
+def test_damaged_prepared_files_are_said_to_be(tmp_path):
     (tmp_path / "x.npy").write_bytes(b"")
-    (tmp_path / "x.json").write_text(content)
+    (tmp_path / "x.json").write_text("[]")
     with pytest.raises(ValueError, match="not usable as prepared data"):
         read_prepared(tmp_path / "x.npy", b"", 20)
-
-
-@pytest.mark.parametrize("record", [
-    {"question": "q", "answers": ["a"]}, {"dialogue": None, "summary": "s"}, {"prompt": " ", "completion": "c"},
-])  # fmt: skip
-def test_a_record_that_lacks_a_part_is_malformed(record):
-    (found,) = data.from_record(record, "here")
-    assert str(found) == "here: needs two non-empty texts, prompt and completion"
-
-
-def test_half_a_letter_is_no_text():
-    for record in ({"prompt": "\ud800", "completion": "c"}, {"text": "a\udfff"}, {"context": "\ud800", "question": "q", "answers": ["a"]}):
-        (found,) = data.from_record(record, "here")
-        assert str(found) == "here: holds bytes that are not UTF-8, or half a letter"
 
 
 def test_questions_without_an_answer_are_left_out(tmp_path):
@@ -490,20 +384,6 @@ def test_questions_without_an_answer_are_left_out(tmp_path):
     assert isinstance(found, UserError)
 
 
-def test_answers_come_in_every_layout():
-    for answers in (["a", "b"], [{"text": "a"}, {"text": "b"}], {"text": ["a", "b"], "answer_start": [0, 1]}):
-        found = list(data.from_record({"context": "c", "question": "q", "answers": answers}, "here"))
-        assert [completion for _, completion in found] == ["a", "b"]
-
-
-def test_each_process_gets_every_other_batch(prepare, short_pairs):
-    array, _ = prepare(short_pairs)
-    whole = [unpack(batch) for batch in itertools.islice(batches(array, 3, LENGTH, 5), 8)]
-    for rank in (0, 1):
-        own = itertools.islice(batches(array, 3, LENGTH, 5, start=2 + rank, every=2), 3)
-        assert [unpack(batch) for batch in own] == whole[2 + rank :: 2]
-
-
 def test_a_tokenizer_comes_from_a_checkpoint_or_a_file_of_its_own(tokenizer, tiny_model, tmp_path):
     raw = tokenizer.to_blob()
     (tmp_path / "own.model").write_bytes(raw)
@@ -512,7 +392,6 @@ def test_a_tokenizer_comes_from_a_checkpoint_or_a_file_of_its_own(tokenizer, tin
     assert load_tokenizer(tmp_path / "own.model") == raw == load_tokenizer(tmp_path / "with.pt")
     with pytest.raises(ValueError, match=r"without.pt: has no tokenizer"):
         load_tokenizer(tmp_path / "without.pt")
-    for content in ("no model", ""):
-        (tmp_path / "text.model").write_text(content)
-        with pytest.raises(ValueError, match="neither a checkpoint nor a tokenizer"):
-            load_tokenizer(tmp_path / "text.model")
+    (tmp_path / "text.model").write_text("no model")
+    with pytest.raises(ValueError, match=r"text\.model: the tokenizer: damaged, or no sentencepiece model"):
+        load_tokenizer(tmp_path / "text.model")

@@ -1,5 +1,5 @@
-"""Training on another device than the CPU's: nothing mixed, the same weights, and a device that is waited for
-once a step."""
+"""Decoding and training on another device than the CPU's: nothing mixed, the same tokens and weights, and few
+values read back."""
 
 import itertools
 from dataclasses import replace
@@ -10,14 +10,20 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from confidence import FUNCTIONS
+from decode import Run, plain, verified
+from decoding.record import Counters, Generation
+from decoding.settings import DecodeConfig
 from formats.heads import HEAD_WEIGHTS
 from model import ModelConfig, Transformer
+from tests.reference import PROMPT
 from train import train_step
 from training.batches import Batch
 from training.device import on_device
 from training.losses import LOSSES
 from training.objective import Objective
 from training.optimizer import make_optimizer
+from training.parallel import steps
 from training.settings import TrainConfig
 from training.validation import validate
 
@@ -39,6 +45,58 @@ def test_what_a_gpu_would_refuse_raises_here_and_what_it_would_wait_for_is_count
         assert waits.count == 0
         assert there.sum().item() == 2 and there.tolist() == [1, 1] and there.cpu().sum() == 2
         assert waits.count == 3
+
+
+# ---------------------------------------------------------------- decoding
+
+
+EXITS = {"exit_layers": (2, 4), "threshold": 0.15, "max_new_tokens": 12}
+MODES = {
+    "full": {},
+    **{name: {"confidence": name, **EXITS} for name in FUNCTIONS},
+    **{
+        f"softmax {prune}": {"confidence": "softmax", "prune": prune, **EXITS}
+        for prune in ("fixed:8", "decaying:8:2", "adaptive:8:2")
+    },
+    "static": {"confidence": "softmax", **EXITS, "threshold": 0.0},
+    "copy": {"confidence": "softmax", "fill": "copy", **EXITS},
+    "learned thresholds": {"confidence": "softmax", "threshold_schedule": "adaptive", **EXITS},
+    "contrast": {"predict": "dola", "repetition_penalty": 1.2, "max_new_tokens": 12},
+    "sampled": {"confidence": "softmax", "temperature": 1.0, "top_k": 20, "top_p": 0.9, **EXITS},
+    "verified": {"confidence": "softmax", "verify": True, "max_owed": 4, **EXITS},
+    "verified, sampled": {"confidence": "jsd", "verify": True, "temperature": 1.0, **EXITS},
+    "shortlist": {"confidence": "softmax", "shortlist": 12, **EXITS, "exit_layers": (3, 5)},
+    "shortlist, verified": {
+        "confidence": "jsd", "shortlist": 12, "verify": True, "prune": "fixed:6", **EXITS, "exit_layers": (3, 5)
+    },
+}  # fmt: skip
+
+
+def decoded(model, config: DecodeConfig) -> Generation:
+    """What `generate` gives; without its inference mode, which the pretended device does not know."""
+    with torch.no_grad():
+        counters = Counters()
+        run = Run(model, PROMPT, config, counters, None)
+        return Generation.of(verified(run) if config.verify else plain(run), counters)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_same_tokens_from_another_device(model_with_ids, mode):
+    """Reading back is what a GPU waits for. A token costs one value; a confidence check one more, and what it reads of
+    the amateurs (jsd chooses a layer); judging one each draft and row."""
+    config = DecodeConfig(**MODES[mode])
+    here = decoded(model_with_ids(2), config)
+    with pretend_device.pretended() as waits:
+        there = decoded(model_with_ids(2).to(pretend_device.NAME), config)
+        assert there.tokens == here.tokens and there.exit_layers == here.exit_layers
+        for ours, theirs in zip(there.confidences, here.confidences):
+            assert ours == pytest.approx(theirs, abs=1e-6)
+        checks = sum(map(len, there.confidences))
+        if mode in ("full", "softmax", "hidden", "classifier", "entropy", "weighted", "static"):
+            assert waits.count <= len(there.tokens) + checks
+
+
+# ---------------------------------------------------------------- training
 
 
 def batches() -> list[Batch]:
@@ -63,8 +121,8 @@ def trained(config: TrainConfig) -> tuple[dict[str, torch.Tensor], list[float]]:
             weight.requires_grad_(name.startswith(HEAD_WEIGHTS))
     model = model.to(config.device)
     objective, optimizer = Objective(model, config), make_optimizer(model, config)
-    stream = on_device(itertools.cycle(batches()), config)
-    losses = [train_step(objective, optimizer, stream, config, step) for step in range(2)]
+    stream = steps(on_device(itertools.cycle(batches()), config.device), config, 0)
+    losses = [train_step(objective, optimizer, next(stream), config, step) for step in range(2)]
     return {name: weight.detach().cpu() for name, weight in model.state_dict().items()}, losses
 
 
@@ -80,8 +138,8 @@ SETTINGS |= {
 def test_training_elsewhere_ends_in_the_same_weights_and_waits_once_a_step(name, monkeypatch):
     config = replace(CONFIG, **SETTINGS[name])
     if name == "chunks":
-        monkeypatch.setattr("training.chunked.CHUNK", {"cpu": 300, "cuda": 300})
-        monkeypatch.setattr("training.chunked.FEWEST", 4)
+        monkeypatch.setattr("training.losses.CHUNK", {"cpu": 300, "cuda": 300})
+        monkeypatch.setattr("training.losses.FEWEST", 4)
     expected, losses = trained(config)
     with pretend_device.pretended() as waits:
         found, same = trained(replace(config, device=pretend_device.NAME))

@@ -2,8 +2,6 @@
 with the solutions."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -57,10 +55,3 @@ def test_every_test_passes_with_the_solution(name):
             setattr(exercise, key, value)
     for test in checks(exercise):
         test()
-
-
-def test_one_exercise_is_checked_by_its_command_and_the_main_command_leaves_all_alone(pytestconfig):
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", f"exercises/{NAMES[2]}"]
-    collected = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, check=True).stdout
-    assert "03_patience.py::test_patience_by_hand" in collected
-    assert pytestconfig.getini("testpaths") == ["tests"]

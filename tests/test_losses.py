@@ -2,8 +2,9 @@
 
 import itertools
 import math
+import re
 import sys
-import traceback
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -14,27 +15,24 @@ from torch.testing import assert_close
 
 from common.errors import UserError
 from model import ModelConfig, Transformer
-from training import chunked, losses
-from training.batches import Batch
-from training.chunked import chunked_sum
+from tests.test_train import random_batch
+from training import losses
 from training.device import DeviceBatch, to_device
 from training.losses import (
     LOSSES,
     Exits,
-    ask_loss,
+    call_loss,
     classifier_loss,
     cross_entropy,
     divergence,
+    exits_in_turn,
     find_loss,
     hidden_loss,
     monotone,
-    plain_sum,
+    part_of_vocabulary,
     register_loss,
-    shares,
-    sum_of_losses,
 )
 from training.objective import Objective, skipped_layers
-from training.part import part_of_vocabulary
 from training.settings import TrainConfig
 
 SHAPE = ModelConfig(vocab_size=300, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_len=48, exit_norms=(1, 2))
@@ -50,17 +48,25 @@ def untrained(**shape) -> Transformer:
     return model
 
 
-def batch(seed: int = 0) -> DeviceBatch:
+def batch() -> DeviceBatch:
     """Two rows of 12 positions, of which 14 learn."""
-    tokens = np.random.default_rng(seed).integers(0, SHAPE.vocab_size, (2, 13))
-    targets = np.where(np.arange(12) >= 5, tokens[:, 1:], -1)
-    return to_device(Batch(tokens[:, :-1], targets, np.array([[1] * 7 + [2] * 5] * 2)), "cpu")
+    return to_device(random_batch(learned=7), "cpu")
 
 
 def exits_of(model: Transformer, config: TrainConfig = CONFIG, step: int = 0) -> Exits:
     part = batch()
-    states = model.hidden_states(part.inputs, part.documents)
-    return Exits(model, config, step, states, part.learned, part.targets)
+    return Exits(model, config, part, model.hidden_states(part.inputs, part.documents), step)
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """Sets how many logits of one layer are computed at a time."""
+
+    def to(count: int) -> None:
+        monkeypatch.setitem(losses.CHUNK, "cpu", count)
+        monkeypatch.setattr(losses, "FEWEST", 1)
+
+    return to
 
 
 def gradients(model: Transformer, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -79,28 +85,21 @@ def gradients(model: Transformer, loss: torch.Tensor) -> dict[str, torch.Tensor]
     ("hidden", [[2, 6, 12], [3, 8, 12], [4, 12], [2, 6, 12]]),
 ])  # fmt: skip
 def test_layers_of_a_step_by_hand(loss, by_hand):
-    config = TrainConfig(loss=loss, exits=(2, 3, 4, 6, 8), per_step=2, device="cpu")
+    config = TrainConfig(loss=loss, exits=(2, 3, 4, 6, 8), device="cpu")
     model = untrained(n_layers=12, exit_norms=())
     for step in range(4):
         exits = exits_of(model, config, step)
         find_loss(loss)(exits)
-        assert sorted(exits.asked) == by_hand[step]
+        assert sorted(exits.used) == by_hand[step]
 
 
 @pytest.mark.parametrize("exits, per_step, period", [(6, 2, 3), (5, 2, 3), (5, 4, 2), (7, 1, 7), (3, 8, 1), (0, 2, 1)])
-def test_rotation_visits_every_exit_equally_often_and_the_last_layer_always(exits, per_step, period):
-    config = TrainConfig(loss="rotate", exits=tuple(range(1, exits + 1)), per_step=per_step, device="cpu")
-    model = untrained(n_layers=9, exit_norms=())
-    steps = [exits_of(model, config, step).in_turn() for step in range(3 * period)]
-    assert sorted(itertools.chain(*(layers[:-1] for layers in steps))) == sorted(config.exits * 3)
-    assert all(layers[-1] == 9 and len(layers) - 1 <= per_step for layers in steps)
-
-
-def test_weights_rise_with_depth_or_are_as_given():
-    config = TrainConfig(exits=(2, 4), device="cpu")
-    assert shares(config, [2, 6], 6) == pytest.approx({2: 0.25, 6: 0.75})
-    assert shares(replace(config, exit_weights=(1, 5, 3)), [2, 6], 6) == pytest.approx({2: 0.25, 6: 0.75})
-    assert shares(replace(config, exit_weights=(1, 5, 3)), [2, 4], 6) == pytest.approx({2: 1 / 6, 4: 5 / 6})
+def test_rotation_visits_every_exit_equally_often(exits, per_step, period, monkeypatch):
+    monkeypatch.setattr(losses, "PER_STEP", per_step)
+    layers = tuple(range(1, exits + 1))
+    turns = [exits_in_turn(layers, step) for step in range(3 * period)]
+    assert sorted(itertools.chain(*turns)) == sorted(layers * 3)
+    assert all(len(turn) <= per_step for turn in turns)
 
 
 def test_layers_are_left_out_more_often_the_deeper_they_lie():
@@ -116,12 +115,6 @@ def test_layers_are_left_out_more_often_the_deeper_they_lie():
     assert skipped_layers(CONFIG, n, 3) == frozenset()
 
 
-def test_a_layer_left_out_hands_its_input_on():
-    model, (inputs, documents, *_) = untrained(), batch()
-    without = model.hidden_states(inputs, documents, skipped={2})
-    assert without[2] is without[1] and not torch.equal(without[3], model.hidden_states(inputs, documents)[3])
-
-
 def test_recomputing_changes_no_gradient():
     model = untrained()
     runs, found, counts = [], [], []
@@ -133,9 +126,10 @@ def test_recomputing_changes_no_gradient():
     assert counts == [1, 3]  # once, and twice
 
 
-def test_a_layer_left_out_of_a_step_learns_nothing():
+def test_a_layer_left_out_of_a_step_learns_nothing(monkeypatch):
+    monkeypatch.setattr("training.objective.skipped_layers", lambda config, n_layers, number: frozenset({2}))
     model = untrained()
-    slopes = gradients(model, Objective(model, CONFIG)(batch(), 0, frozenset({2}))[0])
+    slopes = gradients(model, Objective(model, CONFIG)(batch(), 0)[0])
     moved = {name.split(".")[1] for name, slope in slopes.items() if name.startswith("blocks") and slope.abs().sum() > 0}
     assert moved == {"0", "2"}
 
@@ -143,82 +137,53 @@ def test_a_layer_left_out_of_a_step_learns_nothing():
 # ---------------------------------------------------------------- the losses of the heads
 
 
-def by_definition(model: Transformer, rows, targets, weights: dict[int, float], distill: bool) -> torch.Tensor:
-    log_p = {layer: model.head(rows[layer], layer).log_softmax(-1) for layer in rows}
-    teacher, each = log_p[max(rows)].detach(), {}
+def by_definition(exits: Exits, weights: dict[int, float], distill: bool) -> torch.Tensor:
+    """The weighted sum of mean losses, each from the logits of a whole layer."""
+    log_p = {layer: exits.model.head(exits.state(layer), layer).log_softmax(-1) for layer in (1, 2, 3)}
+    teacher, each = log_p[3].detach(), {}
     for layer in weights:
-        if distill and layer != max(rows):
+        if distill and layer != 3:
             each[layer] = (teacher.exp() * (teacher - log_p[layer])).sum(-1).mean()
         else:
-            each[layer] = -log_p[layer][torch.arange(len(targets)), targets].mean()
+            each[layer] = -log_p[layer][range(14), exits.targets].mean()
     return sum(weights[layer] * each[layer] for layer in weights)
 
 
 @pytest.mark.parametrize("distill", [False, True])
-@pytest.mark.parametrize("chunk", [None, 1, 300 * 4, 2**24])  # the plain sum; one target at a time, four, all
+@pytest.mark.parametrize("chunk", [2**24, 1, 300 * 4])  # all targets together; one at a time, four
 @pytest.mark.parametrize("shape", [{}, {"tie_embeddings": False, "adapter": "lowrank:3"}, {"logit_cap": 2.0}])
-@pytest.mark.parametrize("weights", [{1: 0.2, 2: 0.3, 3: 0.5}, {1: 0.4, 2: 0.6}])  # the last layer trained, or only there
-def test_value_and_gradient_are_those_of_the_definition(distill, chunk, shape, weights, monkeypatch):
-    monkeypatch.setitem(chunked.CHUNK, "cpu", chunk or 1)
-    monkeypatch.setattr(chunked, "FEWEST", 1)
-    form, each = chunked_sum if chunk else plain_sum, divergence if distill else cross_entropy
-    model, (inputs, documents, learned, targets) = untrained(**shape), batch()
-
-    def rows():
-        states = model.hidden_states(inputs, documents)
-        return {layer: state[learned] for layer, state in enumerate(states) if layer}
-
-    expected = by_definition(model, rows(), targets, weights, distill)
-    found, by_layer, agreed = form(model, rows(), targets, weights, each, True, model.unembed)
+@pytest.mark.parametrize("weights", [{1: 0.2, 2: 0.3, 3: 0.5}, {1: 0.4, 2: 0.6}])  # with and without the last layer
+def test_value_and_gradient_are_those_of_the_definition(distill, chunk, shape, weights, chunks):
+    chunks(chunk)
+    model = untrained(**shape)
+    exits, same = exits_of(model), exits_of(model)
+    expected = by_definition(same, weights, distill)
+    found = exits.sum_of_losses(weights, divergence if distill else cross_entropy, compare=True)
     assert_close(found, expected)
-    assert_close(sum(weights[layer] * loss for layer, loss in by_layer.items()), expected.detach())
+    assert_close(sum(weights[layer] * loss for layer, loss in exits.losses.items()), expected.detach())
     assert_close(gradients(model, 3 * found), gradients(model, 3 * expected), rtol=1e-4, atol=1e-6)
-    final = model.head(rows()[3]).argmax(-1)
-    assert {layer: same.tolist() for layer, same in agreed.items()} == {
-        layer: (model.head(rows()[layer], layer).argmax(-1) == final).tolist() for layer in (1, 2)
-    }
+    for layer in (1, 2):
+        agreed = model.head(same.state(layer), layer).argmax(-1) == model.head(same.state(3)).argmax(-1)
+        assert torch.equal(exits.agreement(layer), agreed)
 
 
-def test_few_logits_are_kept_and_many_are_made_chunk_by_chunk(monkeypatch):
-    """14 targets at 3 layers of 300 pieces are 12,600 logits."""
-    used, exits = [], exits_of(untrained())
-    for name in ("plain_sum", "chunked_sum"):
-        monkeypatch.setattr(losses, name, lambda *_, name=name: used.append(name))
-    for most in (12_600, 12_599):
-        monkeypatch.setitem(chunked.CHUNK, "cpu", most)
-        sum_of_losses(exits.model, {}, exits.targets, {1: 0.2, 2: 0.3, 3: 0.5})
-    assert used == ["plain_sum", "chunked_sum"]
-
-
-def test_logits_of_one_exit_and_one_chunk_at_a_time_are_made(monkeypatch):
-    """Of the last layer and two exits, 14 targets in chunks of 4: twelve products, none larger than a
-    chunk."""
-    model, sizes = untrained(), []
-    monkeypatch.setitem(chunked.CHUNK, "cpu", 4 * 300)
-    monkeypatch.setattr(chunked, "FEWEST", 1)
+def test_logits_of_one_exit_and_one_chunk_at_a_time_are_alive(chunks, monkeypatch):
+    """Of the last layer and two exits, 14 targets in chunks of 4: twelve products forward and again backward,
+    none larger than a chunk, and each forgotten before the next is made."""
+    model, sizes, alive = untrained(), [], []
+    chunks(4 * 300)
     score = model.score
-    monkeypatch.setattr(model, "score", lambda normed, weight: sizes.append(len(normed)) or score(normed, weight))
+
+    def watched(normed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        logits = score(normed, weight)
+        sizes.append(len(normed))
+        alive.append(weakref.ref(logits))
+        assert sum(each() is not None for each in alive) == 1
+        return logits
+
+    monkeypatch.setattr(model, "score", watched)
     Objective(model, CONFIG)(batch(), 0)[0].backward()
-    assert sorted(sizes) == [2] * 3 + [4] * 9
-
-
-def test_only_the_exits_of_a_step_pay_for_a_head(monkeypatch):
-    model, asked = untrained(), []
-    exit_norm = model.exit_norm
-    monkeypatch.setattr(model, "exit_norm", lambda hidden, layer: asked.append(layer) or exit_norm(hidden, layer))
-    Objective(model, replace(CONFIG, per_step=1))(batch(), 1)
-    assert sorted(asked) == [2, 3]
-
-
-def test_distillation_teaches_the_exits_and_leaves_the_last_distribution_to_its_own_loss():
-    """A last layer that is all that is trained gets the same gradient from `distill` as from `none`, but for
-    its share."""
-    model, (inputs, documents, learned, targets) = untrained(tie_embeddings=False), batch()
-    rows = {layer: state[learned].detach() for layer, state in enumerate(model.hidden_states(inputs, documents)) if layer}
-    last = gradients(model, sum_of_losses(model, rows, targets, {2: 0.5, 3: 0.5}, divergence)[0])
-    alone = gradients(model, sum_of_losses(model, rows, targets, {3: 1.0})[0])
-    assert_close(last["norm"], 0.5 * alone["norm"])
-    assert last["exit_norms.2"].abs().sum() > 0 and last["exit_norms.1"].abs().sum() == 0
+    assert sorted(sizes) == [2] * 6 + [4] * 18
 
 
 # ---------------------------------------------------------------- hidden states
@@ -245,12 +210,13 @@ def test_hidden_loss_by_hand():
     assert_close(slopes[0], torch.full((3, 2), 2 * (0 - 4) / 6 / 2))
 
 
-def test_the_objective_adds_the_hidden_loss_below_the_first_exit_of_the_step():
+def test_the_objective_adds_the_hidden_loss_below_the_first_exit_of_the_step(monkeypatch):
+    monkeypatch.setattr(losses, "HIDDEN_WEIGHT", 0.3)
     model, part = untrained(), batch()
     plain, last = Objective(model, CONFIG)(part, 0)
-    found, same = Objective(model, replace(CONFIG, loss="hidden", hidden_weight=0.3))(part, 0)
-    states = [state[part.learned] for state in model.hidden_states(part.inputs, part.documents)[1:]]
-    assert_close(found, plain + 0.3 * min(F.mse_loss(states[0], states[1]), F.mse_loss(states[0], states[2])))
+    found, same = Objective(model, replace(CONFIG, loss="hidden"))(part, 0)
+    low, *high = (exits_of(model).state(layer) for layer in (1, 2, 3))
+    assert_close(found, plain + 0.3 * min(F.mse_loss(low, state) for state in high))
     assert_close(same, last)
 
 
@@ -268,18 +234,11 @@ def smooth(exits):
 def by_hand(exits):
     return sum(F.cross_entropy(exits.logits(layer), exits.targets) for layer in exits.every()) / len(exits.every())
 
-def fails(exits):
-    return exits.no_such_thing
-
 vector = lambda exits: exits.state(1)
 nothing = lambda exits: None
 constant = lambda exits: exits.state(1).detach().mean()
 mean = lambda exits: exits.weighted_sum([1, 3], lambda logits, targets, final: F.cross_entropy(logits, targets))
 answer = 42
-
-class Thing:
-    def __init__(self, exits):
-        pass
 """
 
 
@@ -296,7 +255,7 @@ def test_a_loss_of_ones_own_is_asked_like_the_others(own):
     """Label smoothing by its definition: a tenth of the mean of -log p over all pieces, nine tenths of the
     target's."""
     model, weights = untrained(), {1: 1 / 6, 2: 2 / 6, 3: 3 / 6}
-    found = ask_loss("own_losses:smooth", exits_of(model))
+    found = call_loss("own_losses:smooth", exits_of(model))
     expected, exits = 0, exits_of(model)
     for layer, weight in weights.items():
         costs = -exits.logits(layer).log_softmax(-1)  # (N, V)
@@ -310,7 +269,7 @@ def test_the_recipe_works_as_it_is_written(own, monkeypatch):
     (own.parent / "my_file.py").write_text("\n".join(lines))
     monkeypatch.delitem(sys.modules, "my_file", raising=False)
     model = untrained()
-    assert_close(ask_loss("my_file:smooth", exits_of(model)), ask_loss("own_losses:smooth", exits_of(model)))
+    assert_close(call_loss("my_file:smooth", exits_of(model)), call_loss("own_losses:smooth", exits_of(model)))
 
 
 def test_a_loss_may_ask_for_logits_by_itself_and_classifiers_learn_all_the_same(own):
@@ -333,41 +292,22 @@ def test_a_registered_loss_is_chosen_by_its_name(monkeypatch):
         return exits.weighted_sum([exits.last])
 
     assert TrainConfig(loss="top").loss == "top" and find_loss("top") is top
-    assert ask_loss("top", exits_of(untrained())) == ask_loss("none", exits_of(untrained()))
+    assert call_loss("top", exits_of(untrained())) == call_loss("none", exits_of(untrained()))
 
 
 @pytest.mark.parametrize("name, said", [
-    ("vector", "own_losses.py) gave torch.float32 of shape (14, 32); it must give a scalar, for example .mean()"),
-    ("nothing", "own_losses.py) gave NoneType; it must give a scalar tensor"),
-    ("constant", "own_losses.py) gave a value without a gradient"),
-    ("mean", "gave (); it must give one loss a target, (14,)"),
+    ("vector", r"own_losses:vector gave \(14, 32\)"), ("nothing", "gave NoneType"), ("constant", "with a gradient"),
+    ("mean", "one loss for each target"),
 ])  # fmt: skip
-def test_what_a_loss_gives_wrongly_is_said_with_its_name_and_file(name, said, own):
-    with pytest.raises(UserError) as error:
-        ask_loss(f"own_losses:{name}", exits_of(untrained()))
-    assert said in str(error.value) and f"loss own_losses:{name} (" in str(error.value)
+def test_what_a_loss_gives_wrongly_is_named(name, said, own):
+    with pytest.raises(UserError, match=said):
+        call_loss(f"own_losses:{name}", exits_of(untrained()))
 
 
-def test_an_exception_in_a_loss_names_it_and_keeps_its_traceback(own):
-    with pytest.raises(RuntimeError, match=r"loss own_losses:fails \(.*own_losses.py\) failed") as error:
-        ask_loss("own_losses:fails", exits_of(untrained()))
-    assert isinstance(error.value.__cause__, AttributeError) and not isinstance(error.value, UserError)
-    assert "return exits.no_such_thing" in "".join(traceback.format_exception(error.value))
-
-
-@pytest.mark.parametrize("name, said", [
-    ("mean", "unknown loss 'mean'; choose from none, weighted, rotate, distill, hidden, or package.module:function"),
-    ("own_losses:mine", "cannot be loaded: module 'own_losses' has no attribute 'mine'"),
-    ("no_such_file:mine", "cannot be loaded: No module named 'no_such_file'"),
-    ("own_losses:answer", "is not a function"),
-    ("os:system", "is not a function of exits: it is a part of Python or a class; write a function"),
-    ("own_losses:Thing", "is not a function of exits: it is a part of Python or a class; write a function"),
-    (":", "cannot be loaded"),
-])  # fmt: skip
-def test_a_loss_that_is_not_there_is_said_to_be(name, said, own):
-    with pytest.raises(UserError) as error:
+@pytest.mark.parametrize("name", ["mean", "own_losses:mine", "no_such_file:mine", "own_losses:answer"])
+def test_a_loss_that_is_not_there_is_named(name, own):
+    with pytest.raises(UserError, match=re.escape(name)):
         TrainConfig(loss=name)
-    assert said in str(error.value)
 
 
 # ---------------------------------------------------------------- classifiers, heads alone
@@ -391,19 +331,6 @@ def test_classifier_loss_weighs_both_labels_alike_and_teaches_the_classifier_alo
     assert_close(one_sided, -belief.log().mean() / 2)
 
 
-def test_a_classifier_learns_to_tell_agreement():
-    """Labels that a linear function of the normed state decides are learned."""
-    model = untrained(classifiers=(1,))
-    hidden = torch.randn(400, 32)
-    labels = (model.exit_norm(hidden, 1) @ torch.randn(32) > 0.5).detach()
-    optimizer = torch.optim.Adam([model.classifiers["1"]], lr=0.05)
-    for _ in range(300):
-        optimizer.zero_grad()
-        classifier_loss(model, hidden, 1, labels).backward()
-        optimizer.step()
-    assert ((classified(model, hidden, 1) > 0.5) == labels).float().mean() > 0.95
-
-
 @pytest.mark.parametrize("loss", ["weighted", "rotate", "distill"])
 def test_heads_alone_learn_and_nothing_else(loss):
     model = untrained(adapter="lowrank:2", classifiers=(1, 2))
@@ -419,7 +346,8 @@ def test_heads_alone_learn_and_nothing_else(loss):
 
 
 def part_config(size: int | None, **changes) -> TrainConfig:
-    return TrainConfig(train="heads", init="x.pt", loss="distill", exits=(1, 2), shortlist=size, device="cpu", **changes)
+    train = f"heads:{size}" if size else "heads"
+    return TrainConfig(train=train, init="x.pt", loss="distill", exits=(1, 2), device="cpu", **changes)
 
 
 def heads_loss(model: Transformer, config: TrainConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -442,30 +370,28 @@ def model_with_ids(count: int) -> Transformer:
 
 
 @pytest.mark.parametrize("chunk", [2**20, 300])
-def test_over_all_ids_heads_learn_what_they_learn_without_a_shortlist(chunk, monkeypatch):
-    monkeypatch.setitem(chunked.CHUNK, "cpu", chunk)
-    monkeypatch.setattr(chunked, "FEWEST", 1)
+def test_over_all_ids_heads_learn_what_they_learn_without_a_shortlist(chunk, chunks):
+    chunks(chunk)
     model = model_with_ids(300)
-    loss, slopes = heads_loss(model, part_config(None, classifier=True, per_step=2))
-    same, found = heads_loss(model, part_config(300, classifier=True, per_step=2))
+    loss, slopes = heads_loss(model, part_config(None, classifier=True))
+    same, found = heads_loss(model, part_config(300, classifier=True))
     assert_close(same, loss)
     assert len(slopes) == 6
     assert_close(found, slopes, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("chunk", [2**20, 300])
-def test_over_a_shortlist_heads_learn_the_last_layers_distribution_within_it(chunk, monkeypatch):
+def test_over_a_shortlist_heads_learn_the_last_layers_distribution_within_it(chunk, chunks):
     """KL between softmaxes over the most frequent ids and all ids of the batch, each id once."""
-    monkeypatch.setitem(chunked.CHUNK, "cpu", chunk)
-    monkeypatch.setattr(chunked, "FEWEST", 1)
+    chunks(chunk)
     model, part = model_with_ids(40), batch()
     ids = sorted({*model.frequent_ids[:30].tolist(), *part.inputs.flatten().tolist(), *part.targets.tolist()})
     assert 30 < len(ids) < 100
     with torch.no_grad():
-        states = [state[part.learned] for state in model.hidden_states(part.inputs, part.documents)]
-        log_p, *log_q = (model.head(states[layer], layer)[:, ids].log_softmax(-1) for layer in (3, 1, 2))
+        exits = exits_of(model)
+        log_p, *log_q = (model.head(exits.state(layer), layer)[:, ids].log_softmax(-1) for layer in (3, 1, 2))
         kl = [float((log_p.exp() * (log_p - each)).sum(-1).mean()) for each in log_q]
-    loss, _ = heads_loss(model, part_config(30, per_step=2))
+    loss, _ = heads_loss(model, part_config(30))
     assert loss.item() == pytest.approx(kl[0] / 3 + kl[1] * 2 / 3, rel=1e-4)
     unembed, targets = part_of_vocabulary(model, 30, part)
     assert torch.equal(unembed, model.unembed[ids]) and [ids[place] for place in targets] == part.targets.tolist()

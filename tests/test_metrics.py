@@ -12,10 +12,11 @@ from evaluation.metrics import (
     METRICS,
     ROUGE_VARIANTS,
     bleu,
-    bootstrap,
     distinct,
+    interval,
     repetition,
-    rouge,
+    resampled_means,
+    rouge_f1,
     rouge_l,
     rouge_l_f1,
     squad_exact_match,
@@ -23,6 +24,12 @@ from evaluation.metrics import (
     token_agreement,
 )
 from evaluation.tokens import ptb_tokens
+
+
+def rouge(hypothesis, references, stemming=False) -> dict[str, float]:
+    """Every variant."""
+    return {variant: rouge_f1(hypothesis, references, variant, stemming) for variant in ROUGE_VARIANTS}
+
 
 HYPOTHESES = [
     "The Punter is a kid-friendly pub near Café Rouge, under £20.",
@@ -69,23 +76,9 @@ every_text_score = pytest.mark.parametrize("score", TEXT_SCORES.values(), ids=TE
 
 
 @every_text_score
-def test_identical_texts_score_one(score):
+def test_scores_lie_between_zero_for_nothing_in_common_and_one_for_equal_texts(score):
     assert score("It isn't a pub, is it?", "It isn't a pub, is it?") == pytest.approx(1.0, abs=1e-12)
-
-
-@every_text_score
-def test_texts_without_a_common_token_score_zero(score):
-    assert score("one two three four five", "six seven eight nine ten") == 0.0
-
-
-@every_text_score
-def test_an_empty_text_scores_zero_against_words(score):
-    assert score("", "a b c d") == 0.0
-    assert score("a b c d", "") == 0.0
-
-
-@every_text_score
-def test_scores_stay_between_zero_and_one(score):
+    assert score("one two three four five", "six seven eight nine ten") == score("", "a b c d") == score("a b c d", "") == 0.0
     draw = random.Random(0)
     for _ in range(200):
         hypothesis, reference = (" ".join(draw.choices("abcd", k=draw.randint(1, 8))) for _ in range(2))
@@ -98,11 +91,8 @@ def test_bleu_clips_counts_and_halves_the_credit_of_each_order_without_a_match()
     assert score == pytest.approx((2 / 7 * (1 / 2) / 6 * (1 / 4) / 5 * (1 / 8) / 4) ** 0.25, rel=1e-12)
 
 
-def test_bleu_penalizes_texts_shorter_than_the_closest_reference():
+def test_bleu_penalizes_texts_shorter_than_the_closest_reference_the_shorter_of_two():
     assert bleu(["a b c d"], [["a b c d e f", "a b c d e f g"]]) == pytest.approx(math.exp(1 - 6 / 4), rel=1e-12)
-
-
-def test_bleu_takes_the_shorter_of_two_equally_close_references():
     assert bleu(["a b c d e"], [["a b c d e f", "a b c d"]]) == pytest.approx(1.0, rel=1e-12)
 
 
@@ -112,19 +102,12 @@ def test_bleu_pools_counts_over_the_corpus():
     assert score == pytest.approx((9 / 10 * 7 / 8 * 5 / 6 * 3 / 4) ** 0.25, rel=1e-12)
 
 
-def test_bleu_of_texts_shorter_than_four_tokens_is_zero():
-    assert bleu(["a b c"], [["a b c"]]) == 0.0
-
-
-@pytest.mark.parametrize(
-    "lowercase, references, expected",
-    [
-        (False, REFERENCES, 0.40161488005957563),
-        (True, REFERENCES, 0.5965987539384402),
-        (False, FIRST_REFERENCES, 0.3229257788926105),
-        (True, FIRST_REFERENCES, 0.4198418283721081),
-    ],
-)
+@pytest.mark.parametrize("lowercase, references, expected", [
+    (False, REFERENCES, 0.40161488005957563),
+    (True, REFERENCES, 0.5965987539384402),
+    (False, FIRST_REFERENCES, 0.3229257788926105),
+    (True, FIRST_REFERENCES, 0.4198418283721081),
+])  # fmt: skip
 def test_bleu_equals_sacrebleu(lowercase, references, expected):
     # sacrebleu 2.6.0: corpus_bleu(..., lowercase=lowercase).score / 100, missing references given as None
     assert bleu(HYPOTHESES, references, lowercase) == pytest.approx(expected, rel=1e-12)
@@ -135,25 +118,11 @@ def test_smoothed_bleu_equals_sacrebleu():
     assert bleu(["the cat sat on the mat"], [["a dog sat on one"]]) == pytest.approx(0.16233395773754952, rel=1e-12)
 
 
-def test_the_order_of_references_does_not_matter():
-    reversed_references = [texts[::-1] for texts in REFERENCES]
-    assert bleu(HYPOTHESES, reversed_references) == bleu(HYPOTHESES, REFERENCES)
-    for hypothesis, texts in zip(HYPOTHESES, REFERENCES):
-        assert rouge_l(hypothesis, texts[::-1]) == rouge_l(hypothesis, texts)
-
-
-def test_rouge_l_takes_precision_and_recall_from_the_best_reference_each():
-    # "a b" gives P = 2/3 and R = 1, "a b c d e f" gives P = 1 and R = 1/2: both maxima are 1
-    assert rouge_l("a b c", ["a b", "a b c d e f"]) == pytest.approx(1.0, rel=1e-12)
-
-
-def test_rouge_l_weighs_recall_by_beta():
+def test_rouge_l_weighs_recall_and_takes_both_from_the_best_reference_each():
     # LCS 2: P = 1, R = 2/5, so 2.44 * 0.4 / (0.4 + 1.44)
     assert rouge_l("a d", ["a b c d e"]) == pytest.approx(2.44 * 0.4 / 1.84, rel=1e-12)
-
-
-def test_rouge_l_ignores_case_and_punctuation():
-    assert rouge_l("IT'S A PUB!", ["it's a pub."]) == pytest.approx(1.0, rel=1e-12)
+    # "a b" gives P = 2/3 and R = 1, "a b c d e f" gives P = 1 and R = 1/2: both maxima are 1
+    assert rouge_l("a b c", ["a b", "a b c d e f"]) == pytest.approx(1.0, rel=1e-12)
 
 
 def test_rouge_l_equals_coco_evaluation():
@@ -162,24 +131,16 @@ def test_rouge_l_equals_coco_evaluation():
     assert scores == pytest.approx([0.7942708333333333, 0.9165275459098498, 1.0], rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    "text, tokens",
-    [
-        ("It's £20-25, isn't it?", "it 's # 20-25 is n't it"),
-        ("Café Rouge: £20-£25; a non-family-friendly 'pub'.", "café rouge # 20 # 25 a non-family-friendly pub"),
-        ("I'm gonna meet Mr. O'Neil at 6 p.m.; you can't come, can you?", "i 'm gon na meet mr. o'neil at 6 p.m. you ca n't come can you"),
-        ('Don’t pay 1,000 or £30.99 for the 5-star "food & wine"!', "do n't pay 1,000 or # 30.99 for the 5-star food & wine"),
-        ("I'd've left at 12:45, the boys' kites - gone...", "i 'd 've left at 12:45 the boys kites gone"),
-    ],
-)
+@pytest.mark.parametrize("text, tokens", [
+    ("It's £20-25, isn't it?", "it 's # 20-25 is n't it"),
+    ("Café Rouge: £20-£25; a non-family-friendly 'pub'.", "café rouge # 20 # 25 a non-family-friendly pub"),
+    ("I'm gonna meet Mr. O'Neil at 6 p.m.; you can't come, can you?", "i 'm gon na meet mr. o'neil at 6 p.m. you ca n't come can you"),
+    ('Don’t pay 1,000 or £30.99 for the 5-star "food & wine"!', "do n't pay 1,000 or # 30.99 for the 5-star food & wine"),
+    ("I'd've left at 12:45, the boys' kites - gone...", "i 'd 've left at 12:45 the boys kites gone"),
+])  # fmt: skip
 def test_tokens_equal_the_penn_treebank_tokenizer_of_coco_evaluation(text, tokens):
     # pycocoevalcap 1.2: PTBTokenizer (Stanford CoreNLP 3.4.1)
     assert ptb_tokens(text) == tokens.split()
-
-
-def test_rouge_l_f1_of_a_hand_worked_pair():
-    # LCS "the cat mat": P = 3/4, R = 3/5, F1 = 2 * 3 / (4 + 5)
-    assert rouge_l_f1("The cat, a mat", "the cat on the mat") == pytest.approx(6 / 9, rel=1e-12)
 
 
 def test_rouge_l_f1_equals_the_rouge_score_package():
@@ -209,50 +170,24 @@ def test_identical_texts_without_words_agree_fully(text):
     assert rouge_l_f1(text, text) == 1.0
 
 
-def test_rouge_of_a_hand_worked_pair():
-    scores = rouge("The cat, a mat", ["the cat on the mat"])
-    assert set(scores) == set(ROUGE_VARIANTS)
-    assert scores["rouge1"] == pytest.approx(2 * 3 / (4 + 5), rel=1e-12)  # the, cat, mat
-    assert scores["rouge2"] == pytest.approx(2 * 1 / (3 + 4), rel=1e-12)  # the cat
-    assert scores["rougeL"] == scores["rougeLsum"] == pytest.approx(2 * 3 / (4 + 5), rel=1e-12)
+ROUGE = [  # hypothesis, reference, {variant: by hand}
+    ("The cat, a mat", "the cat on the mat", {"rouge1": 2 * 3 / 9, "rouge2": 2 * 1 / 7, "rougeL": 2 * 3 / 9, "rougeLsum": 2 * 3 / 9}),
+    ("a a a", "a a b", {"rouge1": 2 / 3, "rouge2": 1 / 2}),  # "a" counts twice of three times, "a a" once of twice
+    # the lines cover "a c e" and "a b" of the reference, together 4 of its 5 tokens with 4 of their 10; rougeL finds "a c e" alone
+    ("a c y z e\na b v w x", "a b c d e", {"rougeLsum": 2 * 4 / 15, "rougeL": 2 * 3 / 15}),
+    # both lines of the reference are covered by the one line, whose tokens count once: 2 of 4 reference tokens, 2 of 2
+    ("a b", "a b\na b", {"rougeLsum": 2 * 2 / 6}),
+    # of "a" and "b" as LCS of "a b" and "b a" it is "a", as in rouge_score: with "b" from the second line both are covered
+    ("b a\nb", "a b", {"rougeLsum": 2 * 2 / 5}),
+    ("c d\na b", "a b\n\nc d\n", {"rougeLsum": 1, "rougeL": 1 / 2, "rouge1": 1}),  # sentences matter to rougeLsum alone
+    ("c d\ra b", "a b c d", {"rougeLsum": 1 / 2, "rougeL": 1 / 2, "rouge1": 1}),  # \r ends no line
+]
 
 
-def test_rouge_clips_the_counts_of_ngrams():
-    # "a" counts twice of three times, "a a" once of twice
-    scores = rouge("a a a", ["a a b"])
-    assert scores["rouge1"] == pytest.approx(2 / 3, rel=1e-12) and scores["rouge2"] == pytest.approx(1 / 2, rel=1e-12)
-
-
-def test_rouge_lsum_unites_what_the_sentences_cover():
-    # the lines cover "a c e" and "a b" of the reference, together 4 of its 5 tokens with 4 of their 10;
-    # rougeL finds "a c e" alone
-    scores = rouge("a c y z e\na b v w x", ["a b c d e"])
-    assert scores["rougeLsum"] == pytest.approx(2 * 4 / (10 + 5), rel=1e-12)
-    assert scores["rougeL"] == pytest.approx(2 * 3 / (10 + 5), rel=1e-12)
-
-
-def test_rouge_lsum_counts_a_token_once_per_time_that_the_hypothesis_has_it():
-    # both reference lines are covered by the one line: 2 of 4 reference tokens, 2 of 2 tokens
-    assert rouge("a b", ["a b\na b"], variants=["rougeLsum"]) == {"rougeLsum": pytest.approx(2 * 2 / (2 + 4), rel=1e-12)}
-
-
-def test_rouge_lsum_takes_the_subsequence_that_rouge_score_takes():
-    # of "a" and "b" as LCS of "a b" and "b a" it is "a": with "b" from the second line both tokens are
-    # covered
-    assert rouge("b a\nb", ["a b"])["rougeLsum"] == pytest.approx(2 * 2 / (3 + 2), rel=1e-12)
-
-
-def test_sentences_matter_to_rouge_lsum_alone():
-    one, several = rouge("c d\ra b", ["a b c d"]), rouge("c d\na b", ["a b\n\nc d\n"])  # \r ends no line
-    assert several["rougeLsum"] == 1.0 and one["rougeLsum"] == one["rougeL"] == 0.5
-    assert all(one[variant] == several[variant] for variant in ("rouge1", "rouge2", "rougeL"))
-
-
-def test_rouge_takes_the_best_reference_of_each_variant():
-    # "b a" has both tokens, "a b x y" the bigram
-    scores = rouge("a b", ["b a", "a b x y"])
-    assert scores["rouge1"] == 1.0
-    assert scores["rouge2"] == pytest.approx(2 * 1 / (1 + 3), rel=1e-12)
+@pytest.mark.parametrize("hypothesis, reference, by_hand", ROUGE)
+def test_rouge_by_hand(hypothesis, reference, by_hand):
+    scores = rouge(hypothesis, [reference])
+    assert {variant: scores[variant] for variant in by_hand} == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_stemming_joins_the_forms_of_words_longer_than_three_letters():
@@ -268,35 +203,22 @@ def test_rouge_of_texts_without_tokens_is_zero(text):
     assert rouge(text, [text]) == rouge(text, ["a word"]) == rouge("a word", [text], stemming=True) == zeros
 
 
-def test_rouge_splits_words_at_letters_beyond_a_to_z():
-    assert rouge("café", ["caf"])["rouge1"] == 1.0
-
-
-@pytest.mark.parametrize(
-    "stemming, expected",
-    [
-        (
-            False,
-            [
-                [0.3076923076923077, 0.08333333333333333, 0.3076923076923077, 0.3076923076923077],
-                [0.5714285714285714, 0.23076923076923078, 0.35714285714285715, 0.5714285714285714],
-                [1.0, 0.5, 0.6666666666666666, 0.8888888888888888],
-                [0.4, 0.15384615384615385, 0.4, 0.4],
-                [0.3225806451612903, 0.1379310344827586, 0.3225806451612903, 0.3225806451612903],
-            ],
-        ),
-        (
-            True,
-            [
-                [0.6153846153846154, 0.4166666666666667, 0.6153846153846154, 0.6153846153846154],
-                [0.6428571428571429, 0.30769230769230765, 0.4, 0.6428571428571429],
-                [1.0, 0.5, 0.6666666666666666, 0.8888888888888888],
-                [0.4, 0.15384615384615385, 0.4, 0.4],
-                [0.6451612903225806, 0.20689655172413796, 0.45161290322580644, 0.45161290322580644],
-            ],
-        ),
-    ],
-)
+@pytest.mark.parametrize("stemming, expected", [
+    (False, [
+        [0.3076923076923077, 0.08333333333333333, 0.3076923076923077, 0.3076923076923077],
+        [0.5714285714285714, 0.23076923076923078, 0.35714285714285715, 0.5714285714285714],
+        [1.0, 0.5, 0.6666666666666666, 0.8888888888888888],
+        [0.4, 0.15384615384615385, 0.4, 0.4],
+        [0.3225806451612903, 0.1379310344827586, 0.3225806451612903, 0.3225806451612903],
+    ]),
+    (True, [
+        [0.6153846153846154, 0.4166666666666667, 0.6153846153846154, 0.6153846153846154],
+        [0.6428571428571429, 0.30769230769230765, 0.4, 0.6428571428571429],
+        [1.0, 0.5, 0.6666666666666666, 0.8888888888888888],
+        [0.4, 0.15384615384615385, 0.4, 0.4],
+        [0.6451612903225806, 0.20689655172413796, 0.45161290322580644, 0.45161290322580644],
+    ]),
+])  # fmt: skip
 def test_rouge_equals_the_rouge_score_package(stemming, expected):
     # rouge_score 0.1.2: RougeScorer([...], use_stemmer=stemming).score_multi, fmeasure of rouge1, rouge2,
     # rougeL and rougeLsum
@@ -304,22 +226,19 @@ def test_rouge_equals_the_rouge_score_package(stemming, expected):
         assert rouge(hypothesis, references, stemming) == pytest.approx(dict(zip(ROUGE_VARIANTS, values)), rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    "hypothesis, references, exact, f1",
-    [
-        ("the Golden  Fox!", ["a golden fox"], 1, 1),
-        ("a red fox, red", ["The red fox ran"], 0, 2 / 3),  # red fox red, red fox ran
-        ("fox red", ["red fox"], 0, 1),  # order counts for exact matches alone
-        ("in 1890", ["1890", "the year 1890", "in the year 1890"], 0, 4 / 5),  # 2/3, 1/2 and 4/5
-        ("well-known", ["wellknown"], 1, 1),  # a hyphen goes without leaving a space
-        ("theatre", ["atre"], 0, 0),  # articles are whole words
-        ("«fox»", ["fox"], 0, 0),  # only ASCII punctuation goes
-        ("CAFÉ", ["café"], 1, 1),
-        ("fox", [""], 0, 0),
-        ("", [""], 1, 0),  # no answer at all: equal texts, but no common token
-        ("The ...", ["an!"], 1, 0),
-    ],
-)
+@pytest.mark.parametrize("hypothesis, references, exact, f1", [
+    ("the Golden  Fox!", ["a golden fox"], 1, 1),
+    ("a red fox, red", ["The red fox ran"], 0, 2 / 3),  # red fox red, red fox ran
+    ("fox red", ["red fox"], 0, 1),  # order counts for exact matches alone
+    ("in 1890", ["1890", "the year 1890", "in the year 1890"], 0, 4 / 5),  # 2/3, 1/2 and 4/5
+    ("well-known", ["wellknown"], 1, 1),  # a hyphen goes without leaving a space
+    ("theatre", ["atre"], 0, 0),  # articles are whole words
+    ("«fox»", ["fox"], 0, 0),  # only ASCII punctuation goes
+    ("CAFÉ", ["café"], 1, 1),
+    ("fox", [""], 0, 0),
+    ("", [""], 1, 0),  # no answer at all: equal texts, but no common token
+    ("The ...", ["an!"], 1, 0),
+])  # fmt: skip
 def test_squad_scores_of_hand_worked_answers(hypothesis, references, exact, f1):
     # torchmetrics 1.9.0 (squad) agrees, but for the f1 of two texts without words, 1 in SQuAD v2.0
     assert squad_exact_match(hypothesis, references) == exact
@@ -329,11 +248,6 @@ def test_squad_scores_of_hand_worked_answers(hypothesis, references, exact, f1):
 def test_distinct_counts_the_ngrams_of_all_texts_together():
     texts = ["a b a", "A b c"]  # bigrams: ab ba, ab bc
     assert distinct(texts, 1) == 3 / 6 and distinct(texts, 2) == 3 / 4 and distinct(texts, 3) == 1.0
-
-
-@pytest.mark.parametrize("texts", [[], [""], [" \n"], ["a b", "c"]])
-def test_texts_without_an_ngram_are_not_distinct(texts):
-    assert distinct(texts, 3) == 0.0
 
 
 def test_repetition_of_hand_worked_sequences():
@@ -363,42 +277,14 @@ def test_token_agreement_counts_positions_over_the_longer_sequence():
     assert token_agreement([5, 6, 7, 8], [5, 9, 7]) == 2 / 4
     assert token_agreement([5, 9, 7], [5, 6, 7, 8]) == 2 / 4
     assert token_agreement([6, 7, 8], [5, 6, 7, 8]) == 0.0  # a shift by one agrees nowhere
-
-
-def test_two_empty_sequences_agree_fully():
     assert token_agreement([], []) == 1.0
 
 
-def test_bootstrap_interval_of_two_values():
+def test_resampled_means_of_two_values():
     # a resample of {0, 1} has the mean 0, 1/2 or 1 with probability 1/4, 1/2 and 1/4
-    assert bootstrap(np.mean, [0, 1], level=0.95) == [0.0, 1.0]
-    assert bootstrap(np.mean, [0, 1], level=0.6) == [0.0, 1.0]
-    assert bootstrap(np.mean, [0, 1], level=0.4) == [0.5, 0.5]
-
-
-def test_bootstrap_draws_the_columns_together():
-    # every resample of equal columns has the same ratio of sums
-    assert bootstrap(lambda a, b: a.sum() / b.sum(), [1, 2, 3], [2, 4, 6]) == [0.5, 0.5]
-
-
-def test_bootstrap_interval_holds_the_median_and_widens_with_the_level():
-    draw = random.Random(2)
-    values = [draw.gauss(0, 1) for _ in range(41)]
-    low, high = bootstrap(np.median, values, level=0.5)
-    wide_low, wide_high = bootstrap(np.median, values, level=0.99)
-    assert wide_low < low <= sorted(values)[20] <= high < wide_high
-
-
-def test_bootstrap_interval_depends_on_the_seed_alone():
-    draw = random.Random(3)
-    values = [draw.random() for _ in range(50)]
-    assert bootstrap(np.median, values, seed=1) == bootstrap(np.median, values, seed=1)
-    assert bootstrap(np.median, values, resamples=20, seed=1) != bootstrap(np.median, values, resamples=20, seed=2)
-
-
-def test_the_registry_names_every_score():
-    rouges = [variant + suffix for suffix in ("", "_stem") for variant in ROUGE_VARIANTS]
-    assert set(METRICS) == {"bleu", "bleu_lower", "rougeL_coco", *rouges, "exact_match", "f1"}
+    means = resampled_means([0, 1])
+    assert [round(np.mean(means == mean), 1) for mean in (0, 0.5, 1)] == pytest.approx([0.25, 0.5, 0.25], abs=0.06)
+    assert interval(means) == [0.0, 1.0] and interval(means, 0.4) == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -408,54 +294,9 @@ def test_every_registered_score_is_one_for_equal_texts_and_zero_for_strange_ones
     assert METRICS[name](texts, [["", "none of these"], ["?!"]]) == 0.0
 
 
-@pytest.mark.parametrize(
-    "name, score",
-    [
-        ("bleu_lower", lambda: bleu(HYPOTHESES, REFERENCES, lowercase=True)),
-        ("rougeL_coco", lambda: np.mean([rouge_l(h, texts) for h, texts in zip(HYPOTHESES, REFERENCES)])),
-        ("rouge2", lambda: np.mean([rouge(h, texts)["rouge2"] for h, texts in zip(HYPOTHESES, REFERENCES)])),
-        ("f1", lambda: np.mean([squad_f1(h, texts) for h, texts in zip(HYPOTHESES, REFERENCES)])),
-        ("exact_match", lambda: 1 / 3),  # the last one
-    ],
-)
-def test_registered_scores_are_those_of_the_corpus_or_means_over_texts(name, score):
-    assert METRICS[name](HYPOTHESES, REFERENCES) == pytest.approx(score(), rel=1e-12)
-
-
 @pytest.mark.parametrize("variant", ROUGE_VARIANTS)
 def test_registered_rouge_stems_where_its_name_says_so(variant):
     hypotheses, references = zip(*SUMMARIES)
     for stemming, name in ((False, variant), (True, f"{variant}_stem")):
         expected = np.mean([rouge(h, texts, stemming)[variant] for h, texts in SUMMARIES])
         assert METRICS[name](hypotheses, references) == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("name", METRICS)
-@pytest.mark.parametrize("hypotheses, references", [([], []), (["a"], []), (["a"], [["a"], ["b"]]), (["a"], [[]]), (["a"], ["a"])])
-def test_every_registered_score_refuses_what_is_not_one_list_of_references_per_text(name, hypotheses, references):
-    with pytest.raises(ValueError, match=r"need|give"):
-        METRICS[name](hypotheses, references)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: bleu([], []),
-        lambda: bleu(["a"], []),
-        lambda: bleu(["a"], [[]]),
-        lambda: bleu(["a"], ["a"]),  # a text in place of a list of texts
-        lambda: rouge_l("a", []),
-        lambda: rouge_l("a", "a"),
-        lambda: rouge("a", []),
-        lambda: rouge("a", "a"),
-        lambda: rouge("a", ["a"], variants=["rouge3"]),
-        lambda: squad_exact_match("a", []),
-        lambda: squad_f1("a", "a"),
-        lambda: distinct(["a"], 0),
-        lambda: bootstrap(np.mean, []),
-        lambda: bootstrap(np.mean, [1.0], level=95),
-    ],
-)
-def test_unusable_input_is_refused(call):
-    with pytest.raises(ValueError, match=r"need|give|choose"):
-        call()

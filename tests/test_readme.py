@@ -7,34 +7,37 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
 
-from decode import generate
-from decoding.choosing import DEFAULT_CHECKPOINT
+from decode import generate, load_checkpoint
+from decoding.presets import DEFAULT_CHECKPOINT, read_configurations
 from decoding.settings import DecodeConfig
+from evaluation.configurations import MAIN
 from evaluation.recipes import RECIPES
-from evaluation.rows import MAIN, read_settings
-from evaluation.tasks import find_task
-from formats.tokenizer import encode_prompt
-from model import load_checkpoint
+from formats.tokenizers.tokenizer import encode_prompt
 from training.losses import find_loss
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = (
     "common", "decoding", "evaluation", "exercises", "formats", "tools", "training", "tests", "checkpoints", "data", "docs",
 )  # fmt: skip
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
 PAGES += [ROOT / folder / "README.md" for folder in ("exercises", "data", "checkpoints")]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
 README = TEXTS["README.md"]
-TOUR, STUDY = TEXTS["docs/tour.md"], TEXTS["docs/study.md"]
+TOUR, EXTENDING = TEXTS["docs/tour.md"], TEXTS["docs/extending.md"]
+PAPERS = "arxiv.org", "aclanthology.org", "openreview.net", "github.com"  # the sites that a link may lead to
 
 LAUNCHER = r"(?:python|torchrun --\S+ \d+) "
 SCRIPT = r"((?:(?:decode|train|eval|convert|minimal)\.py|-m (?:tools\.\w+|pytest))[^`\n<]*)"
 COMMANDS = sorted({command for text in TEXTS.values() for command in re.findall(LAUNCHER + SCRIPT, text)})
-LINKS = sorted({(page, *link) for page, text in TEXTS.items() for link in re.findall(r"\[([^]\n]*)\]\(([^)\s]+)\)", text)})
+INLINE, DEFINED = r"\[([^]\n]*)\]\(([^)\s]+)\)", r"(?m)^\[([^]\n]+)\]: +(\S+)$"  # [text](target), [text]: target
+ALL_LINKS = sorted({(page, *link) for page, text in TEXTS.items() for link in re.findall(INLINE, text) + re.findall(DEFINED, text)})
+LINKS = [link for link in ALL_LINKS if ":" not in link[2]]
+OUTSIDE = [link for link in ALL_LINKS if ":" in link[2]]
 
 
 def python_blocks(text: str) -> list[str]:
@@ -60,15 +63,15 @@ def test_every_command_parses(command):
         if script == "pytest":
             assert all((ROOT / word).is_file() for word in words if word.endswith(".py")), words
             return
-    parser = importlib.import_module(script.removesuffix(".py")).make_parser()
+    module = "decoding.command" if script == "decode.py" else script.removesuffix(".py")
+    parser = importlib.import_module(module).make_parser()
     if words or script not in ("decode.py", "convert.py"):  # named alone in a sentence, these two lack what they need
         parser.parse_args(words)
 
 
 def test_the_commands_are_found():
-    scripts = {command.split()[0] for command in COMMANDS}
-    assert scripts >= {"convert.py", "decode.py", "train.py", "eval.py", "minimal.py", "-m"} and len(COMMANDS) >= 40
-    assert {command.split()[1] for command in COMMANDS if command.startswith("eval.py ")} >= {"sweep", "calibrate", "tune", "prompt"}
+    first = {" ".join(command.split()[:2]) for command in COMMANDS}
+    assert {f"eval.py {name}" for name in ("sweep", "calibrate", "tune", "prompt")} < first and len(COMMANDS) >= 40
 
 
 def test_the_test_command_is_the_one_that_ci_runs():
@@ -77,9 +80,9 @@ def test_the_test_command_is_the_one_that_ci_runs():
     assert ".ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
 
 
-def test_the_functions_shown_in_readme_are_taken(tmp_path, monkeypatch):
-    """The confidence function, the loss and the lines of Python, each as README prints it."""
-    stable, smooth, lines = python_blocks(README)
+def test_the_functions_shown_are_taken(tmp_path, monkeypatch):
+    """The confidence function, the loss and the lines of Python, each as docs/extending.md prints it."""
+    stable, smooth, lines = python_blocks(EXTENDING)
     (tmp_path / "my_file.py").write_text(f"{stable}\n{smooth}")
     monkeypatch.delitem(sys.modules, "my_file", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
@@ -110,8 +113,8 @@ def test_readme_is_one_page():
     assert max(map(len, table_lines(README))) <= 100
 
 
-def test_readme_has_one_table_of_six_rows_and_at_most_eight_columns():
-    header, _, *rows = table_lines(README)
+def test_the_first_table_of_readme_has_six_rows_and_at_most_eight_columns():
+    header, _, *rows = table_lines(README[: README.index("<!-- end of table -->")])
     assert [row.split("|")[1].strip() for row in rows] == ["full", *MAIN] and header.count("|") - 1 <= 8
     assert README.count("<!-- table: python eval.py -->") == 1
 
@@ -128,19 +131,22 @@ def test_every_folder_is_one_of_those_listed():
     assert folders - made <= set(FOLDERS)
 
 
-def test_every_exercise_is_listed_and_its_test_command_given():
-    exercises = TEXTS["exercises/README.md"]
-    for path in ROOT.glob("exercises/[0-9]*.py"):
-        assert f"`{path.name}`" in exercises, path.name
-    assert "python -m pytest exercises/01_margin.py" in exercises
-
-
 # ---------------------------------------------------------------- links, pictures, names
 
 
 @pytest.mark.parametrize("page, text, target", LINKS)
 def test_every_link_and_picture_leads_to_a_file_here(page, text, target):
     assert (ROOT / page).parent.joinpath(target.split("#")[0]).is_file()
+
+
+@pytest.mark.parametrize("page, text, target", OUTSIDE)
+def test_every_other_link_is_the_address_of_a_paper_or_its_code(page, text, target):
+    """Well-formed, that is: nothing is fetched."""
+    address = urlsplit(target)
+    assert address.scheme == "https" and address.netloc in PAPERS and not address.query and not address.fragment
+    forms = {"arxiv.org": r"/abs/\d{4}\.\d{5}", "github.com": r"/[\w.-]+/[\w.-]+"}
+    assert re.fullmatch(forms.get(address.netloc, r"/\S+"), address.path)
+    assert len({target for _, _, target in OUTSIDE}) >= 15
 
 
 def names_in(path: Path) -> set[str]:
@@ -185,10 +191,16 @@ def test_the_tour_has_a_command_lines_to_read_and_a_folded_answer_at_every_stop(
 
 
 def test_every_recipe_has_a_section_and_its_command():
-    recipes = TEXTS["docs/recipes.md"]
-    headings = {heading.lower() for heading in re.findall(r"^## (.*)$", recipes, re.MULTILINE)}
-    assert headings == {*RECIPES, "contrastive decoding"}
-    assert all(f"python eval.py --rows {name} " in recipes for name in RECIPES)
+    methods = TEXTS["docs/methods.md"]
+    headings = {heading.lower() for heading in re.findall(r"^### (.*)$", methods, re.MULTILINE)}
+    assert headings >= {*RECIPES, "contrastive decoding"}
+    assert all(f"python eval.py --compare {name} " in methods for name in RECIPES)
+
+
+def test_the_version_to_cite_is_the_one_of_the_change_log():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    version, date = (re.search(rf"^{field}: (\S+)$", citation, re.MULTILINE)[1] for field in ("version", "date-released"))
+    assert f"\n## {version} ({date})\n" in TEXTS["CHANGELOG.md"]
 
 
 def test_no_placeholder_is_left():
@@ -208,7 +220,8 @@ def test_the_embedded_model_is_small_and_plain():
 @pytest.mark.parametrize("task", ["translation", "e2e"])
 def test_the_embedded_settings_fit_the_embedded_model(task):
     model, _ = load_checkpoint(DEFAULT_CHECKPOINT)
-    rows = read_settings(DEFAULT_CHECKPOINT.with_suffix(".json"), find_task(task), model, {})
+    rows = read_configurations(DEFAULT_CHECKPOINT.with_suffix(".json"), task)
+    assert all(DecodeConfig(**fields).exits(model.config) for fields in rows.values())
     assert set(MAIN) <= set(rows) and {name.split()[0] for name in rows} == set(MAIN) and len(rows) == 14
 
 

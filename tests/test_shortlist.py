@@ -6,42 +6,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 from confidence import FUNCTIONS
-from decode import generate, stream
-from decoding.display import show
-from decoding.record import Counters
+from decode import generate
+from decoding.fast_weights import FastTransformer, packs
 from decoding.settings import DecodeConfig
 from decoding.shortlist import Shortlist
-from model import Transformer
-
-PROMPT = [1, 7, 3, 9]
+from tests.reference import PROMPT, naive
 
 
-@pytest.fixture
-def model_with_ids(tiny_model):
-    """A factory of tiny models that know some frequent ids, in random order."""
-
-    def make(seed: int = 0, count: int = 50, **shape) -> Transformer:
-        model = tiny_model(seed, **shape)
-        model.frequent_ids = torch.randperm(50, generator=torch.Generator().manual_seed(seed))[:count]
-        return model
-
-    return make
-
-
-def full_text(model: Transformer, prompt: list[int], steps: int) -> list[int]:
-    """The naive loop: a whole forward pass for every token."""
-    tokens = list(prompt)
-    for _ in range(steps):
-        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
-    return tokens[len(prompt) :]
-
-
-@pytest.mark.parametrize("form", ["plain", "packed"])
+@pytest.mark.parametrize("form", ["plain", "folded", "packed", "int8"])
 def test_a_shortlist_holds_frequent_ids_and_those_of_the_text_each_once_with_its_row(model_with_ids, form):
     model = model_with_ids(0)
-    model.form = form
+    if form == "packed" and not packs(torch.float32):
+        pytest.skip("this machine does not multiply packed weights")
+    if form != "plain":
+        model = FastTransformer(model, form, torch.float32, {})
     listed = Shortlist(model, 10, 20)
     frequent = model.frequent_ids[:10].tolist()
     rare = [token for token in range(50) if token not in frequent]
@@ -49,20 +30,22 @@ def test_a_shortlist_holds_frequent_ids_and_those_of_the_text_each_once_with_its
     listed.add([rare[1], rare[5]])
     assert listed.ids.tolist() == [*frequent, rare[0], rare[1], rare[5]]
     normed = torch.randn(2, 32)
-    logits = torch.cat([model.score(normed, weight) for weight in listed.weights], -1)
-    torch.testing.assert_close(logits, normed @ model.unembed[listed.ids].T, rtol=1e-4, atol=1e-5)
+    logits, expected = torch.cat([model.score(normed, weight) for weight in listed.weights], -1), model.score(normed)[:, listed.ids]
+    assert_close(logits, expected, rtol=1e-4, atol=0.05 if form == "int8" else 1e-5)  # the kernel rounds to bfloat16
 
 
-def test_texts_of_a_model_do_not_share_what_they_add(model_with_ids):
+def test_texts_share_no_ids_that_they_add_and_new_frequent_ids_make_a_new_shortlist(model_with_ids):
     model = model_with_ids(0)
     first, second = Shortlist(model, 5, 50), Shortlist(model, 5, 50)
     first.add(list(range(50)))
-    assert len(first.ids) == 50 and len(second.ids) == 5
+    assert len(first.ids) == 50 and second.ids.tolist() == model.frequent_ids[:5].tolist()
+    model.frequent_ids = model.frequent_ids.flip(0)
+    assert Shortlist(model, 5, 4).ids.tolist() == model.frequent_ids[:5].tolist()
 
 
 @pytest.mark.parametrize("confidence", sorted(FUNCTIONS))
 def test_over_all_ids_every_exit_says_what_it_says_without_a_shortlist(model_with_ids, confidence):
-    for seed in range(4):
+    for seed in range(2):
         model = model_with_ids(seed)
         config = DecodeConfig(max_new_tokens=20, confidence=confidence, threshold=0.2, exit_layers=(1, 2, 3, 4))
         short, plain = generate(model, PROMPT, replace(config, shortlist=50)), generate(model, PROMPT, config)
@@ -74,27 +57,20 @@ def test_verified_over_random_shortlists_is_the_full_models_text(model_with_ids,
     """Random sizes, thresholds, exits (the last layer among them), pruning and bounds; drafts are kept and
     rolled back."""
     random, kept, back = np.random.default_rng(len(confidence)), 0, 0
-    for seed in range(12):
+    for seed in range(10):
         model = model_with_ids(seed)
         exits = sorted(random.choice([1, 2, 3, 4, 5], int(random.integers(1, 4)), replace=False).tolist())
         if confidence == "classifier" and 5 in exits:
             exits = [layer for layer in exits if layer < 5] or [4]
         config = DecodeConfig(
-            max_new_tokens=30,
-            confidence=confidence,
-            threshold=float(random.choice([0.0, 0.1, 0.4])),
-            exit_layers=exits,
-            verify=True,
-            max_owed=random.choice([None, 1, 4]),
-            shortlist=int(random.integers(2, 30)),
-            prune=str(random.choice(["none", "fixed", "decaying"])),
-            prune_k=6,
-            prune_min=2,
-        )
+            max_new_tokens=20, confidence=confidence, threshold=float(random.choice([0.0, 0.1, 0.4])), exit_layers=exits, verify=True,
+            max_owed=random.choice([None, 1, 4]), shortlist=int(random.integers(2, 30)),
+            prune=str(random.choice(["none", "fixed:6", "decaying:6:2"])),
+        )  # fmt: skip
         out = generate(model, PROMPT, config)
-        assert out.tokens == full_text(model, PROMPT, 30), config
+        assert out.tokens == naive(model, PROMPT, 20), config
         kept, back = kept + out.counters.accepted, back + out.counters.drafted - out.counters.accepted
-    assert kept > 20 and back > 20
+    assert kept > 5 and back > 5
 
 
 def test_an_exit_after_all_blocks_leaves_out_the_head_over_the_vocabulary(model_with_ids):
@@ -119,9 +95,9 @@ def test_verified_the_head_takes_all_rows_that_owe_it_at_once(model_with_ids):
     newest."""
     model = model_with_ids(1)
     config = DecodeConfig(max_new_tokens=16, confidence="softmax", threshold=0.0, exit_layers=(5,), shortlist=49, max_owed=4, verify=True)
-    counters = Counters()
-    tokens = [token.id for token in stream(model, PROMPT, config, counters)]
-    assert tokens == full_text(model, PROMPT, 16)
+    out = generate(model, PROMPT, config)
+    counters = out.counters
+    assert out.tokens == naive(model, PROMPT, 16)
     assert counters.deep_passes < 16 / 2 and counters.drafted > counters.deep_passes
     assert counters.deep_rows == counters.deep_passes - (counters.drafted - 4 * (counters.deep_passes - 1) < 4)
 
@@ -133,38 +109,18 @@ def test_missing_tokens_are_counted_where_the_full_model_speaks(model_with_ids):
     assert 0 < out.counters.missed <= out.counters.pruned_deep == out.counters.deep_passes
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"exit_layers": (5,)}, "layer 5 is not an exit of a model of 5 layers; choose from 1 to 4"),
-    ({"exit_layers": (6,), "shortlist": 10}, "layer 6 is not an exit"),
-    ({"shortlist": 10}, "shortlist is 10, but no frequent ids are known"),
-    ({"shortlist": 1}, "shortlist is 1; it must be at least 2"),
-])  # fmt: skip
-def test_what_a_shortlist_needs_is_said(tiny_model, changes, message):
-    with pytest.raises(ValueError, match=message):
-        generate(tiny_model(0), PROMPT, DecodeConfig(confidence="softmax", **changes))
-
-
 def test_a_shortlist_beyond_the_ids_counted_is_refused(model_with_ids):
     with pytest.raises(ValueError, match="shortlist is 20, but only 8 ids occurred in the corpus"):
         generate(model_with_ids(0, count=8), PROMPT, DecodeConfig(confidence="softmax", shortlist=20))
 
 
-def test_the_ideal_counts_the_head_as_a_step_that_a_shortlist_leaves_out(model_with_ids, capsys):
+def test_the_ideal_counts_the_head_as_a_step_that_a_shortlist_leaves_out(model_with_ids):
     """V = 50 against blocks of 2 (4 + 2) 8 + 3 48 = 240 columns: a head is 50/240 blocks. Exits at layer 5
     alone, threshold 0: 5 of 5.208 steps a token; without a shortlist the head is no step."""
     model = model_with_ids(0)
     config = DecodeConfig(max_new_tokens=10, confidence="softmax", threshold=0.0, exit_layers=(5,), shortlist=12)
     counters = generate(model, PROMPT, config).counters
     assert counters.ideal_speedup(model.config, shortlist=True) == pytest.approx((5 + 50 / 240) / 5)
-    show(stream(model, PROMPT, config, counters := Counters()), None, model.config, config, counters)
-    assert "(ideal speed-up 1.04)" in capsys.readouterr().out
     full = generate(model, PROMPT, DecodeConfig(max_new_tokens=10)).counters
     assert full.ideal_speedup(model.config, shortlist=True) == pytest.approx(1)
     assert full.ideal_speedup(model.config, shortlist=False) == 1
-
-
-def test_other_frequent_ids_make_another_shortlist(model_with_ids):
-    model = model_with_ids(0)
-    assert Shortlist(model, 5, 4).ids.tolist() == model.frequent_ids[:5].tolist()
-    model.frequent_ids = model.frequent_ids.flip(0)
-    assert Shortlist(model, 5, 4).ids.tolist() == model.frequent_ids[:5].tolist()

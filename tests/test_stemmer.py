@@ -1,9 +1,7 @@
 """Porter's stemmer: each rule on words worked by hand, and the stems of nltk (literals: the package is not
 needed to run this)."""
 
-import pytest
-
-from evaluation.stemmer import _measure, _pattern, stem
+from evaluation.stemmer import stem
 
 NLTK_STEMS = """
 caresses:caress ponies:poni ties:tie cats:cat gas:ga boss:boss flies:fli flied:fli dies:die died:die feed:feed agreed:agre
@@ -22,45 +20,14 @@ played:play snowed:snow boxing:box companion:companion bys:by
 """
 
 
-@pytest.mark.parametrize("pair", NLTK_STEMS.split())
-def test_stems_equal_nltk(pair):
+def test_stems_equal_nltk():
     # nltk 3.10.4: PorterStemmer().stem
-    word, expected = pair.split(":")
-    assert stem(word) == expected
+    pairs = dict(pair.split(":") for pair in NLTK_STEMS.split())
+    assert {word: stem(word) for word in pairs} == pairs
 
 
-@pytest.mark.parametrize(
-    "word, pattern, measure",
-    [
-        ("", "", 0),
-        ("tree", "ccvv", 0),
-        ("y", "c", 0),
-        ("by", "cv", 0),
-        ("toy", "cvc", 1),
-        ("system", "cvccvc", 2),
-        ("trouble", "ccvvccv", 1),
-        ("oats", "vvcc", 1),
-        ("private", "ccvcvcv", 2),
-        ("yyyy", "cvcv", 1),
-        ("é1", "cc", 0),
-    ],
-)
-def test_y_is_a_vowel_after_a_consonant_and_m_counts_vowels_before_consonants(word, pattern, measure):
-    assert _pattern(word) == pattern and _measure(word) == measure
-
-
-@pytest.mark.parametrize("words", ["connect connected connecting connection connections", "hope hoped hopes hoping hopeful hopefulness"])
-def test_forms_of_a_word_share_its_stem(words):
-    assert len({stem(word) for word in words.split()}) == 1
-
-
-def test_words_are_lower_cased():
-    assert stem("Running") == stem("RUNNING") == stem("running") == "run"
-
-
-@pytest.mark.parametrize("word", ["", "s", "is", "as", "ed"])
-def test_words_of_at_most_two_letters_stay(word):
-    assert stem(word) == word
+def test_words_of_at_most_two_letters_stay():
+    assert all(stem(word) == word for word in ("", "s", "is", "as", "ed"))
 
 
 def test_only_the_first_suffix_that_fits_is_tried():
@@ -70,8 +37,3 @@ def test_only_the_first_suffix_that_fits_is_tried():
     assert stem("feed") == "feed"
     # "dies" loses an s, then "aied" would lose a d: both rules for words of four letters in turn
     assert stem("aieds") == "aie"
-
-
-def test_a_participle_is_repaired_only_where_it_lost_its_ending():
-    assert stem("filing") == "file" and stem("fil") == "fil"
-    assert stem("rubbing") == "rub" and stem("rubb") == "rubb"

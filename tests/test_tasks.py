@@ -7,11 +7,12 @@ import pytest
 
 from decode import generate
 from decoding.settings import DecodeConfig
+from evaluation.figures import quality_figures
 from evaluation.tasks import OPENING, TASKS, find_task, openings, read_task, sample
-from formats.bpe import BPE
 from formats.data import Example, read_pairs, task_file
-from formats.pieces import train_tokenizer
-from formats.tokenizer import SentencePiece
+from formats.tokenizers.bpe import BPE
+from formats.tokenizers.pieces import train_tokenizer
+from formats.tokenizers.tokenizer import SentencePiece
 
 
 def tokenizer_of(pairs) -> SentencePiece:
@@ -82,8 +83,8 @@ def test_embedded_tasks_are_there_and_score_their_references_fully(name):
     for split in ("dev", "test"):
         examples = read_task(task, split)
         assert len(examples) >= 15 and all(example.prompt and example.references for example in examples)
-    references = [list(example.references) for example in examples[:20]]
-    scores = task.scores([texts[0] for texts in references], references)
+    references = [example.references for example in examples[:20]]
+    scores = quality_figures(task, [texts[0] for texts in references], references)["scores"]
     assert list(scores) == list(task.metrics) and all(score > 0.99 for score in scores.values())
 
 

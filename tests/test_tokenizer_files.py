@@ -1,9 +1,7 @@
-"""Tokenizers beside public checkpoints, rebuilt, equal the originals; those that do not fit are refused."""
+"""Tokenizers of public checkpoints, rebuilt, equal the originals; those that do not fit are refused."""
 
-import base64
 import io
 import json
-import struct
 from functools import partial
 from pathlib import Path
 
@@ -12,13 +10,12 @@ import sentencepiece as spm
 
 import convert
 from common.errors import UserError
-from formats.bpe_sources import from_gguf, from_json
-from formats.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, build_tokenizer, train_tokenizer
-from formats.tokenizer import SentencePiece, encode_prompt
-from formats.tokenizer_files import gguf_tokenizer, load_tokenizer
-from model import load_checkpoint
-from tests.public import LLAMA, write_hf, write_llama2c, write_meta
-from tests.test_bpe import SAMPLE, gguf_fields, json_content, write
+from decode import load_checkpoint
+from formats.tokenizers.files import gguf_tokenizer, load_tokenizer
+from formats.tokenizers.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, build_tokenizer, train_tokenizer
+from formats.tokenizers.tokenizer import SentencePiece, encode_prompt
+from tests.public import LLAMA, write_hf
+from tests.test_bpe import json_content, with_special, write
 
 
 @pytest.fixture
@@ -69,58 +66,32 @@ def test_the_rebuilt_tokenizer_equals_the_original(original):
         assert rebuilt.decode(ids) == original.decode(ids) == text
     assert (rebuilt.begin, rebuilt.ends, rebuilt.model.unk_id(), rebuilt.model.pad_id()) == (1, (2,), 0, -1)
     assert encode_prompt(rebuilt, "cat") == [1, *original.encode("cat")]
-
-
-def test_a_tokenizer_without_bos_puts_none(original):
-    tokens, scores, types = described(original)
-    rebuilt = SentencePiece(build_tokenizer(tokens, scores, types, 0, None, 2, True))
-    assert rebuilt.begin is None and encode_prompt(rebuilt, "cat") == rebuilt.encode("cat")
-
-
-@pytest.mark.parametrize("original", [True], indirect=True, ids=["prefix"])
-@pytest.mark.parametrize("beside", ["tokenizer.bin", "tokenizer.model", None])
-def test_the_tokenizer_of_llama2c(tiny_model, tmp_path, original, beside):
-    model = tiny_model(3, **{**LLAMA, "vocab_size": original.vocab_size()})
-    write_llama2c(tmp_path / "model.bin", model, 0)
-    exported = struct.pack("<i", 20)  # tokenizer.py of llama2.c
-    for i in range(original.vocab_size()):
-        piece = {1: "\n<s>\n", 2: "\n</s>\n"}.get(i, original.id_to_piece(i)).replace("▁", " ").encode()
-        exported += struct.pack("<fi", original.get_score(i), len(piece)) + piece
-    if beside:
-        (tmp_path / beside).write_bytes(exported if beside.endswith("bin") else original.serialized_model_proto())
-    report = convert.convert(tmp_path / "model.bin", tmp_path / "out.pt")
-    _, tokenizer = load_checkpoint(tmp_path / "out.pt")
-    if beside is None:
-        assert tokenizer is None and "no tokenizer, unless --tokenizer" in report
-        return
-    for text in ["the cat sat", "Grüße aus dem Café, señor!", "👍🏽"]:
-        assert tokenizer.encode(text) == original.encode(text)
-    assert (tokenizer.begin, tokenizer.ends) == (1, (2,))
+    without = SentencePiece(build_tokenizer(tokens, scores, types, 0, None, 2, prefix))
+    assert without.begin is None and encode_prompt(without, "cat") == original.encode("cat")
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"unknown_token_id": 5}, "its unknown_token_id is 5; the tokenizer has the ids 0 to 2"),
-    ({"eos_token_id": -1}, "eos_token_id is -1"),
-    ({"bos_token_id": 2**40}, "bos_token_id"), ({"bos_token_id": "1"}, "bos_token_id is '1'"),
-    ({"scores": [0.0]}, "3 tokens, 1 scores"),
-    ({"tokens": ["a", 3, "b"]}, "tokens that are no text"),
+    ({"eos_token_id": 5}, "no tokenizer that can be read"), ({"scores": [0.0]}, "no tokenizer that can be read"),
+    ({"model": "t5"}, "its tokenizer is t5, neither byte-level BPE nor sentencepiece"),
 ])  # fmt: skip
 def test_a_tokenizer_in_gguf_whose_parts_do_not_fit_is_refused(tmp_path, change, message):
     fields = {"model": "llama", "tokens": ["<unk>", "<s>", "</s>"], "scores": [0.0] * 3, "token_type": [2, 3, 3], "eos_token_id": 2}
-    assert gguf_tokenizer(tmp_path, {f"tokenizer.ggml.{name}": value for name, value in fields.items()})[0]
+    assert gguf_tokenizer(tmp_path, {f"tokenizer.ggml.{name}": value for name, value in fields.items()})
+    assert gguf_tokenizer(tmp_path, {}) is None
     with pytest.raises(UserError, match=message):
         gguf_tokenizer(tmp_path, {f"tokenizer.ggml.{name}": value for name, value in {**fields, **change}.items()})
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(tiny_model, tmp_path, original):
+    """Also one whose pieces are no UTF-8 any more."""
     write_hf(tmp_path / "hf", tiny_model(1, **LLAMA))
-    for content, message in ((original.serialized_model_proto(), "pieces, the model only 50"), (b"\x0a\x05damaged", "is damaged")):
+    raw = original.serialized_model_proto()
+    spoiled = raw.replace("▁cat".encode(), b"\xff" * 6)
+    assert spoiled != raw
+    for content, message in ((raw, "pieces, the model only 50"), (b"\x0a\x05damaged", "damaged"), (spoiled, "damaged")):
         (tmp_path / "hf" / "tokenizer.model").write_bytes(content)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             convert.convert(tmp_path / "hf", tmp_path / "out.pt")
-    (tmp_path / "hf" / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # Llama 3's ranks, and 256 special tokens
-    with pytest.raises(ValueError, match="has 258 pieces, the model only 50"):
-        convert.convert(tmp_path / "hf", tmp_path / "out.pt")
 
 
 # ---------------------------------------------------------------- byte-level BPE in the one file
@@ -129,19 +100,19 @@ SIZE = 269  # tokens of the tiny tokenizer of test_bpe
 
 
 def converted(tiny_model, tmp_path, tokenizer=None, **files):
-    """(report, tokenizer read back) of a folder with these files beside the weights."""
-    write_hf(tmp_path / "hf", tiny_model(1, **{**LLAMA, "vocab_size": SIZE}))
+    """(report, tokenizer read back) of a folder with these files next to the weights."""
+    write_hf(tmp_path / "hf", tiny_model(1, **{**LLAMA, "vocab_size": SIZE, "eos_id": None}))
     write(tmp_path / "hf", **files)
     report = convert.convert(tmp_path / "hf", tmp_path / "out.pt", tokenizer=tokenizer)
     return report, load_checkpoint(tmp_path / "out.pt")[1]
 
 
 def test_byte_level_bpe_stays_in_the_one_file(tiny_model, tmp_path):
-    report, tokenizer = converted(tiny_model, tmp_path, tokenizer_json=json_content())
-    original = from_json(json_content())
-    assert "with its tokenizer" in report
-    assert tokenizer.encode(SAMPLE) == original.encode(SAMPLE) and tokenizer.begin == 267
-    assert tokenizer.decode(tokenizer.encode(SAMPLE)) == SAMPLE
+    """Texts end as the tokenizer says where the configuration does not."""
+    files = {"tokenizer_json": json_content(), "tokenizer_config_json": {"eos_token": "<|end|>"}}
+    report, tokenizer = converted(tiny_model, tmp_path, **files)
+    assert "with its tokenizer" in report and tokenizer.to_blob() == with_special().to_blob()
+    assert load_checkpoint(tmp_path / "out.pt")[0].config.ends == {266}
 
 
 def test_a_sentencepiece_model_goes_before_the_tokenizer_json_beside_it(tiny_model, tmp_path):
@@ -151,38 +122,13 @@ def test_a_sentencepiece_model_goes_before_the_tokenizer_json_beside_it(tiny_mod
     assert tokenizer.to_blob() == pieces
 
 
-@pytest.mark.parametrize("kind", ["tokenizer.json", "ranks"])
-def test_a_tokenizer_of_its_own_file_takes_the_place_of_one_that_cannot_be_read(tiny_model, tmp_path, kind):
-    """A file of ranks is known by its lines, whatever its name."""
+def test_a_tokenizer_of_its_own_file_takes_the_place_of_one_that_cannot_be_read(tiny_model, tmp_path):
     with pytest.raises(UserError, match=r"Unigram, not byte-level BPE; --tokenizer none converts the model without"):
         converted(tiny_model, tmp_path, tokenizer_json={"model": {"type": "Unigram"}})
     report, tokenizer = converted(tiny_model, tmp_path, tokenizer=Path("none"))
     assert tokenizer is None and "without a tokenizer" in report
     own = tmp_path / "own"
-    if kind == "ranks":
-        lines = [base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(13)]
-        own.write_bytes(b"\n".join(lines))
-    else:
-        own.write_text(json.dumps(json_content()))
+    own.write_text(json.dumps(json_content()))
     _, tokenizer = converted(tiny_model, tmp_path, tokenizer=own)
-    assert tokenizer.size == SIZE and tokenizer.begin == {"ranks": 13, "tokenizer.json": 267}[kind]
+    assert tokenizer.size == SIZE and tokenizer.begin == 267
     assert load_tokenizer(own) == tokenizer.to_blob() == load_tokenizer(tmp_path / "out.pt")
-
-
-def test_texts_end_as_the_tokenizer_says_where_the_configuration_does_not(tiny_model, tmp_path):
-    """Meta's folder of Llama 3: params.json has no ids."""
-    model = tiny_model(2, **{**LLAMA, "vocab_size": SIZE})
-    write_meta(tmp_path / "meta", model, 1)
-    lines = [base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(13)]
-    (tmp_path / "meta" / "tokenizer.model").write_bytes(b"\n".join(lines))
-    convert.convert(tmp_path / "meta", tmp_path / "out.pt", max_len=64)
-    loaded, tokenizer = load_checkpoint(tmp_path / "out.pt")
-    assert loaded.config.ends == {14, 21, 22} == set(tokenizer.ends)
-
-
-def test_byte_level_bpe_in_gguf(tmp_path):
-    blob, note = gguf_tokenizer(tmp_path, gguf_fields())
-    assert not note and blob == from_gguf(gguf_fields()).to_blob()
-    with pytest.raises(UserError, match=r"unknown splitting rule 'new' .*; --tokenizer none converts"):
-        gguf_tokenizer(tmp_path, gguf_fields(pre="new"))
-    assert gguf_tokenizer(tmp_path, {"tokenizer.ggml.model": "t5"})[0] is None

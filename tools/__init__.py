@@ -1,1 +1,1 @@
-"""What is run now and then: bench, preparing data."""
+"""Tools that are run now and then: a benchmark, preparing data, counting frequent ids."""

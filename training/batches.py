@@ -1,7 +1,7 @@
 """Documents as token ids, and packed training batches.
 
-A document is [bos] prompt [sep] completion [eos], learned on the completion only; plain text has no prompt
-and is learned whole.
+A document is [bos] prompt [sep] completion [eos], of which only the completion is learned; plain text has no
+prompt and is learned whole.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import numpy as np
 from common.errors import UserError
 from common.files import digest, read_json, whole_file, write_json
 from formats.data import Corpus
-from formats.tokenizer import Tokenizer, encode_prompt, read_blob
+from formats.tokenizers.tokenizer import Tokenizer, encode_prompt, read_blob
 
 LEARN, START = 1, 2  # flags of a token: it is a training target; a document starts here
 
@@ -23,18 +23,16 @@ LEARN, START = 1, 2  # flags of a token: it is a training target; a document sta
 def tokenize(
     pairs: Iterable[tuple[str, str]], tokenizer: Tokenizer, path: str | Path, length: int
 ) -> dict[str, int]:
-    """Writes a memory-mappable array of (token, flags) records to `path` (.npy) and returns its statistics. A
-    document of more than `length` + 1 tokens loses the left of its prompt (not the start token, nor the
-    separator), then the end of its completion; a text is cut into documents, see `cut_text`. Raises UserError
-    for a tokenizer that has no end of text."""
+    """Writes an array of (token, flags) records to `path` (.npy), which can be memory-mapped, and returns
+    its statistics. Documents of more than `length` + 1 tokens are shortened: first at the left of the
+    prompt, after the start token, then at the end of the completion. Texts are cut into documents
+    (`cut_text`). Raises UserError for a tokenizer that has no end of text."""
     if not tokenizer.ends:
         raise UserError("the tokenizer has no piece for the end of a text, which documents need")
     tokens, flags, bos = array("I"), array("B"), [] if tokenizer.begin is None else [tokenizer.begin]
     eos = tokenizer.ends[0]
-    begin, stop = (
-        len(bos),
-        len(encode_prompt(tokenizer, "")) - len(bos),
-    )  # tokens of a prompt that always stay
+    begin = len(bos)  # the number of tokens that every prompt keeps at its beginning
+    stop = len(encode_prompt(tokenizer, "")) - begin  # and at its end
     stats = {"documents": 0, "tokens": 0, "learned": 0, "shortened": 0}
     for prompt, completion in pairs:
         if prompt:
@@ -62,9 +60,9 @@ def tokenize(
 
 
 def cut_text(text: str, tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:
-    """Token ids of a text in parts of at most `length`, each as many whole lines as fit; only a line that is
-    longer is cut itself. So that what follows [bos] mostly is the beginning of a paragraph, as in a prompt.
-    [eos] ends the last."""
+    """Token ids of a text in parts of at most `length`. Each part holds as many whole lines as fit, so
+    that [bos] is mostly followed by the beginning of a paragraph, as in a prompt; only a longer line is
+    itself cut. [eos] ends the last part."""
     part, size, parts = [], 0, []
     for line in text.splitlines(keepends=True):
         more = len(tokenizer.encode(line)) + 1  # the end of the line is a token or part of the count's slack
@@ -80,7 +78,8 @@ def cut_text(text: str, tokenizer: Tokenizer, length: int) -> Iterator[list[int]
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T positions, documents side by side and never seeing each other. Arrays are (B, T) int64."""
+    """B rows of T positions. A row holds several documents, which do not attend to each other. Arrays are
+    (B, T) int64."""
 
     inputs: np.ndarray
     targets: np.ndarray  # -1 where nothing is learned
@@ -90,22 +89,21 @@ class Batch:
 def batches(
     records: np.ndarray, rows: int, length: int, seed: int | None = 0, start: int = 0, every: int = 1
 ) -> Iterator[Batch]:
-    """Packs the documents of `records` (from `tokenize`) into batches, endlessly, in an order that depends on
-    `seed` and the epoch alone; so skipping `start` batches resumes exactly. `every`: gives only each so
-    many-th, a process's share. `seed=None`: one epoch, in the file's order. First fit over the rows of a
-    batch; a document that fits nowhere waits for the next batch, and 16 of them waiting close the batch.
-    Raises UserError if a document is longer than a row."""
+    """Packs the documents of `records` (from `tokenize`) into batches, endlessly, in an order that
+    depends only on `seed` and the epoch, so that skipping `start` batches resumes exactly. With `every` =
+    n it gives each n-th batch, the share of one of n processes. With `seed=None` it gives one epoch in
+    the order of the file. A document goes into the first row of the batch that has room; one that fits
+    nowhere waits for the next batch, and 16 waiting documents close the batch. Raises UserError if a
+    document is longer than a row."""
     begins = np.flatnonzero(records["flags"] & START)
     ends = np.append(begins[1:], len(records))
     if (ends - begins).max() > length + 1:
         raise UserError(f"the data was prepared for a longer context than {length}; prepare it again")
     number = 0
     for epoch in itertools.count():
-        order = (
-            range(len(begins))
-            if seed is None
-            else np.random.default_rng((seed, epoch)).permutation(len(begins))
-        )
+        order = range(len(begins))
+        if seed is not None:
+            order = np.random.default_rng((seed, epoch)).permutation(len(begins))
         for plan in _pack(order, ends - begins - 1, rows, length):
             if number >= start and (number - start) % every == 0:
                 yield _fill(records, plan, begins, ends, rows, length)
@@ -154,16 +152,11 @@ def _fill(records, plan, begins, ends, rows: int, length: int) -> Batch:
 
 
 def prepare_file(files: tuple[str, ...], tokenizer: bytes, path: Path, length: int) -> dict:
-    """Writes the files' documents to `path` (.npy), and beside it (.json) for which tokenizer and length, and
-    its statistics, which it returns."""
+    """Writes the files' documents to `path` (.npy), and their tokenizer, length and statistics to a .json
+    file next to it. Returns the statistics."""
     stats = tokenize(Corpus(files), read_blob(tokenizer), path, length)
-    content = {
-        "files": [str(file) for file in files],
-        "tokenizer": digest(tokenizer),
-        "length": length,
-        **stats,
-    }
-    write_json(path.with_suffix(".json"), content)
+    made = {"files": [*map(str, files)], "tokenizer": digest(tokenizer), "length": length}
+    write_json(path.with_suffix(".json"), made | stats)
     return stats
 
 
@@ -173,20 +166,14 @@ def read_prepared(path: Path, tokenizer: bytes, length: int) -> np.ndarray:
     try:
         made = read_json(path.with_suffix(".json"), "the record of prepared data")
         if made["tokenizer"] != digest(tokenizer) or made["length"] > length:
-            raise UserError(
-                f"it was made for length {made['length']}, tokenizer {made['tokenizer']}, not {length}, "
-                f"{digest(tokenizer)}"
-            )
+            raise UserError("it was made for another tokenizer, or for longer rows")
         return np.load(path, mmap_mode="r")
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise UserError(
-            f"{path}: not usable as prepared data ({error}); delete it, or make it anew with python -m tools.prepare"
-        ) from None
+        unusable = f"{path}: not usable as prepared data ({error})"
+        raise UserError(f"{unusable}; delete it, or prepare it anew (tools.prepare)") from None
 
 
 def describe(stats: dict) -> str:
     """The statistics of `tokenize` in words."""
-    return (
-        f"{stats['documents']:,} documents, {stats['tokens']:,} tokens, {stats['learned']:,} of them learned; "
-        f"{stats['shortened']:,} documents shortened to fit"
-    )
+    tokens = f"{stats['tokens']:,} tokens, {stats['learned']:,} of them learned"
+    return f"{stats['documents']:,} documents, {tokens}; {stats['shortened']:,} documents shortened to fit"

@@ -1,9 +1,7 @@
-"""Where a training computes, and in which precision: batches on their way to the device, bfloat16 and TF32 on
-a GPU."""
+"""Batches on their way to the device that trains."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -11,21 +9,24 @@ import torch
 from torch import Tensor
 
 from training.batches import Batch
-from training.settings import TrainConfig
 
 
 class DeviceBatch(NamedTuple):
-    """A batch on the device: B rows of T positions, N of which learn."""
+    """A micro-batch on the device: B rows of T positions, N of which learn. The last three fields
+    describe its place in a step (`steps` in training/parallel.py)."""
 
     inputs: Tensor  # (B, T)
     documents: Tensor  # (B, T)
-    learned: Tensor  # which positions learn, of B T: (N,)
-    targets: Tensor  # what comes next there: (N,)
+    learned: Tensor  # indices of the positions that learn, among the B T: (N,)
+    targets: Tensor  # the tokens that follow them: (N,)
+    share: float = 1.0  # the weight of its loss in the loss of the step
+    number: int = 0  # the seed of its layer dropout
+    ends_step: bool = True
 
 
 def to_device(batch: Batch, device: str) -> DeviceBatch:
-    """The batch on the device. What learns is looked up before, where nobody waits for the answer; to a GPU
-    the copies start from pinned memory, so that they go on beside its work."""
+    """The batch on the device. The positions that learn are looked up before, on the CPU; copies to a GPU
+    start from pinned memory, so that nobody waits for them."""
     learned = np.flatnonzero(batch.targets >= 0)
     arrays = batch.inputs, batch.documents, learned, batch.targets.flat[learned]
     parts = [torch.from_numpy(array) for array in arrays]
@@ -34,39 +35,19 @@ def to_device(batch: Batch, device: str) -> DeviceBatch:
     return DeviceBatch(*(part.to(device, non_blocking=True) for part in parts))
 
 
-def on_device(stream: Iterator[Batch], config: TrainConfig) -> Iterator[DeviceBatch]:
-    """The batches on the device of training; with `prefetch` the next is packed and copied while this one is
-    worked on."""
-    device = config.device
+def on_device(stream: Iterator[Batch], device: str) -> Iterator[DeviceBatch]:
+    """The batches on the device of training; for a GPU the next one is packed and copied while it works on
+    the one before."""
     if device == "cuda":
         device = f"cuda:{torch.cuda.current_device()}"  # which another thread would not know
-    if not config.prefetch:
-        for batch in stream:
-            yield to_device(batch, device)
-        return
+    moved = (to_device(batch, device) for batch in stream)
+    return fetched_ahead(moved) if device.startswith("cuda") else moved
 
-    def fetch() -> DeviceBatch | None:
-        batch = next(stream, None)
-        return None if batch is None else to_device(batch, device)
 
+def fetched_ahead(items: Iterator) -> Iterator:
+    """The same items in the same order; each is made in another thread while the one before is used."""
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(fetch)
-        while True:
-            batch = coming.result()
-            if batch is None:
-                return
-            coming = thread.submit(fetch)
-            yield batch
-
-
-def autocast(config: TrainConfig):
-    """Matrix products in the dtype of training, what is summed in float32."""
-    if config.dtype == "float32":
-        return nullcontext()
-    return torch.autocast(torch.device(config.device).type, torch.bfloat16)
-
-
-def set_precision(config: TrainConfig) -> None:
-    """On a GPU, float32 matrix products by TF32 (10 bits of mantissa), or exact."""
-    if torch.device(config.device).type == "cuda":
-        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item

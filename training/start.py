@@ -1,7 +1,8 @@
-"""What a training starts from: tokenizer, data and model, found or made."""
+"""What a training run starts from: tokenizer, data and model, which are read or made."""
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,69 +10,68 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import check_input, digest, whole_file
-from common.processes import by_first
-from formats.checkpoint import fitting, read_tokenizer
+from decoding.fast_weights import dequantized
+from decoding.shortlist import find_frequent_ids, ids_beside
+from formats.checkpoint import fitting, read_checkpoint, read_tokenizer
 from formats.data import Corpus
-from formats.frequent_ids import find_frequent_ids
-from formats.heads import HEAD_WEIGHTS, read_model
-from formats.int8 import dequantized
-from formats.pieces import train_tokenizer
-from formats.shape import check_layers
-from formats.tokenizer_files import load_tokenizer
-from model import ModelConfig, Transformer
-from training.batches import LEARN, describe, prepare_file, read_prepared
+from formats.heads import HEAD_WEIGHTS
+from formats.tokenizers.files import load_tokenizer
+from formats.tokenizers.pieces import train_tokenizer
+from model import ModelConfig, Transformer, check_exit_layers
+from training.batches import LEARN, START, describe, prepare_file, read_prepared
+from training.parallel import tell
 from training.settings import TrainConfig
 
-ADDED = {
-    "exit_norms",
-    "classifiers",
-    "adapter",
-    "max_len",
-    "eos_id",
-}  # what flags may change of the model of --init
-
+# What flags may change of the model of --init; --n-layers keeps its first layers alone.
+ADDED = {"n_layers", "exit_norms", "classifiers", "adapter", "max_len", "eos_id"}
+HELD_OUT = 0.05, 500  # of the documents, and at most so many, where there is no --dev
+# Characters of text that a new tokenizer needs for each piece, and the smallest number of pieces.
+TEXT_PER_PIECE, FEWEST_PIECES = 32, 1024
 
 # ---------------------------------------------------------------- tokenizer and data
 
 
 def check_start(config: TrainConfig, shape: ModelConfig) -> None:
-    """Raises UserError for layers, lengths or files that cannot be trained with, before anything is made."""
-    check_layers("exits", config.exits, shape.n_layers)
+    """Raises UserError for rows longer than the model's context, and for files that are not there, before
+    anything is made."""
     if shape.max_len < config.length:
-        raise UserError(
-            f"length is {config.length}, the model has {shape.max_len} positions; lower --length or raise --max-len"
-        )
+        lengths = f"length is {config.length}, the model has {shape.max_len} positions"
+        raise UserError(f"{lengths}; lower --length or raise --max-len")
     for file in (*config.data, *config.dev):
         check_input(file, "no such data file; check --data and --dev")
 
 
 def prepare_tokenizer(config: TrainConfig, folder: Path, vocab_size: int) -> bytes:
-    """The tokenizer that the settings name, or one trained on the files, once for these files and this
-    size."""
+    """The tokenizer that the settings name; otherwise one that is trained on the files and kept in the
+    folder."""
     if config.tokenizer or config.init:
         return load_tokenizer(config.tokenizer or config.init)
     files = tuple(dict.fromkeys(config.data))
-    prepared = [file for file in files if file.endswith(".npy")]
-    if prepared:
-        raise UserError(
-            f"{prepared[0]} is prepared data; name the tokenizer that it was made with: --tokenizer FILE"
-        )
     path = folder / f"{digest(*map(Path, files), vocab_size)}.model"
     if not path.exists():
-        model = train_tokenizer(Corpus(files), vocab_size)
         with whole_file(path) as part:
-            Path(part).write_bytes(model)
+            Path(part).write_bytes(train_tokenizer(Corpus(files), vocab_size))
     return path.read_bytes()
 
 
+def new_vocab_size(files: tuple[str, ...], most: int) -> int:
+    """The size of a new tokenizer for these files: `most`, or less where there is little text."""
+    if any(file.endswith(".npy") for file in files):
+        raise UserError("--data is prepared data; name the tokenizer that it was made with: --tokenizer FILE")
+    characters = 0
+    for prompt, completion in Corpus(files):
+        characters += len(prompt) + len(completion)
+        if characters >= most * TEXT_PER_PIECE:
+            return most
+    return min(most, max(FEWEST_PIECES, characters // TEXT_PER_PIECE))
+
+
 def prepare_data(files: tuple[str, ...], tokenizer: bytes, folder: Path, length: int) -> np.ndarray:
-    """The files' documents as one memory-mapped array, tokenized once for these files, tokenizer and length;
-    a prepared file as it is."""
+    """The files' documents as one memory-mapped array, which is made once for these files, this tokenizer and
+    this length. A prepared file is taken as it is."""
     if any(file.endswith(".npy") for file in files):
         if len(files) > 1:
-            raise UserError(
-                f"{', '.join(files)}: a prepared file comes alone; prepare all of the data in one"
-            )
+            raise UserError("a prepared file comes alone; prepare all of the data in one file")
         return read_prepared(Path(files[0]), tokenizer, length)
     path = folder / f"{digest(*map(Path, files), tokenizer, length)}.npy"
     if not path.with_suffix(".json").exists():  # written last
@@ -79,66 +79,103 @@ def prepare_data(files: tuple[str, ...], tokenizer: bytes, folder: Path, length:
     return read_prepared(path, tokenizer, length)
 
 
-def load_data(
-    config: TrainConfig, shape: ModelConfig, folder: Path
-) -> tuple[bytes, np.ndarray, dict[str, np.ndarray]]:
-    """Tokenizer, training data, and validation data by file, in every process; what is not there yet, the
-    first one makes."""
-    by_first(find_data, config, shape, folder)
-    return find_data(config, shape, folder)
+class Data(NamedTuple):
+    """What a model is trained on. Arrays are those of `tokenize` (training/batches.py)."""
+
+    tokenizer: bytes
+    records: np.ndarray
+    dev: dict[str, np.ndarray]  # validation data by the name of their file
 
 
-def find_data(
-    config: TrainConfig, shape: ModelConfig, folder: Path
-) -> tuple[bytes, np.ndarray, dict[str, np.ndarray]]:
-    """As `load_data`, for one process. Raises UserError for a tokenizer that does not fit the model."""
+def load_data(config: TrainConfig, shape: ModelConfig, folder: Path) -> Data:
+    """The data, each part of which is made once in the folder. Raises UserError for a tokenizer that does not
+    fit the model."""
     tokenizer = prepare_tokenizer(config, folder, shape.vocab_size)
     ends = read_tokenizer(config.tokenizer or config.init or folder, tokenizer, shape.vocab_size).ends
-    if config.train == "all" and ends and ends[0] not in shape.ends:
+    if not config.heads_alone and ends and ends[0] not in shape.ends:
         differs = f"eos_id is {shape.eos_id}, but the tokenizer ends texts with {ends[0]}"
         raise UserError(f"{differs}; give --eos-id {ends[0]}")
     dev = {file: prepare_data((file,), tokenizer, folder, config.length) for file in config.dev}
     records = prepare_data(config.data, tokenizer, folder, config.length)
+    if not config.dev:
+        records, dev = hold_out(records, config)
     if config.learn_prompts:
         records = records.copy()  # the file stays as it is
         records["flags"] |= LEARN
-    return tokenizer, records, dev
+    return Data(tokenizer, records, dev)
+
+
+def hold_out(records: np.ndarray, config: TrainConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Splits the documents: the last ones are for validation, the others for training. Raises UserError if
+    validation documents would be trained on, too."""
+    if len(set(config.data)) < len(config.data):
+        raise UserError("a file is named twice in --data, so none of it can be held out; give --dev")
+    begins = np.flatnonzero(records["flags"] & START)
+    share, most = HELD_OUT
+    count = min(most, int(share * len(begins)))
+    tell(f"no --dev: the last {count} of {len(begins)} documents of {config.data[-1]} are held out")
+    if not count:
+        return records, {}
+    cut = begins[-count]
+    return records[:cut], {f"{config.data[-1]}, held out": records[cut:]}
 
 
 # ---------------------------------------------------------------- the model
 
 
 def shape_from(config: TrainConfig, given: dict) -> ModelConfig:
-    """The shape of the model to train: that of --init, or of the flags; with the heads that the settings ask
-    for. Raises UserError."""
-    shape = {}
+    """The shape of the model to train, with the heads that the settings need: the shape of --init, or that of
+    the flags, which are `given`. Raises UserError."""
+    shape = asdict(ModelConfig())
     if config.init:
-        content = read_model(config.init, config.heads)
-        with fitting(config.heads or config.init):
+        content = read_checkpoint(config.init)
+        with fitting(config.init):
             shape = asdict(ModelConfig(**content["config"]))
-        other = sorted(set(given) - ADDED)
+        other = sorted(given.keys() - ADDED)
         if other:
             raise UserError(f"{other[0]} comes from --init {config.init}; leave the flag out")
+        shape |= first_layers(shape, given.get("n_layers", shape["n_layers"]))
+    elif "n_heads" in given:
+        shape["n_kv_heads"] = given["n_heads"]
+    if not (config.init or config.tokenizer or "vocab_size" in given):
+        shape["vocab_size"] = new_vocab_size(config.data, shape["vocab_size"])
     shape |= given
+    check_exit_layers("--exits", config.exits, shape["n_layers"])
+
+    def with_exits(layers: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted({*layers, *config.exits}))
+
     if config.loss != "none":
-        before = shape.get("exit_norms", ()) if config.train == "heads" else ()  # heads trained before
-        shape["exit_layers"] = tuple(sorted({*before, *config.exits}))
-    if config.train == "heads":
-        shape["exit_norms"] = tuple(sorted({*shape.get("exit_norms", ()), *config.exits}))
+        shape["exit_layers"] = with_exits(shape["exit_norms"] if config.heads_alone else ())
+    if config.heads_alone:
+        shape["exit_norms"] = with_exits(shape["exit_norms"])
     if config.classifier:
-        shape["classifiers"] = tuple(sorted({*shape.get("classifiers", ()), *config.exits}))
+        shape["classifiers"] = with_exits(shape["classifiers"])
     return ModelConfig(**shape)
 
 
+def first_layers(shape: dict, count: int) -> dict:
+    """The changes in the shape of a model of which only the first `count` layers are kept. Raises
+    UserError if it has fewer."""
+    if count > shape["n_layers"]:
+        raise UserError(f"--n-layers is {count}, but the model of --init has {shape['n_layers']} layers")
+    kept = {"n_layers": count}
+    for name in ("exit_norms", "classifiers", "exit_layers"):
+        kept[name] = tuple(layer for layer in shape[name] if layer < count)
+    for name in ("global_layers", "unrotated_layers"):
+        kept[name] = tuple(layer for layer in shape[name] if layer <= count)
+    return kept
+
+
 def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
-    """The model at the start, its weights float32; with --train heads those that stay as they are in the
-    dtype of training. To be sharded, in main memory, and all float32: what is gathered together has one
-    dtype."""
+    """The model at the start. Its weights are float32; with --train heads, those that are not trained
+    have the dtype of training. A model to be sharded stays in main memory, all float32: weights that are
+    gathered together have one dtype."""
     torch.manual_seed(config.seed)
     model = Transformer(shape)
     if config.init:
         load_start(model, config)
-    if config.train == "heads":
+    if config.heads_alone:
         frozen = torch.float32 if config.shard else getattr(torch, config.dtype)
         for name, weight in model.named_parameters():
             if not name.startswith(HEAD_WEIGHTS):
@@ -147,29 +184,29 @@ def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
 
 
 def load_start(model: Transformer, config: TrainConfig) -> None:
-    """Gives the model the weights and the frequent ids of --init. Heads that it lacks begin as the final
-    norm, the identity, and a classifier that is undecided. Raises UserError if it has other weights, or fewer
-    frequent ids than --shortlist asks for."""
-    content, source = read_model(config.init, config.heads), config.heads or config.init
-    with fitting(source):
+    """Gives the model the weights and the frequent ids of --init, without the layers above its own. Heads
+    that --init lacks begin as the final norm, the identity, and a classifier that is undecided. Raises
+    UserError if it has other weights, or fewer frequent ids than --train heads:N needs."""
+    content = read_checkpoint(config.init)
+    with fitting(config.init):
         weights = dequantized(content["weights"], content.get("scales", {}))
-        missing, more = model.load_state_dict(weights, strict=False)
-        lost = [name for name in missing if not name.startswith(HEAD_WEIGHTS)]
-        if lost:
-            raise KeyError(f"{lost[0]} is missing")
-        if more:
-            raise KeyError(
-                f"{more[0]} has no place in it; exit_norms, classifiers and adapter may only add to it"
-            )
-    model.frequent_ids = find_frequent_ids(
-        config.frequent_ids, config.init, config.heads, content, model.config.vocab_size
-    )
-    known = 0 if model.frequent_ids is None else len(model.frequent_ids)
-    if config.shortlist is not None and config.shortlist > known:
-        raise UserError(
-            f"shortlist is {config.shortlist}, but {known} frequent ids are known; count them with python "
-            "-m tools.shortlist, and name the file with --frequent-ids"
-        )
+        kept = {name: weight for name, weight in weights.items() if depth_of(name) <= model.config.n_layers}
+        missing, more = model.load_state_dict(kept, strict=False)
+        wrong = more + [name for name in missing if not name.startswith(HEAD_WEIGHTS)]
+        if wrong:
+            raise KeyError(f"{wrong[0]} is missing, or has no place in it; flags may only add heads")
     for name in missing:
         if name.startswith("exit_norms"):
             model.get_parameter(name).data.copy_(model.norm.data)
+    model.frequent_ids = find_frequent_ids(None, config.init, None, content, model.config.vocab_size)
+    known = 0 if model.frequent_ids is None else len(model.frequent_ids)
+    if (config.shortlist or 0) > known:
+        remedy = f"count them with python -m tools.shortlist --out {ids_beside(config.init)}"
+        raise UserError(f"train is {config.train}, but {known} frequent ids are known; {remedy}")
+
+
+def depth_of(name: str) -> int:
+    """The number of layers that a model must have for a weight of this name: 3 for the third block
+    ("blocks.2.qkv") and for an exit at layer 2 ("exit_norms.2"); 0 for a weight of the whole model."""
+    number = name.split(".")[1] if "." in name else ""
+    return int(number) + 1 if number.isdecimal() else 0

@@ -1,50 +1,43 @@
 """How good every exit is, on data that is not trained on."""
 
 import itertools
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from model import Transformer
 from training.batches import batches
-from training.device import autocast, to_device
-from training.losses import sum_of_losses
-from training.part import part_of_vocabulary
+from training.device import to_device
+from training.losses import Exits
+from training.objective import autocast
 from training.settings import TrainConfig
 
-VALIDATION_BATCHES = 16
+MOST_BATCHES, STEPS_PER_BATCH = 16, 25  # of each validation file, fewer in a short training run
+
+
+def validation_batches(config: TrainConfig) -> int:
+    """The number of batches of each validation file, at most: a run of 50 steps should not validate
+    longer than it learns."""
+    return max(1, min(MOST_BATCHES, config.max_steps // STEPS_PER_BATCH))
 
 
 @torch.no_grad()
-def validate(
-    model: Transformer,
-    records: np.ndarray,
-    config: TrainConfig,
-    progress: Callable[[int], None] | None = None,
-) -> dict[int, list[float]]:
+def validate(model: Transformer, records: np.ndarray, config: TrainConfig) -> dict[int, list[float]]:
     """[loss in nats per target, agreement with the last layer's argmax in [0, 1]] of every trained exit and
     of the last layer, over the first batches of a validation set; with a shortlist over the part of the
-    vocabulary that is trained over, so that losses are lower. `progress` is told how many batches are
-    done."""
-    last = model.config.n_layers
-    layers = [*config.exits, last]
+    vocabulary that is trained over, so that losses are lower."""
+    layers = [*config.exits, model.config.n_layers]
     losses, agreed, count = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0), 0
     packed = batches(records, config.rows, config.length, seed=None)
-    for number, batch in enumerate(itertools.islice(packed, VALIDATION_BATCHES)):
-        if progress:
-            progress(number)
+    for batch in itertools.islice(packed, validation_batches(config)):
         here = to_device(batch, config.device)
         N = len(here.targets)
         with autocast(config):
-            states = model.hidden_states(here.inputs, here.documents)
-            rows = {layer: states[layer][here.learned] for layer in layers}
-            equal = dict.fromkeys(layers, 1.0)
-            unembed, targets = part_of_vocabulary(model, config.shortlist, here)
-            _, means, same = sum_of_losses(model, rows, targets, equal, compare=True, unembed=unembed)
+            exits = Exits(model, config, here, model.hidden_states(here.inputs, here.documents), step=0)
+            exits.sum_of_losses(dict.fromkeys(layers, 1.0), compare=True)
         for layer in layers:
-            losses[layer] += means[layer].item() * N
-            agreed[layer] += N if layer == last else same[layer].sum().item()
+            losses[layer] += exits.losses[layer].item() * N
+            agreed[layer] += N if layer == exits.last else exits.agreement(layer).sum().item()
         count += N
     return {layer: [round(losses[layer] / count, 4), round(agreed[layer] / count, 4)] for layer in layers}
 

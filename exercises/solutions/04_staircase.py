@@ -9,7 +9,7 @@ def naive(model, prompt, exits, threshold, steps):
     while len(layers) < steps and text[-1] != model.config.eos_id:
         states = model.hidden_states(torch.tensor([text]))
         for layer in (*exits, model.config.n_layers):
-            logits = model.head(states[layer][-1:], layer)[0]
+            logits = model.head(states[layer][0, -1], layer)
             best, second = logits.softmax(-1).topk(2).values
             if best - second >= threshold:
                 break

@@ -1,0 +1,193 @@
+"""Which settings are in force, and where they come from. Every command follows this order, each source above
+those before it:
+
+    COMMAND < `decode` in the settings file < --thresholds FILE < flags < +changes in --compare
+
+A source replaces the fields that it names. One rule goes with that: a threshold replaces the thresholds of
+single layers that stood below it, and so do other exit layers, since those thresholds belonged to others.
+"""
+
+import re
+from argparse import ArgumentParser
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from common.config import as_text, did_you_mean, read_field
+from common.errors import UserError
+from common.files import check_input, read_json
+from confidence import FUNCTIONS
+from decoding.settings import AUTO_CHOOSES, DecodeConfig
+
+DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default.pt"
+COMMAND = DecodeConfig(confidence="softmax", prune="fixed", max_new_tokens=100)  # the defaults of commands
+WORDS = {"full": {"confidence": None}, "static": {"confidence": "softmax", "threshold": 0.0}}  # of --compare
+
+
+def override(config: DecodeConfig, fields: dict) -> DecodeConfig:
+    """The config with the fields of a source above it."""
+    return replace(config, **above(fields))
+
+
+def above(fields: dict) -> dict:
+    """The fields of a source, and with a threshold or exit layers no thresholds of single layers, unless it
+    names these, too."""
+    return {"layer_thresholds": None, **fields} if {"threshold", "exit_layers"} & set(fields) else fields
+
+
+# ---------------------------------------------------------------- from the defaults to the flags
+
+
+def settings_in_force(flags: dict, checkpoint, settings=None, thresholds=None) -> tuple[DecodeConfig, str]:
+    """The settings of a command, and the sources that they come from, in words. `flags` are the fields given
+    as flags; `settings` is a file to read in place of the one next to the checkpoint, `thresholds` a file
+    that calibration wrote. Raises UserError."""
+    path = settings_file(checkpoint, settings)
+    in_file = fields_of(read_settings_file(path).get("decode", {}), path, "settings of decode")
+    config = override(COMMAND, in_file)
+    sources = ["defaults", path.name] if in_file else ["defaults"]
+    if thresholds is not None:
+        config = override(config, read_thresholds(thresholds, flags.get("confidence")))
+        sources.append(str(thresholds))
+    if flags:
+        config = override(config, flags)
+        sources.append("flags")
+    return config, ", then ".join(sources)
+
+
+def settings_file(checkpoint: str | Path, settings: str | Path | None = None) -> Path:
+    """The settings file: the one that was named, which must be there, else the one next to the checkpoint (or
+    next to its heads), which need not. Raises UserError."""
+    if settings is None:
+        return Path(checkpoint).with_suffix(".json")
+    check_input(settings, "no such file; it was to hold settings")
+    return Path(settings)
+
+
+def read_thresholds(path: str | Path, named: str | None = None) -> dict:
+    """The fields of DecodeConfig in a file that calibration wrote, without their `provenance`. The file may
+    name the function of one's own that the flag --confidence has `named`. Raises UserError."""
+    content = read_json(path, "thresholds")
+    content.pop("provenance", None)
+    if named is not None and content.get("confidence") == named:
+        del content["confidence"]
+    return fields_of(content, path, "thresholds")
+
+
+def defaults_in_help(words: list[str]) -> DecodeConfig:
+    """The defaults that are in force before flags, for the checkpoint and the settings file that the words of
+    a command line name: what --help shows."""
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--checkpoint", "--heads", "--settings"):
+        finder.add_argument(flag, nargs="?")
+    named, _ = finder.parse_known_args(words)
+    checkpoint = named.heads or named.checkpoint or DEFAULT_CHECKPOINT
+    try:
+        return settings_in_force({}, checkpoint, named.settings)[0]
+    except UserError:  # the command itself will say so
+        return COMMAND
+
+
+# ---------------------------------------------------------------- configurations by name
+
+
+def read_settings_file(path: Path) -> dict:
+    """The content of a settings file: configurations by name, by task; {} if there is no file. Raises
+    UserError for another file."""
+    content = read_json(path, "settings by task") if path.is_file() else {}
+    for name, value in content.items():
+        if not isinstance(value, dict):
+            raise UserError(f'{path}: {name} is no task; settings of decode.py stand under "decode"')
+    return content
+
+
+def read_configurations(path: Path, task: str) -> dict[str, dict]:
+    """The fields of each named configuration that a settings file has for a task; {} if it has none. Raises
+    UserError."""
+    named = read_settings_file(path).get(task, {})
+    return {name: fields_of(fields, path, f"settings of {task}") for name, fields in named.items()}
+
+
+def changed(config: DecodeConfig, fields: dict) -> DecodeConfig:
+    """A named configuration changed by --thresholds and flags. It stays what its name says: a static exit,
+    whose threshold is 0, stays static; drafting by measurement makes its own choices; copies are never
+    owed."""
+    kept = ("max_owed",) if config.fill == "copy" else ()
+    if config.draft == "auto":
+        kept = (*AUTO_CHOOSES, "threshold_schedule")
+    if config.threshold == 0:
+        kept += ("threshold", "layer_thresholds")
+    return override(config, {name: value for name, value in fields.items() if name not in kept})
+
+
+class Variant(NamedTuple):
+    """One configuration to compare; `checkpoint` is that of a model of its own, if it has one."""
+
+    name: str
+    config: DecodeConfig
+    checkpoint: str | None = None
+
+
+def variants(words: str, base: DecodeConfig, named: dict[str, DecodeConfig] | None = None) -> list[Variant]:
+    """The configurations that --compare lists, as in full,softmax+verify,jsd+exit-layers=4,8: a part that is
+    a number goes on with the list before it. Each begins with the name of a configuration in `named`, else
+    with full, static or a confidence function, which change `base`. Then come changes, +field or
+    +field=value; checkpoint=FILE names another model. Raises UserError."""
+    found = {}
+    for name in re.split(r",(?!\s*\d)", words):
+        first, *changes = name.strip().split("+")
+        texts = dict(change.partition("=")[::2] for change in changes)  # field -> its value, as text
+        checkpoint = texts.pop("checkpoint", None)
+        fields = {}
+        for field, text in texts.items():
+            fields[field.replace("-", "_")] = read_field(DecodeConfig, field, text)
+        start = first_configuration(first, base, named or {})
+        found[name.strip()] = Variant(name.strip(), override(start, fields), checkpoint)
+    return list(found.values())
+
+
+def first_configuration(word: str, base: DecodeConfig, named: dict[str, DecodeConfig]) -> DecodeConfig:
+    """The configuration that a word of --compare begins with. Raises UserError for a word that is not
+    known."""
+    if word in named:
+        return named[word]
+    if word == "full":
+        return base.full()
+    known = [*named, *WORDS, *FUNCTIONS]
+    if word not in known and ":" not in word:
+        hint = did_you_mean(word, known)
+        raise UserError(f"unknown configuration {word!r}{hint}; choose from {', '.join(known)}")
+    return override(base, WORDS.get(word, {"confidence": word}))
+
+
+def name_of(fields: dict) -> str:
+    """What a configuration given by flags is called, as --compare would write it: its confidence function
+    (without one, full) and its changes."""
+    name = str(fields.get("confidence", COMMAND.confidence) or "full")
+    for field, value in fields.items():
+        if field != "confidence":
+            name += f"+{field.replace('_', '-')}" + ("" if value is True else f"={as_text(value)}")
+    return name
+
+
+# ---------------------------------------------------------------- from JSON
+
+
+def fields_of(content: dict, path: str | Path, what: str) -> dict:
+    """Fields of DecodeConfig from a part of a JSON file, each as its flag would read it. Raises UserError for
+    what no flag would take, and for a function of one's own: code is named by flags only, never by a file
+    that came with a model."""
+    try:
+        if not isinstance(content, dict):
+            raise UserError(f"settings must be fields and values, not {content!r:.40}")
+        fields = {}
+        for name, value in content.items():
+            fields[name.replace("-", "_")] = read_field(DecodeConfig, name, as_text(value))
+        confidence = fields.get("confidence")
+        if confidence is not None and confidence not in FUNCTIONS:
+            remedy = "a function of your own is named by the flag --confidence alone"
+            raise UserError(f"confidence {confidence!r} is none of {', '.join(FUNCTIONS)}; {remedy}")
+        DecodeConfig(**fields)
+        return fields
+    except UserError as error:
+        raise UserError(f"{path}: not usable as {what} ({error})") from None

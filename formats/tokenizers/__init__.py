@@ -1,0 +1,1 @@
+"""Text to token ids and back: byte-level BPE and sentencepiece behind one interface, and their sources."""

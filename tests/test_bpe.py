@@ -9,7 +9,7 @@ import unicodedata
 import pytest
 
 from common.errors import UserError
-from formats.tokenizers import bpe, splitting
+from formats.tokenizers import splitting
 from formats.tokenizers.bpe import BPE, to_bytes, to_printable
 from formats.tokenizers.bpe_sources import GGUF_RULES, bpe_of_gguf, bpe_of_json, find_bpe
 from formats.tokenizers.files import gguf_tokenizer
@@ -186,14 +186,6 @@ def test_rules_that_would_mean_something_else_here_are_refused(pattern, message)
         splitting.compile_rule(pattern)
 
 
-def test_classes_can_be_inverted_and_in_classes():
-    words = lambda rule, text: [word for word in splitting.compile_rule(rule).split(text) if word]  # noqa: E731
-    assert words(r"\P{L}+", "ab12,c") == ["ab", "12,", "c"]
-    assert words(r"[\P{L}x]+", "abx1,xc") == ["ab", "x1,x", "c"]
-    assert words(r"\S+", "a\x1cb c") == ["a\x1cb", " ", "c"]  # U+001C is no white space of Unicode's
-    assert words(r"[^\s]+", "a\x1cb c") == ["a\x1cb", " ", "c"]
-
-
 # ---------------------------------------------------------------- merging
 
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "Ġ Ġ", "1 2", "e l"]
@@ -264,17 +256,6 @@ def test_a_word_that_is_a_token_is_taken_whole_only_where_the_tokenizer_says_so(
     assert tokenizer_of(merges, whole_words=True).encode("abc") == [vocabulary(merges)["abc"]]
 
 
-def test_what_was_encoded_before_changes_nothing(monkeypatch):
-    monkeypatch.setattr(bpe, "CACHED_WORDS", 3)
-    rng, tokenizer = random.Random(3), tokenizer_of()
-    for _ in range(200):
-        text = " ".join(rng.choice(["hello", "he", "world", "12", "x" * 100, "llo"]) for _ in range(5))
-        ids = tokenizer.encode(text)
-        assert ids == tokenizer_of().encode(text)
-        ids.clear()  # what a caller does to the list stays with the caller
-    assert tokenizer._cached.cache_info().currsize == 3
-
-
 # ---------------------------------------------------------------- text and back
 
 SPECIAL = {"<|end|>": 266, "<|turn|>": 267, "<tool>": 268}
@@ -313,12 +294,6 @@ def test_special_tokens_are_made_only_when_asked_for_and_decode_to_nothing():
     assert encode_prompt(tokenizer, "hello") == [267, hello]
 
 
-def test_of_added_tokens_that_begin_alike_the_longest_is_found():
-    added = {"<a>": 256, "<a>b": 257, "<": 258}
-    tokenizer = BPE([*ALPHABET, b"<a>", b"<a>b", b"<"], [], [splitting.GPT_2], added=added)
-    assert tokenizer.encode("<a>b<a><x") == [257, 256, 258, ord("x")]
-
-
 def test_an_added_token_that_repeats_one_of_the_vocabulary_is_no_part_of_words():
     base = tokenizer_of()
     tokenizer = BPE([*base.tokens, b"he"], base.merges, base.rules, added={"he": 266})
@@ -333,12 +308,6 @@ def test_texts_are_composed_and_begun_with_a_space_where_the_tokenizer_says_so()
     spaced = with_special(prefix_space=True)
     assert spaced.decode(spaced.encode("world")) == " world" and spaced.decode(spaced.encode(" world")) == " world"
     assert spaced.encode("") == [] and spaced.decode(spaced.encode("a<tool>a")) == " a<tool> a"
-
-
-def test_bytes_without_a_token_are_left_out():
-    tokenizer = BPE([None if byte == b"\x04" else byte for byte in ALPHABET], [], [splitting.GPT_2], added={})
-    assert tokenizer.encode("a\x04b\x04") == [97, 98]
-    assert tokenizer.piece(4) == tokenizer.decode([4, 256]) == tokenizer.piece(256) == ""
 
 
 @pytest.fixture(scope="module")

@@ -144,14 +144,6 @@ def test_the_template_stays_in_the_one_file(tiny_model, tmp_path):
     assert load_chat(tmp_path / "out.pt", tokenizer).template == TEMPLATE
 
 
-def test_a_checkpoint_without_template_or_tokenizer_says_so(tiny_model, tmp_path):
-    save_checkpoint(tmp_path / "x.pt", tiny_model(0, vocab_size=SIZE), bytes_tokenizer().to_blob())
-    with pytest.raises(UserError, match=r"x.pt: has no chat template; leave out --chat"):
-        load_chat(tmp_path / "x.pt", bytes_tokenizer())
-    with pytest.raises(UserError, match=r"x.pt: has no tokenizer"):
-        load_chat(tmp_path / "x.pt", None)
-
-
 # ---------------------------------------------------------------- the commands
 
 

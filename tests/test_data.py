@@ -19,7 +19,6 @@ from formats.data import Example, read_examples, read_pairs, task_file
 from formats.tokenizers.files import load_tokenizer
 from formats.tokenizers.pieces import SEP, build_tokenizer, train_tokenizer
 from formats.tokenizers.tokenizer import SentencePiece, encode_prompt
-from tests.test_bpe import with_special
 from tools import prepare as preparing
 from training import batches as batching
 from training.batches import LEARN, START, batches, cut_text, read_prepared
@@ -276,15 +275,6 @@ def test_a_text_is_cut_at_line_ends_and_every_token_learned_once(tokenizer, prep
         assert stats["documents"] == len(parts) and stats["learned"] == sum(map(len, learned)) + 1
 
 
-def test_documents_of_byte_level_bpe_have_no_separator_and_end_with_the_first_of_its_ends(tmp_path):
-    tokenizer = with_special()
-    hello = tokenizer.encode("hello")
-    batching.tokenize([("hello", "hello"), ("", "hello")], tokenizer, tmp_path / "x.npy", 20)
-    records = np.load(tmp_path / "x.npy")
-    assert records["token"].tolist() == [267, *hello, *hello, 266, 267, *hello, 266]
-    assert (records["flags"] & LEARN > 0).tolist() == [False, False, True, True, False, True, True]
-
-
 def test_a_line_longer_than_a_document_is_cut(tokenizer):
     line = "a long line with no end " * 9
     ids = [*tokenizer.encode(line), tokenizer.ends[0]]
@@ -345,11 +335,6 @@ def test_what_is_read_is_not_overwritten(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(ValueError, match=r"mine.json: is read here, and would be overwritten"):
         preparing.main()
-
-
-def test_a_very_long_line_is_trained_on():
-    text = " ".join(completion for _, completion in embedded_pairs(2000))
-    assert len(text) > 65536 and train_tokenizer([("", text)], 400)
 
 
 def test_documents_of_a_tokenizer_without_a_start_have_none_and_one_without_an_end_is_refused(tmp_path):

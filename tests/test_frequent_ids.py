@@ -146,14 +146,6 @@ def test_what_is_no_list_of_ids_is_refused_in_a_file_and_in_a_checkpoint(ids, me
         find_frequent_ids(None, checkpoint, None, {"frequent_ids": inside}, 4096)
 
 
-@pytest.mark.parametrize("content, message", [(b"\x93NUMPY\x01\x00", "no list of token ids"), (None, "no such file")])
-def test_a_file_that_is_no_array_is_one_line(content, message, checkpoint, tmp_path):
-    if content is not None:
-        (tmp_path / "bad.npy").write_bytes(content)
-    with pytest.raises(UserError, match=rf"bad\.npy: {message}"):
-        load_checkpoint(checkpoint, frequent_ids=tmp_path / "bad.npy")
-
-
 def test_mistakes_of_the_command_are_one_line_and_write_nothing(checkpoint, data, count, tiny_model, tmp_path):
     bare, blank, out = tmp_path / "bare.pt", tmp_path / "blank.txt", tmp_path / "out.npy"
     save_checkpoint(bare, tiny_model(0), None)
@@ -168,12 +160,3 @@ def test_mistakes_of_the_command_are_one_line_and_write_nothing(checkpoint, data
         _, err, status = count(**flags)
         assert status == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1
     assert set(tmp_path.iterdir()) == before and data.read_bytes() == text
-
-
-def test_a_corpus_too_small_to_leave_pairs_out_is_counted_whole(checkpoint, count, tmp_path):
-    text, out = tmp_path / "one.txt", tmp_path / "ids.npy"
-    text.write_text("Once upon a time.")
-    printed, _, _ = count(out, data=text)
-    _, tokenizer = load_checkpoint(checkpoint)
-    assert "on every 10th pair" not in printed
-    assert set(np.load(out).tolist()) == {*tokenizer.encode("Once upon a time."), EOS}

@@ -19,7 +19,6 @@ from tests.test_train import random_batch
 from training import losses
 from training.device import DeviceBatch, to_device
 from training.losses import (
-    LOSSES,
     Exits,
     call_loss,
     classifier_loss,
@@ -30,7 +29,6 @@ from training.losses import (
     hidden_loss,
     monotone,
     part_of_vocabulary,
-    register_loss,
 )
 from training.objective import Objective, skipped_layers
 from training.settings import TrainConfig
@@ -282,17 +280,6 @@ def test_a_loss_may_ask_for_logits_by_itself_and_classifiers_learn_all_the_same(
     learned = [exits_of(model).agreement(layer) for layer in (1, 2)]
     extra = [classifier_loss(model, exits.state(layer), layer, same) for layer, same in zip((1, 2), learned)]
     assert_close(loss, sum(means) / 3 + sum(extra) / 2)
-
-
-def test_a_registered_loss_is_chosen_by_its_name(monkeypatch):
-    monkeypatch.setattr(losses, "LOSSES", dict(LOSSES))
-
-    @register_loss("top")
-    def top(exits):
-        return exits.weighted_sum([exits.last])
-
-    assert TrainConfig(loss="top").loss == "top" and find_loss("top") is top
-    assert call_loss("top", exits_of(untrained())) == call_loss("none", exits_of(untrained()))
 
 
 @pytest.mark.parametrize("name, said", [

@@ -310,55 +310,6 @@ def test_the_first_difference_from_the_full_model_is_marked(opened):
     assert first_difference(texts["verified, bounded"], texts["full"]) is None
 
 
-def test_by_keyboard_a_token_shows_its_layers_and_enter_its_pass(opened):
-    browser, recorders = opened
-    recorder = recorders["lossy"]
-    browser.run("document.querySelectorAll('.run')[1].querySelector('.token').focus()")
-    browser.press("ArrowRight")
-    browser.press("ArrowRight")
-    third = recorder.emitted[2]
-    checks = recorder.passes[third.made].checks
-    rows = read(browser, "'#token tbody tr' => x.innerText")
-    assert len(rows) == 5
-    for layer, (confidence, threshold, _, _) in checks.items():
-        sign = "≥" if confidence >= threshold else "<"
-        assert f"{confidence:.2f} {sign} {threshold:.2f}" in rows[5 - layer]
-    assert len(read(browser, "'#token .best' => x")) == 25
-    browser.press("Enter")
-    assert passed(browser).startswith(f"Pass {third.made + 1} ")
-
-
-def test_the_text_grows_with_the_passes(opened):
-    """What a later pass makes is pale; a draft not yet judged is outlined; the newest token is the one
-    selected."""
-    browser, recorders = opened
-    index = NAMES.index("verified, bounded")
-    emitted, passes = recorders["verified, bounded"].emitted, recorders["verified, bounded"].passes
-    choose(browser, index)
-    for k in range(len(passes)):
-        kinds = "['later', 'draft', 'lost'].filter(kind => x.classList.contains(kind)).join()"
-        marks = of_tokens(browser, index, kinds)
-        for each, mark in zip(emitted, marks, strict=True):
-            draft = "draft" if each.settled > k else "lost" if each.rolled_back else ""
-            assert mark == ("later" if each.made > k else draft)
-        selected = read(browser, "'.token[aria-selected=true]' => +x.dataset.at")
-        made = [at for at, each in enumerate(emitted) if each.made == k]
-        assert not made or selected == made
-        browser.press("ArrowRight")
-
-
-def test_play_goes_on_by_itself_and_pauses(opened):
-    browser, _ = opened
-    choose(browser, 1)
-    browser.run("window.setInterval = (tick) => { window.tick = tick; return 7; }")
-    browser.run("document.getElementById('play').click()")
-    browser.run("tick(); tick()")
-    assert passed(browser).startswith("Pass 3 ")
-    assert browser.run("document.getElementById('play').ariaLabel") == "Pause"
-    browser.run("document.getElementById('play').click()")
-    assert browser.run("document.getElementById('play').ariaLabel") == "Play"
-
-
 def test_it_opens_at_the_first_difference_else_at_the_first_early_token(opened, browser, tiny_model, tmp_path):
     browser, recorders = opened
     settled = [token.id for token in recorders["lossy"].settled]
@@ -394,27 +345,3 @@ def test_everything_that_can_be_used_has_a_name(opened):
     unnamed = browser.run("""[...document.querySelectorAll("button, input, select, [tabindex], [role=img]")]
         .filter(x => !(x.ariaLabel || x.textContent.trim() || x.getAttribute("aria-labelledby"))).map(x => x.outerHTML)""")
     assert unnamed == []
-
-
-def test_it_prints_whole(opened, written):
-    browser, _ = opened
-    browser.open(written[0], 720, dark=True, media="print")
-    assert browser.run("getComputedStyle(document.getElementById('play')).display") == "none"
-    assert browser.run("getComputedStyle(document.querySelector('.token sup')).display") == "inline"
-    assert browser.run("getComputedStyle(document.documentElement).backgroundColor") == "rgb(255, 255, 255)"
-    browser.run("dispatchEvent(new Event('beforeprint'))")
-    assert browser.run("[...document.querySelectorAll('.flight, .scroll')].every(x => x.scrollWidth <= x.clientWidth)")
-
-
-def test_several_prompts_are_chosen_from_a_list(browser, tiny_model, tmp_path):
-    model = tiny_model(8)
-    page, _ = page_of(model, ["full", "lossy"])
-    other = recorded(model, [5, 6], SETTINGS["full"])
-    page.add("another prompt", [5, 6], {"full": (SETTINGS["full"], other)}, references=["<b>right</b>"])
-    page.write(tmp_path / "page.html")
-    browser.open(tmp_path / "page.html")
-    browser.run("x = document.getElementById('input'); x.value = 1; x.onchange()")
-    assert browser.run("document.getElementById('prompt').textContent") == "another prompt"
-    assert browser.run("document.getElementById('references').innerText") == "Reference: <b>right</b>"
-    assert read(browser, "'.filled li[data-step]' => +x.dataset.filled") == other.heights[::-1]
-    assert browser.errors == []

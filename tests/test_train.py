@@ -237,11 +237,6 @@ def test_a_mistake_in_the_data_comes_through_from_the_thread_that_fetches():
         next(fetched_ahead(batching.batches(records, 2, 48)))
 
 
-def test_training_is_in_bfloat16_on_a_gpu_unless_told_otherwise():
-    assert [TrainConfig(device=device).dtype for device in ("cpu", "cuda", "cuda:1")] == ["float32"] + ["bfloat16"] * 2
-    assert TrainConfig(device="cuda", dtype="float32").dtype == "float32"
-
-
 # ---------------------------------------------------------------- the end, and ends before it
 
 

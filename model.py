@@ -33,7 +33,7 @@ MATRICES = {"lowrank": 2, "mlp": 3}  # of an adapter, (size, d) each; the last o
 class ModelConfig:
     """The shape of a transformer of the Llama family or of Gemma's; the defaults are the embedded model's."""
 
-    vocab_size: int = option(4096, "pieces of the vocabulary", least=1)
+    vocab_size: int = option(4096, "pieces of the vocabulary", least=2)
     n_layers: int = option(12, "blocks", least=1, most=10_000)
     d_model: int = option(256, "width of the residual stream", least=1)
     n_heads: int = option(4, "query heads", least=1)

@@ -487,7 +487,7 @@ def test_calibration_writes_a_threshold_that_decoding_reads(risk, threshold, hal
     assert check["on"] == "10 inputs of test" and check["risk"] < 0.2 and written["provenance"]["risk"] == risk
     assert all(each["p_value"] <= 0.2 for each in tested if each["threshold"] >= threshold) and tested[-1]["threshold"] <= threshold
     assert f"threshold {threshold:g}; on 10 inputs of test, not used to find it" in said and "at most 21 thresholds: up to" in said
-    assert f"python decode.py --checkpoint {checkpoint} --thresholds {file} --prompt" in said
+    assert f'python decode.py "..." --checkpoint {checkpoint} --thresholds {file}' in said
 
 
 def test_an_interrupted_calibration_leaves_the_last_threshold_that_passed(half, command, monkeypatch, tmp_path):

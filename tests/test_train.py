@@ -658,7 +658,7 @@ MISTAKES = {  # a flag -> what the line must say
     "--max-steps=3": "is at step 12, beyond max_steps 3",
     "--shard": "--shard needs several processes; start torchrun",
     "--length=49": "length is 49, the model has 48 positions",
-    "--init={files}/dev.tsv": "dev.tsv: not a readable checkpoint",
+    "--init={files}/dev.tsv": "dev.tsv: not a checkpoint",
     "--tokenizer={files}/dev.tsv": "was trained with tokenizer None, not",
     "--data={files}/malformed.tsv --overwrite": "malformed.tsv, line 2: has 1 columns; 2 are needed",
     "--eos-id=1 --overwrite": "eos_id is 1, but the tokenizer ends texts with 2; give --eos-id 2",

@@ -18,7 +18,6 @@ from decoding.settings import DecodeConfig
 from evaluation import calibrate, figures, tasks, tune
 from evaluation import measure as measuring
 from evaluation import sweep as sweeping
-from evaluation.configurations import exit_layers_of
 from evaluation.inputs import Table
 from evaluation.measure import Configuration
 from evaluation.recipes import RECIPES
@@ -186,11 +185,6 @@ def test_unusable_settings_are_refused(content, command, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         command()
     assert end.value.code == 2 and "tiny.json: " in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_model_of_one_layer_has_nothing_to_exit_at(tiny_model):
-    with pytest.raises(ValueError, match="has one layer, and so no exit"):
-        exit_layers_of(tiny_model(n_layers=1))
 
 
 def test_the_page_shows_the_inputs_named_under_every_row(rows_of, tmp_path):

@@ -674,3 +674,10 @@ def test_a_mistake_ends_in_one_line_and_status_2_and_changes_no_file(mistake, fi
     (line,) = said.splitlines()
     assert status == 2 and line.startswith("error: ") and MISTAKES[mistake] in line
     assert contents(finished[0]) == before
+
+
+def test_a_failed_start_leaves_no_new_folder(config, files, tmp_path):
+    malformed = dataclasses.replace(config, tokenizer=str(files / "empty.tsv"))
+    with pytest.raises(ValueError, match=r"empty\.tsv"):
+        train.run_training(malformed, SHAPE, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []

@@ -46,21 +46,29 @@ def noted_signals() -> Iterator[list[int]]:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Makes the folder, and locks it for this training run; the system unlocks it when the process ends,
-    however it ends. Raises UserError if another run holds the lock."""
+    however it ends. A new folder in which nothing was written is removed. Raises UserError if another run
+    holds the lock."""
     if not is_first():
         yield
         return
     if folder.is_file():
         raise UserError(f"{folder}: is a file; --out takes a folder")
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
+    lock = folder / ".lock"
+    with open(lock, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another training run is writing there; give another --out") from None
         except OSError:
             pass  # a file system without locks
-        yield
+        try:
+            yield
+        finally:
+            if is_new and list(folder.iterdir()) == [lock]:
+                lock.unlink()
+                folder.rmdir()
 
 
 def read_log(path: Path) -> list[dict]:

@@ -79,6 +79,8 @@ class ShownRun:
     pace: list[float] = field(default_factory=list)  # seconds a token, of each time that it is decoded again
 
     def show(self, tokens: Iterator[Token]) -> None:
+        """Records the tokens, and prints them if there is a screen; beside a full run, says where the text
+        differs."""
         if self.screen is None:
             list(self.recorder.watch(tokens))
         elif self.full is None:

@@ -141,9 +141,14 @@ def smallest_norm(d: int, eps: float) -> Tensor:
     return torch.tensor((d * eps) ** 0.5)
 
 
+def kept_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What a weight of a model of this dtype is kept in: a vector keeps at least the file's precision."""
+    return dtype if weight.dim() > 1 else torch.promote_types(weight.dtype, dtype)
+
+
 def fast_gain(gain: Tensor, dtype: torch.dtype) -> Tensor:
     """The gain of a norm as fast_norm takes it, for states of this dtype."""
-    gain = gain.detach().to(torch.promote_types(gain.dtype, dtype))
+    gain = gain.detach().to(kept_dtype(gain, dtype))
     return gain * gain.shape[-1] ** 0.5 if dtype == torch.float32 else gain
 
 
@@ -183,9 +188,8 @@ class FastBlock:
                 weights[name] = Int8Matrix(weight.detach(), scale)
             elif name.endswith("norm"):
                 weights[name] = fast_gain(weight, self.dtype)
-            else:  # vectors keep at least the precision of the file
-                kept = self.dtype if weight.dim() > 1 else torch.promote_types(weight.dtype, self.dtype)
-                weights[name] = weight.detach().to(kept)
+            else:
+                weights[name] = weight.detach().to(kept_dtype(weight, self.dtype))
         self.fold(weights, norms=form != "int8" and self.dtype == torch.float32)
         for name, weight in weights.items():
             matrix = isinstance(weight, Int8Matrix) or (weight is not None and weight.dim() > 1)

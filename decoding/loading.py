@@ -6,7 +6,7 @@ import os
 import torch
 
 from common.errors import UserError
-from decoding.fast_weights import FORMS, FastTransformer, dequantized
+from decoding.fast_weights import FORMS, FastTransformer, dequantized, kept_dtype
 from decoding.shortlist import find_frequent_ids
 from formats.checkpoint import check_finite, check_size, fitting, read_tokenizer
 from formats.heads import read_model
@@ -34,7 +34,7 @@ def load_checkpoint(
     Raises UserError for a file, dtype or form that cannot be used."""
     content, device = read_model(path, heads, check), torch.device(device)
     check_finite(path)
-    weights, scales = content["weights"], content.get("scales", {})
+    weights, scales = content["weights"], content["scales"]
     with fitting(path):
         dtype = dtype or default_dtype(content, device)
     check_form(form, dtype, device)
@@ -52,8 +52,7 @@ def load_checkpoint(
         model = FastTransformer(model, "int8" if dtype == torch.int8 else form, dtype, scales)
     else:
         for weight in model.parameters():
-            kept = dtype if weight.dim() > 1 else torch.promote_types(weight.dtype, dtype)
-            weight.data = weight.data.to(device, kept)
+            weight.data = weight.data.to(device, kept_dtype(weight, dtype))
         model.to(device)
     tokenizer = content.get("tokenizer")
     if tokenizer is not None:
@@ -63,7 +62,7 @@ def load_checkpoint(
 
 def default_dtype(content: dict, device: torch.device) -> torch.dtype:
     """The file's own, int8 among them, but float32 if a float16 file is loaded to a CPU."""
-    if content.get("scales"):
+    if content["scales"]:
         return torch.int8
     stored = content["weights"]["embedding"].dtype
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored

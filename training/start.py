@@ -189,7 +189,7 @@ def load_start(model: Transformer, config: TrainConfig) -> None:
     UserError if it has other weights, or fewer frequent ids than --train heads:N needs."""
     content = read_checkpoint(config.init)
     with fitting(config.init):
-        weights = dequantized(content["weights"], content.get("scales", {}))
+        weights = dequantized(content["weights"], content["scales"])
         kept = {name: weight for name, weight in weights.items() if depth_of(name) <= model.config.n_layers}
         missing, more = model.load_state_dict(kept, strict=False)
         wrong = more + [name for name in missing if not name.startswith(HEAD_WEIGHTS)]

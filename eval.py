@@ -1,4 +1,4 @@
-"""Speed and quality side by side. Without arguments: the embedded model on test inputs of each of its tasks.
+"""Speed and quality side by side. Without arguments: the included model on test inputs of each of its tasks.
 
     python eval.py                                 the table; --wide for all figures, --all for all rows
     python eval.py --confidence softmax --threshold 0.6    the full model compared with one configuration

@@ -31,7 +31,7 @@ MATRICES = {"lowrank": 2, "mlp": 3}  # of an adapter, (size, d) each; the last o
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a transformer of the Llama family or of Gemma's; the defaults are the embedded model's."""
+    """The shape of a transformer of the Llama family or of Gemma's; the defaults are the included model's."""
 
     vocab_size: int = option(4096, "pieces of the vocabulary", least=2)
     n_layers: int = option(12, "blocks", least=1, most=10_000)

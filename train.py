@@ -1,5 +1,5 @@
-"""Pretraining, fine-tuning and training of exit heads. Without arguments it trains the embedded default from
-the embedded data.
+"""Pretraining, fine-tuning and training of exit heads. Without arguments it trains the included default from
+the included data.
 
     python train.py --out runs/mine --max-steps 50
     python train.py --data mine.jsonl --out runs/mine              its last documents are held out to validate

@@ -91,7 +91,7 @@ Matrix = Tensor | Int8Matrix
 def default_form(dtype: torch.dtype) -> str:
     """The rule by which a CPU stores weights: packed where that works, but float32 folded alone where there
     is AVX-512, with which the library's own product of one row is faster (0.75 ms against 1.32 for the
-    embedded model's blocks; without it, packed is up to 2.6 times as fast)."""
+    included model's blocks; without it, packed is up to 2.6 times as fast)."""
     if dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX512":
         return "folded"
     return "packed" if packs(dtype) else "folded"

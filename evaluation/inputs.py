@@ -60,7 +60,7 @@ class Setup:
 
     def find_tasks(self) -> list[Task]:
         """Returns the tasks of --tasks, else those that the settings file has rows for, else those of the
-        embedded model. Raises UserError for two tasks of one name."""
+        included model. Raises UserError for two tasks of one name."""
         in_file = read_settings_file(self.settings_file)
         embedded = [name for name in in_file if name in TASKS and TASKS[name].file]
         tasks = [find_task(name) for name in self.config.tasks or embedded or ["translation", "e2e"]]

@@ -107,7 +107,7 @@ TASKS = {
 
 
 def find_task(name: str) -> Task:
-    """Returns an embedded task by its name, or for NAME=FILE one of its kind on another file. Raises
+    """Returns an included task by its name, or for NAME=FILE one of its kind on another file. Raises
     UserError."""
     kind, _, file = name.partition("=")
     if kind not in TASKS:

@@ -35,7 +35,7 @@ class Example:
 
 
 def task_file(task: str, split: str) -> str:
-    """Path of an embedded task's `train`, `dev` or `test` file."""
+    """Path of an included task's `train`, `dev` or `test` file."""
     return locate(FILES[task].format(split))
 
 

@@ -1,4 +1,4 @@
-"""What README and docs say: their commands parse, their links lead somewhere, and the embedded model is what
+"""What README and docs say: their commands parse, their links lead somewhere, and the included model is what
 it should be."""
 
 import ast
@@ -207,7 +207,7 @@ def test_no_placeholder_is_left():
     assert not re.search(r"@[A-Z]+@|TODO|TBD", "\n".join(TEXTS.values()))
 
 
-# ---------------------------------------------------------------- the embedded model
+# ---------------------------------------------------------------- the included model
 
 
 def test_the_embedded_model_is_small_and_plain():

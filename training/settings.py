@@ -25,7 +25,7 @@ class TrainConfig(LossConfig):
     )
     dev: tuple[str, ...] = option(
         (),
-        "validation files, each measured by itself; none: those of the embedded tasks for the default data, "
+        "validation files, each measured by itself; none: those of the included tasks for the default data, "
         "else the last documents of --data, which are held out",
     )
     init: str | None = option(None, "checkpoint to start from, with its shape and tokenizer")

@@ -17,7 +17,7 @@ RECIPES = {
     "free": {"confidence": "softmax", "threshold": 0.9, "threshold_schedule": "adaptive:0.9"},
     # LayerSkip (Elhoushi 2024): self-speculative decoding, a fixed exit drafts a fixed number of tokens, the
     # other layers verify them together. Here exit and draft length are a quarter of the depth and 6, where
-    # the paper chooses both for model and task; its training is `--loss rotate --layer-dropout` of train.py.
+    # the paper chooses both for model and task; its training is `--loss layerskip --layer-dropout` of train.py.
     "layerskip": {"confidence": "softmax", "threshold": 0.0, "verify": True, "max_owed": 6},
     # DEL (Entezari Zarch 2025): self-speculative decoding whose exit layer and number of drafts follow from
     # what was kept so far, of every layer. Here the threshold follows, too; costs are seconds measured on

@@ -249,6 +249,15 @@ def own(tmp_path, monkeypatch):
     sys.modules.pop("own_losses", None)
 
 
+def test_layerskip_weighs_by_the_square_of_the_depth():
+    """e_l by its definition, layers counted from 0, for a model of three layers whose exits are 1 and 2."""
+    exits, scale = exits_of(untrained()), 0.2
+    wanted = {layer + 1: scale * sum(range(layer + 1)) for layer in (0, 1)} | {3: 2 + scale * sum(range(2))}
+    found = call_loss("layerskip", exits)
+    expected = sum(wanted[layer] / sum(wanted.values()) * exits.losses[layer] for layer in wanted)
+    assert exits.in_turn() == [1, 2, 3] and found.item() == pytest.approx(expected.item())
+
+
 def test_a_loss_of_ones_own_is_asked_like_the_others(own):
     """Label smoothing by its definition: a tenth of the mean of -log p over all pieces, nine tenths of the
     target's."""

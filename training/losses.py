@@ -51,6 +51,7 @@ LastLogits = Callable[[], Tensor]
 TargetLoss = Callable[[Tensor, Tensor, LastLogits | None], Tensor]
 
 PER_STEP = 2  # exits that `rotate`, `distill` and `hidden` learn at each step
+E_SCALE = 0.2  # of the exits' losses in `layerskip` (LayerSkip takes 0.1 to 1)
 HIDDEN_WEIGHT = 1.0  # of the distance between states in `hidden` (FREE, Bae 2023, which adds it as it is)
 # How many logits of one layer are alive at a time: few enough for a CPU's cache, enough to keep a GPU busy.
 CHUNK = {"cpu": 2**20, "cuda": 2**25}
@@ -86,7 +87,7 @@ class LossConfig:
     loss: str = option(
         "rotate",
         "none: the last layer alone; weighted: every exit at every step; rotate: some exits a step, in turn; "
-        "distill: the same, towards the last layer's distribution; hidden: rotate, and states towards deeper "
+        "layerskip: the same, by LayerSkip's weights; distill: rotate, towards the last layer's distribution; hidden: rotate, and states towards deeper "
         "ones; or your own, my_file:function (see training/losses.py)",
     )
     exits: tuple[int, ...] = option((2, 3, 4, 6, 8, 10), "exit layers to train")
@@ -181,10 +182,11 @@ class Exits:
         self.used.add(layer)
         return self.model.score(self.model.exit_norm(self.state(layer), layer), self.unembed)
 
-    def weighted_sum(self, layers: list[int], each: TargetLoss = cross_entropy) -> Tensor:
-        """The mean over the targets of `each`, summed over these layers by their `shares`: a scalar."""
+    def weighted_sum(self, layers: list[int], each: TargetLoss = cross_entropy, weigh=shares) -> Tensor:
+        """The mean over the targets of `each`, summed over these layers by the weights that `weigh` gives
+        them: a scalar."""
         self.used.update(layers)
-        return self.sum_of_losses(shares(layers), each, compare=self.config.classifier)
+        return self.sum_of_losses(weigh(layers), each, compare=self.config.classifier)
 
     def sum_of_losses(
         self, weights: dict[int, float], each: TargetLoss = cross_entropy, compare: bool = False
@@ -292,6 +294,21 @@ def weighted(exits: Exits) -> Tensor:
 def rotate(exits: Exits) -> Tensor:
     """Cross-entropy of some exits a step, in turn (LayerSkip, Elhoushi 2024, section 4.1.2)."""
     return exits.weighted_sum(exits.in_turn())
+
+
+@register_loss("layerskip")
+def layerskip(exits: Exits) -> Tensor:
+    """As `rotate`, but the weights grow with the square of the depth: e_l = E_SCALE (0 + 1 + .. + l - 1), and at
+    the last layer e_L = L - 1 + E_SCALE (0 + 1 + .. + L - 2), divided by their sum (LayerSkip, section 4.1.2)."""
+
+    L = exits.last
+
+    def squares(layers: list[int]) -> dict[int, float]:
+        terms = {layer: E_SCALE * layer * (layer - 1) / 2 for layer in layers}
+        terms[L] = max(1, L - 1) * (1 + E_SCALE * (L - 2) / 2)
+        return {layer: term / sum(terms.values()) for layer, term in terms.items()}
+
+    return exits.weighted_sum(exits.in_turn(), weigh=squares)
 
 
 @register_loss("distill")

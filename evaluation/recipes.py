@@ -1,5 +1,5 @@
-"""The papers' settings as rows of the table: `python eval.py --rows calm,free,layerskip`, on any checkpoint.
-docs/recipes.md explains each method and shows its figures.
+"""The papers' settings as rows of the table: `python eval.py --compare calm,free,layerskip`, on any checkpoint.
+docs/methods.md explains each method.
 
 Each recipe is a dict of DecodeConfig's fields; comments name the source and what differs from the paper. The
 papers' models have 24 layers and more, so a layer is given as a share of the depth.
@@ -28,8 +28,8 @@ RECIPES = {
     # one. Here the amateur is the layer at half the depth, with its exit head.
     "acd": {"confidence": None, "predict": "acd"},
     # DoLa (Chuang 2023): every token from the last layer contrasted with the lower one that differs most.
-    # Here every layer from 2 on may be the amateur, where the paper takes one half of them, and there is no
-    # repetition penalty (1.2 there).
+    # Here every layer from 2 on may be the amateur, where the paper takes even layers of one part of the
+    # model, and there is no repetition penalty (1.2 there).
     "dola": {"confidence": None, "predict": "dola"},
 }
 EXIT_DEPTH = {

@@ -355,7 +355,7 @@ def monotone(costs: list[list[float]]) -> list[int]:
 def classifier_loss(model: Transformer, hidden: Tensor, layer: int, labels: Tensor) -> Tensor:
     """Cross-entropy of the layer's classifier with `labels` (N,), whether the exit agrees with the last layer
     (CALM, section 3.5: each layer independent of the others), both labels weighing the same however rare one
-    is (FREE). Only the classifier learns from it. hidden (N, d)."""
+    is (FREE balances them by logit adjustment). Only the classifier learns from it. hidden (N, d)."""
     logits = classifier_logit(model, hidden, layer)
     losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
     means = [(losses * side).sum() / side.sum().clamp(min=1) for side in (labels, ~labels)]

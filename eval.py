@@ -74,7 +74,7 @@ def sweep(config: EvalConfig) -> None:
     measured = []
     for table in setup.tables(lambda task: combinations(setup, task)):
         measured.append(measured_or_known(setup, table))
-        stars = "* others are surely slower or worse"
+        stars = "* every other row is clearly slower or worse"
         say(f"\n{heading(config, table)}; {stars}\n\n{sweep_text(measured[-1], table.task, config.over)}")
     finish(setup, measured)
 

@@ -27,7 +27,7 @@ from decoding.shortlist import ids_beside
 from formats.chat import conversation, load_chat
 from formats.tokenizers.tokenizer import encode_prompt
 
-TURNS, SECONDS = 5, 20.0  # each configuration is timed so many times, or until so much time has passed
+TURNS, SECONDS = 5, 20.0  # each configuration is timed 5 times, or until 20 s have passed
 
 ABOUT_PROMPT = "the text to go on from; token ids, separated by commas, if the checkpoint has no tokenizer"
 ABOUT_CHAT = "the prompt is a turn in a chat, by the template of the checkpoint; needs jinja2"
@@ -79,7 +79,7 @@ class ShownRun:
     pace: list[float] = field(default_factory=list)  # seconds a token, of each time that it is decoded again
 
     def show(self, tokens: Iterator[Token]) -> None:
-        """Records the tokens, and prints them if there is a screen; beside a full run, says where the text
+        """Records the tokens, and prints them if there is a screen; next to a full run, says where the text
         differs."""
         if self.screen is None:
             list(self.recorder.watch(tokens))

@@ -22,7 +22,7 @@ from model import Transformer
 
 ROWS = (1, 2, 4, 8, 16)  # of the passes that are measured
 PROMPT = 32  # tokens before them
-TURNS, AT_LEAST = 9, 3.0  # turns of every measurement, or more to fill so many seconds; the median counts
+TURNS, AT_LEAST = 9, 3.0  # turns of every measurement, or more to fill 3 seconds; the median counts
 
 _MEASURED = weakref.WeakKeyDictionary()  # model -> (what is checked, threads) -> its costs
 
@@ -63,7 +63,7 @@ def measure_costs(model: Transformer, config: DecodeConfig) -> Costs:
     shortlist = Shortlist(model, config.shortlist, length) if config.shortlist else None
 
     def climb(count: int, layer: int) -> list[torch.Tensor]:
-        """h_0 .. h_layer of so many new positions, whose keys and values are forgotten afterwards."""
+        """h_0 .. h_layer of `count` new positions, whose keys and values are forgotten afterwards."""
         states = [model.embed(prompt[:, :count])]
         for block in model.blocks[:layer]:
             states.append(block(states[-1], cache))

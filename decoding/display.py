@@ -159,7 +159,7 @@ def difference(tokens: list[Token], full: list[Token], tokenizer) -> str:
 
 
 def speed(pace: list[float], tokens: int, full: list[float]) -> str:
-    """How fast runs of so many tokens are, in words, and how often that goes into the full model's time,
+    """How fast runs of `tokens` tokens are, in words, and how often that goes into the full model's time,
     unless the spreads of the two overlap. `pace` and `full`: seconds a token of every run."""
     middle, (low, high), (full_low, full_high) = median(pace), spread(pace), spread(full)
     words = f"{middle * tokens:.3f} s, {1 / middle:.0f} tokens/s"

@@ -94,7 +94,7 @@ class Drafting:
         return cls(costs_of(model, config))
 
     def exits(self, drafts: int) -> dict[int, float]:
-        """The exit of the next pass with its threshold, if the round has so many drafts already; none: to the
+        """The exit of the next pass with its threshold, if the round has that many drafts already; none: to the
         top."""
         if drafts >= self.plan.drafts:
             return {}

@@ -68,13 +68,13 @@ class Counters:
         self.confidence_flops += sum(flops for head, flops in trace.flops.items() if head != layer)
 
     def add_copies(self, shape: ModelConfig, layers: int) -> None:
-        """Keys and values copied up to so many layers: each has its projection of queries, keys and
+        """Keys and values copied to a number of layers: each has its projection of queries, keys and
         values."""
         heads = shape.n_heads + 2 * shape.n_kv_heads
         self.block_flops += layers * 2 * heads * shape.head_dim * shape.d_model
 
     def ideal_speedup(self, shape: ModelConfig, shortlist: bool) -> float:
-        """The steps of the staircase that the full model runs for so many tokens, over those that were run.
+        """The steps of the staircase that the full model runs for these tokens, over those that were run.
         With a shortlist the head over the vocabulary is one of them, as many blocks as its weights make;
         without one every check reads these weights, and none is saved."""
         head = shape.vocab_size * shape.d_model / block_weights(shape) if shortlist else 0

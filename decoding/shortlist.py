@@ -31,7 +31,7 @@ class Shortlist:
 
     def __init__(self, model: Transformer, size: int, length: int):
         """The `size` most frequent ids, and room for `length` more: those of the prompt and of tokens from
-        the full model (a draft is in it already). Raises UserError if the model knows not so many."""
+        the full model (a draft is in it already). Raises UserError if the model knows fewer."""
         self.model = model
         self.ids, weight, known = frequent(model, size)
         self.weights = [weight]
@@ -54,8 +54,8 @@ class Shortlist:
 
 def frequent(model: Transformer, size: int) -> tuple[Tensor, Tensor, frozenset[int]]:
     """The `size` most frequent ids (size,), their rows of the unembedding (size, d), and the ids as a set;
-    made once for a model, whose weights must not change between its runs. Raises UserError if there are not
-    so many."""
+    made once for a model, whose weights must not change between its runs. Raises UserError if there are
+    fewer."""
     made = _FREQUENT.setdefault(model, {})
     if size not in made or made[size][0] is not model.frequent_ids:
         if model.frequent_ids is None:

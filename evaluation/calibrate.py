@@ -84,7 +84,7 @@ class Calibration:
         self.provenance |= {"tolerance": config.tolerance, "error": config.error, "tested": []}
 
     def find(self) -> float | None:
-        """Finds the boldest threshold whose risk is surely below the tolerance, and writes it with its
+        """Finds the boldest threshold whose risk is significantly below the tolerance, and writes it with its
         provenance and the risk on other inputs. Returns None if no threshold passes."""
         fit, check = self.sets
         self.provenance["calibrated on"] = f"{len(self.sets[fit])} inputs of {fit}"

@@ -229,7 +229,7 @@ def perplexity(model: Transformer, row: Measured) -> float:
 
 
 def best_rows(rows: list[dict]) -> set[str]:
-    """Returns the names of the rows that are surely best at something: every other row is slower or keeps
+    """Returns the names of the rows that are clearly on the Pareto front: every other row is slower or keeps
     less quality, by intervals that do not overlap."""
 
     def surely_better(row: dict, other: dict) -> bool:

@@ -1,6 +1,6 @@
 """5. Break the cache, and see why it breaks.
 
-The commonest mistake in early exit: a token leaves at layer 4, the cache is told that it is done, and later
+The commonest mistake in early exit: a token leaves at layer 4, the cache is marked as complete, and later
 tokens attend to keys and values that were never written. The text stays fluent for a while, then becomes
 gibberish.
 

@@ -1,5 +1,5 @@
-"""The papers' settings as rows of the table: `python eval.py --compare calm,free,layerskip`, on any checkpoint.
-docs/methods.md explains each method.
+"""The papers' settings as rows of the table: `python eval.py --compare calm,free,layerskip`, on any
+checkpoint. docs/methods.md explains each method.
 
 Each recipe is a dict of DecodeConfig's fields; comments name the source and what differs from the paper. The
 papers' models have 24 layers and more, so a layer is given as a share of the depth.
@@ -17,7 +17,7 @@ RECIPES = {
     "free": {"confidence": "softmax", "threshold": 0.9, "threshold_schedule": "adaptive:0.9"},
     # LayerSkip (Elhoushi 2024): self-speculative decoding, a fixed exit drafts a fixed number of tokens, the
     # other layers verify them together. Here exit and draft length are a quarter of the depth and 6, where
-    # the paper chooses both for model and task; its training is `--loss layerskip --layer-dropout` of train.py.
+    # the paper chooses both for model and task; its training is `train.py --loss layerskip --layer-dropout`.
     "layerskip": {"confidence": "softmax", "threshold": 0.0, "verify": True, "max_owed": 6},
     # DEL (Entezari Zarch 2025): self-speculative decoding whose exit layer and number of drafts follow from
     # what was kept so far, of every layer. Here the threshold follows, too; costs are seconds measured on

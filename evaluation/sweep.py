@@ -50,8 +50,8 @@ def combinations(setup: Setup, task: Task) -> dict[str, Configuration]:
 
 
 def sweep_text(rows: list[dict], task: Task, over: list[list[str]]) -> str:
-    """Formats the table, with a star for rows that are clearly on the Pareto front, and the means over each of
-    the fields that have several values."""
+    """Formats the table, with a star for rows that are clearly on the Pareto front, and the means over
+    each of the fields that have several values."""
     best = best_rows(rows)
     starred = [{**row, "name": row["name"] + " *" * (row["name"] in best)} for row in rows]
     text = table_text(starred, task, wide=True)

@@ -23,8 +23,8 @@ To try a loss of your own, write a file, and name it: `python train.py --loss my
 `@register_loss("smooth")` above the function gives it a name of its own, as the losses below have.
 
 Dimensions: N learned targets of a micro-batch, n some of these, d model width, V vocabulary. Layers count
-from 1 to L. With --train all:N or heads:N the vocabulary is a part of it (`part_of_vocabulary`), and targets are
-places in it.
+from 1 to L. With --train all:N or heads:N the vocabulary is a part of it (`part_of_vocabulary`), and targets
+are places in it.
 """
 
 import functools
@@ -87,15 +87,16 @@ class LossConfig:
     loss: str = option(
         "rotate",
         "none: the last layer alone; weighted: every exit at every step; rotate: some exits a step, in turn; "
-        "layerskip: the same, by LayerSkip's weights; distill: rotate, towards the last layer's distribution; hidden: rotate, and states towards deeper "
-        "ones; or your own, my_file:function (see training/losses.py)",
+        "layerskip: the same, with LayerSkip's weights; distill: rotate, towards the last layer's "
+        "distribution; hidden: rotate, and states towards deeper ones; or your own, my_file:function (see "
+        "training/losses.py)",
     )
     exits: tuple[int, ...] = option((2, 3, 4, 6, 8, 10), "exit layers to train")
     train: str = option(
         "all",
         "all: every weight, into model.pt; heads: norm, adapter and classifier of each exit, the model's own "
-        "output unchanged, into heads.pt, a few MB; all:N, heads:N: the same over the N most frequent ids and "
-        "those of the batch, which is faster for a large vocabulary",
+        "output unchanged, into heads.pt, a few MB; all:N, heads:N: the same over the N most frequent ids "
+        "and those of the batch, which is faster for a large vocabulary",
         choices=lambda text: read_choice("train", text, TRAIN),
     )
     classifier: bool = option(False, "also train a confidence classifier at every exit", group="losses")
@@ -298,9 +299,8 @@ def rotate(exits: Exits) -> Tensor:
 
 @register_loss("layerskip")
 def layerskip(exits: Exits) -> Tensor:
-    """As `rotate`, but the weights grow with the square of the depth: e_l = E_SCALE (0 + 1 + .. + l - 1), and at
-    the last layer e_L = L - 1 + E_SCALE (0 + 1 + .. + L - 2), divided by their sum (LayerSkip, section 4.1.2)."""
-
+    """As `rotate`, but the weights grow with the square of the depth: e_l = E_SCALE (0 + 1 + .. + l - 1), at
+    the last layer e_L = L - 1 + E_SCALE (0 + 1 + .. + L - 2), over their sum (LayerSkip, section 4.1.2)."""
     L = exits.last
 
     def squares(layers: list[int]) -> dict[int, float]:

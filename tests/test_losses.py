@@ -376,19 +376,6 @@ def test_over_all_ids_heads_learn_what_they_learn_without_a_shortlist(chunk, chu
     assert_close(found, slopes, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("loss", ["none", "weighted"])
-def test_over_all_ids_a_model_learns_what_it_learns_without_a_shortlist(loss):
-    model = untrained()
-    model.frequent_ids = torch.randperm(300)
-    config = TrainConfig(train="all", init="x.pt", loss=loss, exits=(1, 2), device="cpu")
-    loss, slopes = heads_loss(model, config)
-    same, found = heads_loss(model, replace(config, train="all:300"))
-    assert_close(same, loss)
-    assert_close(found, slopes, rtol=1e-4, atol=1e-7)
-    few, found = heads_loss(model, replace(config, train="all:20"))
-    assert few < loss and (found["embedding"].abs().sum(-1) > 0).sum() < 300
-
-
 @pytest.mark.parametrize("chunk", [2**20, 300])
 def test_over_a_shortlist_heads_learn_the_last_layers_distribution_within_it(chunk, chunks):
     """KL between softmaxes over the most frequent ids and all ids of the batch, each id once."""

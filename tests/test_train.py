@@ -641,7 +641,7 @@ UNUSABLE = {  # settings -> what the message must say
     "lr is nan; it must be above 0": {"lr": math.nan},
     "layer_dropout is 2.0; it must be at least 0 and at most 1": {"layer_dropout": 2.0},
     "train is heads, which needs --init": {"train": "heads"},
-    "train is all:9, but only a checkpoint knows frequent ids": {"train": "all:9"},
+    "unknown train 'all:9'": {"train": "all:9"},
     "classifier is True, but loss is none": {"loss": "none", "classifier": True},
     "needs exits to train": {"loss": "distill", "exits": ()},
 }

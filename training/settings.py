@@ -66,8 +66,6 @@ class TrainConfig(LossConfig):
             object.__setattr__(self, "dtype", "bfloat16" if self.device.startswith("cuda") else "float32")
         check_limits(self)
         unfit = self.loss in ("none", "layerskip", "hidden") or self.layer_dropout
-        if self.shortlist and self.init is None:
-            raise UserError(f"train is {self.train}, but only a checkpoint knows frequent ids; give --init")
         if self.heads_alone and (self.init is None or unfit):
             raise UserError(
                 "train is heads, which needs --init, a loss of the exits alone, no --layer-dropout"

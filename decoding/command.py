@@ -27,7 +27,7 @@ from decoding.shortlist import ids_beside
 from formats.chat import conversation, load_chat
 from formats.tokenizers.tokenizer import encode_prompt
 
-TURNS, SECONDS = 5, 20.0  # each configuration is timed 5 times, or until 20 s have passed
+TURNS, SECONDS = 5, 20.0  # how often each configuration is timed, and the time after which none begins
 
 ABOUT_PROMPT = "the text to go on from; token ids, separated by commas, if the checkpoint has no tokenizer"
 ABOUT_CHAT = "the prompt is a turn in a chat, by the template of the checkpoint; needs jinja2"

@@ -22,7 +22,7 @@ from model import Transformer
 
 ROWS = (1, 2, 4, 8, 16)  # of the passes that are measured
 PROMPT = 32  # tokens before them
-TURNS, AT_LEAST = 9, 3.0  # turns of every measurement, or more to fill 3 seconds; the median counts
+TURNS, AT_LEAST = 9, 3.0  # turns of every measurement, and its least seconds; the median counts
 
 _MEASURED = weakref.WeakKeyDictionary()  # model -> (what is checked, threads) -> its costs
 

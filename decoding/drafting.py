@@ -94,8 +94,8 @@ class Drafting:
         return cls(costs_of(model, config))
 
     def exits(self, drafts: int) -> dict[int, float]:
-        """The exit of the next pass with its threshold; none once the round has that many drafts, so that
-        the pass goes to the top."""
+        """The exit of the next pass with its threshold; none once the round has all the drafts planned, so
+        that the pass goes to the top."""
         if drafts >= self.plan.drafts:
             return {}
         return {self.plan.layer: self.plan.threshold}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from model import Block, KeysValues, ModelConfig, Transformer, attention, rms_norm, soft_cap
 
-FEW = 32  # up to 32 rows the kernel is faster than a float32 product with the matrix dequantized
+FEW = 32  # rows up to which the kernel is faster than a float32 product with the matrix dequantized
 WHOLE = 16  # the kernel reads the numbers of a row in groups of this size, even past the end of a row
 # What torch raises where it has no such function, or the CPU no such instructions:
 UNSUPPORTED = (RuntimeError, AttributeError)

@@ -62,8 +62,8 @@ class Setup:
         """Returns the tasks of --tasks, else those that the settings file has rows for, else those of the
         included model. Raises UserError for two tasks of one name."""
         in_file = read_settings_file(self.settings_file)
-        embedded = [name for name in in_file if name in TASKS and TASKS[name].file]
-        tasks = [find_task(name) for name in self.config.tasks or embedded or ["translation", "e2e"]]
+        included = [name for name in in_file if name in TASKS and TASKS[name].file]
+        tasks = [find_task(name) for name in self.config.tasks or included or ["translation", "e2e"]]
         names = [task.name for task in tasks]
         if len(set(names)) < len(names):
             twice = max(names, key=names.count)

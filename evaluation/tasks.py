@@ -12,7 +12,7 @@ from formats.chat import Chat, conversation
 from formats.data import Example
 from formats.tokenizers.tokenizer import GUARD, encode_prompt
 
-OPENING, OPENINGS = 40, 30  # words of a story that a continuation begins with; about 30 from a book
+OPENING, OPENINGS = 40, 30  # words that a continuation begins with; about how many of them a book gives
 TUNING_SHARE = 0.5  # of the texts of dev, or of a single file; calibration draws from the others
 
 

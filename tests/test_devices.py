@@ -127,6 +127,7 @@ def trained(config: TrainConfig) -> tuple[dict[str, torch.Tensor], list[float]]:
 
 
 SETTINGS = {loss: {"loss": loss, "classifier": loss != "none"} for loss in LOSSES}
+SETTINGS["layerskip"]["seed"] = 1  # with 0 a gradient is so small that AdamW makes its rounding a visible step
 SETTINGS |= {
     "recompute": {"recompute": True},
     "chunks": {"loss": "distill"},
@@ -144,8 +145,7 @@ def test_training_elsewhere_ends_in_the_same_weights_and_waits_once_a_step(name,
     with pretend_device.pretended() as waits:
         found, same = trained(replace(config, device=pretend_device.NAME))
         count = waits.count - len(found)  # those that the test reads
-    # A step moves a weight by 0.01, also where its gradient is hardly more than rounding.
-    assert_close(found, expected, rtol=0, atol=1e-3)
+    assert_close(found, expected, rtol=0, atol=1e-4)  # of 0.01 that a step moves a weight
     assert same == pytest.approx(losses, rel=1e-5)
     assert count == (2 + 2 * 2 if name == "hidden" else 2)  # which matches layers anew in every micro-batch
 

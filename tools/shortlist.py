@@ -28,7 +28,7 @@ from formats.data import Corpus
 from formats.tokenizers.tokenizer import encode_prompt
 
 SIZES = (1024, 2048, 4096, 8192, 16384)  # of shortlists whose coverage is printed
-HELD_OUT = 10  # every tenth pair is left out to measure it
+HELD_OUT = 10  # one pair in how many is left out, to measure coverage on it
 Encoded = tuple[list[int], list[int]]  # the token ids of a prompt and of its completion
 
 

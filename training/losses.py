@@ -50,6 +50,9 @@ LastLogits = Callable[[], Tensor]
 # losses (n,).
 TargetLoss = Callable[[Tensor, Tensor, LastLogits | None], Tensor]
 
+# Layers -> the weights of their losses, which add up to 1.
+Weigh = Callable[[list[int]], dict[int, float]]
+
 PER_STEP = 2  # exits that `rotate`, `distill` and `hidden` learn at each step
 E_SCALE = 0.2  # of the exits' losses in `layerskip` (LayerSkip takes 0.1 to 1)
 HIDDEN_WEIGHT = 1.0  # of the distance between states in `hidden` (FREE, Bae 2023, which adds it as it is)
@@ -183,7 +186,9 @@ class Exits:
         self.used.add(layer)
         return self.model.score(self.model.exit_norm(self.state(layer), layer), self.unembed)
 
-    def weighted_sum(self, layers: list[int], each: TargetLoss = cross_entropy, weigh=shares) -> Tensor:
+    def weighted_sum(
+        self, layers: list[int], each: TargetLoss = cross_entropy, weigh: Weigh = shares
+    ) -> Tensor:
         """The mean over the targets of `each`, summed over these layers by the weights that `weigh` gives
         them: a scalar."""
         self.used.update(layers)

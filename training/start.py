@@ -24,7 +24,7 @@ from training.settings import TrainConfig
 
 # What flags may change of the model of --init; --n-layers keeps its first layers alone.
 ADDED = {"n_layers", "exit_norms", "classifiers", "adapter", "max_len", "eos_id"}
-HELD_OUT = 0.05, 500  # of the documents, and at most 500, where there is no --dev
+HELD_OUT = 0.05, 500  # share of the documents, and their largest number, where there is no --dev
 # Characters of text that a new tokenizer needs for each piece, and the smallest number of pieces.
 TEXT_PER_PIECE, FEWEST_PIECES = 32, 1024
 

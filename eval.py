@@ -55,7 +55,7 @@ def compare(config: EvalConfig) -> None:
     if config.html and min(config.html_inputs) > min(len(table.examples) for table in tables):
         raise UserError(f"html_inputs is {config.html_inputs}, but fewer inputs are measured; see --limit")
     for table in tables:
-        measured.append(evaluate(setup, table, time_checks=bool(config.wide or config.json)))
+        measured.append(evaluate(setup, table, time_checks=bool(config.wide or config.json or config.plot)))
         say(f"\n{heading(config, table)}\n\n{table_text(measured[-1], table.task, config.wide)}")
         if config.html:
             add_to_page(page, table, config.html_inputs)

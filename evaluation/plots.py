@@ -6,7 +6,6 @@ fillings or numbers say the same.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from evaluation.analysis import Views, auroc, calibration_error, divergences, lo
 from training.runs import read_log
 
 CHECKS = ("softmax", "weighted", "jsd")  # confidence functions whose judgement is drawn
+TIME = "ms a token, batch 1"
 STYLES = {  # kind of row -> shade of viridis, shape; other kinds are functions of one's own
     "full": (0.0, "*"), "softmax": (0.1, "o"), "hidden": (0.3, "v"), "weighted": (0.5, "s"),
     "classifier": (0.6, "P"), "jsd": (0.75, "^"), "entropy": (0.85, "X"), "static": (0.9, "D"),
@@ -103,15 +103,11 @@ def draw_evaluation(folder: Path, tables: list[list[dict]], model, tokenizer) ->
     paths = []
     for number, table in enumerate(tables, 1):
         name = table[0]["task"]
-        if folder / f"{name}-speed.png" in paths:
+        if folder / f"{name}-frontier.png" in paths:
             name += f"-{number}"  # another table of this task
         scores = [(f"{score}, %", "scores") for score in list(table[0]["scores"])[:1]]
         scores.append(("ROUGE-L to the full model's text, %", "rougeL_full"))
-        kept = [("% of the full model's scores kept (the least of them)", "kept")]
-        figures = {
-            "frontier": draw_rows(table, milliseconds, "ms a token, batch 1", scores),
-            "speed": draw_rows(table, speedup, "speed-up over the full model", kept),
-        }
+        figures = {"frontier": draw_rows(table, scores), "time": draw_time(table)}
         if "prompts" in table[0]:
             figures |= draw_layers(table, model, tokenizer)
         for kind, figure in figures.items():
@@ -142,13 +138,9 @@ def style_of(kind: str) -> dict:
 Point = tuple[float, float, float]  # a figure and the ends of its interval
 
 
-def speedup(row: dict) -> Point:
-    return row["speedup"], *row["speedup_ci"]
-
-
 def milliseconds(row: dict) -> Point:
     """The time of a token."""
-    value, low, high = speedup(row)
+    value, (low, high) = row["speedup"], row["speedup_ci"]
     return tuple(1000 * value / row["tokens_per_s"] / end for end in (value, high, low))
 
 
@@ -161,10 +153,10 @@ def in_percent(row: dict, name: str) -> Point:
     return tuple(100 * each for each in (value, *interval))
 
 
-def draw_rows(rows: list[dict], x: Callable[[dict], Point], xlabel: str, panels: list[tuple[str, str]]):
-    """Rows as points with 95 % intervals over the inputs, a panel for each label and figure on the y axis.
-    Rows that differ in their threshold alone, or as static exits in their layer, are a curve. Filled points
-    are exact."""
+def draw_rows(rows: list[dict], panels: list[tuple[str, str]]):
+    """Rows as points at the time of a token, with 95 % intervals over the inputs, a panel for each label and
+    figure on the y axis. Rows that differ in their threshold alone, or as static exits in their layer, are a
+    curve. Filled points are exact."""
     figure, axes = pyplot().subplots(1, len(panels), figsize=(7 * len(panels), 5), squeeze=False)
     curves = defaultdict(list)
     for row in sorted(rows, key=lambda row: row["tokens_per_s"]):
@@ -174,24 +166,43 @@ def draw_rows(rows: list[dict], x: Callable[[dict], Point], xlabel: str, panels:
         for members in curves.values():
             kind, verify = kind_of(members[0][1]), members[0][1]["config"]["verify"]
             style = style_of(kind) | {"fillstyle": "full" if verify or kind == "full" else "none"}
-            points = np.array([(*x(row), *in_percent(row, y)) for _, row in members]).T
+            points = np.array([(*milliseconds(row), *in_percent(row, y)) for _, row in members]).T
             at, ends = points[[0, 3]], points[[1, 2, 4, 5]].reshape(2, 2, -1)
             bars = np.abs(ends - at[:, None])
             axis.errorbar(*at, *bars[::-1], elinewidth=0.8, linewidth=0.8, markersize=8, label=kind, **style)
             for (value, row), point in zip(members, at.T):
                 text = value.strip("()[],") if len(members) > 1 else row["name"]
                 axis.annotate(text, point, (4, 4), textcoords="offset points", fontsize="x-small")
-        axis.set(title=f"{titled(rows)}, 95 % intervals; filled: exact", xlabel=xlabel, ylabel=ylabel)
+        axis.set(title=f"{titled(rows)}, 95 % intervals; filled: exact", xlabel=TIME, ylabel=ylabel)
         kinds = dict(zip(*axis.get_legend_handles_labels()[::-1]))  # each once
         axis.legend(kinds.values(), kinds.keys(), fontsize="small")
+    return figure
+
+
+def draw_time(rows: list[dict]):
+    """Where the time of a token goes: blocks as fast as the full model's, confidence checks, and the rest."""
+    rows = [row for row in rows if row["exit_efficiency"]]
+    figure, axis = pyplot().subplots(figsize=(7, 0.35 * len(rows) + 1.6))
+    times = np.array([milliseconds(row)[0] for row in rows])
+    blocks = np.minimum(1, [row["exit_efficiency"] for row in rows])
+    checks = np.minimum(1 - blocks, [row["confidence_time_share"] or 0 for row in rows])
+    parts = {"blocks and LM heads": blocks, "confidence checks": checks, "rest": 1 - blocks - checks}
+    left = np.zeros(len(rows))
+    for number, (label, shares) in enumerate(parts.items()):
+        style = {"color": viridis(0.15 + 0.4 * number), "hatch": ("", "//", "..")[number], "edgecolor": "w"}
+        axis.barh([row["name"] for row in rows], shares * times, left=left, label=label, **style)
+        left += shares * times
+    axis.set(title=titled(rows), xlabel=TIME)
+    axis.invert_yaxis()
+    axis.legend(fontsize="small")
     return figure
 
 
 def draw_exits(rows: list[dict], number: int, tokenizer, n_layers: int):
     """The exit layer of every token of one text, a line for each configuration, the full model's first."""
     rows = [row for row in rows if kind_of(row) != "static" and row["checkpoint"] is None][:12]
-    length = min(30, max(len(row["prompts"][number]["tokens"]) for row in rows))
-    figure, axis = pyplot().subplots(figsize=(max(7, 0.68 * length), 0.55 * len(rows) + 1.4))
+    length = min(18, max(len(row["prompts"][number]["tokens"]) for row in rows))
+    figure, axis = pyplot().subplots(figsize=(max(7, 0.55 * length), 0.45 * len(rows) + 1.2))
     grid = np.full((len(rows), length), np.nan)
     for i, row in enumerate(rows):
         prompt = row["prompts"][number]
@@ -246,7 +257,8 @@ def draw_confidence(views: Views, title: str):
     axis.plot(layers, views.agrees.mean(0), color="k", marker="*", label="agrees with the last layer")
     for name, values in views.confidence.items():
         axis.plot(layers, values.mean(0), linestyle="--", label=f"confidence: {name}", **style_of(name))
-    axis.set(xlabel="layer", ylim=(0, 1), title=f"{title}: above the black line is over-confidence")
+    axis.set(xlabel="layer", ylabel="mean over the positions", ylim=(0, 1))
+    axis.set(title=f"{title}: above the black line is over-confidence")
     axis.legend(fontsize="small")
     return figure
 
@@ -276,7 +288,7 @@ def draw_divergences(values: np.ndarray, words: list[str], title: str):
     extent = (-0.5, len(words) - 0.5, 0.5, len(values) + 0.5)
     scale = {"cmap": "cividis", "vmin": 0, "vmax": np.log(2)}
     image = axis.imshow(values, origin="lower", aspect="auto", extent=extent, **scale)
-    axis.set(ylabel="layer", title=f"{title.split(',')[0]}: one text")
+    axis.set(xlabel="token", ylabel="layer", title=f"{title.split(',')[0]}: one text")
     axis.grid(False)
     axis.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize="small")
     figure.colorbar(image, label="JSD to the last layer (nats)")

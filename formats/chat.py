@@ -66,7 +66,7 @@ def compile_template(template: str):
         raise UserError("--chat needs the package jinja2; pip install jinja2") from None
 
     class GenerationTag(Extension):
-        """Passes over {% generation %} .. {% endgeneration %}, which mark what a training learns."""
+        """Passes over {% generation %} .. {% endgeneration %}, which mark what training learns."""
 
         tags = {"generation"}  # noqa: RUF012  jinja2's name
 

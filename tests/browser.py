@@ -98,7 +98,7 @@ class Browser:
         return message
 
     def open(self, path: Path, width: int = 1600, height: int = 1000, dark: bool = False, media: str = "") -> None:
-        """Shows a file, on a screen of so many pixels."""
+        """Shows a file, on a screen of this size."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from common.errors import run
 from formats.checkpoint import save_checkpoint
 from tools import bench
@@ -14,6 +16,12 @@ def test_the_command_prints_its_figures(tiny_model, tmp_path, monkeypatch, capsy
     printed = capsys.readouterr().out
     assert "a pass of 16 rows" in printed and "checks after layers 2,3," in printed and "shortlist" not in printed
     assert all(printed.count(f"  {name}, all 50 ids") == 2 for name in bench.CHECKS)
+
+
+def test_the_passes_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = bench.draw_passes({rows: 0.001 * rows**0.5 for rows in bench.ROWS}, tmp_path)
+    assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_large_vocabulary_is_checked_whole_and_over_a_shortlist(monkeypatch, capsys):

@@ -261,7 +261,7 @@ def test_asking_for_logits_changes_nothing_else(tiny_model, name):
 
 @pytest.mark.parametrize("prune", ["fixed:6", "decaying:6:2", "adaptive:6:2"])
 def test_a_guess_is_that_of_the_time_it_was_checked(tiny_model, prune):
-    """Later pruning may drop what an earlier exit would have said; thresholds that learn are told what it did
+    """Later pruning may drop what an earlier exit would have said; thresholds that learn count what it did
     say."""
     dropped = 0
     for seed in range(20):

@@ -28,14 +28,14 @@ COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
 LENGTH = 64  # of the rows in the tests of packing
 
 
-def embedded_pairs(count: int) -> list[tuple[str, str]]:
+def included_pairs(count: int) -> list[tuple[str, str]]:
     """The first pairs of each task's dev file."""
     return [pair for task in TASKS for pair in itertools.islice(read_pairs(task_file(task, "dev")), count)]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return SentencePiece(train_tokenizer(embedded_pairs(150), 400))
+    return SentencePiece(train_tokenizer(included_pairs(150), 400))
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def prepare(tokenizer, tmp_path):
 @pytest.fixture(scope="module")
 def short_pairs(tokenizer):
     """200 distinct pairs of all sizes up to what fills a row."""
-    pairs = dict.fromkeys((prompt[:12], text[: 4 + 7 * i % 60]) for i, (prompt, text) in enumerate(embedded_pairs(150)))
+    pairs = dict.fromkeys((prompt[:12], text[: 4 + 7 * i % 60]) for i, (prompt, text) in enumerate(included_pairs(150)))
     return [pair for pair in pairs if len(learned_document(tokenizer, *pair)[0]) <= LENGTH][:200]
 
 
@@ -166,7 +166,7 @@ def test_columns_of_e2e_are_found_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_embedded_files_are_found_from_anywhere_and_share_no_prompt(task, tmp_path, monkeypatch):
+def test_included_files_are_found_from_anywhere_and_share_no_prompt(task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sets = [read_examples(task_file(task, split)) for split in ("train", "dev", "test")]
     train, dev, test = ({example.prompt for example in examples} for examples in sets)
@@ -263,7 +263,7 @@ def test_a_document_that_is_too_long_loses_the_left_of_its_prompt_and_is_counted
 
 
 def test_a_text_is_cut_at_line_ends_and_every_token_learned_once(tokenizer, prepare):
-    text = "\n\n".join(completion for _, completion in embedded_pairs(20)) + "\n"
+    text = "\n\n".join(completion for _, completion in included_pairs(20)) + "\n"
     for length in (150, 300, 100_000):
         array, stats = prepare([("", text)], length)
         learned = [list(part["token"]) for part in np.split(array, np.flatnonzero(array["flags"] & START)[1:])]

@@ -28,13 +28,13 @@ from formats.tokenizers.pieces import train_tokenizer
 from formats.tokenizers.tokenizer import SentencePiece
 from model import ModelConfig
 
-EMBEDDED = ("translation", "e2e")
+INCLUDED = ("translation", "e2e")
 ROW = {"confidence": "softmax", "threshold": 0.2, "exit_layers": [2, 3], "prune": "fixed:4"}
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    pairs = [pair for task in EMBEDDED for pair in list(read_pairs(task_file(task, "dev")))[:100]]
+    pairs = [pair for task in INCLUDED for pair in list(read_pairs(task_file(task, "dev")))[:100]]
     return train_tokenizer(pairs, 350)
 
 
@@ -43,7 +43,7 @@ def checkpoint(tiny_model, tokenizer, tmp_path, monkeypatch):
     """A tiny random model with a tokenizer, and settings of one row."""
     monkeypatch.setattr(tasks, "TASKS", {name: replace(task, max_new_tokens=8) for name, task in tasks.TASKS.items()})
     save_checkpoint(tmp_path / "tiny.pt", tiny_model(0, vocab_size=350, max_len=256), tokenizer)
-    (tmp_path / "tiny.json").write_text(json.dumps({task: {"softmax": ROW} for task in EMBEDDED}))
+    (tmp_path / "tiny.json").write_text(json.dumps({task: {"softmax": ROW} for task in INCLUDED}))
     return tmp_path / "tiny.pt"
 
 
@@ -85,7 +85,7 @@ def test_the_json_holds_the_table_and_follows_from_the_runs(rows_of, capsys, tmp
     rows = rows_of("--tasks", "translation,e2e", "--limit", 4, "--repeat", 2, "--wide")
     environment = json.loads((tmp_path / "out.json").read_text())["environment"]
     assert environment["dtype"] == "float32" and environment["split_of_data"] == "test"
-    assert [(row["task"], row["name"]) for row in rows] == [(task, name) for task in EMBEDDED for name in ("full", "softmax")]
+    assert [(row["task"], row["name"]) for row in rows] == [(task, name) for task in INCLUDED for name in ("full", "softmax")]
     printed = capsys.readouterr().out
     for full, row in zip(rows[::2], rows[1::2]):
         assert full["speedup"] == full["ideal_speedup"] == full["agreement"] == full["rougeL_full"] == 1 and full["avg_exit_layer"] == 5
@@ -523,7 +523,7 @@ def test_tuning_calibration_and_its_check_use_different_inputs_and_texts(command
     assert sum(map(len, texts)) == len({text for each in texts for text in each}) == 40 and min(map(len, texts)) > 3
 
 
-def test_calibration_of_an_embedded_task_leaves_out_what_tune_draws_from(command, monkeypatch, tmp_path):
+def test_calibration_of_an_included_task_leaves_out_what_tune_draws_from(command, monkeypatch, tmp_path):
     tuned = inputs_of("Tuning", monkeypatch, command, "tune", "--overwrite", "--limit", 0)
     fit, check = inputs_of("Calibration", monkeypatch, command, "calibrate", "--limit", 0, "--out", tmp_path / "t.json")
     assert {*tuned, *fit} == set(tasks.read_task(tasks.find_task("e2e"), "dev")) and not {*tuned} & {*fit}
@@ -546,7 +546,7 @@ def test_calibration_says_when_nothing_passes(half, command, monkeypatch, tmp_pa
 def test_pictures_are_drawn_from_a_table(command, tmp_path):
     pytest.importorskip("matplotlib")
     command("--confidence", "jsd", "--plot", tmp_path / "pictures")
-    kinds = ("frontier", "speed", "ranks", "confidence", "reliability", "jsd", "exits")
+    kinds = ("frontier", "time", "ranks", "confidence", "reliability", "jsd", "exits")
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {f"e2e-{kind}.png" for kind in kinds}
 
 
@@ -612,7 +612,7 @@ def test_a_mistake_ends_in_one_line_and_status_2(mistake, command, tmp_path, mon
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before  # nothing is left half-written
 
 
-def test_without_words_the_command_is_the_table_of_the_embedded_model(monkeypatch):
+def test_without_words_the_command_is_the_table_of_the_included_model(monkeypatch):
     ran = []
     monkeypatch.setitem(evaluation.COMMANDS, "compare", evaluation.COMMANDS["compare"]._replace(run=ran.append))
     monkeypatch.setattr("sys.argv", ["eval.py"])

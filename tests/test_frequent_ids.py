@@ -17,12 +17,12 @@ from formats.checkpoint import read_checkpoint, save_checkpoint
 from tools import shortlist
 
 PAIRS = [(f"Guten Tag, das ist Satz {n}.", f"Good day, this is sentence {n}.") for n in range(25)]
-EOS = 2  # of the embedded tokenizer
+EOS = 2  # of the included tokenizer
 
 
 @pytest.fixture
 def checkpoint(tiny_model, tmp_path):
-    """A tiny model with the embedded tokenizer, in a file that holds something more."""
+    """A tiny model with the included tokenizer, in a file that holds something more."""
     tokenizer = read_checkpoint(DEFAULT_CHECKPOINT)["tokenizer"].numpy().tobytes()
     path = tmp_path / "tiny.pt"
     save_checkpoint(path, tiny_model(0, vocab_size=4096, eos_id=EOS), tokenizer, note="kept")

@@ -45,6 +45,7 @@ def row(name: str, speedup: float, kept: float, **config) -> dict:
     interval = [kept - 0.1, kept + 0.1]
     return {"task": "e2e", "name": name, "checkpoint": None, "inputs": 7, "config": asdict(DecodeConfig(**config)), "prompts": prompts,
             "tokens_per_s": 100 * speedup, "speedup": speedup, "speedup_ci": [speedup - 0.1, speedup + 0.1],
+            "exit_efficiency": None if name == "full" else 0.5, "confidence_time_share": 0.2 if kept < 1 else None,
             "kept": kept, "kept_ci": interval, "scores": {"bleu": kept}, "scores_ci": {"bleu": interval}}  # fmt: skip
 
 
@@ -61,7 +62,7 @@ class Tokenizer:
 
 def test_rows_are_drawn_with_their_intervals_labelled_with_their_threshold_where_they_are_a_curve():
     pytest.importorskip("matplotlib")
-    figure = plots.draw_rows(ROWS, plots.milliseconds, "ms", [("bleu", "scores"), ("kept", "kept")])
+    figure = plots.draw_rows(ROWS, [("bleu", "scores"), ("kept", "kept")])
     for axis in figure.axes:
         assert axis.get_title().startswith("e2e, 7 inputs")
         assert {text.get_text() for text in axis.texts} == {"full", "0.8", "0.3", "verified"}
@@ -72,6 +73,15 @@ def test_rows_are_drawn_with_their_intervals_labelled_with_their_threshold_where
             assert curve.lines[0].get_xydata().tolist().count([pytest.approx(10 / each["speedup"]), pytest.approx(100 * each["kept"])])
             assert sorted(x[:, 0]) == pytest.approx([10 / end for end in reversed(each["speedup_ci"])])
             assert sorted(y[:, 1]) == pytest.approx([100 * end for end in each["kept_ci"]])
+
+
+def test_bars_of_time_add_up_to_the_time_of_a_token():
+    pytest.importorskip("matplotlib")
+    axis = plots.draw_time(ROWS).axes[0]
+    widths = {label: [bar.get_width() for bar in bars] for label, bars in zip(("blocks", "checks", "rest"), axis.containers)}
+    assert widths["blocks"] == pytest.approx([5 / 1.5, 5 / 2, 5 / 1.2])
+    assert widths["checks"] == pytest.approx([2 / 1.5, 2 / 2, 0])
+    assert widths["rest"] == pytest.approx([3 / 1.5, 3 / 2, 5 / 1.2])
 
 
 def test_no_two_kinds_of_row_differ_by_color_alone():

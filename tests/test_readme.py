@@ -211,7 +211,7 @@ def test_no_placeholder_is_left():
 # ---------------------------------------------------------------- the included model
 
 
-def test_the_embedded_model_is_small_and_plain():
+def test_the_included_model_is_small_and_plain():
     assert DEFAULT_CHECKPOINT.stat().st_size < 25e6
     content = torch.load(DEFAULT_CHECKPOINT, weights_only=True)
     assert {weight.dtype for weight in content["weights"].values() if weight.dim() > 1} == {torch.float16}
@@ -219,14 +219,14 @@ def test_the_embedded_model_is_small_and_plain():
 
 
 @pytest.mark.parametrize("task", ["translation", "e2e"])
-def test_the_embedded_settings_fit_the_embedded_model(task):
+def test_the_included_settings_fit_the_included_model(task):
     model, _ = load_checkpoint(DEFAULT_CHECKPOINT)
     rows = read_configurations(DEFAULT_CHECKPOINT.with_suffix(".json"), task)
     assert all(DecodeConfig(**fields).exits(model.config) for fields in rows.values())
     assert set(MAIN) <= set(rows) and {name.split()[0] for name in rows} == set(MAIN) and len(rows) == 14
 
 
-def test_the_embedded_model_translates_and_describes():
+def test_the_included_model_translates_and_describes():
     model, tokenizer = load_checkpoint(DEFAULT_CHECKPOINT)
     assert tokenizer.decode(generate(model, encode_prompt(tokenizer, "Ich liebe dich."), DecodeConfig()).tokens) == "I love you."
     facts = encode_prompt(tokenizer, "name[The Punter], eatType[pub], food[Italian]")

@@ -78,7 +78,7 @@ def test_a_line_ends_at_every_token_of_byte_level_bpe_that_has_one():
 
 
 @pytest.mark.parametrize("name", ["translation", "e2e", "fairytaleqa", "stories"])
-def test_embedded_tasks_are_there_and_score_their_references_fully(name):
+def test_included_tasks_are_there_and_score_their_references_fully(name):
     task = find_task(name)
     for split in ("dev", "test"):
         examples = read_task(task, split)

@@ -1,6 +1,7 @@
 """Where the time of decoding goes: the rows of a pass, and the confidence checks.
 
 python -m tools.bench
+python -m tools.bench --plot FOLDER         draws the time of a pass against its rows, too
 python -m tools.bench --large-vocabulary    a random model with V = 262,144, in the shape of Gemma 3 270M
 """
 
@@ -9,6 +10,7 @@ import common.threads  # noqa: F401  before torch
 import argparse
 import time
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -22,6 +24,7 @@ from decoding.fast_weights import FastTransformer
 from decoding.presets import DEFAULT_CHECKPOINT
 from decoding.settings import DecodeConfig
 from evaluation.measure import peak_memory, place_of_run, synchronize
+from evaluation.plots import pyplot
 from model import ModelConfig, Transformer
 
 PROMPT, ANSWER = 32, 64  # tokens
@@ -59,12 +62,26 @@ def median_times(model: Transformer, runs: dict[str, tuple[list[int], DecodeConf
     return {name: median(values) for name, values in times.items()}
 
 
-def print_rows(model: Transformer, repeat: int) -> None:
-    """Prints the time of a pass by its number of rows, which are those of a prompt; one token is decoded."""
+def print_rows(model: Transformer, repeat: int) -> dict[int, float]:
+    """Prints and returns the time of a pass by its number of rows, which are those of a prompt; one token is
+    decoded."""
     runs = {rows: ([5] * rows, DecodeConfig(max_new_tokens=1)) for rows in ROWS}
     times = median_times(model, runs, repeat)
     for rows, seconds in times.items():
         print(f"a pass of {rows:>2} rows: {1e6 * seconds:.0f} µs, {seconds / times[1]:.2f} times one row")
+    return times
+
+
+def draw_passes(times: dict[int, float], folder: Path) -> Path:
+    """Draws the time of a pass by its number of rows, next to that of a pass for each row, and returns the
+    file."""
+    figure, axis = pyplot().subplots(figsize=(6, 3.2))
+    axis.plot(ROWS, [1000 * times[1] * rows for rows in ROWS], "s--", label="a pass for each row")
+    axis.plot(ROWS, [1000 * times[rows] for rows in ROWS], "o-", label="one pass for all rows")
+    axis.set(xlabel="rows", ylabel="ms", xticks=ROWS)
+    axis.legend()
+    figure.savefig(folder / "rows.png")
+    return folder / "rows.png"
 
 
 def print_checks(model: Transformer, shortlist: int | None, tokens: int, repeat: int) -> None:
@@ -96,12 +113,17 @@ def make_parser() -> Parser:
     parser.add_argument("--large-vocabulary", action="store_true", help=text)
     text = "turns; the median counts (default: %(default)s)"
     parser.add_argument("--repeat", type=int, default=5, help=text)
+    text = "draw the time of a pass against its rows in this folder (needs matplotlib)"
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help=text)
     return parser
 
 
 def main() -> None:
     args = make_parser().parse_args()
     check_range("repeat", args.repeat, least=1)
+    if args.plot:
+        pyplot()
+        args.plot.mkdir(parents=True, exist_ok=True)
     if args.large_vocabulary:
         model, shortlist, tokens = random_model(args), SHORTLIST, 4
     else:
@@ -109,8 +131,10 @@ def main() -> None:
     model.config = replace(model.config, eos_id=None)  # every run has the same length
     place = place_of_run(model)
     print(f"{place['threads']} threads, {place['dtype']}, weights {place['weights']}")
-    print_rows(model, args.repeat)
+    times = print_rows(model, args.repeat)
     print_checks(model, shortlist, tokens, args.repeat)
+    if args.plot:
+        print(f"wrote {draw_passes(times, args.plot)}")
     print(f"peak memory {peak_memory(model)} MiB")
 
 

@@ -9,7 +9,7 @@ from common.errors import UserError
 from formats.data import task_file
 from training.losses import LossConfig
 
-EMBEDDED = ("translation", "translation", "e2e")  # the default data; translation is seen twice as often
+INCLUDED = ("translation", "translation", "e2e")  # the default data; translation is seen twice as often
 # What may change when a training run goes on from its checkpoint.
 MAY_CHANGE = {"dev", "max_steps", "device", "compile", "recompute", "shard", "validate_every"}
 BATCHES, OPTIMIZATION, SPEED = "batches", "optimization", "speed and memory"  # groups in --help
@@ -20,7 +20,7 @@ class TrainConfig(LossConfig):
     """How to train. One step is one update of the weights."""
 
     data: tuple[str, ...] = option(
-        tuple(task_file(task, "train") for task in EMBEDDED),
+        tuple(task_file(task, "train") for task in INCLUDED),
         "training files; one named twice is seen twice as often",
     )
     dev: tuple[str, ...] = option(
@@ -60,7 +60,7 @@ class TrainConfig(LossConfig):
         if not self.data:
             raise UserError("there is nothing to train on; name a file with --data")
         if not self.dev and self.data == TrainConfig.data:
-            dev = tuple(task_file(task, "dev") for task in dict.fromkeys(EMBEDDED))
+            dev = tuple(task_file(task, "dev") for task in dict.fromkeys(INCLUDED))
             object.__setattr__(self, "dev", dev)
         if self.dtype is None:
             object.__setattr__(self, "dtype", "bfloat16" if self.device.startswith("cuda") else "float32")

@@ -14,7 +14,7 @@ bfloat16 2 more while a step runs: 18 GB for 1B weights. With --recompute, the s
 block's insides are small compared with that; so are logits (`sum_of_losses` in training/losses.py).
 """
 
-import common.threads  # noqa: F401  before torch
+from common.threads import keep_freed_memory  # before torch
 
 import math
 import time
@@ -164,6 +164,7 @@ def main() -> None:
         return
     use_threads(args.threads)
     warn_if_busy()
+    keep_freed_memory()
     config = TrainConfig(**given(args, TrainConfig))
     with parallel.process_group(config.device):
         run_training(config, shape_from(config, given(args, ModelConfig)), args.out, args.overwrite)

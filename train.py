@@ -14,7 +14,7 @@ bfloat16 2 more while a step runs: 18 GB for 1B weights. With --recompute, the s
 block's insides are small compared with that; so are logits (`sum_of_losses` in training/losses.py).
 """
 
-from common.threads import keep_freed_memory  # before torch
+import common.threads  # noqa: F401  before torch
 
 import math
 import time
@@ -31,7 +31,7 @@ from common.flags import Parser, add_flags, add_thread_flag, given, use_threads,
 from model import ModelConfig, Transformer
 from training import parallel
 from training.batches import batches
-from training.device import DeviceBatch, on_device
+from training.device import DeviceBatch, keep_freed_memory, on_device
 from training.objective import Objective
 from training.optimizer import learning_rate, make_optimizer
 from training.runs import Run, locked, noted_signals
@@ -164,8 +164,9 @@ def main() -> None:
         return
     use_threads(args.threads)
     warn_if_busy()
-    keep_freed_memory()
     config = TrainConfig(**given(args, TrainConfig))
+    if config.device.startswith("cpu"):
+        keep_freed_memory()
     with parallel.process_group(config.device):
         run_training(config, shape_from(config, given(args, ModelConfig)), args.out, args.overwrite)
 

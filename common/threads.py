@@ -1,5 +1,5 @@
 """How threads wait for each other, and how large tensors lie in memory. Imported before torch by every file
-that imports torch, which is all that the import does.
+that imports torch, which is all that it does.
 
 PyTorch's threads (OpenMP) spin while they wait. On a machine that others use, too, a spinning thread takes
 the core from the one that it waits for: two threads then run many times slower than one. Spinning 30,000
@@ -8,22 +8,8 @@ and more PyTorch asks Linux for pages of 2 MB in place of 4 kB, so that reading 
 of addresses. The libraries read the variables once, when torch is imported.
 """
 
-import ctypes
 import os
 
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
-
-
-def keep_freed_memory() -> None:
-    """Makes the C library keep what is freed for the next tensor. GNU's gives the memory of a large tensor
-    back to Linux, which has to clear all of it when the next one is made: in each step of a training run on a
-    CPU that is every gradient, and the logits of a large vocabulary many times. Does nothing where there is
-    no `mallopt`."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(M_MMAP_MAX, 0)
-        library.mallopt(M_TRIM_THRESHOLD, -1)

@@ -84,10 +84,9 @@ class Setup:
             part.touch()
             part.unlink()
         if config.plot:
-            from evaluation.plots import pyplot
+            from evaluation.plots import make_folder
 
-            pyplot()
-            Path(config.plot).mkdir(parents=True, exist_ok=True)
+            make_folder(Path(config.plot))
 
     def record_of_run(self) -> dict:
         """Collects how the run is made, prints it on stderr, and returns it for the files."""

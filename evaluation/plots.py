@@ -38,6 +38,12 @@ def pyplot():
     return plt
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder for pictures, before anything is measured. Raises UserError without matplotlib."""
+    pyplot()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def viridis(shade: float):
     return pyplot().get_cmap("viridis")(shade)
 
@@ -187,10 +193,10 @@ def draw_time(rows: list[dict]):
     blocks = np.minimum(1, [row["exit_efficiency"] for row in rows])
     checks = np.minimum(1 - blocks, [row["confidence_time_share"] or 0 for row in rows])
     parts = {"blocks and LM heads": blocks, "confidence checks": checks, "rest": 1 - blocks - checks}
-    left = np.zeros(len(rows))
-    for number, (label, shares) in enumerate(parts.items()):
-        style = {"color": viridis(0.15 + 0.4 * number), "hatch": ("", "//", "..")[number], "edgecolor": "w"}
-        axis.barh([row["name"] for row in rows], shares * times, left=left, label=label, **style)
+    names, left = [row["name"] for row in rows], np.zeros(len(rows))
+    for (label, shares), shade, hatch in zip(parts.items(), (0.15, 0.55, 0.95), ("", "//", "..")):
+        style = {"color": viridis(shade), "hatch": hatch, "edgecolor": "w"}
+        axis.barh(names, shares * times, left=left, label=label, **style)
         left += shares * times
     axis.set(title=titled(rows), xlabel=TIME)
     axis.invert_yaxis()

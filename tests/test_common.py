@@ -1,9 +1,6 @@
 """What every command shares: files written whole, JSON of others, errors in one line, flags and their groups,
 threads."""
 
-from common.threads import keep_freed_memory
-
-import ctypes
 import importlib.util
 import math
 import os
@@ -11,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -273,15 +269,3 @@ import {module}
     clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     out = subprocess.run([sys.executable, "-c", code], env={**clean, **variables}, cwd=HERE, capture_output=True, text=True)
     assert out.stdout.strip() == count
-
-
-# ---------------------------------------------------------------- what is freed
-
-
-def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch):
-    called = []
-    kept = SimpleNamespace(mallopt=lambda *words: called.append(words))
-    for library in (kept, SimpleNamespace()):  # GNU's, and another
-        monkeypatch.setattr(ctypes, "CDLL", lambda name, library=library: library)
-        keep_freed_memory()
-    assert called == [(-4, 0), (-1, -1)]

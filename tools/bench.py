@@ -24,7 +24,7 @@ from decoding.fast_weights import FastTransformer
 from decoding.presets import DEFAULT_CHECKPOINT
 from decoding.settings import DecodeConfig
 from evaluation.measure import peak_memory, place_of_run, synchronize
-from evaluation.plots import pyplot
+from evaluation.plots import make_folder, pyplot
 from model import ModelConfig, Transformer
 
 PROMPT, ANSWER = 32, 64  # tokens
@@ -80,8 +80,9 @@ def draw_passes(times: dict[int, float], folder: Path) -> Path:
     axis.plot(ROWS, [1000 * times[rows] for rows in ROWS], "o-", label="one pass for all rows")
     axis.set(xlabel="rows", ylabel="ms", xticks=ROWS)
     axis.legend()
-    figure.savefig(folder / "rows.png")
-    return folder / "rows.png"
+    out = folder / "rows.png"
+    figure.savefig(out)
+    return out
 
 
 def print_checks(model: Transformer, shortlist: int | None, tokens: int, repeat: int) -> None:
@@ -122,8 +123,7 @@ def main() -> None:
     args = make_parser().parse_args()
     check_range("repeat", args.repeat, least=1)
     if args.plot:
-        pyplot()
-        args.plot.mkdir(parents=True, exist_ok=True)
+        make_folder(args.plot)
     if args.large_vocabulary:
         model, shortlist, tokens = random_model(args), SHORTLIST, 4
     else:

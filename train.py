@@ -31,7 +31,7 @@ from common.flags import Parser, add_flags, add_thread_flag, given, use_threads,
 from model import ModelConfig, Transformer
 from training import parallel
 from training.batches import batches
-from training.device import DeviceBatch, keep_freed_memory, on_device
+from training.device import DeviceBatch, on_device
 from training.objective import Objective
 from training.optimizer import learning_rate, make_optimizer
 from training.runs import Run, locked, noted_signals
@@ -165,8 +165,6 @@ def main() -> None:
     use_threads(args.threads)
     warn_if_busy()
     config = TrainConfig(**given(args, TrainConfig))
-    if config.device.startswith("cpu"):
-        keep_freed_memory()
     with parallel.process_group(config.device):
         run_training(config, shape_from(config, given(args, ModelConfig)), args.out, args.overwrite)
 

@@ -1,7 +1,6 @@
 """Training: the loss over exits, one step, interruption and resumption, and every mistake of the user in one
 line."""
 
-import ctypes
 import dataclasses
 import functools
 import itertools
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,7 +34,7 @@ from model import Block, ModelConfig, Transformer
 from train import train_step
 from training import batches as batching
 from training import objective, runs
-from training.device import fetched_ahead, keep_freed_memory, on_device, to_device
+from training.device import fetched_ahead, on_device, to_device
 from training.losses import call_loss
 from training.objective import Objective
 from training.optimizer import learning_rate, make_optimizer
@@ -230,15 +228,6 @@ def test_batches_come_to_the_device_in_their_order_fetched_ahead_or_not(config, 
             rows, columns = np.nonzero(batch.targets >= 0)
             assert found.learned.tolist() == (48 * rows + columns).tolist()
             assert found.targets.tolist() == batch.targets[rows, columns].tolist()
-
-
-def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch):
-    called = []
-    kept = SimpleNamespace(mallopt=lambda *words: called.append(words))
-    for library in (kept, SimpleNamespace()):  # GNU's, and another
-        monkeypatch.setattr(ctypes, "CDLL", lambda name, library=library: library)
-        keep_freed_memory()
-    assert called == [(-4, 0), (-1, -1)]
 
 
 def test_a_mistake_in_the_data_comes_through_from_the_thread_that_fetches():

@@ -1,6 +1,5 @@
-"""The device that trains: batches on their way to it, and the memory of a CPU."""
+"""Batches on their way to the device that trains."""
 
-import ctypes
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -10,8 +9,6 @@ import torch
 from torch import Tensor
 
 from training.batches import Batch
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 
 class DeviceBatch(NamedTuple):
@@ -54,13 +51,3 @@ def fetched_ahead(items: Iterator) -> Iterator:
         while (item := coming.result()) is not None:
             coming = thread.submit(next, items, None)
             yield item
-
-
-def keep_freed_memory() -> None:
-    """Makes the C library keep what is freed for the next tensor. GNU's gives the memory of a large tensor
-    back to Linux, which has to clear all of it when the next one is made: in each step on a CPU that is every
-    gradient, and the logits of a large vocabulary many times. Does nothing where there is no `mallopt`."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(M_MMAP_MAX, 0)
-        library.mallopt(M_TRIM_THRESHOLD, -1)

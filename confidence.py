@@ -89,7 +89,8 @@ def hidden(trace: Position, layer: int) -> Tensor:
 @register("classifier", reads_logits=False)
 def classifier(trace: Position, layer: int) -> Tensor:
     """sigmoid(w_l norm_l(h_l) + b_l), trained to predict whether argmax p_l = argmax p_L (CALM, section 3.5,
-    early-exit classifier; the norm is ours). Raises UserError for a layer without one."""
+    early-exit classifier; the norm and weights for each layer are ours). Raises UserError for a layer
+    without one."""
     check_classifiers(trace.model.config, [layer])
     return classifier_logit(trace.model, trace.state(layer), layer).sigmoid()
 

@@ -391,7 +391,7 @@ class Transformer(nn.Module):
     def adapted(self, hidden: Tensor, layer: int) -> Tensor:
         """What norm_l reads of h_l (.., d): h_l itself, or what the layer's adapter makes of it. `lowrank:r`:
         h + up(down(h)) (tuned lens, Belrose 2023, of low rank). `mlp:f`: x + down(silu(gate(x)) up(x)) with x
-        = h / rms(h) (EE-Tuning, Pan 2024: norm, gated MLP, residual)."""
+        = h / rms(h) (after EE-Tuning, Pan 2024, whose head is a copy of the layer's own MLP)."""
         if not self.config.adapter or layer not in self.config.exit_norms:
             return hidden
         weight = self.adapters[str(layer)]

@@ -40,7 +40,7 @@ def contrast_logits(trace: Trace, layer: int, predict: str, other: Tensor | None
 
 
 def ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """log p - log q over V_head, nothing outside (Contrastive Decoding, Li 2022, Eq. 2; DoLa, Chuang 2023,
+    """log p - log q over V_head, nothing outside (Contrastive Decoding, Li 2022; DoLa, Chuang 2023,
     Eq. 5)."""
     return (log_p - log_q).masked_fill(~plausible(log_p), -math.inf)
 

@@ -20,9 +20,9 @@ RECIPES = {
     # the paper chooses both for model and task; its training is `train.py --loss layerskip --layer-dropout`.
     "layerskip": {"confidence": "softmax", "threshold": 0.0, "verify": True, "max_owed": 6},
     # DEL (Entezari Zarch 2025): self-speculative decoding whose exit layer and number of drafts follow from
-    # what was kept so far, of every layer. Here the threshold follows, too; costs are seconds measured on
-    # this machine, where the paper counts layers; exits not in use are checked now and then, where the paper
-    # checks all in every round.
+    # what was kept so far, of every layer. Here layer, threshold and number are chosen
+    # jointly; costs are seconds measured on this machine, where the paper counts layers; exits not in use are
+    # checked now and then, where the paper checks all in every round.
     "del": {"confidence": "softmax", "verify": True, "draft": "auto"},
     # ACD: autocontrastive decoding (Gera 2023): every token from the last layer contrasted with a fixed lower
     # one. Here the amateur is the layer at half the depth, with its exit head.

@@ -55,7 +55,7 @@ Weigh = Callable[[list[int]], dict[int, float]]
 
 PER_STEP = 2  # exits that `rotate`, `distill` and `hidden` learn at each step
 E_SCALE = 0.2  # of the exits' losses in `layerskip` (LayerSkip takes 0.1 to 1)
-HIDDEN_WEIGHT = 1.0  # of the distance between states in `hidden` (FREE, Bae 2023, which adds it as it is)
+HIDDEN_WEIGHT = 1.0  # of the distance between states in `hidden` (FREE's scripts take 0.5)
 # How many logits of one layer are alive at a time: few enough for a CPU's cache, enough to keep a GPU busy.
 CHUNK = {"cpu": 2**20, "cuda": 2**25}
 FEWEST = 128  # targets at a time, whatever V: they share one reading of the unembedding
@@ -359,7 +359,7 @@ def monotone(costs: list[list[float]]) -> list[int]:
 
 def classifier_loss(model: Transformer, hidden: Tensor, layer: int, labels: Tensor) -> Tensor:
     """Cross-entropy of the layer's classifier with `labels` (N,), whether the exit agrees with the last layer
-    (CALM, section 3.5: each layer independent of the others), both labels weighing the same however rare one
+    (CALM, section 3.5, where all layers share one classifier), both labels weighing the same however rare one
     is (FREE balances them by logit adjustment). Only the classifier learns from it. hidden (N, d)."""
     logits = classifier_logit(model, hidden, layer)
     losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")

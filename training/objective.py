@@ -54,7 +54,7 @@ def autocast(config: TrainConfig):
 def skipped_layers(config: TrainConfig, n_layers: int, number: int) -> frozenset[int]:
     """Layers that micro-batch `number` leaves out: layer l with probability layer_dropout
     (2^((l-1)/(L-1)) - 1), so the first never and the last with layer_dropout (LayerSkip, Eq. 3; there drawn
-    for each row by itself, here for all rows, which saves their time)."""
+    for each row by itself, here for all rows, which is simpler)."""
     if not config.layer_dropout or n_layers == 1:
         return frozenset()
     draw, skipped = random.Random(f"{config.seed} {number}"), set()

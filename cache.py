@@ -1,5 +1,5 @@
-"""The staircase: keys and values of every layer, each filled up to a height of its own, and the states of
-owed rows.
+"""The staircase: keys and values, stored up to another position in every layer, and the states of positions
+that are still owed.
 
 Dimensions: R rows of a pass, S positions that are seen, d model width, K key/value heads, C width of a head.
 """

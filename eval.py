@@ -145,7 +145,7 @@ class Command(NamedTuple):
     decoding: str = ""  # what the flags of decoding are about; none: it has none of these
 
 
-CHANGED = "with --confidence one configuration of yours, else changes to each"
+CHANGED = "with --confidence they define one configuration, without it they change each"
 ON_DEV = EvalConfig(split="dev")
 TO_CALIBRATE = replace(ON_DEV, limit=200, out="thresholds.json")
 COMMANDS = {
@@ -184,7 +184,7 @@ def add_command_flags(parser: Parser, command: Command) -> None:
         rare(parser.add_argument("--rows", dest="compare", default=argparse.SUPPRESS, help=text))
     add_model_flags(parser, str(DEFAULT_CHECKPOINT))
     if command.decoding:
-        text = "settings as calibrate writes them; flags are above them"
+        text = "file of settings that calibrate wrote; flags take precedence"
         parser.add_argument("--thresholds", metavar="FILE", help=text)
         add_flags(parser, defaults_in_help(sys.argv[1:]), f"decoding: {command.decoding}", skip=("seed",))
 

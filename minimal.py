@@ -1,13 +1,13 @@
 """Early exit in one file: python minimal.py "Guten Morgen!"
 
 After some of its layers, a Llama checks whether the next token is decided. If it is, the model emits the
-token and skips the layers above, which still owe its key and value to later tokens. The next pass that climbs
-so high computes them, exactly, by running all rows that a layer lacks in one call. That is cheap, because
-reading the weights of the layer is what takes the time.
+token and skips the layers above. Its keys and values in these layers are then owed: the next pass that climbs
+so high computes them, exactly, by running all positions that a layer lacks in one call. That is cheap,
+because reading the weights of the layer is what takes the time.
 
-    layer 4 │■■■■■■■■■■        filled[4] = 10   filled never increases from a layer to the next. So the rows
-    layer 3 │■■■■■■■■■■■■■     filled[3] = 13   owed at a layer, filled[layer] .. newest, are one run, and all
-    layer 2 │■■■■■■■■■■■■■■    filled[2] = 14   have run the layer below by the time a pass comes there.
+    layer 4 │■■■■■■■■■■        filled[4] = 10   filled never increases from a layer to the next. So the
+    layer 3 │■■■■■■■■■■■■■     filled[3] = 13   positions owed to a layer, filled[layer] to the newest, are
+    layer 2 │■■■■■■■■■■■■■■    filled[2] = 14   consecutive, and the layer below has them when a pass comes.
 
 R rows of a pass, S positions so far, d width, H heads, C = d / H, V vocabulary, L layers, from 1.
 """

@@ -62,7 +62,9 @@ class ModelConfig:
     local_rope_base: float | None = option(None, "rope_base of layers with a window; none: the same", above=0)
     unrotated_layers: tuple[int, ...] = option((), "layers without rotary positions (SmolLM3)")
     rope_factor: float = option(1.0, "divides the frequencies, except those of local_rope_base", above=0)
-    rope_bands: tuple[float, ...] = option((), "Llama 3: low, high, length; where rope_factor applies")
+    rope_bands: tuple[float, ...] = option(
+        (), "low, high, length (Llama 3): limits between which rope_factor sets in"
+    )
 
     def __post_init__(self):
         check_fields(self)

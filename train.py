@@ -1,5 +1,5 @@
-"""Pretraining, fine-tuning and training of exit heads. Without arguments it trains the included default from
-the included data.
+"""Pretraining, fine-tuning and training of exit heads. Without arguments it trains a model of the included
+one's shape on the included data.
 
     python train.py --out runs/mine --max-steps 50
     python train.py --data mine.jsonl --out runs/mine              its last documents are held out to validate
@@ -9,7 +9,7 @@ the included data.
     torchrun --nproc-per-node 4 train.py --shard --out runs/mine   the same, each GPU with a part of the model
     python train.py --plot runs/mine/log.jsonl                     draws loss and agreement of every exit
 
-Memory of --train all: 16 bytes a weight (float32 weight, gradient and AdamW's two moments), with --dtype
+--train all needs 16 bytes per weight (float32 weight, gradient and AdamW's two moments), and with --dtype
 bfloat16 2 more while a step runs: 18 GB for 1B weights. With --recompute, the states between blocks and one
 block's insides are small compared with that; so are logits (`sum_of_losses` in training/losses.py).
 """
@@ -144,13 +144,13 @@ def make_parser() -> Parser:
     parser.usage = "python train.py [--flag VALUE ...]"  # all of them would fill the screen
     add = parser.add_argument
     default = Path("runs/default")
-    add("--out", type=Path, default=default, metavar="FOLDER", help="of the results (default: %(default)s)")
+    add("--out", type=Path, default=default, metavar="FOLDER", help="for the results (default: %(default)s)")
     add("--overwrite", action="store_true", help="start anew, even if --out holds a training run or a model")
     text = "draw the curves of a log.jsonl into a PNG next to it, and end (needs matplotlib)"
     add("--plot", type=Path, metavar="LOG", help=text)
     add_thread_flag(parser)
     add_flags(parser, TrainConfig(), "what to train")
-    title = "shape of the model; --init has one, of which --n-layers keeps the first layers alone"
+    title = "shape of the model (with --init, its own; --n-layers N then keeps its first N layers)"
     add_flags(parser, ModelConfig(), title, skip=("exit_layers",), common=("n_layers", "d_model", "adapter"))
     return parser
 

@@ -1,5 +1,5 @@
-"""How threads wait for each other, and how large tensors lie in memory. Imported before torch by every file
-that imports torch, which is all that it does.
+"""How threads wait for each other, and how large tensors lie in memory. Imported before torch by the commands
+and the core, which is all that it takes.
 
 PyTorch's threads (OpenMP) spin while they wait. On a machine that others use, too, a spinning thread takes
 the core from the one that it waits for: two threads then run many times slower than one. Spinning 30,000

@@ -1,4 +1,4 @@
-"""Stops early, computes what is owed later: shows each token by its exit layer.
+"""Decodes a prompt with early exit, and shows which layer each token came from.
 
 python decode.py "Ich habe heute keine Zeit, ins Kino zu gehen."
 python decode.py "Guten Morgen!" --compare full,softmax,softmax+verify --html page.html
@@ -29,7 +29,7 @@ from formats.tokenizers.tokenizer import encode_prompt
 
 TURNS, SECONDS = 5, 20.0  # how often each configuration is timed, and the time after which none begins
 
-ABOUT_PROMPT = "the text to go on from; token ids, separated by commas, if the checkpoint has no tokenizer"
+ABOUT_PROMPT = "the text to continue; token ids, separated by commas, if the checkpoint has no tokenizer"
 ABOUT_CHAT = "the prompt is a turn in a chat, by the template of the checkpoint; needs jinja2"
 ABOUT_COMPARE = (
     "show several configurations, and compare them with the full model: full, static or confidence "
@@ -38,7 +38,7 @@ ABOUT_COMPARE = (
 ABOUT_HTML = "write a page that compares the run with the full model, token by token and pass by pass"
 ABOUT_STAIRCASE = "print the staircase after every token: 4×13 12×7 is 13 positions in layers 1 to 4, 7 above"
 FLAGS = {"--compare": ("NAMES", ABOUT_COMPARE), "--html": ("FILE", ABOUT_HTML)}
-FLAGS["--thresholds"] = "FILE", "JSON file of settings, as calibration writes it; flags outrank it"
+FLAGS["--thresholds"] = "FILE", "file of settings that eval.py calibrate wrote; flags take precedence"
 RARE = {
     "--trace": ("FILE", "write one JSON line per token: id, text, exit layer, confidences, time, .."),
     "--settings": ("FILE", "JSON file of settings (default: named as the checkpoint or --heads, with .json)"),

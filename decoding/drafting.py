@@ -3,12 +3,12 @@ with the most expected tokens per second, from what was observed so far and from
 beats the full model, it decodes at full depth. After DEL (Entezari Zarch 2025), which chooses layer and
 number of drafts; here costs in seconds take the place of numbers of layers.
 
-Observed is, for every exit layer and by confidence, how often the full model agreed with the exit. The exit
-in use is observed with every draft that is judged, up to the first wrong one, and with every confidence below
-the threshold, because such a pass goes to the top. The other exits are checked now and then, after a round
-has been judged, at each of its positions: the passes of the round have left the states of all layers there
-(DEL calls these shadow tokens). A round begins with the first pass after a judgement and ends with the next
-judgement.
+It counts, for every exit layer and range of confidence, how often the full model agreed with the exit. The
+exit in use is observed with every draft that is judged, up to the first wrong one, and with every
+confidence below the threshold, because such a pass goes to the top. The other exits are checked now and
+then, after a round has been judged, at each of its positions: the passes of the round have left the states
+of all layers there (DEL calls these shadow tokens). A round begins with the first pass after a judgement
+and ends with the next judgement.
 
 This only decides how long to draft, so the output stays exact.
 

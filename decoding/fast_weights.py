@@ -1,5 +1,6 @@
 """A faster form of a model for decoding on a CPU: the same function in fewer operations, its matrices stored
-as the CPU multiplies them fastest. Tests hold every form equal to the plain model, int8 near it.
+as the CPU multiplies them fastest. Tests check that every form computes the same as the plain
+model, and that int8 comes close to it.
 
     plain    as in the file: model.py's Transformer
     folded   the gains of norms multiplied into the matrices that follow, W (g x) = (W g) x; the two numbers

@@ -3,8 +3,8 @@ those before it:
 
     COMMAND < `decode` in the settings file < --thresholds FILE < flags < +changes in --compare
 
-A source replaces the fields that it names. One rule goes with that: a threshold replaces the thresholds of
-single layers that stood below it, and so do other exit layers, since those thresholds belonged to others.
+A source replaces the fields that it names. One rule goes with that: if a source sets the threshold or
+the exit layers, thresholds of single layers from earlier sources no longer apply, as they belonged to others.
 """
 
 import re

@@ -14,10 +14,10 @@ AUTO_CHOOSES = ("exit_layers", "layer_thresholds", "max_owed")  # fields that dr
 # What some flags say of their values:
 ABOUT_CONFIDENCE = f"{', '.join(FUNCTIONS)}, package.module:function, or none: the full model"
 ABOUT_EXITS = "layers with a confidence check; none: those that the model was trained to exit at, or all"
-ABOUT_VERIFY = "take early tokens as drafts that the full model verifies: its own output, exactly, sooner"
+ABOUT_VERIFY = "early tokens are drafts that the full model verifies; the text is the full model's"
 ABOUT_OWED = "after this many early tokens the next pass goes to the top; none: no limit"
 ABOUT_PRUNE = "candidates of a confidence check: none (all), fixed:K, decaying:K:MIN or adaptive:K:MIN"
-ABOUT_SHORTLIST = "check over this many frequent ids, and exit at layer L, too; none: over all ids"
+ABOUT_SHORTLIST = "a check scores only this many frequent ids, and layer L is an exit, too; none: all ids"
 ABOUT_DRAFT = "what decides how long verified mode drafts: fixed (the exits given), or auto (measurement)"
 ABOUT_SCHEDULE = "constant, decaying:TAU (over the steps; CALM) or adaptive:TARGET (learned; FREE)"
 ABOUT_FILL = "keys and values of skipped layers: parallel (exact, when needed) or copy (approximate, at once)"
@@ -45,7 +45,7 @@ class DecodeConfig:
     shortlist: int | None = option(None, ABOUT_SHORTLIST, EXITS, rare=True, least=2)
     draft: str = option("fixed", ABOUT_DRAFT, EXITS, choices=("fixed", "auto"))
     layer_thresholds: tuple[float, ...] | None = option(
-        None, "one for each of exit_layers, in place of one for all", EXITS, rare=True, least=0, most=1
+        None, "a threshold for each exit layer, instead of one for all", EXITS, rare=True, least=0, most=1
     )
     threshold_schedule: str = option("constant", ABOUT_SCHEDULE, EXITS, rare=True, choices=read_schedule)
     fill: str = option("parallel", ABOUT_FILL, EXITS, rare=True, choices=("parallel", "copy"))

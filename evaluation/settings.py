@@ -29,19 +29,23 @@ class EvalConfig:
         "loss: consistency (1 - ROUGE-L to the full model's text), or task (how much lower its score is)",
         choices=("consistency", "task"),
     )
-    out: str | None = flag(None, "the file to write; tune: none is the settings file")
+    out: str | None = flag(None, "the file to write; none, for tune: the settings file")
     overwrite: bool = flag(False, "replace the rows that the file has for these tasks")
     results: str = flag("sweep.json", "the file where an interrupted sweep goes on")
     repeat: int = flag(1, "how often an input is decoded; the median counts", least=1)
     json: str | None = flag(None, "write all figures, also those of each prompt")
     plot: str | None = flag(None, "draw pictures in this folder (needs matplotlib)", rare=True)
     html: str | None = flag(None, "write a page that shows some inputs, pass by pass")
-    html_inputs: tuple[int, ...] = flag((1, 2, 3), "the inputs on it, from 1", rare=True, least=1)
+    html_inputs: tuple[int, ...] = flag(
+        (1, 2, 3), "which inputs the page of --html shows, from 1", rare=True, least=1
+    )
     settings: str | None = flag(None, "file of rows by task; none: next to the model or --heads", rare=True)
     split: str = flag("test", "dev or test", choices=("dev", "test"))
-    seed: int = flag(0, "draws the inputs, and samples", rare=True, least=0)
+    seed: int = flag(0, "seed that draws the inputs, and samples", rare=True, least=0)
     shots: int = flag(0, "solved examples before every prompt", rare=True, least=0)
-    shot_file: str | None = flag(None, "their file; none: the task's training file", rare=True)
+    shot_file: str | None = flag(
+        None, "file with the examples of --shots; none: the task's training file", rare=True
+    )
     chat: bool = flag(False, "inputs and shots are turns in a chat, by the model's template", rare=True)
     skip_bad: bool = flag(False, "count and skip malformed lines of a data file", rare=True)
 

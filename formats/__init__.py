@@ -1,1 +1,1 @@
-"""What lies on a disk: data files, checkpoints, foreign checkpoints, tokenizers; how weights are stored."""
+"""What lies on a disk: data files, checkpoints, foreign checkpoints, tokenizers."""

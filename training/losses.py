@@ -12,13 +12,13 @@ To try a loss of your own, write a file, and name it: `python train.py --loss my
         return exits.weighted_sum(exits.in_turn(), smoothed)
 
 1. Choose layers: `exits.every()`, `exits.in_turn()` (some of them, in rotation), or a list. The model's last
-   layer, `exits.last`, is among those of the first two, unless --train heads leaves it alone.
+   layer, `exits.last`, is among those of the first two, unless --train heads does not train it.
 2. Say what one target costs there, from its logits alone, and `exits.weighted_sum` does the rest, in little
    memory. `final()` gives the last layer's logits (n, V) without a gradient; at the last layer itself `final`
    is None.
 3. Add what else you like: `exits.state(layer)` is h_l (N, d), `exits.logits(layer)` (N, V), `exits.targets`
    (N,), `exits.config` the settings, `exits.step` the number of the step. Return the mean over the N targets,
-   so that micro-batches weigh by theirs.
+   so that each micro-batch is weighted by its number of targets.
 
 `@register_loss("smooth")` above the function gives it a name of its own, as the losses below have.
 

@@ -36,7 +36,7 @@ class TrainConfig(LossConfig):
     )
 
     tokenizer: str | None = option(
-        None, "its file, or a checkpoint; none: of --init, or a new one", BATCHES, rare=True
+        None, "its file, or a checkpoint with one; none: that of --init, or a new one", BATCHES, rare=True
     )
     rows: int = option(16, "rows of a micro-batch", BATCHES, least=1)
     length: int = option(128, "positions of a row, which holds several documents", BATCHES, least=2)
@@ -46,7 +46,7 @@ class TrainConfig(LossConfig):
     warmup: int = option(300, "steps of linear warm-up, before the cosine", OPTIMIZATION, least=0)
     layer_dropout: float = option(0.0, "chance to leave out the last layer", OPTIMIZATION, least=0, most=1)
     seed: int = option(
-        0, "of the weights, the data's order and layer dropout", OPTIMIZATION, least=0, rare=True
+        0, "seed of weights, order of the data and layer dropout", OPTIMIZATION, least=0, rare=True
     )
     compile: bool = option(False, "torch.compile every block", SPEED, rare=True)
     recompute: bool = option(

@@ -4,8 +4,8 @@ much.
 It holds the most frequent ids of a corpus, which a model keeps as `frequent_ids` (tools/shortlist.py counts
 them), and the ids of the prompt and of the text so far (after FR-Spec, Zhao 2025). The rows of the
 unembedding that belong to the frequent ids are gathered once for a model; those of new ids are appended. The
-LM head is then the topmost step of the staircase, which an exit after all L blocks leaves out (lossy) or owes
-(verified).
+LM head is then the topmost step of the staircase: a token that exits after all L blocks skips it (lossy), or
+has it computed later (verified).
 
 Dimensions: n ids, d model width.
 """

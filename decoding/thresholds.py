@@ -1,8 +1,7 @@
 """How confident is confident enough: the threshold of every exit layer, step by step.
 
-A new schedule is a class like `Decaying`: derive it from Constant, say in `at` what the thresholds are at a
-step, and name it in THRESHOLDS below. A number that it takes stands in `numbers`, with its default and its
-limits.
+To add a schedule, derive a class from Constant, as `Decaying` does, return the thresholds of a step from
+`at`, and add the class to THRESHOLDS below. List its parameters in `numbers`, with defaults and limits.
 """
 
 import math

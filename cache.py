@@ -18,11 +18,14 @@ class KVCache:
 
     filled[1 .. L]   how many positions have their keys and values stored at that layer (filled[0]: not used)
     begun            how many positions have been read; above filled[1] only within a pass
-    head_filled      how many positions owe nothing to the LM head, the step above layer L
+    head_filled      up to which position no row is owed to the LM head, the step above layer L
+    hidden           the state of every position, at the depth that it reached: (1, length, d)
+
+    `extend` keeps `filled`; a pass (`run_pass` in decode.py) keeps the others.
 
     filled never increases from a layer to the next. A position that stopped below the top waits in `hidden`,
-    at the depth that it reached, and is *owed* to the layers above. So the rows owed to a layer are one run,
-    the newest ones, and all of them have run the layer below by the time a pass comes there: if position 7
+    and is *owed* to the layers above. So the positions owed to a layer are the newest ones, without a gap,
+    and all of them have run the layer below by the time a pass comes there: if position 7
     stopped at layer 4 and position 8 at layer 2, the next pass takes 8 along from layer 3 on, and 7 from
     layer 5 on."""
 
@@ -41,13 +44,13 @@ class KVCache:
         """All steps of the staircase from below: begun, filled[1 .. L], head_filled."""
         return [self.begun, *self.filled[1:], self.head_filled]
 
-    def join(self, start: int, first: int, x: Tensor) -> Tensor:
-        """The rows from position `start` on, for a pass that brings x (1, R, d), the positions from `first`
-        on: owed rows join, and rows that a step does not need are left out. If x is position 9 and a layer
-        owes from 6 on, the rows are 6 to 9."""
-        if start < first:
-            return torch.cat([self.hidden[:, start:first], x], dim=1)
-        return x if start == first else x[:, start - first :]
+    def join(self, wanted: int, first: int, x: Tensor) -> Tensor:
+        """The rows from position `wanted` on, for a pass that brings x (1, R, d), the positions from `first`
+        on. Owed rows join: if x is position 9 and a layer is owed 6 and later ones, the rows are 6 to 9. Rows
+        that are not needed are left out; this concerns the LM head alone."""
+        if wanted < first:
+            return torch.cat([self.hidden[:, wanted:first], x], dim=1)
+        return x if wanted == first else x[:, wanted - first :]
 
     def first(self, layer: int) -> int:
         """The position of the first row that a pass brings to the layer: how many it has stored."""
@@ -62,18 +65,16 @@ class KVCache:
         keys, values = self.keys[layer], self.values[layer]
         keys.narrow(2, first, rows).copy_(k)  # keys[:, :, first:stop] = k, but slices cost a tenth of a block
         values.narrow(2, first, rows).copy_(v)
-        start = (
-            0 if window is None else max(0, first + 1 - window)
-        )  # the first position that any of these rows sees
-        mask = None if rows == 1 else self.mask(start, first, stop, window)
-        return keys.narrow(2, start, stop - start), values.narrow(2, start, stop - start), mask
+        oldest = 0 if window is None else max(0, first + 1 - window)  # the oldest that any of these rows sees
+        mask = None if rows == 1 else self.mask(oldest, first, stop, window)
+        return keys.narrow(2, oldest, stop - oldest), values.narrow(2, oldest, stop - oldest), mask
 
-    def mask(self, start: int, first: int, stop: int, window: int | None) -> Tensor:
-        """Which of the positions start .. stop - 1 the rows first .. stop - 1 see."""
-        if self._mask_of != (start, first, stop, window):
-            positions = torch.arange(start, stop, device=self.hidden.device)
-            self._mask_of = start, first, stop, window
-            self._mask = visible(positions[first - start :], positions, window)
+    def mask(self, oldest: int, first: int, stop: int, window: int | None) -> Tensor:
+        """Which of the positions oldest .. stop - 1 the rows first .. stop - 1 see."""
+        if self._mask_of != (oldest, first, stop, window):
+            positions = torch.arange(oldest, stop, device=self.hidden.device)
+            self._mask_of = oldest, first, stop, window
+            self._mask = visible(positions[first - oldest :], positions, window)
         return self._mask
 
     def rollback(self, length: int) -> None:

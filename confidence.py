@@ -172,15 +172,15 @@ def plausible(log_p: Tensor) -> Tensor:
 
 
 def contrast(log_expert: Tensor, log_amateur: Tensor) -> Tensor:
-    """The contrasted distribution p_DCD of log-probabilities (n,), (n,): over V_head the softmax of log p -
-    log q, scaled to the mass that p has there; p elsewhere (ACD, Gera 2023, Eq. 3-5). It sums to 1."""
-    p, head = log_expert.exp(), plausible(log_expert)
-    ratio = (log_expert - log_amateur).masked_fill(~head, -math.inf)
-    return torch.where(head, ratio.softmax(-1) * (p * head).sum().clamp(max=1), p)
+    """The contrasted distribution of log-probabilities (n,), (n,): over V_head the softmax of log p - log q,
+    scaled to the mass that p has there; p elsewhere (ACD, Gera 2023, Eq. 3-5). It sums to 1."""
+    p, kept = log_expert.exp(), plausible(log_expert)
+    ratio = (log_expert - log_amateur).masked_fill(~kept, -math.inf)
+    return torch.where(kept, ratio.softmax(-1) * (p * kept).sum().clamp(max=1), p)
 
 
 def contrasted(trace: Position, layer: int, amateur: int) -> Tensor:
-    """p_DCD(l, m), (n,); the trace notes the choice of m."""
+    """The distribution of `layer` contrasted with that of `amateur`, (n,); the trace notes the choice."""
     trace.amateurs[layer] = amateur
     return contrast(trace.log_probs(layer), trace.log_probs(amateur))
 

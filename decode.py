@@ -25,12 +25,12 @@ from model import Transformer
 
 
 def plain(run: "Run") -> Iterator[Token]:
-    """The plain loop, in which every token is settled at once: pass, exit or go on, emit, owe."""
+    """The plain loop, in which every token is settled at once: pass, exit or go on, emit, skip."""
     tokens = run.unread
     while run.unfinished:
         trace, layer = run.advance(tokens, run.exits())  # to the first confident exit layer, or to the top
         token = run.emit(trace, layer)  # from the distribution of the layer reached
-        run.owe(layer)  # the layers above get its keys and values later, or a copy now
+        run.skip_above(layer)  # the layers above get keys and values later, or a copy now
         run.settle([token], trace)
         yield token
         tokens = [token.id]
@@ -55,7 +55,7 @@ def verified(run: "Run", drafting: Drafting | None = None) -> Iterator[Token]:
         passes.append(trace)
         if layer < run.top:
             drafts.append(run.emit(trace, layer))
-            run.settle([], trace)  # no run.owe: a draft still owes the LM head its row
+            run.settle([], trace)  # no run.skip_above: the LM head will judge the draft
             tokens = [drafts[-1].id]
         else:
             settled, kept = run.judge(trace, drafts)
@@ -71,7 +71,7 @@ def run_pass(
 ) -> int:
     """One pass: advances the staircase by `tokens` until one of `exits` (layer -> threshold) finds the next
     token decided. Returns the layer reached, L + 1 for the top: the LM head, whose logits are then
-    trace.final (None if no row owes it anything). Rows that stopped below a layer in earlier passes join
+    trace.final (None if it is owed no row). Rows that stopped below a layer in earlier passes join
     there, so that keys and values are those of a full forward pass. Without tokens, the pass computes what is
     owed."""
     first, top = cache.begun, model.config.n_layers + 1
@@ -84,11 +84,11 @@ def run_pass(
         first = cache.filled[layer]
         if first < stop:  # without new tokens there are no rows until a layer that is owed some
             x = block(x, cache)  # stores the keys and values of these rows: filled[layer] = stop
-        trace.hidden.append(x)
+        trace.hidden.append(x)  # makes this the trace's newest layer, which `decided` is about
         if layer in exits and trace.decided(exits[layer]):
             cache.hidden[:, first:stop] = x  # here they wait, at this depth, for a pass that goes on
             return layer
-    x = cache.join(cache.head_filled, first, x)  # the rows that the LM head still owes, and no others
+    x = cache.join(cache.head_filled, first, x)  # the rows that are owed to the LM head, and no others
     if x.shape[1] > 0:
         trace.final = model.head(x[0])  # (R, V)
         trace.flops[top] = x.shape[1] * 2 * model.config.vocab_size * model.config.d_model
@@ -122,7 +122,9 @@ class Run:
         companion = None if amateur is None else Companion(amateur, self.length, counters)
         self.predictor = Predictor(config, companion, counters, model.device)
         self.unread = list(prompt)  # the tokens of the prompt that the loop begins with
-        if config.fill == "copy" and config.confidence and len(prompt) > 1:  # CALM's prompt is exact
+        if (
+            config.fill == "copy" and config.confidence and len(prompt) > 1
+        ):  # so that one row is copied: CALM's prompt, in the encoder, is exact
             self.advance(prompt[:-1], {})
             self.unread = prompt[-1:]
 
@@ -166,10 +168,10 @@ class Run:
         self.text.append(token.id)
         return token
 
-    def owe(self, layer: int) -> None:
-        """After an exit, the layers above still owe the newest position its keys and values (fill parallel),
-        or get a copy of its state now (fill copy). A settled token owes the LM head nothing, unless
-        thresholds learn from it."""
+    def skip_above(self, layer: int) -> None:
+        """Leaves out the layers above an exit. The newest position's keys and values are owed to them (fill
+        parallel), or come from a copy of its state now (fill copy). Its row is never owed to the LM head,
+        unless thresholds learn from it."""
         if self.config.fill == "copy":
             copy_up(self.model, self.cache, layer)
             self.counters.add_copies(self.model.config, len(self.model.blocks[layer:]))
@@ -177,7 +179,8 @@ class Run:
             self.cache.head_filled = self.cache.begun
 
     def settle(self, tokens: list[Token], trace: Trace) -> None:
-        """Counts what a pass has settled, and its exit heads."""
+        """Counts what a pass has settled, and notes whether that ends the text. Counts the FLOPs of the
+        pass's heads, too: only now, because emitting and learning may compute more of them."""
         self.settled += len(tokens)
         self.ended = bool(tokens) and tokens[-1].id in self.ends
         self.counters.tokens += len(tokens)
@@ -188,10 +191,11 @@ class Run:
         return bool(drafts) and (drafts[-1].id in self.ends or len(self.text) == self.length)
 
     def judge(self, trace: Trace, drafts: list[Token]) -> tuple[list[Token], int]:
-        """The drafts that the full model keeps, with its own token after them, and how many it keeps. In
-        trace.final the row of a position judges the token after it, so the first row, of the last verified
-        token, judges the first draft. The first draft that the full model would not have put there is
-        replaced, what followed it is forgotten, and the staircase rolls back."""
+        """The drafts that the full model keeps, with its own token after them (none, if the last draft is
+        kept and ends the text), and how many it keeps. In trace.final the row of a position judges the token
+        after it, so the first row, of the last verified token, judges the first draft. The first draft that
+        the full model would not have put there is replaced, what followed it is forgotten, and the staircase
+        rolls back."""
         before = self.text[: len(self.text) - len(drafts)]
         kept, token = self.predictor.judge(trace.final, drafts, before)
         for draft in drafts:
@@ -212,8 +216,8 @@ class Run:
 
 def copy_up(model: Transformer, cache: KVCache, layer: int) -> None:
     """The approximate alternative to owing, CALM's state propagation (Schuster 2022, section 3.2): every
-    layer above `layer` projects keys and values from the newest position's state there, without attention or
-    MLP."""
+    layer above `layer` projects keys and values from the newest position's state at `layer`, without
+    attention or MLP."""
     for block in model.blocks[layer:]:
         first = cache.filled[block.layer]
         _, k, v = block.heads(cache.hidden[:, first : cache.begun], first)
@@ -222,14 +226,14 @@ def copy_up(model: Transformer, cache: KVCache, layer: int) -> None:
 
 @torch.inference_mode()
 def stream(
-    model: Transformer, prompt: list[int], config: DecodeConfig, observer=None, amateur=None, drafting=None
+    model: Transformer, prompt: list[int], config: DecodeConfig, counters=None, amateur=None, drafting=None
 ) -> Iterator[Token]:
     """Yields tokens up to and including the end of the text. Batch size 1: `prompt` is one list of token ids.
-    `observer` (Counters) counts the work, and may record more (decoding/replay.py); `amateur` (Transformer)
+    `counters` (Counters) counts the work, and may record more (decoding/replay.py); `amateur` (Transformer)
     is the second model of Contrastive Decoding; `drafting` (Drafting) goes on with what earlier texts taught.
     Raises UserError for a prompt that is empty or too long, for layers that the model does not have, and for
     an amateur that cannot be one."""
-    run = Run(model, prompt, config, observer or Counters(), amateur)
+    run = Run(model, prompt, config, counters or Counters(), amateur)
     if not config.verify:
         yield from plain(run)
     elif config.draft == "auto":
@@ -239,11 +243,11 @@ def stream(
 
 
 def generate(
-    model: Transformer, prompt: list[int], config: DecodeConfig = DecodeConfig(), observer=None, **others
+    model: Transformer, prompt: list[int], config: DecodeConfig = DecodeConfig(), counters=None, **others
 ) -> Generation:
     """Decodes one prompt; `stream` says what the arguments are and what it raises."""
-    observer = observer or Counters()
-    return Generation.of(stream(model, prompt, config, observer, **others), observer)
+    counters = counters or Counters()
+    return Generation.of(stream(model, prompt, config, counters, **others), counters)
 
 
 def main() -> None:

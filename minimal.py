@@ -1,9 +1,9 @@
 """Early exit in one file: python minimal.py "Guten Morgen!"
 
 After some of its layers, a Llama checks whether the next token is decided. If it is, the model emits the
-token and skips the layers above. Its keys and values in these layers are then owed: the next pass that climbs
-so high computes them, exactly, by running all positions that a layer lacks in one call. That is cheap,
-because reading the weights of the layer is what takes the time.
+token and skips the layers above. The position that it has run is then owed to these layers: the next pass
+that climbs so high computes its keys and values, exactly, by running all positions that a layer lacks in one
+call. That is cheap, because reading the weights of the layer is what takes the time.
 
     layer 4 │■■■■■■■■■■        filled[4] = 10   filled never increases from a layer to the next. So the
     layer 3 │■■■■■■■■■■■■■     filled[3] = 13   positions owed to a layer, filled[layer] to the newest, are
@@ -70,7 +70,8 @@ class Staircase:
         self.cache = self.hidden.new_empty(model.L + 1, 2, model.H, limit, model.C)
 
     def climb(self, model, text, exits, threshold, drafts=0):
-        """One pass, to a confident exit or to the top: the layer, and logits of drafts and the newest row."""
+        """One pass, to a confident exit or to the top. Returns the layer, and the logits of the newest row;
+        at the top those of drafts + 1 rows, from the last verified token to the last draft."""
         first_new, stop = self.filled[1], len(text)  # every pass runs layer 1: what is missing there is new
         self.hidden[first_new:stop] = model.weights["embedding"][text[first_new:]]
         for layer in range(1, model.L + 1):
@@ -83,7 +84,7 @@ class Staircase:
                 if best - second >= threshold:  # CALM's "softmax response"
                     return layer, logits  # (1, V)
         judging = self.hidden[stop - 1 - drafts : stop]
-        return model.L, model.head(judging, model.L)  # (drafts + 1, V): judges them, too
+        return model.L, model.head(judging, model.L)  # (drafts + 1, V); row i judges draft i
 
 
 def generate(model, prompt, exits=(), threshold=0.6, limit=200):
@@ -114,8 +115,8 @@ def generate_verified(model, prompt, exits=(), threshold=0.6, limit=200):
                     text[i:] = [best[i - verified]]
                     layers[i - len(prompt) :] = [model.L]
                     break
-            verified = len(text)  # the last token has not been run:
-            stairs.filled = [min(count, verified - 1) for count in stairs.filled]
+            verified = len(text)
+            stairs.filled = [min(count, verified - 1) for count in stairs.filled]  # the last one comes next
     return text[len(prompt) :], layers
 
 

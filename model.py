@@ -209,8 +209,8 @@ class FullPass:
     def __init__(self, documents: Tensor | None = None):
         self.documents = documents
         self.masks: dict[
-            tuple, Tensor | None
-        ] = {}  # window -> mask, shared by the layers with the same window
+            int | None, Tensor | None
+        ] = {}  # window -> mask, which layers with this window share
 
     def first(self, layer: int) -> int:
         return 0
@@ -310,7 +310,7 @@ class Transformer(nn.Module):
             kind, (size,) = read_choice("adapter", config.adapter, ADAPTERS)
             for layer in config.exit_norms:
                 reading = torch.randn(MATRICES[kind] - 1, size, d) * 0.02
-                writing = torch.zeros(1, size, d)  # so that an adapter begins as the identity
+                writing = torch.zeros(1, size, d)  # so that a new adapter changes nothing after the norm
                 self.adapters[str(layer)] = nn.Parameter(torch.cat([reading, writing]))
         classifiers = {str(layer): torch.zeros(d + 1) for layer in config.classifiers}  # weights and a bias
         self.classifiers = nn.ParameterDict(classifiers)

@@ -1,0 +1,95 @@
+"""The early exit of transformers (`assistant_early_exit`) and verified decoding here, on the same model.
+
+    python -m tests.compare_transformers runs/exits/model.pt --exits 15 18
+
+The model must be of the Llama family, and its exits must share its final norm, because transformers knows no other. Both programs
+decode the same inputs of E2E in one process, in turns, in float32. It needs transformers.
+"""
+
+import common.threads  # noqa: F401  before torch
+
+import argparse
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from common.flags import use_threads
+from decode import generate, load_checkpoint
+from decoding.drafting import Drafting
+from decoding.settings import DecodeConfig
+from evaluation.tasks import find_task, read_task, sample
+from model import Transformer
+from tests.public import write_hf
+
+
+def exported(checkpoint: str):
+    """The model in transformers, by way of a Hugging Face folder."""
+    model, _ = load_checkpoint(checkpoint, dtype=torch.float32, form="plain")
+    bare = Transformer(replace(model.config, exit_norms=(), classifiers=()))
+    bare.load_state_dict({name: weight for name, weight in model.state_dict().items() if name in bare.state_dict()})
+    with tempfile.TemporaryDirectory() as folder:
+        write_hf(Path(folder), bare)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def generations(checkpoint: str, exits: list[int], shortlist: int, most: int) -> tuple[dict, object]:
+    """Functions from a prompt's token ids to those of its answer, by name; and the tokenizer."""
+    model, tokenizer = load_checkpoint(checkpoint, dtype=torch.float32)
+    full = DecodeConfig(max_new_tokens=most)
+    auto = replace(full, confidence="softmax", verify=True, draft="auto", shortlist=shortlist)
+    drafting = Drafting.of(model, auto)
+    theirs = exported(checkpoint)
+
+    def by_transformers(**options):
+        def run(prompt: list[int]) -> list[int]:
+            ids = torch.tensor([prompt])
+            out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=most, **options)
+            return out[0, len(prompt) :].tolist()
+
+        return run
+
+    runs = {
+        "here, full": lambda prompt: generate(model, prompt, full).tokens,
+        "here, verified auto": lambda prompt: generate(model, prompt, auto, drafting=drafting).tokens,
+        "transformers, full": by_transformers(),
+    }
+    return runs | {f"transformers, exit at {layer}": by_transformers(assistant_early_exit=layer) for layer in exits}, tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--exits", type=int, nargs="+", required=True, help="exit layers for transformers")
+    parser.add_argument("--limit", type=int, default=12, help="inputs (default: %(default)s)")
+    parser.add_argument("--shortlist", type=int, default=2048, help="ids that a check here looks at (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=100, help="of an answer (default: %(default)s)")
+    args = parser.parse_args()
+    use_threads(None)
+    runs, tokenizer = generations(args.checkpoint, args.exits, args.shortlist, args.max_new_tokens)
+    task = find_task("e2e")
+    examples = sample(read_task(task, "test"), args.limit, seed=0)
+    prompts = [ids for ids, _ in task.encode([example.prompt for example in examples], tokenizer, room=1000)]
+    seconds, tokens, same = (dict.fromkeys(runs, 0) for _ in range(3))
+    for run in runs.values():
+        run(prompts[0])  # once without a clock
+    for prompt in prompts:
+        text = None
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            answer = [id for id in run(prompt) if id not in tokenizer.ends]
+            seconds[name] += time.perf_counter() - begin
+            text = text or answer
+            same[name] += answer == text
+            tokens[name] += len(answer)
+    for name in runs:
+        own = seconds["here, full" if name.startswith("here") else "transformers, full"]
+        times = f"{1000 * seconds[name] / tokens[name]:5.1f} ms a token, {own / seconds[name]:.2f} times its own full model"
+        print(f"{name:24} {times}, {same[name]} of {len(prompts)} texts the same")
+
+
+if __name__ == "__main__":
+    main()

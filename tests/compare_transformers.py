@@ -3,21 +3,21 @@
     python -m tests.compare_transformers runs/exits/model.pt --exits 15 18
 
 The model must be of the Llama family, and its exits must share its final norm, because transformers knows no other. Both programs
-decode the same inputs of E2E in one process, in turns, in float32. It needs transformers.
+decode the same inputs of E2E in one process, in turns, in float32. It needs the package transformers.
 """
 
 import common.threads  # noqa: F401  before torch
 
-import argparse
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from common.flags import use_threads
+from common.errors import UserError
+from common.errors import run as run_command
+from common.flags import Parser
 from decode import generate, load_checkpoint
 from decoding.drafting import Drafting
 from decoding.settings import DecodeConfig
@@ -27,8 +27,15 @@ from tests.public import write_hf
 
 
 def exported(checkpoint: str):
-    """The model in transformers, by way of a Hugging Face folder."""
+    """The model in transformers, by way of a Hugging Face folder. Raises UserError without transformers, and for exits that it does
+    not know."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise UserError("this comparison needs transformers: pip install transformers") from None
     model, _ = load_checkpoint(checkpoint, dtype=torch.float32, form="plain")
+    if model.config.exit_norms:
+        raise UserError(f"{checkpoint}: its exits have norms of their own, which transformers does not know")
     bare = Transformer(replace(model.config, exit_norms=(), classifiers=()))
     bare.load_state_dict({name: weight for name, weight in model.state_dict().items() if name in bare.state_dict()})
     with tempfile.TemporaryDirectory() as folder:
@@ -38,11 +45,13 @@ def exported(checkpoint: str):
 
 def generations(checkpoint: str, exits: list[int], shortlist: int, most: int) -> tuple[dict, object]:
     """Functions from a prompt's token ids to those of its answer, by name; and the tokenizer."""
+    theirs = exported(checkpoint)
     model, tokenizer = load_checkpoint(checkpoint, dtype=torch.float32)
+    if wrong := [layer for layer in exits if not 0 < layer < model.config.n_layers]:
+        raise UserError(f"exits has {wrong[0]}, but the layers below the top are 1 to {model.config.n_layers - 1}")
     full = DecodeConfig(max_new_tokens=most)
     auto = replace(full, confidence="softmax", verify=True, draft="auto", shortlist=shortlist)
     drafting = Drafting.of(model, auto)
-    theirs = exported(checkpoint)
 
     def by_transformers(**options):
         def run(prompt: list[int]) -> list[int]:
@@ -61,14 +70,13 @@ def generations(checkpoint: str, exits: list[int], shortlist: int, most: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint")
     parser.add_argument("--exits", type=int, nargs="+", required=True, help="exit layers for transformers")
     parser.add_argument("--limit", type=int, default=12, help="inputs (default: %(default)s)")
     parser.add_argument("--shortlist", type=int, default=2048, help="ids that a check here looks at (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="of an answer (default: %(default)s)")
     args = parser.parse_args()
-    use_threads(None)
     runs, tokenizer = generations(args.checkpoint, args.exits, args.shortlist, args.max_new_tokens)
     task = find_task("e2e")
     examples = sample(read_task(task, "test"), args.limit, seed=0)
@@ -92,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

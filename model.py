@@ -62,9 +62,7 @@ class ModelConfig:
     local_rope_base: float | None = option(None, "rope_base of layers with a window; none: the same", above=0)
     unrotated_layers: tuple[int, ...] = option((), "layers without rotary positions (SmolLM3)")
     rope_factor: float = option(1.0, "divides the frequencies, except those of local_rope_base", above=0)
-    rope_bands: tuple[float, ...] = option(
-        (), "low, high, length (Llama 3): limits between which rope_factor sets in"
-    )
+    rope_bands: tuple[float, ...] = option((), "low, high, length (Llama 3): where rope_factor sets in")
 
     def __post_init__(self):
         check_fields(self)
@@ -208,9 +206,7 @@ class FullPass:
 
     def __init__(self, documents: Tensor | None = None):
         self.documents = documents
-        self.masks: dict[
-            int | None, Tensor | None
-        ] = {}  # window -> mask, which layers with this window share
+        self.masks: dict[int | None, Tensor | None] = {}  # window -> mask of the layers with it
 
     def first(self, layer: int) -> int:
         return 0

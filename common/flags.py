@@ -119,9 +119,7 @@ def add_model_flags(parser: argparse.ArgumentParser, checkpoint) -> None:
     group.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     text = f"{', '.join(DTYPES)} (default: the file's own; on a CPU float32 for float16)"
     group.add_argument("--dtype", help=text)
-    text = (
-        "how a CPU stores weights: plain, folded or packed (default: by rule, see decoding/fast_weights.py)"
-    )
+    text = "how a CPU stores weights: plain, folded or packed (default: see decoding/fast_weights.py)"
     rare(group.add_argument("--weights", help=text))
     add_thread_flag(group)
 

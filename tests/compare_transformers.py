@@ -22,7 +22,7 @@ from decode import generate, load_checkpoint
 from decoding.drafting import Drafting
 from decoding.settings import DecodeConfig
 from evaluation.tasks import find_task, read_task, sample
-from model import Transformer
+from model import Transformer, check_exit_layers
 from tests.public import write_hf
 
 
@@ -45,10 +45,9 @@ def exported(checkpoint: str):
 
 def generations(checkpoint: str, exits: list[int], shortlist: int, most: int) -> tuple[dict, object]:
     """Functions from a prompt's token ids to those of its answer, by name; and the tokenizer."""
-    theirs = exported(checkpoint)
     model, tokenizer = load_checkpoint(checkpoint, dtype=torch.float32)
-    if wrong := [layer for layer in exits if not 0 < layer < model.config.n_layers]:
-        raise UserError(f"exits has {wrong[0]}, but the layers below the top are 1 to {model.config.n_layers - 1}")
+    check_exit_layers("exits", exits, model.config.n_layers)
+    theirs = exported(checkpoint)
     full = DecodeConfig(max_new_tokens=most)
     auto = replace(full, confidence="softmax", verify=True, draft="auto", shortlist=shortlist)
     drafting = Drafting.of(model, auto)

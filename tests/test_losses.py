@@ -341,23 +341,23 @@ def test_heads_alone_learn_and_nothing_else(loss):
 # ---------------------------------------------------------------- over a part of the vocabulary
 
 
-def part_config(size: int | None, **changes) -> TrainConfig:
-    train = f"heads:{size}" if size else "heads"
+def part_config(size: int | None, train: str = "heads", **changes) -> TrainConfig:
+    train = f"{train}:{size}" if size else train
     return TrainConfig(train=train, init="x.pt", loss="distill", exits=(1, 2), device="cpu", **changes)
 
 
-def heads_loss(model: Transformer, config: TrainConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of one micro-batch at step 0, and the gradients of the heads."""
+def loss_and_gradients(model: Transformer, config: TrainConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of one micro-batch at step 0, and the gradients of what is trained."""
     model.zero_grad()
     loss, _ = Objective(model, config)(batch(), 0)
     loss.backward()
     return loss.detach(), {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-def model_with_ids(count: int) -> Transformer:
+def model_with_ids(count: int, train: str = "heads") -> Transformer:
     model = untrained(classifiers=(1, 2), adapter="mlp:5")
     for name, weight in model.named_parameters():
-        weight.requires_grad_(name.startswith(("exit_norms", "adapters", "classifiers")))
+        weight.requires_grad_(train == "all" or name.startswith(("exit_norms", "adapters", "classifiers")))
     with torch.no_grad():
         for weight in model.adapters.values():
             weight.add_(torch.randn_like(weight), alpha=0.1)
@@ -366,13 +366,14 @@ def model_with_ids(count: int) -> Transformer:
 
 
 @pytest.mark.parametrize("chunk", [2**20, 300])
-def test_over_all_ids_heads_learn_what_they_learn_without_a_shortlist(chunk, chunks):
+@pytest.mark.parametrize("train, trained", [("heads", 6), ("all", 26)])
+def test_over_all_ids_weights_learn_what_they_learn_without_a_shortlist(train, trained, chunk, chunks):
     chunks(chunk)
-    model = model_with_ids(300)
-    loss, slopes = heads_loss(model, part_config(None, classifier=True))
-    same, found = heads_loss(model, part_config(300, classifier=True))
+    model = model_with_ids(300, train)
+    loss, slopes = loss_and_gradients(model, part_config(None, train, classifier=True))
+    same, found = loss_and_gradients(model, part_config(300, train, classifier=True))
     assert_close(same, loss)
-    assert len(slopes) == 6
+    assert len(slopes) == trained
     assert_close(found, slopes, rtol=1e-4, atol=1e-7)
 
 
@@ -387,7 +388,7 @@ def test_over_a_shortlist_heads_learn_the_last_layers_distribution_within_it(chu
         exits = exits_of(model)
         log_p, *log_q = (model.head(exits.state(layer), layer)[:, ids].log_softmax(-1) for layer in (3, 1, 2))
         kl = [float((log_p.exp() * (log_p - each)).sum(-1).mean()) for each in log_q]
-    loss, _ = heads_loss(model, part_config(30))
+    loss, _ = loss_and_gradients(model, part_config(30))
     assert loss.item() == pytest.approx(kl[0] / 3 + kl[1] * 2 / 3, rel=1e-4)
     unembed, targets = part_of_vocabulary(model, 30, part)
     assert torch.equal(unembed, model.unembed[ids]) and [ids[place] for place in targets] == part.targets.tolist()

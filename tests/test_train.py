@@ -640,8 +640,10 @@ UNUSABLE = {  # settings -> what the message must say
     "unknown train 'tops'": {"train": "tops"},
     "lr is nan; it must be above 0": {"lr": math.nan},
     "layer_dropout is 2.0; it must be at least 0 and at most 1": {"layer_dropout": 2.0},
-    "train is heads, which needs --init": {"train": "heads"},
-    "unknown train 'all:9'": {"train": "all:9"},
+    "train is heads, which needs a model": {"train": "heads"},
+    "train is all:9, which needs a model": {"train": "all:9"},
+    "unknown train 'all:9:9'": {"train": "all:9:9"},
+    "needs a loss of the exits alone": {"train": "heads", "init": "x.pt", "loss": "hidden"},
     "classifier is True, but loss is none": {"loss": "none", "classifier": True},
     "needs exits to train": {"loss": "distill", "exits": ()},
 }

@@ -23,8 +23,8 @@ To try a loss of your own, write a file, and name it: `python train.py --loss my
 `@register_loss("smooth")` above the function gives it a name of its own, as the losses below have.
 
 Dimensions: N learned targets of a micro-batch, n some of these, d model width, V vocabulary. Layers count
-from 1 to L. With --train heads:N the vocabulary is a part of it (`part_of_vocabulary`), and targets are
-places in it.
+from 1 to L. With --train all:N or heads:N the vocabulary is a part of it (`part_of_vocabulary`), and targets
+are places in it.
 """
 
 import functools
@@ -60,7 +60,7 @@ HIDDEN_WEIGHT = 1.0  # of the distance between states in `hidden` (FREE's script
 CHUNK = {"cpu": 2**20, "cuda": 2**25}
 FEWEST = 128  # targets at a time, whatever V: they share one reading of the unembedding
 # What --train may be, and its number; N = 0 stands for the whole vocabulary.
-TRAIN = {"all": (), "heads": (Number("N", 0, {"least": 2}),)}
+TRAIN = dict.fromkeys(["all", "heads"], (Number("N", 0, {"least": 2}),))
 
 
 # ---------------------------------------------------------------- what one target costs
@@ -98,8 +98,8 @@ class LossConfig:
     train: str = option(
         "all",
         "all: every weight, into model.pt; heads: norm, adapter and classifier of each exit, the model's own "
-        "output unchanged, into heads.pt, a few MB; heads:N: the same over the N most frequent ids and "
-        "those of the batch, for decoding with --shortlist",
+        "output unchanged, into heads.pt, a few MB; all:N or heads:N: the same over the N most frequent ids "
+        "and those of the batch, which is faster where the vocabulary is large",
         choices=lambda text: read_choice("train", text, TRAIN),
     )
     classifier: bool = option(False, "also train a confidence classifier at every exit", group="losses")
@@ -116,13 +116,13 @@ class LossConfig:
     @property
     def heads_alone(self) -> bool:
         """Whether the model stays as it is, and its exit heads alone are trained."""
-        return self.train != "all"
+        return self.train.startswith("heads")
 
     @property
     def shortlist(self) -> int | None:
-        """How many frequent ids --train heads:N learns over; None for the whole vocabulary."""
-        _, numbers = read_choice("train", self.train, TRAIN)
-        return numbers[0] or None if numbers else None
+        """How many frequent ids --train all:N or heads:N learns over; None for the whole vocabulary."""
+        _, (size,) = read_choice("train", self.train, TRAIN)
+        return size or None
 
 
 def exits_in_turn(exits: tuple[int, ...], step: int) -> tuple[int, ...]:

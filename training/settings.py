@@ -65,8 +65,7 @@ class TrainConfig(LossConfig):
         if self.dtype is None:
             object.__setattr__(self, "dtype", "bfloat16" if self.device.startswith("cuda") else "float32")
         check_limits(self)
-        unfit = self.loss in ("none", "layerskip", "hidden") or self.layer_dropout
-        if self.heads_alone and (self.init is None or unfit):
-            raise UserError(
-                "train is heads, which needs --init, a loss of the exits alone, no --layer-dropout"
-            )
+        if self.init is None and (self.heads_alone or self.shortlist):
+            raise UserError(f"train is {self.train}, which needs a model to start from; give --init")
+        if self.heads_alone and (self.loss in ("none", "layerskip", "hidden") or self.layer_dropout):
+            raise UserError("train is heads, which needs a loss of the exits alone, and no --layer-dropout")

@@ -186,7 +186,7 @@ def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
 def load_start(model: Transformer, config: TrainConfig) -> None:
     """Gives the model the weights and the frequent ids of --init, without the layers above its own. Heads
     that --init lacks begin as the final norm, the identity, and a classifier that is undecided. Raises
-    UserError if it has other weights, or fewer frequent ids than --train heads:N needs."""
+    UserError if it has other weights, or fewer frequent ids than --train all:N or heads:N needs."""
     content = read_checkpoint(config.init)
     with fitting(config.init):
         weights = dequantized(content["weights"], content["scales"])

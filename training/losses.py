@@ -23,8 +23,8 @@ To try a loss of your own, write a file, and name it: `python train.py --loss my
 `@register_loss("smooth")` above the function gives it a name of its own, as the losses below have.
 
 Dimensions: N learned targets of a micro-batch, n some of these, d model width, V vocabulary. Layers count
-from 1 to L. With --train all:N or heads:N the vocabulary is a part of it (`part_of_vocabulary`), and targets
-are places in it.
+from 1 to L. With --train all:N or heads:N exits learn over a part of the vocabulary (`part_of_vocabulary`),
+and `exits.targets` are places in it.
 """
 
 import functools
@@ -98,8 +98,8 @@ class LossConfig:
     train: str = option(
         "all",
         "all: every weight, into model.pt; heads: norm, adapter and classifier of each exit, the model's own "
-        "output unchanged, into heads.pt, a few MB; all:N or heads:N: the same over the N most frequent ids "
-        "and those of the batch, which is faster where the vocabulary is large",
+        "output unchanged, into heads.pt, a few MB; all:N or heads:N: the same, but exits learn over the N "
+        "most frequent ids and those of the batch, which is faster where the vocabulary is large",
         choices=lambda text: read_choice("train", text, TRAIN),
     )
     classifier: bool = option(False, "also train a confidence classifier at every exit", group="losses")
@@ -120,7 +120,7 @@ class LossConfig:
 
     @property
     def shortlist(self) -> int | None:
-        """How many frequent ids --train all:N or heads:N learns over; None for the whole vocabulary."""
+        """How many frequent ids exits learn over with --train all:N or heads:N; None for all ids."""
         _, (size,) = read_choice("train", self.train, TRAIN)
         return size or None
 
@@ -161,6 +161,7 @@ class Exits:
         self.model, self.config, self.step = model, config, step
         self.last = model.config.n_layers
         self.unembed, self.targets = part_of_vocabulary(model, config.shortlist, batch)  # (V, d), (N,)
+        self._ids = batch.targets  # (N,), in the whole vocabulary
         self.used: set[int] = set()  # layers whose logits the loss has used
         self.losses: dict[int, Tensor] = {}  # by layer, in the last weighted sum, without gradient
         self._states, self._learned, self._learned_states = states, batch.learned, {}
@@ -180,6 +181,13 @@ class Exits:
         if layer not in self._learned_states:
             self._learned_states[layer] = self._states[layer].flatten(0, 1)[self._learned]
         return self._learned_states[layer]
+
+    def vocabulary(self, layer: int) -> tuple[Tensor, Tensor]:
+        """What a layer learns over: an unembedding (V, d), and the targets as places in it (N,). The last
+        layer learns over all ids; otherwise those that are in no batch would become its most probable."""
+        whole = layer == self.last
+        unembed, targets = (self.model.unembed, self._ids) if whole else (self.unembed, self.targets)
+        return unembed.view_as(unembed), targets  # no leaf: autocast would sum its gradients in bfloat16
 
     def logits(self, layer: int) -> Tensor:
         """z_l: (N, V), with gradient; kept until the backward pass, which for a large V is much memory."""
@@ -206,26 +214,29 @@ class Exits:
         bytes each for logits, log-probabilities, their gradient and the last layer's logits. For V = 131,072
         that is 4 x 64 MiB on a CPU and 4 x 128 MiB on a GPU.
         """
-        model, last, N, V = self.model, self.last, len(self.targets), len(self.unembed)
-        unembed = self.unembed.view_as(self.unembed)  # no leaf: autocast would sum its gradients in bfloat16
+        model, last, N = self.model, self.last, len(self.targets)
+        vocabularies = {layer: self.vocabulary(layer) for layer in weights}
+        V = max(len(unembed) for unembed, _ in vocabularies.values())
         most = CHUNK.get(self.targets.device.type, CHUNK["cuda"])
         few = N * V * len(weights) <= most
         size = N if few else max(FEWEST, most // V)  # n, the targets of a chunk
-        targets, top = self.targets.split(size), self.state(last).split(size)
+        top = self.state(last).split(size)
         layers = sorted(weights, reverse=True)
         normed = {layer: model.exit_norm(self.state(layer), layer).split(size) for layer in layers}
 
         @functools.lru_cache(1)  # the exits of a chunk share it
         @torch.no_grad()
         def last_logits(chunk: int) -> Tensor:
-            return model.score(model.exit_norm(top[chunk], last), unembed)
+            return model.score(model.exit_norm(top[chunk], last), self.unembed)
 
         def of_chunk(x: Tensor, layer: int, chunk: int) -> tuple[Tensor, Tensor | None]:
             """The sum of the losses of a chunk at one layer, and where its argmax is the last layer's."""
+            unembed, targets = vocabularies[layer]
+            targets = targets.split(size)[chunk]  # (n,)
             logits = model.score(x, unembed)  # (n, V)
             final = None if layer == last else functools.partial(last_logits, chunk)
-            losses = each(logits, targets[chunk], final)
-            if getattr(losses, "shape", None) != targets[chunk].shape:
+            losses = each(logits, targets, final)
+            if getattr(losses, "shape", None) != targets.shape:
                 raise UserError(f"{each.__name__} must give a tensor of one loss for each target")
             same = logits.argmax(-1) == final().argmax(-1) if compare and final else None
             return losses.sum(), same
@@ -235,7 +246,7 @@ class Exits:
         total, self.losses = 0.0, dict.fromkeys(weights, 0.0)
         agreed = {layer: [] for layer in weights}
         # From the last chunk to the first, because the backward pass goes the other way.
-        for chunk in reversed(range(len(targets))):
+        for chunk in reversed(range(len(top))):
             for layer in sorted(weights):
                 loss, same = compute(normed[layer][chunk], layer, chunk)
                 total = total + weights[layer] * (loss / N)

@@ -1,4 +1,4 @@
-"""What passes cost on this machine, for drafting by measurement: measured once in a process, for a model and
+"""What passes cost on this machine, for adaptive drafting: measured once in a process, for a model and
 a configuration, and kept in memory."""
 
 import sys

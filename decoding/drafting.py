@@ -1,4 +1,4 @@
-"""Drafting by measurement (`draft = auto`): chooses the exit layer, the threshold and the number of drafts
+"""Adaptive drafting (`draft = auto`): chooses the exit layer, the threshold and the number of drafts
 with the most expected tokens per second, from what was observed so far and from a table of costs. If nothing
 beats the full model, it decodes at full depth. After DEL (Entezari Zarch 2025), which chooses layer and
 number of drafts; here costs in seconds take the place of numbers of layers.

@@ -29,7 +29,7 @@ def load_checkpoint(
     form           how a CPU stores the weights (decoding/fast_weights.py); None: by its rule
     check          first compare the file with its checksums
     frequent_ids   a file of ids for shortlists (tools/shortlist.py), in place of those in the checkpoint
-    heads          a file of heads (formats/heads.py), in place of those in the checkpoint
+    heads          a heads file (formats/heads.py), in place of those in the checkpoint
 
     Raises UserError for a file, dtype or form that cannot be used."""
     content, device = read_model(path, heads, check), torch.device(device)

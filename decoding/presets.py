@@ -110,7 +110,7 @@ def read_configurations(path: Path, task: str) -> dict[str, dict]:
 
 def changed(config: DecodeConfig, fields: dict) -> DecodeConfig:
     """A named configuration changed by --thresholds and flags. It stays what its name says: a static exit,
-    whose threshold is 0, stays static; drafting by measurement makes its own choices; copies are never
+    whose threshold is 0, stays static; adaptive drafting makes its own choices; copies are never
     owed."""
     kept = ("max_owed",) if config.fill == "copy" else ()
     if config.draft == "auto":

@@ -86,7 +86,7 @@ class Recorder(Counters):
         self.passes[-1].drafted, self.passes[-1].kept = drafted, kept
 
     def close_pass(self) -> None:
-        """Notes how the newest pass left things. (Drafting by measurement may still work after it.)"""
+        """Notes how the newest pass left things. (Adaptive drafting may still work after it.)"""
         if self.passes:
             newest = self.passes[-1]
             newest.after, newest.block_runs = self.heights, self.block_runs

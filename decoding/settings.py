@@ -76,7 +76,7 @@ class DecodeConfig:
             resolve(self.confidence)
 
     def check_auto(self) -> None:
-        """Raises UserError for what contradicts drafting by measurement."""
+        """Raises UserError for what contradicts adaptive drafting."""
         if not self.verify or self.confidence is None:
             raise UserError("draft is auto, which needs verify and a confidence function, such as softmax")
         given = [name for name in AUTO_CHOOSES if getattr(self, name) is not None]

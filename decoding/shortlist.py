@@ -85,7 +85,7 @@ def find_frequent_ids(file, checkpoint, heads, content: dict, vocab_size: int) -
 
 
 def ids_beside(checkpoint: str | os.PathLike) -> Path:
-    """The file of ids that may lie next to a checkpoint or a file of heads."""
+    """The file of ids that may lie next to a checkpoint or a heads file."""
     return Path(checkpoint).with_suffix(".ids.npy")
 
 

@@ -4,7 +4,7 @@ A file is what torch.save writes, a zip archive, of one dictionary: `format`, `c
 ModelConfig), `weights` (name -> tensor), perhaps `scales` (name -> those of a weight in int8, see
 decoding/fast_weights.py), `tokenizer` (the bytes that formats/tokenizers/tokenizer.py reads, or None),
 perhaps `chat_template` (text, see formats/chat.py), and whatever else its writer had to say (plain values,
-tensors). A file of heads (formats/heads.py) is of the same kind, by another `format`.
+tensors). A heads file (formats/heads.py) is of the same kind, by another `format`.
 """
 
 import functools

@@ -72,7 +72,7 @@ def save_heads(path, model, belongs_to: dict, dtype=None, weights=None, **extra)
 
 
 def read_heads(path: str | os.PathLike) -> dict:
-    """The content of a file of heads, compared with its checksums, which a small file allows. Raises
+    """The content of a heads file, compared with its checksums, which a small file allows. Raises
     UserError for another file, and for a damaged one."""
     content = read_checkpoint(path, check=True, kind=HEADS)
     if not {"names", "samples", "steps"} <= set(content.get("model", ())):

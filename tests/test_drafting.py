@@ -1,4 +1,4 @@
-"""Drafting by measurement: its text is the full model's whatever it chooses, its choice is the best by the
+"""Adaptive drafting: its text is the full model's whatever it chooses, its choice is the best by the
 costs, and what it learns is true."""
 
 from dataclasses import replace

@@ -18,6 +18,8 @@ and evaluation/tasks.py on which inputs.
 """
 
 import argparse
+import datetime
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -84,7 +86,8 @@ def finish(setup: Setup, tables: list[list[dict]]) -> None:
     config, memory = setup.config, peak_memory(setup.model)
     note(f"peak memory {memory} MiB")
     if config.json:
-        environment = setup.record | {"peak_memory_mib": memory}
+        made = {"command": shlex.join(sys.argv), "date": str(datetime.date.today())}
+        environment = made | setup.record | {"peak_memory_mib": memory}
         write_json(Path(config.json), {"environment": environment, "rows": list(chain(*tables))})
     if config.plot:
         from evaluation.plots import draw_evaluation

@@ -16,9 +16,8 @@ from collections.abc import Iterable
 from common.errors import UserError
 from model import ModelConfig
 
-MAX_LEN = (
-    8192  # positions that a model keeps unless --max-len is more: the rotary table takes memory for each
-)
+# Positions that a model keeps unless --max-len is more: the rotary table takes memory for each.
+MAX_LEN = 8192
 
 # What a config.json may leave out, by model_type (the defaults of transformers' configuration classes).
 LLAMA = {

@@ -1,5 +1,6 @@
 """eval.py: figures that follow from the runs, configurations that are compared and chosen, mistakes in one line."""
 
+import datetime
 import json
 import random
 import time
@@ -85,6 +86,7 @@ def test_the_json_holds_the_table_and_follows_from_the_runs(rows_of, capsys, tmp
     rows = rows_of("--tasks", "translation,e2e", "--limit", 4, "--repeat", 2, "--wide")
     environment = json.loads((tmp_path / "out.json").read_text())["environment"]
     assert environment["dtype"] == "float32" and environment["split_of_data"] == "test"
+    assert environment["date"] == str(datetime.date.today()) and "--limit 4" in environment["command"]
     assert [(row["task"], row["name"]) for row in rows] == [(task, name) for task in INCLUDED for name in ("full", "softmax")]
     printed = capsys.readouterr().out
     for full, row in zip(rows[::2], rows[1::2]):

@@ -17,7 +17,6 @@ Every command has its own --help. evaluation/measure.py describes how runs are m
 and evaluation/tasks.py on which inputs.
 """
 
-import argparse
 import datetime
 import shlex
 import sys
@@ -29,7 +28,7 @@ from typing import NamedTuple, get_type_hints
 
 from common.errors import UserError, run
 from common.files import check_input, write_json
-from common.flags import Parser, add_flag, add_flags, add_model_flags, given, loading, rare
+from common.flags import Parser, add_flag, add_flags, add_model_flags, given, loading
 from decoding.page import Page
 from decoding.presets import DEFAULT_CHECKPOINT, defaults_in_help, read_settings_file, settings_file
 from decoding.settings import DecodeConfig
@@ -182,9 +181,6 @@ def add_command_flags(parser: Parser, command: Command) -> None:
     for field in fields(EvalConfig):
         if field.name in command.flags:
             add_flag(parser, field, kinds[field.name], getattr(command.defaults, field.name))
-    if "compare" in command.flags:
-        text = "the same as --compare"
-        rare(parser.add_argument("--rows", dest="compare", default=argparse.SUPPRESS, help=text))
     add_model_flags(parser, str(DEFAULT_CHECKPOINT))
     if command.decoding:
         text = "file of settings that calibrate wrote; flags take precedence"

@@ -30,9 +30,6 @@ def whole_file(path: str | os.PathLike) -> Iterator[str]:
         if error.filename is not None:
             raise
         raise UserError(f"{path}: could not be written ({error.strerror}); what was there is kept") from None
-    except RuntimeError as error:  # what torch makes of a full disk
-        lost = "could not be written, the old file is kept; is the disk full?"
-        raise UserError(f"{path}: {lost} ({in_short(error)})") from None
     finally:
         if os.path.exists(part):
             os.remove(part)

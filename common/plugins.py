@@ -33,8 +33,3 @@ def find_function(kind: str, name: str, known: dict[str, Callable], arguments: t
     except (TypeError, ValueError):
         raise UserError(f"{kind} {name!r} is not a function of {' and '.join(arguments)}") from None
     return function
-
-
-def name_and_file(kind: str, name: str, function: Callable) -> str:
-    """A name for messages: "confidence my_file:steady (/home/me/my_file.py)"."""
-    return f"{kind} {name} ({inspect.getsourcefile(inspect.unwrap(function))})"

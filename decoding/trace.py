@@ -10,7 +10,6 @@ from torch import Tensor
 
 from common.config import read_choice
 from common.errors import UserError
-from common.plugins import name_and_file
 from confidence import read_pruning
 from decoding.settings import DecodeConfig
 from decoding.shortlist import Shortlist
@@ -137,28 +136,17 @@ class Trace:
 
 
 def checked_confidence(function, trace: Trace) -> float:
-    """The confidence after the newest layer. Raises UserError for a value that is not a number in [0, 1];
-    what a function of the user's raises keeps its traceback, and ends with its cause."""
-    try:
-        value = function(trace, trace.layer)
-    except UserError:
-        raise
-    except Exception as error:
-        raise RuntimeError(f"{described(function, trace.layer)} failed: {error!r}") from error
+    """The confidence after the newest layer. Raises UserError for a value that is not a number in [0, 1]."""
+    value = function(trace, trace.layer)
     try:
         confidence = float(value)
     except (TypeError, ValueError, RuntimeError):  # None, text, several numbers
         confidence = math.nan
     if not -ROUNDING <= confidence <= 1 + ROUNDING:
-        where, shown = described(function, trace.layer), " ".join(repr(value).split())[:60]
+        name, shown = getattr(function, "__name__", repr(function)), " ".join(repr(value).split())[:60]
+        where = f"confidence {name} at layer {trace.layer}"
         raise UserError(f"{where} returned {shown}; it must be one number from 0 to 1")
     return confidence
-
-
-def described(function, layer: int) -> str:
-    """A confidence function with its file and the layer, in words."""
-    name = getattr(function, "__name__", repr(function))
-    return f"{name_and_file('confidence', name, function)} at layer {layer}"
 
 
 def head_flops(config: ModelConfig, layer: int, n: int) -> int:

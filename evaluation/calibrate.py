@@ -1,17 +1,15 @@
 """A threshold with a guarantee for one task, found as CALM finds it (Schuster 2022, section 4), by Learn
 then Test."""
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 from common.errors import UserError
 from common.files import write_json
-from decode import generate
 from decoding.presets import override
 from decoding.settings import DecodeConfig
-from evaluation.configurations import changes, command_config, differing_fields, own_config
+from evaluation.configurations import command_config, differing_fields, own_config
 from evaluation.figures import written
 from evaluation.inputs import Setup, encode_inputs, say
 from evaluation.measure import Configuration, run_in_turns, with_full_model
@@ -22,7 +20,6 @@ from formats.data import Example
 
 THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))  # from cautious to bold
 CHECK_SHARE = (1 + TUNING_SHARE) / 2  # where a single file is parted into inputs to calibrate and to check on
-TIMED = 3  # inputs decoded for the estimate of the time
 
 
 def one_task(setup: Setup) -> Task:
@@ -88,7 +85,6 @@ class Calibration:
         provenance and the risk on other inputs. Returns None if no threshold passes."""
         fit, check = self.sets
         self.provenance["calibrated on"] = f"{len(self.sets[fit])} inputs of {fit}"
-        say(self.estimate())
         passed = walk(THRESHOLDS, self.p_value, self.setup.config.error)
         if not passed:
             say(self.failure())
@@ -98,17 +94,6 @@ class Calibration:
         self.write(passed[-1])
         say(self.success(passed[-1]))
         return passed[-1]
-
-    def estimate(self) -> str:
-        """Estimates the time from a few inputs at full depth."""
-        fit, check = self.sets.values()
-        prompts, configurations = next(iter(self.encoded.values()))
-        started = time.perf_counter()
-        for prompt in prompts[:TIMED]:
-            generate(self.setup.model, prompt, configurations["full"].decode)
-        each = (time.perf_counter() - started) / len(prompts[:TIMED])
-        minutes = each * ((1 + len(THRESHOLDS)) * len(fit) + 2 * len(check)) / 60
-        return f"{len(fit)} inputs, at most {len(THRESHOLDS)} thresholds: up to about {minutes:.1f} minutes"
 
     def p_value(self, threshold: float) -> float:
         """Tests one threshold, prints the result, and keeps it if it passes."""
@@ -154,21 +139,10 @@ What is chosen in view of these inputs has no guarantee on them: change what you
 inputs that were not used here ({name}=FILE or file=FILE). Or use --verify, which changes no text."""
 
     def success(self, threshold: float) -> str:
-        """Says the threshold, its risk on other inputs, and the command that uses it."""
+        """Says the threshold, its risk on other inputs, and how to use it."""
         config, held_out = self.setup.config, self.provenance["held out"]
         found = f"{self.task.name}: threshold {threshold:g}; on {held_out['on']}, not used to find it, its"
         found += f" {config.risk} risk is {held_out['risk']:.4f} (tolerance {config.tolerance})."
         if held_out["risk"] > config.tolerance:
             found += " Above it: the guarantee is for the mean over many inputs of the same source."
-        return f"{found}\nwrote {config.out}; to use it:\n    {self.command()}"
-
-    def command(self) -> str:
-        """Returns the command that decodes with the threshold."""
-        config = self.setup.config
-        words = f'python decode.py "..." --checkpoint {config.checkpoint}'
-        if config.heads:
-            words += f" --heads {config.heads}"
-        words += f" --thresholds {config.out}"
-        if ":" in str(changes(self.setup).get("confidence")):  # a file may not name code, but a flag may
-            words += f" --confidence {self.settings['confidence']}"
-        return words
+        return f"{found}\nwrote {config.out}, for decode.py and eval.py with --thresholds {config.out}"

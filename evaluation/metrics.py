@@ -10,15 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 
 import numpy as np
 
-from evaluation.tokens import mteval_tokens, ptb_tokens, rouge_lines, squad_tokens
+from evaluation.tokens import mteval_tokens, ptb_tokens, rouge_tokens, squad_tokens
 
 MAX_ORDER = 4  # BLEU-4 counts 1-grams to 4-grams
 COCO_BETA = 1.2  # weight of recall against precision in COCO's ROUGE-L
-ROUGE_VARIANTS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+ROUGE_VARIANTS = ("rouge1", "rouge2", "rougeL")
 
 
 @dataclass(frozen=True)
@@ -132,14 +131,13 @@ def rouge_f1(hypothesis: str, references: list[str], variant: str, stemming: boo
 
     2 P R / (P + R), with P the share of the hypothesis' tokens that match and R that of the reference's.
     rouge1 and rouge2 count n-grams for tokens, each at most as often as in the other text. rougeL matches the
-    longest common subsequence. rougeLsum, where sentences are lines, matches per reference sentence the union
-    of what its LCS with each hypothesis sentence covers. Tokens are lower-cased runs of a-z and 0-9; stemming
+    longest common subsequence. Tokens are lower-cased runs of a-z and 0-9; stemming
     takes those of more than three letters to their stems. A text without tokens scores 0.
 
     Source: Lin 2004.
     """
-    lines = rouge_lines(hypothesis, stemming)
-    return max(_rouge_f1(variant, lines, rouge_lines(text, stemming)) for text in references)
+    tokens = rouge_tokens(hypothesis, stemming)
+    return max(_rouge_f1(variant, tokens, rouge_tokens(text, stemming)) for text in references)
 
 
 def squad_exact_match(hypothesis: str, references: list[str]) -> float:
@@ -230,56 +228,26 @@ def _ngrams(tokens: Sequence, n: int) -> Counter:
     return Counter(zip(*(tokens[i:] for i in range(n))))
 
 
-def _lcs_rows(a: list[str], b: list[str]) -> list[int]:
-    """The table of longest common subsequences, one integer operation per row (Hyyrö 2004).
-
-    Bit i of row j is 0 where the LCS of a and the first j tokens of b grows at a[i].
-    """
+def _lcs_length(a: list[str], b: list[str]) -> int:
+    """The length of the longest common subsequence, with one integer operation for each token of b (Hyyrö
+    2004): bit i of `row` is 0 where the LCS of a and the tokens of b so far grows at a[i]."""
     positions: dict[str, int] = {}
     for i, token in enumerate(a):
         positions[token] = positions.get(token, 0) | 1 << i
-    everything = (1 << len(a)) - 1
-    rows = [everything]
+    everything = row = (1 << len(a)) - 1
     for token in b:
-        matched = rows[-1] & positions.get(token, 0)
-        rows.append((rows[-1] + matched | rows[-1] - matched) & everything)
-    return rows
+        matched = row & positions.get(token, 0)
+        row = (row + matched | row - matched) & everything
+    return len(a) - row.bit_count()
 
 
-def _lcs_length(a: list[str], b: list[str]) -> int:
-    return len(a) - _lcs_rows(a, b)[-1].bit_count()
-
-
-def _lcs_positions(a: list[str], b: list[str]) -> set[int]:
-    """Positions in a of one longest common subsequence: of several, the one that rouge_score finds, from the
-    ends of both texts."""
-    rows, found = _lcs_rows(a, b), set()
-    i, j = len(a) - 1, len(b) - 1
-    while i >= 0 and j >= 0:
-        if a[i] == b[j]:
-            found.add(i)
-            i, j = i - 1, j - 1
-        elif rows[j + 1] >> i & 1:  # the LCS does not grow at a[i]
-            i -= 1
-        else:
-            j -= 1
-    return found
-
-
-def _rouge_f1(variant: str, lines: list[list[str]], reference_lines: list[list[str]]) -> float:
-    tokens, reference_tokens = list(chain(*lines)), list(chain(*reference_lines))
-    if variant in ("rouge1", "rouge2"):
+def _rouge_f1(variant: str, tokens: list[str], reference_tokens: list[str]) -> float:
+    if variant != "rougeL":
         n = int(variant[-1])
         return _overlap_f1(_ngrams(tokens, n), _ngrams(reference_tokens, n))
     if not tokens or not reference_tokens:
         return 0.0
-    if variant == "rougeL":
-        common = _lcs_length(tokens, reference_tokens)
-    else:
-        covered = Counter()
-        for r in reference_lines:
-            covered.update(r[i] for i in set().union(*(_lcs_positions(r, line) for line in lines)))
-        common = (covered & Counter(tokens)).total()
+    common = _lcs_length(tokens, reference_tokens)
     return _f_measure(common / len(tokens), common / len(reference_tokens), beta=1.0)
 
 

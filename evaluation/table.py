@@ -14,7 +14,6 @@ TITLES = {
     "rouge1_stem": "ROUGE-1 (stems)",
     "rouge2_stem": "ROUGE-2 (stems)",
     "rougeL_stem": "ROUGE-L (stems)",
-    "rougeLsum_stem": "ROUGE-Lsum (stems)",
     "exact_match": "exact match",
     "f1": "F1",
 }

@@ -91,7 +91,7 @@ class Task:
 
 
 QA = {"f1": "f1", "exact_match": "exact_match", "rougeL": "rougeL"}
-SUMMARY = {name: f"{name}_stem" for name in ("rougeL", "rouge1", "rouge2", "rougeLsum")}
+SUMMARY = {name: f"{name}_stem" for name in ("rougeL", "rouge1", "rouge2")}
 TRANSLATION = {"bleu": "bleu", "rougeL": "rougeL_coco"}
 DESCRIPTION = {"bleu": "bleu_lower", "rougeL": "rougeL_coco"}
 TASKS = {

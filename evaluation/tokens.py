@@ -7,12 +7,9 @@ import string
 from evaluation.stemmer import stem
 
 
-def rouge_lines(text: str, stemming: bool) -> list[list[str]]:
-    """The tokens of each line."""
-    lines = [re.findall("[a-z0-9]+", line) for line in text.lower().split("\n")]
-    if not stemming:
-        return lines
-    return [[stem(token) if len(token) > 3 else token for token in line] for line in lines]
+def rouge_tokens(text: str, stemming: bool) -> list[str]:
+    tokens = re.findall("[a-z0-9]+", text.lower())
+    return [stem(token) if stemming and len(token) > 3 else token for token in tokens]
 
 
 def squad_tokens(text: str) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import reading, whole_file
+from common.files import in_short, reading, whole_file
 
 FORMAT, HEADS = "early-exit checkpoint 1", "early-exit heads 1"
 WHOLE, PART = "a whole model (for --checkpoint or --init)", "heads without their model (for --heads)"
@@ -54,7 +54,11 @@ def as_blob(tokenizer: bytes | None) -> Tensor | None:
 def write_content(path: str | os.PathLike, content: dict) -> None:
     """Writes a whole checkpoint, all its entries, or nothing. Raises UserError for a full disk."""
     with whole_file(path) as part:
-        torch.save(content, part)
+        try:
+            torch.save(content, part)
+        except RuntimeError as error:  # what torch makes of a full disk
+            lost = "could not be written, the old file is kept; is the disk full?"
+            raise UserError(f"{path}: {lost} ({in_short(error)})") from None
 
 
 def seal(path: str | os.PathLike) -> None:

@@ -329,19 +329,10 @@ def test_what_is_no_function_of_trace_and_layer_is_refused_before_it_runs(name):
 @pytest.mark.parametrize("answer, shown", [
     (None, "None"), (-0.2, "-0.2"), (torch.tensor([0.1, 0.2]), r"tensor\(\[0.1000, 0.2000\]\)"), (torch.tensor(math.nan), r"tensor\(nan\)"),
 ])  # fmt: skip
-def test_an_answer_that_is_no_confidence_is_one_line_with_function_file_and_layer(tiny_model, answer, shown):
+def test_an_answer_that_is_no_confidence_is_one_line_with_function_and_layer(tiny_model, answer, shown):
     def mine(trace, layer):
         return answer
 
-    with pytest.raises(UserError, match=rf"confidence mine \(.*test_confidence.py\) at layer 3 returned {shown}; ") as error:
+    with pytest.raises(UserError, match=f"confidence mine at layer 3 returned {shown}; ") as error:
         trace_at(tiny_model(), 3, mine).decided(0.5)
     assert "\n" not in str(error.value)
-
-
-def test_an_exception_in_a_function_keeps_its_traceback_and_is_told_where(tiny_model):
-    def broken(trace, layer):
-        return trace.colour
-
-    with pytest.raises(RuntimeError, match=r"confidence broken \(.*test_confidence.py\) at layer 2 failed") as error:
-        trace_at(tiny_model(), 2, broken).decided(0.5)
-    assert isinstance(error.value.__cause__, AttributeError) and error.value.__cause__.__traceback__.tb_next is not None

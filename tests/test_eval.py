@@ -134,7 +134,7 @@ def test_configurations_of_all_kinds_are_compared_in_one_table(command, rows_of,
     assert rows[1]["config"]["exit_layers"] == [2, 3] and {layer for each in rows[3]["prompts"] for layer in each["exit_layers"]} == {2}
     assert [row["checkpoint"] for row in rows] == [None] * 4 + ["other.pt"] * 2 and loads[-1] is loads[-2] is not loads[0]
     assert rows[4]["ideal_speedup"] is None and rows[4]["avg_exit_layer"] == 3 and rows[4]["agreement"] < 1
-    command("--rows", "softmax", "--fill", "copy")  # a row that nobody named is not blamed for the change
+    command("--compare", "softmax", "--fill", "copy")  # a row that nobody named is not blamed for the change
     save_checkpoint(tmp_path / "foreign.pt", tiny_model(1), None)
     with pytest.raises(SystemExit):
         command("--compare", "full+checkpoint=foreign.pt")
@@ -144,7 +144,7 @@ def test_configurations_of_all_kinds_are_compared_in_one_table(command, rows_of,
 def test_recipes_are_compared_on_any_checkpoint(rows_of, tmp_path):
     """Also without settings. Contrast alone is compared with the model's own prediction."""
     (tmp_path / "tiny.json").unlink()
-    full, *found = rows_of("--rows", ",".join(RECIPES))
+    full, *found = rows_of("--compare", ",".join(RECIPES))
     rows = {row["name"]: row for row in found}
     assert list(rows) == [*RECIPES] and full["config"]["predict"] == "own" and rows["dola"]["config"]["predict"] == "dola"
     assert rows["layerskip"]["agreement"] == 1 and rows["layerskip"]["accepted"] < 1 and rows["dola"]["agreement"] < 1
@@ -482,8 +482,8 @@ def test_calibration_writes_a_threshold_that_decoding_reads(risk, threshold, hal
     check, tested = written["provenance"]["held out"], written["provenance"]["tested"]
     assert check["on"] == "10 inputs of test" and check["risk"] < 0.2 and written["provenance"]["risk"] == risk
     assert all(each["p_value"] <= 0.2 for each in tested if each["threshold"] >= threshold) and tested[-1]["threshold"] <= threshold
-    assert f"threshold {threshold:g}; on 10 inputs of test, not used to find it" in said and "at most 21 thresholds: up to" in said
-    assert f'python decode.py "..." --checkpoint {checkpoint} --thresholds {file}' in said
+    assert f"threshold {threshold:g}; on 10 inputs of test, not used to find it" in said
+    assert f"with --thresholds {file}" in said
 
 
 def test_an_interrupted_calibration_leaves_the_last_threshold_that_passed(half, command, monkeypatch, tmp_path):
@@ -590,7 +590,7 @@ MISTAKES = {
     "--tasks file=plain.txt --confidence jsd": "plain.txt: holds texts without a prompt; stories=plain.txt goes on",
     "--tasks stories --shots 1 --confidence jsd": "stories: continues a text, so it takes no --chat and no --shots",
     "--tasks file=pairs.jsonl --confidence jsd --shots 1 --shot-file pairs.jsonl": "shots is 1: all inputs of pairs",
-    "--confidence jsd --rows softmax": "--confidence is a configuration of its own",
+    "--confidence jsd --compare softmax": "--confidence is a configuration of its own",
     "--html page.html --html-inputs 7 --limit 3 --confidence jsd": "but fewer inputs are measured",
     "--compare softmax+exit-layers=9": "layer 9 is not an exit",
     "--json tiny.pt": "tiny.pt: is read here, and would be overwritten; give another name",

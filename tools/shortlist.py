@@ -1,8 +1,7 @@
 """Counts the token ids of a corpus for --shortlist (decoding/shortlist.py), and lists the most frequent
 first. Only completions are counted, since the ids of a prompt are in the shortlist of its text anyway.
 
-    python -m tools.shortlist --checkpoint model.pt --data train.jsonl --out model.ids.npy    ids alone
-    python -m tools.shortlist --checkpoint model.pt --data train.jsonl --out counted.pt       a copy of it
+    python -m tools.shortlist --checkpoint model.pt --data train.jsonl --out model.ids.npy
 
 decode.py and eval.py find the ids in model.ids.npy next to model.pt, unless the checkpoint has others inside.
 Elsewhere --frequent-ids ids.npy names them.
@@ -15,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from common.errors import UserError, run
@@ -23,7 +21,6 @@ from common.files import check_outputs, whole_file
 from common.flags import Parser
 from decode import load_checkpoint
 from decoding.presets import DEFAULT_CHECKPOINT
-from formats.checkpoint import read_checkpoint, write_content
 from formats.data import Corpus
 from formats.tokenizers.tokenizer import encode_prompt
 
@@ -81,31 +78,20 @@ def print_coverage(counts: Counter, held: list[Encoded]) -> None:
         print(f"  {size:>8,}  {alone:>14.1%}  {with_text:>32.1%}")
 
 
-def write(out: Path, ids: list[int], checkpoint: str) -> None:
-    """Writes the ids alone (int32, .npy), or a copy of the checkpoint with them inside, whole or not at
-    all."""
-    if out.suffix == ".npy":
-        with whole_file(out) as part, open(part, "wb") as file:
-            np.save(file, np.array(ids, np.int32))
-    else:
-        content = read_checkpoint(checkpoint)
-        content["frequent_ids"] = torch.tensor(ids, dtype=torch.int32)
-        write_content(out, content)
-
-
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", default=str(DEFAULT_CHECKPOINT), metavar="FILE", help="default: %(default)s")
     add("--data", nargs="+", required=True, metavar="FILE", help="data files, as for train.py")
-    text = "file to write: the ids alone if it ends in .npy"
-    add("--out", type=Path, required=True, metavar="FILE", help=text)
+    add("--out", type=Path, required=True, metavar="FILE", help="file to write (.npy)")
     return parser
 
 
 def main() -> None:
     args = make_parser().parse_args()
     check_outputs([args.out], args.data)
+    if args.out.suffix != ".npy":
+        raise UserError(f"{args.out}: ids are written to a file that ends in .npy")
     model, tokenizer = load_checkpoint(args.checkpoint, form="plain")
     if tokenizer is None:
         raise UserError(f"{args.checkpoint}: has no tokenizer, which is needed to count the tokens of text")
@@ -115,7 +101,8 @@ def main() -> None:
     print(f"{everything.total():,} tokens of completions, {len(ids):,} of {size:,} ids")
     if held:
         print_coverage(counts, held)
-    write(args.out, ids, args.checkpoint)
+    with whole_file(args.out) as part, open(part, "wb") as file:
+        np.save(file, np.array(ids, np.int32))
     print(f"wrote {args.out}")
 
 

@@ -98,8 +98,8 @@ class LossConfig:
     train: str = option(
         "all",
         "all: every weight, into model.pt; heads: norm, adapter and classifier of each exit, the model's own "
-        "output unchanged, into heads.pt, a few MB; all:N or heads:N: the same, but exits learn over the N "
-        "most frequent ids and those of the batch, which is faster where the vocabulary is large",
+        "output unchanged, into heads.pt, a few MB; all:N or heads:N: the same, but exits are trained on "
+        "the N most frequent ids and those of the batch only: faster where the vocabulary is large",
         choices=lambda text: read_choice("train", text, TRAIN),
     )
     classifier: bool = option(False, "also train a confidence classifier at every exit", group="losses")

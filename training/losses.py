@@ -23,8 +23,8 @@ To try a loss of your own, write a file, and name it: `python train.py --loss my
 `@register_loss("smooth")` above the function gives it a name of its own, as the losses below have.
 
 Dimensions: N learned targets of a micro-batch, n some of these, d model width, V vocabulary. Layers count
-from 1 to L. With --train all:N or heads:N exits learn over a part of the vocabulary (`part_of_vocabulary`),
-and `exits.targets` are places in it.
+from 1 to L. With --train all:N or heads:N exits are trained on a part of the vocabulary
+(`part_of_vocabulary`), and `exits.targets` are places in it.
 """
 
 import functools
@@ -120,7 +120,7 @@ class LossConfig:
 
     @property
     def shortlist(self) -> int | None:
-        """How many frequent ids exits learn over with --train all:N or heads:N; None for all ids."""
+        """How many frequent ids exits are trained on, with --train all:N or heads:N; None for all ids."""
         _, (size,) = read_choice("train", self.train, TRAIN)
         return size or None
 
@@ -183,8 +183,8 @@ class Exits:
         return self._learned_states[layer]
 
     def vocabulary(self, layer: int) -> tuple[Tensor, Tensor]:
-        """What a layer learns over: an unembedding (V, d), and the targets as places in it (N,). The last
-        layer learns over all ids; otherwise those that are in no batch would become its most probable."""
+        """What a layer is trained on: an unembedding (V, d), and the targets as places in it (N,). The last
+        layer is trained on all ids; otherwise ids that are in no batch would become its most probable."""
         whole = layer == self.last
         unembed, targets = (self.model.unembed, self._ids) if whole else (self.unembed, self.targets)
         return unembed.view_as(unembed), targets  # no leaf: autocast would sum its gradients in bfloat16

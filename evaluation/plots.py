@@ -178,7 +178,9 @@ def draw_rows(rows: list[dict], panels: list[tuple[str, str]]):
             axis.errorbar(*at, *bars[::-1], elinewidth=0.8, linewidth=0.8, markersize=8, label=kind, **style)
             for (value, row), point in zip(members, at.T):
                 text = value.strip("()[],") if len(members) > 1 else row["name"]
-                axis.annotate(text, point, (4, 4), textcoords="offset points", fontsize="x-small")
+                place = (-6 if verify else 6, -10 if kind == "static" else 4)  # such rows are often neighbors
+                side = {"ha": "right" if verify else "left", "textcoords": "offset points"}
+                axis.annotate(text, point, place, fontsize="x-small", **side)
         axis.set(title=f"{titled(rows)}, 95 % intervals; filled: exact", xlabel=TIME, ylabel=ylabel)
         kinds = dict(zip(*axis.get_legend_handles_labels()[::-1]))  # each once
         axis.legend(kinds.values(), kinds.keys(), fontsize="small")

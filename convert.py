@@ -28,7 +28,7 @@ from common.errors import UserError, run
 from common.files import check_outputs, reading, whole_file
 from common.flags import DTYPES, Parser, add_thread_flag, read_dtype, use_threads
 from decoding.fast_weights import Int8Matrix
-from formats.checkpoint import FORMAT, STORED, as_blob, check_values, is_gguf, read_tokenizer, seal
+from formats.checkpoint import FORMAT, STORED, as_blob, check_values, is_gguf, read_tokenizer, save_part, seal
 from formats.families import MAX_LEN, SKIPPED, model_config, name_table, pattern
 from formats.gguf import open_gguf
 from formats.huggingface import open_hf
@@ -182,10 +182,8 @@ def reserve(part: str, entries: dict, shapes: dict[str, Tensor], dtype: torch.dt
         if weights[name].dtype == torch.int8:
             scales[name] = torch.empty(len(shape), dtype=torch.bfloat16)
     content = {"format": FORMAT, **entries, "weights": weights, **({"scales": scales} if scales else {})}
-    with (
-        torch.serialization.skip_data()
-    ):  # leaves holes for data, so that the memory of `weights` never fills
-        torch.save(content, part)
+    with torch.serialization.skip_data():  # holes for data: the memory of `weights` never fills
+        save_part(part, content)
     size, free = os.path.getsize(part), shutil.disk_usage(os.path.dirname(part)).free
     if free < size:
         need = f"needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f}"

@@ -54,11 +54,16 @@ def as_blob(tokenizer: bytes | None) -> Tensor | None:
 def write_content(path: str | os.PathLike, content: dict) -> None:
     """Writes a whole checkpoint, all its entries, or nothing. Raises UserError for a full disk."""
     with whole_file(path) as part:
-        try:
-            torch.save(content, part)
-        except RuntimeError as error:  # what torch makes of a full disk
-            lost = "could not be written, the old file is kept; is the disk full?"
-            raise UserError(f"{path}: {lost} ({in_short(error)})") from None
+        save_part(part, content)
+
+
+def save_part(part: str, content: dict) -> None:
+    """Saves into the temporary file of `whole_file`. Raises UserError for a full disk."""
+    try:
+        torch.save(content, part)
+    except RuntimeError as error:  # what torch makes of a full disk
+        lost = "could not be written, the old file is kept; is the disk full?"
+        raise UserError(f"{part.removesuffix('.part')}: {lost} ({in_short(error)})") from None
 
 
 def seal(path: str | os.PathLike) -> None:

@@ -1,6 +1,6 @@
 """The early exit of transformers (`assistant_early_exit`) and verified decoding here, on the same model.
 
-    python -m tests.compare_transformers runs/exits/model.pt --exits 15 18
+    python -m tests.compare_transformers runs/exits/model.pt --exits 10 15
 
 The model must be of the Llama family, and its exits must share its final norm, because transformers knows no other. Both programs
 decode the same inputs of E2E in one process, in turns, in float32. It needs the package transformers.

@@ -172,14 +172,14 @@ def draw_rows(rows: list[dict], panels: list[tuple[str, str]]):
         for members in curves.values():
             kind, verify = kind_of(members[0][1]), members[0][1]["config"]["verify"]
             style = style_of(kind) | {"fillstyle": "full" if verify or kind == "full" else "none"}
+            place = (-6 if verify else 6, -10 if kind == "static" else 4)  # such rows are often neighbors
+            side = {"ha": "right" if verify else "left", "textcoords": "offset points"}
             points = np.array([(*milliseconds(row), *in_percent(row, y)) for _, row in members]).T
             at, ends = points[[0, 3]], points[[1, 2, 4, 5]].reshape(2, 2, -1)
             bars = np.abs(ends - at[:, None])
             axis.errorbar(*at, *bars[::-1], elinewidth=0.8, linewidth=0.8, markersize=8, label=kind, **style)
             for (value, row), point in zip(members, at.T):
                 text = value.strip("()[],") if len(members) > 1 else row["name"]
-                place = (-6 if verify else 6, -10 if kind == "static" else 4)  # such rows are often neighbors
-                side = {"ha": "right" if verify else "left", "textcoords": "offset points"}
                 axis.annotate(text, point, place, fontsize="x-small", **side)
         axis.set(title=f"{titled(rows)}, 95 % intervals; filled: exact", xlabel=TIME, ylabel=ylabel)
         kinds = dict(zip(*axis.get_legend_handles_labels()[::-1]))  # each once

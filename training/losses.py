@@ -161,7 +161,7 @@ class Exits:
         self.model, self.config, self.step = model, config, step
         self.last = model.config.n_layers
         self.unembed, self.targets = part_of_vocabulary(model, config.shortlist, batch)  # (V, d), (N,)
-        self._ids = batch.targets  # (N,), in the whole vocabulary
+        self._whole = part_of_vocabulary(model, None, batch)
         self.used: set[int] = set()  # layers whose logits the loss has used
         self.losses: dict[int, Tensor] = {}  # by layer, in the last weighted sum, without gradient
         self._states, self._learned, self._learned_states = states, batch.learned, {}
@@ -185,8 +185,7 @@ class Exits:
     def vocabulary(self, layer: int) -> tuple[Tensor, Tensor]:
         """What a layer is trained on: an unembedding (V, d), and the targets as places in it (N,). The last
         layer is trained on all ids; otherwise ids that are in no batch would become its most probable."""
-        whole = layer == self.last
-        unembed, targets = (self.model.unembed, self._ids) if whole else (self.unembed, self.targets)
+        unembed, targets = self._whole if layer == self.last else (self.unembed, self.targets)
         return unembed.view_as(unembed), targets  # no leaf: autocast would sum its gradients in bfloat16
 
     def logits(self, layer: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""A public checkpoint -> one file of this project.
+"""Converts a public checkpoint into one file of this project.
 
     python convert.py SOURCE out.pt --dtype bf16
 
 SOURCE is a Hugging Face folder (config.json with *.safetensors or pytorch_model*.bin) or a GGUF file (which
 needs the package gguf) of the Llama family (Llama 1 to 3.3, TinyLlama, OpenLLaMA, CodeLlama, LayerSkip,
 SmolLM, SmolLM3), Mistral, Qwen 2, 2.5 and 3, or Gemma 1, 2 and 3 (docs/checkpoints.md). Tensors stream one by
-one from file to file. With --dtype int8 a weight is one byte, for decoding on a CPU.
+one from file to file. With --dtype int8, a weight takes one byte; such a file is meant for decoding on a CPU.
 """
 
 import common.threads  # noqa: F401  before torch

@@ -1,5 +1,5 @@
-"""The decoding loop: it stops early, and computes later what it owes. `python decode.py "Guten Morgen!"`
-shows each token in the color of its exit layer.
+"""The decoding loop: a pass may stop early, and a later pass computes what is owed.
+`python decode.py "Guten Morgen!"` shows each token in the color of its exit layer.
 
 Dimensions: R rows of a pass, d model width, L layers, V vocabulary. The loop knows token ids only.
 """

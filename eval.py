@@ -13,7 +13,7 @@
     python eval.py tune --out tuned.json                                      chooses the rows of the table
     python eval.py prompt --tasks e2e --shots 2                               shows what the model gets
 
-Every command has its own --help. evaluation/measure.py describes how runs are measured,
+Every command has its own --help. evaluation/measure.py says how configurations are measured,
 and evaluation/tasks.py on which inputs.
 """
 

@@ -1,17 +1,18 @@
-"""Pretraining, fine-tuning and training of exit heads. Without arguments it trains a model of the included
-one's shape on the included data.
+"""Pretraining, fine-tuning and training of exit heads. Without arguments, it trains a model with the shape of
+the included one on the included data.
 
     python train.py --out runs/mine --max-steps 50
-    python train.py --data mine.jsonl --out runs/mine              its last documents are held out to validate
+    python train.py --data mine.jsonl --out runs/mine              its last documents are held out for dev
     python train.py --init model.pt --train heads --exits 4,8 --data mine.jsonl --out runs/heads
     python train.py --loss my_file:smooth --out runs/smooth        a loss of your own: see training/losses.py
     torchrun --nproc-per-node 4 train.py --out runs/mine           on several GPUs of one machine
     torchrun --nproc-per-node 4 train.py --shard --out runs/mine   the same, each GPU with a part of the model
     python train.py --plot runs/mine/log.jsonl                     draws loss and agreement of every exit
 
---train all needs 16 bytes per weight (float32 weight, gradient and AdamW's two moments), and with --dtype
-bfloat16 2 more while a step runs: 18 GB for 1B weights. With --recompute, the states between blocks and one
-block's insides are small compared with that; so are logits (`sum_of_losses` in training/losses.py).
+--train all needs 16 bytes per weight (float32 weight, gradient and AdamW's two moments), and 2 more with
+--dtype bfloat16 while a step runs: 18 GB for 1B weights. With --recompute, the states between blocks and the
+activations inside one block are small compared with that, and so are logits (`sum_of_losses` in
+training/losses.py).
 """
 
 import common.threads  # noqa: F401  before torch

@@ -75,10 +75,8 @@ class Measured:
     configuration: Configuration
     prompts: list[list[int]] = field(default_factory=list)
     outputs: list[Generation] = field(default_factory=list)
-    times: list[tuple[float, ...]] = field(
-        default_factory=list
-    )  # of each prompt, the seconds of every repeat
-    first: list[float] = field(default_factory=list)  # seconds until the first token, median of the repeats
+    times: list[tuple[float, ...]] = field(default_factory=list)  # by prompt, the seconds of every repeat
+    first: list[float] = field(default_factory=list)  # by prompt, the median seconds until the first token
 
     @property
     def seconds(self) -> list[float]:
@@ -148,6 +146,7 @@ def confidence_share(configuration: Configuration, prompts: list[list[int]]) -> 
 
     class Timed(Trace):
         def decided(self, threshold: float) -> bool:
+            """Adds the time of the check, and credits that of the head where the token exits."""
             nonlocal checks, credit
             weights = self._weights  # None for a few pruned candidates, whose head costs next to nothing
             synchronize(model)

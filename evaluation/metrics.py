@@ -191,26 +191,24 @@ def token_agreement(tokens: Sequence[int], full_tokens: Sequence[int]) -> float:
     return sum(a == b for a, b in zip(tokens, full_tokens)) / longest if longest else 1.0
 
 
-def resampled_means(values: Sequence[float], resamples=1000, seed=0) -> np.ndarray:
-    """Returns the means of bootstrap resamples of the values, drawn with replacement (Efron 1979):
-    (resamples,)."""
-    array, draw = np.asarray(values, dtype=float), np.random.default_rng(seed)
-    return np.array([array[draw.integers(0, len(array), size=len(array))].mean() for _ in range(resamples)])
+def resampled_sums(counts: np.ndarray, resamples=1000, seed=0) -> np.ndarray:
+    """Returns sums over bootstrap resamples of the rows of (texts, numbers), drawn with replacement (Efron
+    1979): (resamples, numbers). Equal numbers of texts are drawn alike, so that two rows of a table can be
+    compared resample by resample."""
+    texts = len(counts)
+    times_drawn = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), size=resamples)
+    return times_drawn @ counts
+
+
+def resampled_means(values: Sequence[float]) -> np.ndarray:
+    """Returns the means of bootstrap resamples of the values: (resamples,)."""
+    return resampled_sums(np.array(values, dtype=float)[:, None])[:, 0] / len(values)
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> list[float]:
     """Returns the quantiles between which the share `level` of the values lies. For resamples, this is a
     bootstrap interval."""
     return np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()
-
-
-def resampled_sums(counts: np.ndarray, resamples=1000, seed=0) -> np.ndarray:
-    """Returns sums over resamples of the rows of (texts, numbers), drawn with replacement: (resamples,
-    numbers). Equal numbers of texts are drawn alike, so that two rows of a table can be compared resample by
-    resample."""
-    texts = len(counts)
-    times_drawn = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), size=resamples)
-    return times_drawn @ counts
 
 
 def _f_measure(precision: float, recall: float, beta: float) -> float:

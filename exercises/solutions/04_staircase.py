@@ -5,6 +5,7 @@ import torch
 
 
 def naive(model, prompt, exits, threshold, steps):
+    """Runs the whole text anew for every token. Returns the tokens and their exit layers."""
     text, layers = list(prompt), []
     while len(layers) < steps and text[-1] != model.config.eos_id:
         states = model.hidden_states(torch.tensor([text]))

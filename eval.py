@@ -110,7 +110,7 @@ def tune(config: EvalConfig) -> None:
     settings = read_settings_file(out)
     if settings and not config.overwrite:
         raise UserError(f"{out}: is there already; name another file with --out, or give --overwrite")
-    setup = Setup(config, out)
+    setup = Setup(config, rows=out)
     for task in setup.tasks:
         task, dev = setup.inputs(task, "dev")
         tuning = Tuning(setup, task, setup.part(dev, 0, TUNING_SHARE))
@@ -162,7 +162,6 @@ COMMANDS = {
 def make_parser() -> Parser:
     parser = Parser(__doc__, usage="eval.py [FLAGS], or eval.py COMMAND [FLAGS]")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", prog="eval.py")
-    parser.set_defaults(command="compare")
     for name, command in COMMANDS.items():
         about = {"help": command.run.__doc__, "description": command.run.__doc__}
         add_command_flags(commands.add_parser(name, usage=f"eval.py {name} [FLAGS]", **about), command)
@@ -190,8 +189,8 @@ def add_command_flags(parser: Parser, command: Command) -> None:
 
 def main() -> None:
     args = make_parser().parse_args()
-    command = COMMANDS[args.command]
-    if args.command not in ("compare", *sys.argv[1:2]):
+    command = COMMANDS[args.command or "compare"]
+    if args.command not in (None, *sys.argv[1:2]):
         raise UserError(f"flags come after the command: eval.py {args.command} {sys.argv[1]} ..")
     check_input(args.checkpoint, "no such checkpoint; train one with train.py or name another")
     given_flags = given(args, EvalConfig) | {"loading": loading(args), "decoding": given(args, DecodeConfig)}

@@ -22,7 +22,8 @@ def choose(setup: Setup, task: Task) -> dict[str, Configuration]:
     describe; else the main rows of the settings file, or all of them."""
     config = setup.config
     if "confidence" in changes(setup) and (config.compare or config.all):
-        raise UserError("--confidence is a configuration of its own; put it into --compare, or leave one out")
+        flag = "--confidence" if "confidence" in config.decoding else "--thresholds"
+        raise UserError(f"{flag} is a configuration of its own; leave it out, or --compare and --all")
     if config.compare:
         mentioned = {part.split("+")[0].strip() for part in config.compare.split(",")}
         named = named_configs(setup, task, mentioned)
@@ -36,7 +37,7 @@ def choose(setup: Setup, task: Task) -> dict[str, Configuration]:
         rows = presets.read_configurations(setup.settings_file, task.name)
         if not rows:
             raise UserError(f"{setup.settings_file}: has no rows for {task.name}; {REMEDY}")
-        main = [name for name in MAIN if name in rows and not config.all] or [*rows]
+        main = [*rows] if config.all else [name for name in MAIN if name in rows] or [*rows]
         named = named_configs(setup, task, main)
         chosen = {name: (named[name], None) for name in main}
     configurations = {}

@@ -45,12 +45,13 @@ class Setup:
     """The model, its tokenizer and the tasks of a command. Whatever can be wrong with its files is found
     before anything is measured."""
 
-    def __init__(self, config: EvalConfig, *outputs: str | Path | None):
-        """`outputs`: files that the command writes in the end, which are opened now."""
+    def __init__(self, config: EvalConfig, *outputs: str | Path | None, rows: Path | None = None):
+        """`outputs`: files that the command writes in the end, which are opened now; `rows`: one more, which
+        may be the settings file."""
         self.config = config
         self.settings_file = settings_file(config.heads or config.checkpoint, config.settings)
         self.tasks = self.find_tasks()
-        self.try_outputs(outputs)
+        self.try_outputs(outputs, rows)
         self.model, self.tokenizer = load_checkpoint(config.checkpoint, **config.loading)
         if self.tokenizer is None:
             raise UserError(f"{config.checkpoint}: has no tokenizer, which these tasks need")
@@ -70,16 +71,15 @@ class Setup:
             raise UserError(f"two tasks would be called {twice}; evaluate them one by one")
         return tasks
 
-    def try_outputs(self, outputs: tuple[str | Path | None, ...]) -> None:
+    def try_outputs(self, outputs: tuple[str | Path | None, ...], rows: Path | None) -> None:
         """Opens what is written in the end. Raises UserError, or OSError, for what cannot be written, and for
         what would replace a file that is read."""
         config = self.config
         read = [config.checkpoint, config.heads, config.thresholds, config.shot_file]
         read += [config.loading.get("frequent_ids"), *(task.file for task in self.tasks)]
-        if self.settings_file not in outputs:
-            read.append(self.settings_file)
-        check_outputs([*outputs], read)
-        for path in filter(None, outputs):
+        check_outputs([*outputs], [*read, self.settings_file])
+        check_outputs([rows], read)
+        for path in filter(None, [*outputs, rows]):
             part = Path(f"{path}.part")
             part.touch()
             part.unlink()

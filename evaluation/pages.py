@@ -11,15 +11,14 @@ from evaluation.measure import with_full_model
 def add_to_page(page: Page, table: Table, places: tuple[int, ...]) -> None:
     """The inputs at these places, counted from 1, decoded in runs of their own by the full model and by the
     configurations; not by those with another model, whose layers the page does not know."""
-    own = {name: each for name, each in table.configurations.items() if each.model is page.model}
-    configurations = with_full_model(page.model, own)
+    configurations = with_full_model(page.model, table.configurations)
+    configurations = {name: each for name, each in configurations.items() if each.model is page.model}
     examples = [table.examples[place - 1] for place in places if place <= len(table.examples)]
     prompts, configurations = encode_inputs(page.tokenizer, table.task, examples, configurations)
     for example, prompt in zip(examples, prompts):
         runs = {}
         for name, each in configurations.items():
             recorder = Recorder()
-            for _ in recorder.watch(stream(page.model, prompt, each.decode, recorder)):
-                pass
+            list(recorder.watch(stream(page.model, prompt, each.decode, recorder)))
             runs[name] = each.decode, recorder
         page.add(table.task.text(example.prompt, page.tokenizer), prompt, runs, example.references)

@@ -3,6 +3,7 @@
 import datetime
 import json
 import random
+import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -200,6 +201,13 @@ def test_the_page_shows_the_inputs_named_under_every_row(rows_of, tmp_path):
             assert [token["id"] for token in run_shown["tokens"]] == row["prompts"][place]["tokens"]
 
 
+def test_a_page_without_configurations_of_its_model_shows_the_full_model(command, checkpoint, tmp_path):
+    shutil.copy(checkpoint, tmp_path / "other.pt")
+    command("--compare", f"full+checkpoint={tmp_path / 'other.pt'}", "--html", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8").split('id="data">', 1)[1].split("</script>", 1)[0]
+    assert {run["name"] for shown in json.loads(text)["inputs"] for run in shown["runs"]} == {"full"}
+
+
 # ---------------------------------------------------------------- measuring
 
 
@@ -388,7 +396,8 @@ def test_tune_writes_rows_that_the_table_reads(command, rows_of, monkeypatch, tm
     with pytest.raises(SystemExit):
         command("tune")
     assert "tiny.json: is there already" in capsys.readouterr().err and (tmp_path / "tiny.json").read_text() == before
-    command("tune", "--overwrite")
+    monkeypatch.chdir(tmp_path)
+    command("tune", "--overwrite", "--out", "tiny.json")  # the settings file, however it is spelled
     content = json.loads((tmp_path / "tiny.json").read_text())
     assert content["translation"] == json.loads(before)["translation"] and content["provenance"]["e2e"]["inputs"] == 2
     _, *rows = rows_of("--all", "--limit", 1)
@@ -484,6 +493,14 @@ def test_calibration_writes_a_threshold_that_decoding_reads(risk, threshold, hal
     assert all(each["p_value"] <= 0.2 for each in tested if each["threshold"] >= threshold) and tested[-1]["threshold"] <= threshold
     assert f"threshold {threshold:g}; on 10 inputs of test, not used to find it" in said
     assert f"with --thresholds {file}" in said
+
+
+def test_thresholds_of_single_layers_give_way_to_the_calibrated_one(half, command, tiny_model, tmp_path):
+    """It was proven for all exit layers, so none may keep a threshold of its own."""
+    command(*half, "--exit-layers", "1,2", "--layer-thresholds", "0.1,0.1", "--out", tmp_path / "t.json")
+    written = json.loads((tmp_path / "t.json").read_text())
+    calibrated = settings_in_force({}, tmp_path / "tiny.pt", thresholds=tmp_path / "t.json")[0]
+    assert calibrated.exits(tiny_model(0).config) == {1: written["threshold"], 2: written["threshold"]} and written["threshold"] > 0.1
 
 
 def test_an_interrupted_calibration_leaves_the_last_threshold_that_passed(half, command, monkeypatch, tmp_path):
@@ -595,6 +612,8 @@ MISTAKES = {
     "--compare softmax+exit-layers=9": "layer 9 is not an exit",
     "--json tiny.pt": "tiny.pt: is read here, and would be overwritten; give another name",
     "--wide sweep --over threshold 0.5": "flags come after the command: eval.py sweep",
+    "--wide compare": "flags come after the command: eval.py compare",
+    "--thresholds t.json --compare softmax": "--thresholds is a configuration of its own",
     "calibrate --limit 4": "4 inputs cannot prove a risk below 0.05 at error level 0.05",
     "calibrate --tasks stories --risk task": "task stories has no score; calibrate with --risk consistency",
     "calibrate --verify": "no --verify, which changes no text",
@@ -606,6 +625,7 @@ def test_a_mistake_ends_in_one_line_and_status_2(mistake, command, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     Path("plain.txt").write_text("Some words.")
     Path("pairs.jsonl").write_text('{"prompt": "one", "completion": "two"}\n')
+    Path("t.json").write_text('{"confidence": "jsd", "threshold": 0.5}')
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(SystemExit) as end:
         command(*mistake.split())

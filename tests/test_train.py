@@ -555,6 +555,7 @@ def test_little_text_makes_a_small_tokenizer_and_a_short_run_a_short_validation(
     assert shape_from(TrainConfig(), {}).vocab_size == 4096 and shape_from(config, {}).vocab_size == 1024
     assert shape_from(config, {"vocab_size": 2000}).vocab_size == 2000
     assert [shape_from(config, {"n_heads": 8, **more}).n_kv_heads for more in ({}, {"n_kv_heads": 2})] == [8, 2]
+    assert [shape_from(config, given).head_dim for given in ({}, {"n_heads": 8}, {"d_model": 128})] == [64, 32, 32]
     train.run_training(dataclasses.replace(config, max_steps=1), shape_from(config, {"n_layers": 3}), tmp_path)
     assert load_checkpoint(tmp_path / "model.pt")[1].size < 1024  # these few words have no more pieces
     batches = {steps: validation_batches(TrainConfig(max_steps=steps)) for steps in (1, 50, 400, 7500)}

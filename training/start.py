@@ -126,7 +126,7 @@ def hold_out(records: np.ndarray, config: TrainConfig) -> tuple[np.ndarray, dict
 def shape_from(config: TrainConfig, given: dict) -> ModelConfig:
     """The shape of the model to train, with the heads that the settings need: the shape of --init, or that of
     the flags, which are `given`. Raises UserError."""
-    shape = asdict(ModelConfig())
+    shape = asdict(ModelConfig()) | {"head_dim": None}  # follows from the d_model and n_heads given
     if config.init:
         content = read_checkpoint(config.init)
         with fitting(config.init):

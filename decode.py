@@ -112,7 +112,8 @@ class Run:
         self.top = model.config.n_layers + 1  # the LM head is the step above layer L
         self.ends, self.ended = model.config.ends.union(config.stop_tokens), False
         self.text = list(prompt)  # so far, drafts included
-        self.start = self.settled = len(prompt)  # length of the prompt; length of the text without drafts
+        self.start = len(prompt)  # where the answer begins in the text
+        self.settled = len(prompt)  # length of the text without drafts
         self.early = 0  # tokens emitted since a pass last reached the top
         # Early tokens still need their row of the LM head for verification, and for thresholds that learn.
         self.owe_head = config.verify or (self.thresholds.learns and config.fill == "parallel")
@@ -122,9 +123,8 @@ class Run:
         companion = None if amateur is None else Companion(amateur, self.length, counters)
         self.predictor = Predictor(config, companion, counters, model.device)
         self.unread = list(prompt)  # the tokens of the prompt that the loop begins with
-        if (
-            config.fill == "copy" and config.confidence and len(prompt) > 1
-        ):  # so that one row is copied: CALM's prompt, in the encoder, is exact
+        # Copies are of one row, so the prompt runs through all layers first. (CALM's is read by an encoder.)
+        if config.fill == "copy" and config.confidence and len(prompt) > 1:
             self.advance(prompt[:-1], {})
             self.unread = prompt[-1:]
 

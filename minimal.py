@@ -110,13 +110,14 @@ def generate_verified(model, prompt, exits=(), threshold=0.6, limit=200):
             text.append(best[-1])
             layers.append(layer)
         if layer == model.L:
-            for i in range(verified, len(text)):  # row 0 of the logits judges the first draft, and so on
+            # Row 0 of the logits judges the first draft, and so on; text[-1] is the last row's own.
+            for i in range(verified, len(text)):
                 if text[i] != best[i - verified]:
                     text[i:] = [best[i - verified]]
                     layers[i - len(prompt) :] = [model.L]
                     break
             verified = len(text)
-            stairs.filled = [min(count, verified - 1) for count in stairs.filled]  # the last one comes next
+            stairs.filled = [min(count, verified - 1) for count in stairs.filled]  # text[-1] is not read yet
     return text[len(prompt) :], layers
 
 

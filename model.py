@@ -46,7 +46,11 @@ class ModelConfig:
     exit_norms: tuple[int, ...] = option((), "exit layers that do not share the final norm")
     classifiers: tuple[int, ...] = option((), "exit layers with a confidence classifier")
     exit_layers: tuple[int, ...] = option((), "layers that the model was trained to exit at")
-    adapter: str | None = option(None, "before norms in exit_norms: lowrank:RANK, mlp:WIDTH, or none")
+    adapter: str | None = option(
+        None,
+        "before norms in exit_norms: lowrank:RANK, mlp:WIDTH, or none",
+        choices=lambda text: read_choice("adapter", text, ADAPTERS),
+    )
     eos_id: tuple[int, ...] | int | None = option(2, "token or tokens that end a text; none: nothing does")
     head_dim: int | None = option(None, "width of a head, even; none: d_model / n_heads", least=1)
     activation: str = option("silu", "of the MLP: silu, or gelu_tanh (Gemma)", choices=tuple(ACTIVATIONS))
@@ -95,7 +99,7 @@ class ModelConfig:
             for layer in getattr(self, name):
                 if not 1 <= layer <= self.n_layers:
                     raise UserError(f"{name}: there is no layer {layer}; choose from 1 to {self.n_layers}")
-        if self.adapter and read_choice("adapter", self.adapter, ADAPTERS) and not self.exit_norms:
+        if self.adapter and not self.exit_norms:
             raise UserError(f"adapter is {self.adapter}, but there are no exit_norms for it to stand before")
 
     @property
@@ -258,13 +262,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor, kv: KeysValues) -> Tensor:
         """x (B, T, d) -> (B, T, d). `kv` takes the keys and values of these T positions and gives those that
         they may see: their own in a full pass, all that are stored in decoding."""
+        eps = self.config.norm_eps
         q, k, v = self.heads(x, kv.first(self.layer))
         k, v, mask = kv.extend(self.layer, k, v, self.window)  # (B, K, S, C)
         a = F.linear(attention(q, k, v, mask, self.config), self.out)
-        x = x + self.post_norm(a, "attn_post_norm")
-        gate, up = F.linear(rms_norm(x, self.mlp_norm, self.config.norm_eps), self.gate_up).chunk(2, dim=-1)
+        x = x + (rms_norm(a, self.attn_post_norm, eps) if self.config.post_norms else a)  # Gemma 2 and 3
+        gate, up = F.linear(rms_norm(x, self.mlp_norm, eps), self.gate_up).chunk(2, dim=-1)
         m = F.linear(self.activation(gate) * up, self.down)  # gate and up: (B, T, d_ff)
-        return x + self.post_norm(m, "mlp_post_norm")
+        return x + (rms_norm(m, self.mlp_post_norm, eps) if self.config.post_norms else m)
 
     def heads(self, x: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, C), keys and values (B, K, T, C) of x (B, T, d), whose positions count from
@@ -280,10 +285,6 @@ class Block(nn.Module):
             rope = self.rope[:, first : first + x.shape[1]]
             q, k = rotate(q, rope), rotate(k, rope)
         return q, k, v
-
-    def post_norm(self, x: Tensor, name: str) -> Tensor:
-        """Gemma 2 and 3 norm what attention and MLP add to the residual stream; others leave it as it is."""
-        return rms_norm(x, getattr(self, name), self.config.norm_eps) if self.config.post_norms else x
 
 
 class Transformer(nn.Module):

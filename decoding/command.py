@@ -100,8 +100,7 @@ class TimedRun:
 
     def show(self, tokens: Iterator[Token]) -> None:
         started = perf_counter()
-        for _ in tokens:
-            pass
+        list(tokens)
         self.run.pace.append((perf_counter() - started) / self.recorder.tokens)
 
 

@@ -24,7 +24,7 @@ ROWS = (1, 2, 4, 8, 16)  # of the passes that are measured
 PROMPT = 32  # tokens before them
 TURNS, AT_LEAST = 9, 3.0  # turns of every measurement, and its least seconds; the median counts
 
-_MEASURED = weakref.WeakKeyDictionary()  # model -> (what is checked, threads) -> its costs
+_MEASURED = weakref.WeakKeyDictionary()  # model -> (settings, threads) -> its costs
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def measure_costs(model: Transformer, config: DecodeConfig) -> Costs:
     turns, so that a drift of the machine meets all alike."""
     positions, L = model.config.max_len, model.config.n_layers
     rows, layers = [count for count in ROWS if count < positions], list(config.exits(model.config))
-    config = replace(config, draft="fixed", confidence=resolve(config.confidence))
+    config = replace(config, confidence=resolve(config.confidence))
     length = min(PROMPT, positions - rows[-1])
     prompt = torch.full((1, length + rows[-1]), model.config.vocab_size // 2, device=model.device)
     cache = KVCache(model, length + rows[-1])
@@ -70,18 +70,18 @@ def measure_costs(model: Transformer, config: DecodeConfig) -> Costs:
         cache.filled = [min(filled, length) for filled in cache.filled]
         return states
 
-    def tokens(state: torch.Tensor) -> None:
+    def pick_tokens(state: torch.Tensor) -> None:
         for row in model.head(state[0]):
             pick(row, config, predictor.generator)  # which also waits for a GPU
 
     def deep(count: int) -> float:
         started = perf_counter()
-        tokens(climb(count, L)[-1])
+        pick_tokens(climb(count, L)[-1])
         return perf_counter() - started
 
     def top(count: int) -> float:
         started = perf_counter()
-        tokens(newest.repeat(1, count, 1))
+        pick_tokens(newest.repeat(1, count, 1))
         return perf_counter() - started
 
     def check(layer: int) -> float:

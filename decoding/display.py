@@ -88,9 +88,9 @@ class Screen:
                 row = ({"configuration": name} if name else {}) | trace_row(token, text, elapsed)
                 print(json.dumps(row, ensure_ascii=False), file=self.trace)
         print(f"\n\n{self.legend(recorder)}")
-        speed = "" if name else f" in {elapsed:.2f} s ({recorder.tokens / elapsed:.0f} tokens/s)"
+        timing = "" if name else f" in {elapsed:.2f} s ({recorder.tokens / elapsed:.0f} tokens/s)"
         ideal = recorder.ideal_speedup(self.shape, bool(config.shortlist))
-        print(f"{figures(recorder, n_layers, speed)} (ideal speed-up {ideal:.2f})")
+        print(f"{figures(recorder, n_layers, timing)} (ideal speed-up {ideal:.2f})")
 
     def legend(self, recorder: Recorder) -> str:
         """The exit layers with their colours and numbers of tokens, and what became of drafts."""
@@ -119,11 +119,11 @@ def steps(heights: list[int]) -> str:
     4×13 12×7 head×9 are 13 positions in layers 1 to 4, 7 in layers 5 to 12, and 9 at the LM head, which is
     left out if it is owed nothing."""
     begun, *layers, head = heights
-    highest = {
-        height: layer for layer, height in enumerate(layers, 1)
-    }  # heights never rise from layer to layer
+    highest = {height: layer for layer, height in enumerate(layers, 1)}  # height -> the last layer with it
     parts = [f"{layer}×{height}" for height, layer in highest.items()]
-    return " ".join(parts + [f"head×{head}"] * (head < begun))
+    if head < begun:
+        parts.append(f"head×{head}")
+    return " ".join(parts)
 
 
 def trace_row(token: Token, text: str, elapsed: float) -> dict:
@@ -145,15 +145,15 @@ def trace_row(token: Token, text: str, elapsed: float) -> dict:
 
 def difference(tokens: list[Token], full: list[Token], tokenizer) -> str:
     """Where a text first differs from the full model's, in words."""
+    at = first_difference([token.id for token in tokens], [token.id for token in full])
+    if at is None:
+        return "the same text as the full model's"
 
     def named(side: list[Token]) -> str:
         if at >= len(side):
             return "nothing"
         return repr(piece(tokenizer, side[at].id)) if tokenizer else str(side[at].id)
 
-    at = first_difference([token.id for token in tokens], [token.id for token in full])
-    if at is None:
-        return "the same text as the full model's"
     change = f"{named(tokens)} in place of {named(full)}"
     return f"differs from the full model's text first at token {at + 1}: {change}"
 

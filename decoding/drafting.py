@@ -66,7 +66,7 @@ class Round:
         position."""
         own, deep = self.passes[number], self.passes[-1]
         row = number - len(deep.final)  # counted from the end
-        above = [state[:, row:][:, :1] for state in deep.hidden[len(own.hidden) :]]
+        above = [state[:, row, None] for state in deep.hidden[len(own.hidden) :]]
         return [state[:, -1:] for state in own.hidden] + above
 
 
@@ -76,7 +76,7 @@ class Drafting:
 
     def __init__(self, costs: Costs):
         self.costs, self.layers = costs, list(costs.check)
-        self.checked = np.zeros((len(self.layers), BINS))  # how often a confidence fell into a bin
+        self.observed = np.zeros((len(self.layers), BINS))  # how often a confidence fell into a bin
         self.agreed = np.zeros((len(self.layers), BINS))  # how often the full model agreed there
         self.full = Plan(0, 1.0, 0, pace=costs.layers * costs.block[1] + costs.top[1])
         certain = np.full((len(self.layers), BINS), 1e9)
@@ -145,15 +145,15 @@ class Drafting:
     def observe(self, layer: int, confidence: float, agreed: float) -> None:
         """Takes in what one exit said, and the chance that the full model keeps it."""
         row, column = self.layers.index(layer), min(int(confidence * BINS), BINS - 1)
-        self.checked[row] *= FADING
+        self.observed[row] *= FADING
         self.agreed[row] *= FADING
-        self.checked[row, column] += 1
+        self.observed[row, column] += 1
         self.agreed[row, column] += agreed
         self.news += 1
 
     def best(self) -> Plan:
         """The plan that promises most."""
-        paces = expected_paces(self.costs, self.checked, self.agreed)
+        paces = expected_paces(self.costs, self.observed, self.agreed)
         row, column, number = np.unravel_index(paces.argmin(), paces.shape)
         pace = float(paces[row, column, number])
         if pace * (1 + MARGIN) > self.full.pace:

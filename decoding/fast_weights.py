@@ -162,14 +162,14 @@ class Turns:
     def __init__(self, rope: Tensor, config: ModelConfig):
         cos, sin = rope[..., rope.shape[-1] // 2 :]  # of the second half of a head, whose sign is +
         self.table = torch.complex(cos, sin)  # (max_len, C/2)
-        self.heads, self.unturned = config.n_heads + config.n_kv_heads, config.n_kv_heads
+        self.turned, self.unturned = config.n_heads + config.n_kv_heads, config.n_kv_heads  # heads
         self._rows, self._at = None, None
 
     def at(self, first: int, rows: int) -> Tensor:
         """(rows, H + 2K, C/2) of the positions from `first` on: queries and keys are turned, values are
         multiplied by 1. They are kept for the blocks that follow in the same pass."""
         if self._at != (first, rows):
-            turns = self.table[first : first + rows, None].expand(-1, self.heads, -1)
+            turns = self.table[first : first + rows, None].expand(-1, self.turned, -1)
             ones = torch.ones_like(turns[:, : self.unturned])
             self._at, self._rows = (first, rows), torch.cat([turns, ones], 1)
         return self._rows

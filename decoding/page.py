@@ -98,9 +98,8 @@ class Page:
             normed = [self.model.exit_norm(h[0, before], layer) for layer, h in enumerate(states, 1)]
             log_p = self.model.score(torch.cat(normed)).log_softmax(-1)  # (L, V)
             best = log_p.topk(BEST)
-            row["best"] = []
-            for ids, probs in zip(best.indices.tolist(), best.values.exp().tolist()):
-                row["best"].append([(token, round(p, 4)) for token, p in zip(ids, probs)])
+            layers = zip(best.indices.tolist(), best.values.exp().tolist())
+            row["best"] = [[(token, round(p, 4)) for token, p in zip(*layer)] for layer in layers]
             distances = jensen_shannon(log_p[row["layer"] - 1], log_p)
             row["jsd"] = [round(distance, 4) for distance in distances.tolist()]
             self.shown.update(best.indices.flatten().tolist())

@@ -86,9 +86,9 @@ class Adaptive(Constant):
 
     def update(self) -> None:
         """Fits both distributions and moves the threshold."""
-        odds = fit_beta(self.agreed).log_prob(self.GRID) - fit_beta(self.disagreed).log_prob(self.GRID)
-        odds += math.log(len(self.agreed) / len(self.disagreed))
-        enough = odds >= math.log(self.target / (1 - self.target))
+        log_odds = fit_beta(self.agreed).log_prob(self.GRID) - fit_beta(self.disagreed).log_prob(self.GRID)
+        log_odds += math.log(len(self.agreed) / len(self.disagreed))
+        enough = log_odds >= math.log(self.target / (1 - self.target))
         # From the highest threshold down to the first that is not enough:
         count = int(enough.cumprod(0).sum())
         threshold = self.GRID[max(0, count - 1)].item()

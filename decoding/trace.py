@@ -37,7 +37,8 @@ class Trace:
         self.flops: dict[int, int] = {}  # layer -> floating-point operations of its head
         self._logits: dict[int, Tensor] = {}  # layer -> z over the candidates, (n,)
         self._guesses: dict[int, Tensor] = {}  # layer checked -> its best token, before pruning could drop it
-        self._weights: list[Tensor | None] | None = [None]  # (n, d) one above the other; [None]: the whole W
+        # Parts of W that make (n, d); [None]: the whole W; None: pruned, and rows of W not gathered yet
+        self._weights: list[Tensor | None] | None = [None]
         if shortlist is not None:
             self.candidates, self._weights, self.n = shortlist.ids, shortlist.weights, len(shortlist.ids)
 
@@ -77,7 +78,7 @@ class Trace:
         best, index = newest.topk(size)  # (size,) by falling z_l
         self.candidates = self.token(index)
         self._weights, self.n = None, size
-        del self._logits[self.layer]  # `best` has been cut already
+        del self._logits[self.layer]  # kept as `best`, which is cut already
         self._logits = {layer: logits[index] for layer, logits in self._logits.items()}
         self._logits[self.layer], self._guesses[self.layer] = best, self.candidates[0]
 

@@ -166,19 +166,19 @@ def draw_rows(rows: list[dict], panels: list[tuple[str, str]]):
     figure, axes = pyplot().subplots(1, len(panels), figsize=(7 * len(panels), 5), squeeze=False)
     curves = defaultdict(list)
     for row in sorted(rows, key=lambda row: row["tokens_per_s"]):
-        config, varied = row["config"], ("threshold", "exit_layers")[kind_of(row) == "static"]
+        config, varied = row["config"], "exit_layers" if kind_of(row) == "static" else "threshold"
         curves[str(config | {varied: None}), row["checkpoint"]].append((str(config[varied]), row))
-    for axis, (ylabel, y) in zip(axes[0], panels):
+    for axis, (ylabel, name) in zip(axes[0], panels):
         for members in curves.values():
             kind, verify = kind_of(members[0][1]), members[0][1]["config"]["verify"]
             style = style_of(kind) | {"fillstyle": "full" if verify or kind == "full" else "none"}
             place = (-6 if verify else 6, -10 if kind == "static" else 4)  # such rows are often neighbors
             side = {"ha": "right" if verify else "left", "textcoords": "offset points"}
-            points = np.array([(*milliseconds(row), *in_percent(row, y)) for _, row in members]).T
-            at, ends = points[[0, 3]], points[[1, 2, 4, 5]].reshape(2, 2, -1)
-            bars = np.abs(ends - at[:, None])
-            axis.errorbar(*at, *bars[::-1], elinewidth=0.8, linewidth=0.8, markersize=8, label=kind, **style)
-            for (value, row), point in zip(members, at.T):
+            x, *x_ends = np.array([milliseconds(row) for _, row in members]).T  # (members,) each
+            y, *y_ends = np.array([in_percent(row, name) for _, row in members]).T
+            style |= {"xerr": np.abs(x - x_ends), "yerr": np.abs(y - y_ends)}  # (2, members) each
+            axis.errorbar(x, y, elinewidth=0.8, linewidth=0.8, markersize=8, label=kind, **style)
+            for (value, row), point in zip(members, zip(x, y)):
                 text = value.strip("()[],") if len(members) > 1 else row["name"]
                 axis.annotate(text, point, place, fontsize="x-small", **side)
         axis.set(title=f"{titled(rows)}, 95 % intervals; filled: exact", xlabel=TIME, ylabel=ylabel)

@@ -32,10 +32,8 @@ RECIPES = {
     # model, and there is no repetition penalty (1.2 there).
     "dola": {"confidence": None, "predict": "dola"},
 }
-EXIT_DEPTH = {
-    "free": 1 / 4,
-    "layerskip": 1 / 4,
-}  # the only exit of a recipe; others use every exit of the model
+# The only exit of a recipe, as a share of the depth; the others use every exit of the model.
+EXIT_DEPTH = {"free": 1 / 4, "layerskip": 1 / 4}
 
 
 def recipe_fields(name: str, n_layers: int, exits: list[int]) -> dict:

@@ -53,7 +53,7 @@ def sweep_text(rows: list[dict], task: Task, over: list[list[str]]) -> str:
     """Formats the table, with a star for rows that are clearly on the Pareto front, and the means over
     each of the fields that have several values."""
     best = best_rows(rows)
-    starred = [{**row, "name": row["name"] + " *" * (row["name"] in best)} for row in rows]
+    starred = [{**row, "name": row["name"] + (" *" if row["name"] in best else "")} for row in rows]
     text = table_text(starred, task, wide=True)
     several = [field for field, values in swept_values(over).items() if len(values) > 1]
     if len(several) > 1:

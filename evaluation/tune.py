@@ -70,9 +70,8 @@ class Tuning:
         layers = self.choose(fastest, self.some, "softmax", self.exit_candidates()).exit_layers
         chosen["static"] = self.choose(boldest, self.others, "static", self.static_candidates())
         for name in ("softmax", "weighted", "jsd"):
-            chosen[name] = self.choose_both(
-                boldest, self.others, name, self.threshold_candidates(name, layers)
-            )
+            candidates = self.threshold_candidates(name, layers)
+            chosen[name] = self.choose_both(boldest, self.others, name, candidates)
         verified = self.verified_candidates("softmax")
         chosen["verified"] = self.choose_both(fastest, self.some, "verified", verified)
         for name, prune in product(("softmax", "jsd"), PRUNING):

@@ -142,7 +142,7 @@ def test_what_was_seen_long_ago_fades():
     assert state.best().layer == 2
     for _ in range(1500):
         state.observe(2, 0.9, 0.0)
-    assert state.best() == state.full and state.checked[0].sum() < 1 / (1 - module.FADING)
+    assert state.best() == state.full and state.observed[0].sum() < 1 / (1 - module.FADING)
 
 
 # ---------------------------------------------------------------- what it learns

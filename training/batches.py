@@ -65,14 +65,14 @@ def cut_text(text: str, tokenizer: Tokenizer, length: int) -> Iterator[list[int]
     itself cut. [eos] ends the last part."""
     part, size, parts = [], 0, []
     for line in text.splitlines(keepends=True):
-        more = len(tokenizer.encode(line)) + 1  # the end of the line is a token or part of the count's slack
+        more = len(tokenizer.encode(line)) + 1  # 1 of slack: within a text it may take more
         if part and size + more > length:
             parts.append("".join(part))
             part, size = [], 0
         part.append(line)
         size += more
     for number, lines in enumerate([*parts, "".join(part)]):
-        ids = tokenizer.encode(lines) + [tokenizer.ends[0]] * (number == len(parts))
+        ids = tokenizer.encode(lines) + ([tokenizer.ends[0]] if number == len(parts) else [])
         yield from (ids[i : i + length] for i in range(0, len(ids), length))
 
 
@@ -113,6 +113,7 @@ def batches(
 
 
 def _pack(order, sizes, rows: int, length: int) -> Iterator[list[list[int]]]:
+    """Plans, one for each batch: the documents of every row, each put into the first row with room for it."""
     waiting: list[int] = []
     source = iter(order)
     while True:

@@ -166,15 +166,15 @@ class Exits:
         self.losses: dict[int, Tensor] = {}  # by layer, in the last weighted sum, without gradient
         self._states, self._learned, self._learned_states = states, batch.learned, {}
         self._agreed: dict[int, Tensor] = {}
-        self._top = [] if config.heads_alone else [self.last]
+        self._last_if_trained = [] if config.heads_alone else [self.last]
 
     def every(self) -> list[int]:
         """All exits, and the last layer where it is trained."""
-        return [*self.config.exits, *self._top]
+        return [*self.config.exits, *self._last_if_trained]
 
     def in_turn(self) -> list[int]:
         """The exits whose turn it is at this step, and the last layer where it is trained."""
-        return [*exits_in_turn(self.config.exits, self.step), *self._top]
+        return [*exits_in_turn(self.config.exits, self.step), *self._last_if_trained]
 
     def state(self, layer: int) -> Tensor:
         """h_l at the learned positions: (N, d)."""
@@ -220,8 +220,8 @@ class Exits:
         few = N * V * len(weights) <= most
         size = N if few else max(FEWEST, most // V)  # n, the targets of a chunk
         top = self.state(last).split(size)
-        layers = sorted(weights, reverse=True)
-        normed = {layer: model.exit_norm(self.state(layer), layer).split(size) for layer in layers}
+        deepest_first = sorted(weights, reverse=True)  # the order of the backward pass, and so its rounding
+        normed = {layer: model.exit_norm(self.state(layer), layer).split(size) for layer in deepest_first}
 
         @functools.lru_cache(1)  # the exits of a chunk share it
         @torch.no_grad()
@@ -237,7 +237,7 @@ class Exits:
             losses = each(logits, targets, final)
             if getattr(losses, "shape", None) != targets.shape:
                 raise UserError(f"{each.__name__} must give a tensor of one loss for each target")
-            same = logits.argmax(-1) == final().argmax(-1) if compare and final else None
+            same = (logits.argmax(-1) == final().argmax(-1)) if compare and final else None
             return losses.sum(), same
 
         again = functools.partial(recomputed, of_chunk, use_reentrant=False, preserve_rng_state=False)

@@ -155,9 +155,9 @@ class Run:
     def write(self, path: Path, dtype: torch.dtype | None = None, **extra) -> None:
         """Writes the model, or with --train heads its heads, and `extra`, whole or not at all. All
         processes must call it."""
-        held = HEAD_WEIGHTS if self.config.heads_alone else ""
-        weights = self.model.state_dict().items()
-        weights = gathered({name: weight for name, weight in weights if name.startswith(held)})
+        held = HEAD_WEIGHTS if self.config.heads_alone else ""  # which every name begins with
+        kept = {name: w for name, w in self.model.state_dict().items() if name.startswith(held)}
+        weights = gathered(kept)
         if not is_first():
             return
         if self.config.heads_alone:

@@ -15,7 +15,7 @@ from evaluation.analysis import Views, auroc, calibration_error, divergences, lo
 from training.runs import read_log
 
 CHECKS = ("softmax", "weighted", "jsd")  # confidence functions whose judgement is drawn
-TIME = "ms a token, batch 1"
+TIME = "ms per token, batch 1"
 STYLES = {  # kind of row -> shade of viridis, shape; other kinds are functions of one's own
     "full": (0.0, "*"), "softmax": (0.1, "o"), "hidden": (0.3, "v"), "weighted": (0.5, "s"),
     "classifier": (0.6, "P"), "jsd": (0.75, "^"), "entropy": (0.85, "X"), "static": (0.9, "D"),
@@ -67,7 +67,7 @@ def draw_training(log: Path) -> Path:
             style = {"color": viridis(0.9 * layer / max(layers)), "marker": f"${layer}$"}
             loss.plot(steps, losses, label=f"layer {layer}", **style)
             agreement.plot(steps, same, **style)
-        loss.set(title=Path(file).parent.name or file, ylabel="loss (nats a target)")
+        loss.set(title=Path(file).parent.name or file, ylabel="loss (nats per target)")
         loss.set_ylim(min(seen) - 0.1, max(seen) + 0.1)
         agreement.set(xlabel="step", ylabel="agreement with the last layer", ylim=(None, 1.01))
         loss.legend(fontsize="small")

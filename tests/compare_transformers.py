@@ -94,7 +94,7 @@ def main() -> None:
             tokens[name] += len(answer)
     for name in runs:
         own = seconds["here, full" if name.startswith("here") else "transformers, full"]
-        times = f"{1000 * seconds[name] / tokens[name]:5.1f} ms a token, {own / seconds[name]:.2f} times its own full model"
+        times = f"{1000 * seconds[name] / tokens[name]:5.1f} ms per token, {own / seconds[name]:.2f} times its own full model"
         print(f"{name:24} {times}, {same[name]} of {len(prompts)} texts the same")
 
 

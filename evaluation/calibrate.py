@@ -66,7 +66,7 @@ class Calibration:
     def __init__(self, setup: Setup, task: Task, sets: dict[str, list[Example]]):
         """`sets`: examples by where they come from; the first are to calibrate on, the second to check on."""
         self.setup, self.task, self.sets = setup, task, sets
-        decode = override(own_config(setup, task), {"threshold": THRESHOLDS[0]})  # one for all exit layers
+        decode = replace(own_config(setup, task), layer_thresholds=None)  # one threshold for all exit layers
         decode.exits(setup.model.config)
         configurations = with_full_model(setup.model, {"early": Configuration(decode, setup.model)})
         self.encoded = {}

@@ -29,6 +29,7 @@ from formats.data import read_pairs, task_file
 from formats.tokenizers.pieces import train_tokenizer
 from formats.tokenizers.tokenizer import SentencePiece
 from model import ModelConfig
+from tests.test_page import embedded
 
 INCLUDED = ("translation", "e2e")
 ROW = {"confidence": "softmax", "threshold": 0.2, "exit_layers": [2, 3], "prune": "fixed:4"}
@@ -193,8 +194,7 @@ def test_unusable_settings_are_refused(content, command, tmp_path, capsys):
 def test_the_page_shows_the_inputs_named_under_every_row(rows_of, tmp_path):
     page = tmp_path / "page.html"
     rows = rows_of("--limit", 3, "--html", page, "--html-inputs", "1,3")
-    text = page.read_text(encoding="utf-8").split('id="data">', 1)[1].split("</script>", 1)[0]
-    for place, shown in zip((0, 2), json.loads(text)["inputs"], strict=True):
+    for place, shown in zip((0, 2), embedded(page)["inputs"], strict=True):
         assert shown["references"] == rows[0]["prompts"][place]["references"]
         assert [run["name"] for run in shown["runs"]] == [row["name"] for row in rows] == ["full", "softmax"]
         for run_shown, row in zip(shown["runs"], rows):
@@ -204,8 +204,7 @@ def test_the_page_shows_the_inputs_named_under_every_row(rows_of, tmp_path):
 def test_a_page_without_configurations_of_its_model_shows_the_full_model(command, checkpoint, tmp_path):
     shutil.copy(checkpoint, tmp_path / "other.pt")
     command("--compare", f"full+checkpoint={tmp_path / 'other.pt'}", "--html", tmp_path / "page.html")
-    text = (tmp_path / "page.html").read_text(encoding="utf-8").split('id="data">', 1)[1].split("</script>", 1)[0]
-    assert {run["name"] for shown in json.loads(text)["inputs"] for run in shown["runs"]} == {"full"}
+    assert {run["name"] for shown in embedded(tmp_path / "page.html")["inputs"] for run in shown["runs"]} == {"full"}
 
 
 # ---------------------------------------------------------------- measuring

@@ -24,11 +24,11 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, get_type_hints
+from typing import NamedTuple
 
 from common.errors import UserError, run
 from common.files import check_input, write_json
-from common.flags import Parser, add_flag, add_flags, add_model_flags, given, loading
+from common.flags import Parser, add_flags, add_model_flags, given, loading
 from decoding.page import Page
 from decoding.presets import DEFAULT_CHECKPOINT, defaults_in_help, read_settings_file, settings_file
 from decoding.settings import DecodeConfig
@@ -59,7 +59,7 @@ def compare(config: EvalConfig) -> None:
         measured.append(evaluate(setup, table, time_checks=bool(config.wide or config.json or config.plot)))
         say(f"\n{heading(config, table)}\n\n{table_text(measured[-1], table.task, config.wide)}")
         if config.html:
-            add_to_page(page, table, config.html_inputs)
+            add_to_page(page, setup, table, config.html_inputs)
     if not config.wide:
         say(f"\n{LEGEND}")
     if config.html:
@@ -176,10 +176,8 @@ def add_command_flags(parser: Parser, command: Command) -> None:
         text = "a setting and its values; given several times, every combination"
         over = {"nargs": "+", "action": "append", "metavar": "FIELD VALUE", "required": True}
         parser.add_argument("--over", help=text, **over)
-    kinds = get_type_hints(EvalConfig)
-    for field in fields(EvalConfig):
-        if field.name in command.flags:
-            add_flag(parser, field, kinds[field.name], getattr(command.defaults, field.name))
+    others = {field.name for field in fields(EvalConfig)} - {*command.flags}
+    add_flags(parser, command.defaults, skip=others)
     add_model_flags(parser, str(DEFAULT_CHECKPOINT))
     if command.decoding:
         text = "file of settings that calibrate wrote; flags take precedence"

@@ -65,13 +65,13 @@ class HelpAll(argparse.Action):
 # ---------------------------------------------------------------- the fields of a config
 
 
-def add_flags(parser: argparse.ArgumentParser, defaults, title: str, skip=(), common=None) -> None:
+def add_flags(parser: argparse.ArgumentParser, defaults, title: str = "", skip=(), common=None) -> None:
     """Adds --field-name for every field of a config, and shows its default; a flag that is not given leaves
-    nothing in the parsed arguments. In --help, fields without a group stand under `title`, the others under
-    the title of their group, in the order of the fields. Fields in `skip` get no flag; if the fields in
-    `common` are named, all others are rare."""
+    nothing in the parsed arguments. In --help, fields without a group stand under `title`, or without one
+    under no title of their own, the others under the title of their group, in the order of the fields. Fields
+    in `skip` get no flag; if the fields in `common` are named, all others are rare."""
     kinds = typing.get_type_hints(type(defaults))
-    groups = {"": parser.add_argument_group(title)}
+    groups = {"": parser.add_argument_group(title) if title else parser}
     for field in dataclasses.fields(defaults):
         if field.name in skip:
             continue

@@ -149,7 +149,7 @@ class Session:
                 raise UserError(f"{args.amateur}: an amateur must have the tokenizer of the model")
         if args.chat:
             chat = load_chat(args.checkpoint, self.tokenizer)
-            (self.prompt,) = chat.encode([conversation(args.prompt)])
+            self.prompt = chat.encode(conversation(args.prompt))
             config = replace(config, stop_tokens=(*config.stop_tokens, *chat.ends))
         self.full = ShownRun("full model", config.full())
         screen = Screen(self.tokenizer, self.model.config, args.staircase, trace)

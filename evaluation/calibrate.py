@@ -12,7 +12,7 @@ from decoding.settings import DecodeConfig
 from evaluation.configurations import command_config, differing_fields, own_config
 from evaluation.figures import written
 from evaluation.inputs import Setup, encode_inputs, say
-from evaluation.measure import Configuration, run_in_turns, with_full_model
+from evaluation.measure import Configuration, run_in_turns
 from evaluation.metrics import METRICS, rouge_l_f1
 from evaluation.tasks import TUNING_SHARE, Task, between, source
 from evaluation.walk import fewest_inputs, risk_p_value, walk
@@ -68,10 +68,10 @@ class Calibration:
         self.setup, self.task, self.sets = setup, task, sets
         decode = replace(own_config(setup, task), layer_thresholds=None)  # one threshold for all exit layers
         decode.exits(setup.model.config)
-        configurations = with_full_model(setup.model, {"early": Configuration(decode, setup.model)})
+        early = {"early": Configuration(decode, setup.model)}
         self.encoded = {}
         for which, examples in sets.items():
-            self.encoded[which] = encode_inputs(setup.tokenizer, task, examples, configurations)
+            self.encoded[which] = encode_inputs(setup, task, examples, early)
         self.full_texts: dict[str, list[str]] = {}  # of each set; the full model decodes it once
         config = setup.config
         self.loss = next(iter(task.metrics)) if config.risk == "task" else "consistency"

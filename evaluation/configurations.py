@@ -93,14 +93,10 @@ def exit_layers_of(model: Transformer) -> list[int]:
 
 def sources(setup: Setup) -> str:
     """Says in one line where the settings come from. Each source overrides those before it."""
-    parts = ["defaults"]
-    if setup.settings_file.is_file():
-        parts.append(str(setup.settings_file))
-    if setup.config.thresholds:
-        parts.append(str(setup.config.thresholds))
-    if setup.config.decoding:
-        parts.append("flags")
-    return f"settings: {', then '.join(parts)}"
+    file = setup.settings_file if setup.settings_file.is_file() else None
+    flags = "flags" if setup.config.decoding else None
+    named = [each for each in ("defaults", file, setup.config.thresholds, flags) if each]
+    return f"settings: {', then '.join(map(str, named))}"
 
 
 def differing_fields(config: DecodeConfig, base: DecodeConfig) -> dict:

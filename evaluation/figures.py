@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from decoding.record import first_difference
 from evaluation import metrics
 from evaluation.inputs import Setup, Table, encode_inputs
-from evaluation.measure import Measured, confidence_share, run_in_turns, with_full_model
+from evaluation.measure import Measured, confidence_share, run_in_turns
 from evaluation.tasks import Task
 from formats.data import Example
 from model import Transformer
@@ -27,8 +27,7 @@ RESAMPLES = 1000  # of the interval of the speed-up
 def evaluate(setup: Setup, table: Table, time_checks: bool = True) -> list[dict]:
     """Measures the rows of a table, the first of which is the full model. The time of confidence checks is
     measured in a run of its own, on every third prompt."""
-    configurations = with_full_model(setup.model, table.configurations)
-    prompts, configurations = encode_inputs(setup.tokenizer, table.task, table.examples, configurations)
+    prompts, configurations = encode_inputs(setup, table.task, table.examples, table.configurations)
     measured = run_in_turns(configurations, prompts, setup.config.repeat, table.task.name)
     rows = []
     for name, row in measured.items():
@@ -49,7 +48,6 @@ def summarize(
     work, speedup = work_figures(row), tokens_per_second(row) / tokens_per_second(full)
     if configuration.model is not full.configuration.model:
         work["ideal_speedup"] = None  # blocks of two models cannot be compared
-    ideal = work["ideal_speedup"]
     kept, resampled = quality_kept(task, texts, full_texts, references)
     return {
         "task": task.name,
@@ -62,7 +60,7 @@ def summarize(
         "speedup_ci": speedup_interval(row, full),
         "first_token_s": median(row.first),
         **work,
-        "exit_efficiency": speedup / ideal if ideal else None,
+        "exit_efficiency": share(speedup, work["ideal_speedup"]),
         "confidence_time_share": checks,
         **likeness_figures(row, full, texts, full_texts),
         **quality_figures(task, texts, references),
@@ -147,9 +145,9 @@ def work_figures(row: Measured) -> dict:
     }
 
 
-def share(part: float, whole: float) -> float | None:
-    """part / whole; None if the whole is 0."""
-    return part / whole if whole else None
+def share(part: float, whole: float | None, otherwise: float | None = None) -> float | None:
+    """part / whole; `otherwise` if the whole is 0, or does not apply."""
+    return part / whole if whole else otherwise
 
 
 # ---------------------------------------------------------------- likeness to the full model
@@ -196,8 +194,8 @@ def quality_kept(
     task: Task, texts: list[str], full_texts: list[str], references: References
 ) -> tuple[float, np.ndarray]:
     """Returns how much of the full model's scores a row keeps, which is the smallest of the shares, and the
-    same for bootstrap resamples of the prompts, which are alike for both rows. A task without scores uses
-    ROUGE-L to the full model's texts."""
+    same for bootstrap resamples of the prompts, which are alike for both rows. A share is 1 where the full
+    model has nothing to lose. A task without scores uses ROUGE-L to the full model's texts."""
     if not task.metrics:
         overlaps = [metrics.rouge_l_f1(*pair) for pair in zip(texts, full_texts)]
         return mean(overlaps), metrics.resampled_means(overlaps)
@@ -205,15 +203,10 @@ def quality_kept(
     for name in task.metrics.values():
         score, count = metrics.METRICS[name].score, metrics.METRICS[name].count
         own, whole = count(texts, references), count(full_texts, references)
-        shares.append(share_kept(score(own.sum(0)), score(whole.sum(0))))
+        shares.append(share(score(own.sum(0)), score(whole.sum(0)), otherwise=1.0))
         sums = zip(metrics.resampled_sums(own), metrics.resampled_sums(whole))
-        resampled.append([share_kept(score(a), score(b)) for a, b in sums])
+        resampled.append([share(score(a), score(b), otherwise=1.0) for a, b in sums])
     return min(shares), np.min(resampled, axis=0)
-
-
-def share_kept(score: float, full_score: float) -> float:
-    """score / full score; 1 where the full model has nothing to lose."""
-    return score / full_score if full_score else 1.0
 
 
 @torch.inference_mode()

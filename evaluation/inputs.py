@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.files import check_outputs, digest
 from decode import load_checkpoint
 from decoding.presets import read_settings_file, settings_file
-from evaluation.measure import Configuration, by_baseline, place_of_run
+from evaluation.measure import Configuration, baseline, by_baseline, place_of_run
 from evaluation.settings import EvalConfig
 from evaluation.tasks import TASKS, Task, between, find_task, one_of_each_source, read_task, sample
 from formats.chat import load_chat
@@ -56,7 +56,7 @@ class Setup:
         if self.tokenizer is None:
             raise UserError(f"{config.checkpoint}: has no tokenizer, which these tasks need")
         self.chat = load_chat(config.checkpoint, self.tokenizer) if config.chat else None
-        self.models: dict[str, Transformer] = {}  # others, by checkpoint
+        self.models = {None: self.model}  # by checkpoint, if it is another one
         self.record = self.record_of_run()
 
     def find_tasks(self) -> list[Task]:
@@ -102,8 +102,6 @@ class Setup:
     def model_of(self, checkpoint: str | None) -> Transformer:
         """Returns the model of a configuration that may name a checkpoint of its own, which is loaded once.
         Raises UserError for a checkpoint with another tokenizer."""
-        if checkpoint is None:
-            return self.model
         if checkpoint not in self.models:
             options = self.config.loading | {"heads": None, "frequent_ids": None}
             self.models[checkpoint], tokenizer = load_checkpoint(checkpoint, **options)
@@ -164,20 +162,23 @@ class Setup:
 
 
 def encode_inputs(
-    tokenizer, task: Task, examples: list[Example], configurations: dict[str, Configuration]
+    setup: Setup, task: Task, examples: list[Example], configurations: dict[str, Configuration]
 ) -> tuple[list[list[int]], dict[str, Configuration]]:
-    """Returns the token ids of the prompts, cut on the left where they leave no room for an answer, and the
-    configurations with the tokens that end an answer of this task."""
+    """Returns the token ids of the prompts, cut on the left where they leave no room for an answer; and the
+    configurations, the full model that they are compared with in front, with the tokens that end an answer of
+    this task."""
+    full = baseline(next(iter(configurations.values())).decode)
+    configurations = {"full": Configuration(full, setup.model), **configurations}
     longest = max(each.decode.max_new_tokens for each in configurations.values())
     positions = min(each.model.config.max_len for each in configurations.values())
     if longest > positions - 2:
         raise UserError(f"max_new_tokens is {longest}, of {positions} positions; leave some to the prompt")
-    inputs = task.encode([example.prompt for example in examples], tokenizer, positions - longest)
+    inputs = [task.encode(example.prompt, setup.tokenizer, positions - longest) for example in examples]
     prompts, cut = zip(*inputs)
     if any(cut):
         room = f"to leave {longest} positions to the answer"
         note(f"{task.name}: {sum(cut)} of {len(cut)} prompts were cut on the left {room}")
-    stops, stopping = task.stop_tokens(tokenizer), {}
+    stops, stopping = task.stop_tokens(setup.tokenizer), {}
     for name, each in configurations.items():
         decode = replace(each.decode, stop_tokens=(*each.decode.stop_tokens, *stops))
         stopping[name] = replace(each, decode=decode)

@@ -54,12 +54,6 @@ def baseline(config: DecodeConfig) -> DecodeConfig:
     return config.full() if config.confidence else replace(config, predict="own").full()
 
 
-def with_full_model(model: Transformer, configurations: dict[str, Configuration]) -> dict[str, Configuration]:
-    """Puts the full model that they are compared with in front of the configurations of one table."""
-    full = baseline(next(iter(configurations.values())).decode)
-    return {"full": Configuration(full, model), **configurations}
-
-
 def by_baseline(configurations: dict[str, Configuration]) -> list[dict[str, Configuration]]:
     """Groups the configurations that are compared with the same full model."""
     groups = defaultdict(dict)

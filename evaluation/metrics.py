@@ -46,23 +46,6 @@ def mean_of(score: Callable[[str, list[str]], float]) -> Metric:
     return Metric(lambda *texts: (score(*texts), 1), lambda sums: float(sums[0] / sums[1]))
 
 
-def bleu(hypotheses: list[str], references: list[list[str]], lowercase: bool = False) -> float:
-    """Corpus BLEU-4 in [0, 1], equal to sacrebleu's default corpus_bleu (13a tokens, exponential smoothing)
-    divided by 100.
-
-    BP * exp(mean over n = 1..4 of log p_n), with p_n the share of hypothesis n-grams found in the references,
-    each counted at most as often as in the one reference that has it most often. BP = exp(1 - r / h) if the
-    hypotheses' total length h is below r, the total of the reference lengths closest to each hypothesis (the
-    shorter on ties). The k-th order without a match counts 1 / 2^k matches; without any match, or without any
-    4-gram, the score is 0. Inputs may have different numbers of references: do not pad them with empty texts,
-    which would count as references of length 0.
-
-    Sources: Papineni et al. 2002; smoothing and tokens as in NIST's mteval-v13a. With lowercase=True, the
-    BLEU of the E2E challenge.
-    """
-    return METRICS["bleu_lower" if lowercase else "bleu"](hypotheses, references)
-
-
 def bleu_counts(hypothesis: str, references: list[str], lowercase: bool) -> list[int]:
     """Returns what BLEU sums over texts: matching n-grams and n-grams, each for n = 1..4, and the lengths h
     and r."""
@@ -81,7 +64,19 @@ def bleu_counts(hypothesis: str, references: list[str], lowercase: bool) -> list
 
 
 def bleu_score(sums: np.ndarray) -> float:
-    """BLEU from the sums of `bleu_counts`."""
+    """Corpus BLEU-4 in [0, 1] from the sums of `bleu_counts`, equal to sacrebleu's default corpus_bleu (13a
+    tokens, exponential smoothing) divided by 100.
+
+    BP * exp(mean over n = 1..4 of log p_n), with p_n the share of hypothesis n-grams found in the references,
+    each counted at most as often as in the one reference that has it most often. BP = exp(1 - r / h) if the
+    hypotheses' total length h is below r, the total of the reference lengths closest to each hypothesis (the
+    shorter on ties). The k-th order without a match counts 1 / 2^k matches; without any match, or without any
+    4-gram, the score is 0. Inputs may have different numbers of references: do not pad them with empty texts,
+    which would count as references of length 0.
+
+    Sources: Papineni et al. 2002; smoothing and tokens as in NIST's mteval-v13a. In lower case, the BLEU of
+    the E2E challenge.
+    """
     matches, totals = sums[:MAX_ORDER], sums[MAX_ORDER : 2 * MAX_ORDER]
     hypothesis_length, reference_length = sums[2 * MAX_ORDER :]
     if not any(matches) or not all(totals):
@@ -111,7 +106,7 @@ def rouge_l(hypothesis: str, references: list[str]) -> float:
     common = [_lcs_length(tokens, r) for r in reference_tokens]
     precision = max(common) / len(tokens)
     recall = max(c / len(r) for c, r in zip(common, reference_tokens))
-    return _f_measure(precision, recall, COCO_BETA)
+    return (1 + COCO_BETA**2) * precision * recall / (recall + COCO_BETA**2 * precision) if recall else 0.0
 
 
 def rouge_l_f1(hypothesis: str, reference: str) -> float:
@@ -211,15 +206,13 @@ def interval(values: Sequence[float], level: float = 0.95) -> list[float]:
     return np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 
-def _f_measure(precision: float, recall: float, beta: float) -> float:
-    if precision == 0 or recall == 0:
-        return 0.0
-    return (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
+def _f1(common: int, length: int, reference_length: int) -> float:
+    """2 P R / (P + R), with P = common / length and R = common / reference length; 0 if nothing is common."""
+    return 2 * common / (length + reference_length) if common else 0.0
 
 
 def _overlap_f1(counts: Counter, reference_counts: Counter) -> float:
-    common = (counts & reference_counts).total()
-    return _f_measure(common / counts.total(), common / reference_counts.total(), beta=1.0) if common else 0.0
+    return _f1((counts & reference_counts).total(), counts.total(), reference_counts.total())
 
 
 def _ngrams(tokens: Sequence, n: int) -> Counter:
@@ -240,13 +233,10 @@ def _lcs_length(a: list[str], b: list[str]) -> int:
 
 
 def _rouge_f1(variant: str, tokens: list[str], reference_tokens: list[str]) -> float:
-    if variant != "rougeL":
-        n = int(variant[-1])
-        return _overlap_f1(_ngrams(tokens, n), _ngrams(reference_tokens, n))
-    if not tokens or not reference_tokens:
-        return 0.0
-    common = _lcs_length(tokens, reference_tokens)
-    return _f_measure(common / len(tokens), common / len(reference_tokens), beta=1.0)
+    if variant == "rougeL":
+        return _f1(_lcs_length(tokens, reference_tokens), len(tokens), len(reference_tokens))
+    n = int(variant[-1])
+    return _overlap_f1(_ngrams(tokens, n), _ngrams(reference_tokens, n))
 
 
 METRICS: dict[str, Metric] = {

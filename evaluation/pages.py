@@ -4,21 +4,19 @@
 from decode import stream
 from decoding.page import Page
 from decoding.replay import Recorder
-from evaluation.inputs import Table, encode_inputs
-from evaluation.measure import with_full_model
+from evaluation.inputs import Setup, Table, encode_inputs
 
 
-def add_to_page(page: Page, table: Table, places: tuple[int, ...]) -> None:
+def add_to_page(page: Page, setup: Setup, table: Table, places: tuple[int, ...]) -> None:
     """The inputs at these places, counted from 1, decoded in runs of their own by the full model and by the
     configurations; not by those with another model, whose layers the page does not know."""
-    configurations = with_full_model(page.model, table.configurations)
-    configurations = {name: each for name, each in configurations.items() if each.model is page.model}
     examples = [table.examples[place - 1] for place in places if place <= len(table.examples)]
-    prompts, configurations = encode_inputs(page.tokenizer, table.task, examples, configurations)
+    prompts, configurations = encode_inputs(setup, table.task, examples, table.configurations)
     for example, prompt in zip(examples, prompts):
         runs = {}
         for name, each in configurations.items():
-            recorder = Recorder()
-            list(recorder.watch(stream(page.model, prompt, each.decode, recorder)))
-            runs[name] = each.decode, recorder
+            if each.model is setup.model:
+                recorder = Recorder()
+                list(recorder.watch(stream(setup.model, prompt, each.decode, recorder)))
+                runs[name] = each.decode, recorder
         page.add(table.task.text(example.prompt, page.tokenizer), prompt, runs, example.references)

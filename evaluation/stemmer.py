@@ -3,9 +3,11 @@ rules.
 
 A word is read as a pattern of consonants (c) and vowels (v); its measure m is the number of times that a
 vowel is followed by a consonant, about its syllables: m = 0 in "tree", 1 in "trouble", 2 in "private". Nearly
-every rule has a condition on the m of what it leaves.
+every rule has a condition on the pattern of what it leaves, a regular expression: vc says that m is above 0,
+vc.*vc that it is above 1.
 """
 
+import re
 from collections.abc import Callable
 from functools import cache
 
@@ -69,29 +71,13 @@ def _short_end(start: str) -> bool:
     return _pattern(start) == "vc" or (_pattern(start).endswith("cvc") and start[-1] not in "wxy")
 
 
-def _rules(condition: Callable[[str], bool], pairs: str) -> list[Rule]:
-    """Rules with the same condition, written suffix:replacement."""
+def _rules(form: str, pairs: str) -> list[Rule]:
+    """Rules, written suffix:replacement, for starts whose pattern has this form, a regular expression."""
+
+    def condition(start: str) -> bool:
+        return re.search(form, _pattern(start)) is not None
+
     return [(*pair.split(":"), condition) for pair in pairs.split()]
-
-
-def _always(start: str) -> bool:
-    return True
-
-
-def _one_letter(start: str) -> bool:
-    return len(start) == 1
-
-
-def _has_vowel(start: str) -> bool:
-    return "v" in _pattern(start)
-
-
-def _positive(start: str) -> bool:
-    return _measure(start) > 0
-
-
-def _long(start: str) -> bool:
-    return _measure(start) > 1
 
 
 # later: words with stems of their own, and words that stay as they are
@@ -100,28 +86,27 @@ IRREGULAR |= {"innings": "inning", "outings": "outing", "cannings": "canning"}
 IRREGULAR |= {word: word for word in ("sky", "news", "inning", "outing", "canning", "howe")}
 IRREGULAR |= {word: word for word in ("proceed", "exceed", "succeed")}
 # ied: later
-PARTICIPLES = _rules(_always, "ied:i") + _rules(_positive, "eed:ee") + _rules(_has_vowel, "ed: ing:")
+PARTICIPLES = _rules("", "ied:i") + _rules("vc", "eed:ee") + _rules("v", "ed: ing:")
 STEPS = [
-    _rules(_one_letter, "ies:ie"),  # later: ties, not flies
-    _rules(_always, "sses:ss ies:i ss:ss s:"),
-    _rules(_one_letter, "ied:ie"),  # later
+    _rules("^.$", "ies:ie"),  # later: ties, not flies
+    _rules("", "sses:ss ies:i ss:ss s:"),
+    _rules("^.$", "ied:ie"),  # later
     PARTICIPLES,
-    # the paper: after any start with a vowel
-    [("y", "i", lambda start: len(start) > 1 and _pattern(start).endswith("c"))],
-    _rules(_positive, "alli:al"),  # a step of its own later, so that "rationally" goes on as "rational"
+    _rules(".c$", "y:i"),  # the paper: after any start with a vowel
+    _rules("vc", "alli:al"),  # a step of its own later, so that "rationally" goes on as "rational"
     [
-        *_rules(_positive, "ational:ate tional:tion enci:ence anci:ance izer:ize entli:ent eli:e ousli:ous"),
-        *_rules(_positive, "ization:ize ation:ate ator:ate"),
-        *_rules(_positive, "alism:al iveness:ive fulness:ful ousness:ous aliti:al iviti:ive biliti:ble"),
-        *_rules(_positive, "bli:ble fulli:ful"),  # later: the paper has abli:able
-        ("logi", "log", lambda start: _positive(start + "l")),  # later
+        *_rules("vc", "ational:ate tional:tion enci:ence anci:ance izer:ize entli:ent eli:e ousli:ous"),
+        *_rules("vc", "ization:ize ation:ate ator:ate"),
+        *_rules("vc", "alism:al iveness:ive fulness:ful ousness:ous aliti:al iviti:ive biliti:ble"),
+        *_rules("vc", "bli:ble fulli:ful"),  # later: the paper has abli:able
+        *_rules("v", "logi:log"),  # later; with the l, which is a consonant, m is above 0
     ],
-    _rules(_positive, "icate:ic ative: alize:al iciti:ic ical:ic ful: ness:"),
+    _rules("vc", "icate:ic ative: alize:al iciti:ic ical:ic ful: ness:"),
     [
-        *_rules(_long, "al: ance: ence: er: ic: able: ible: ant: ement: ment: ent: ou: ism: ate: iti:"),
-        *_rules(_long, "ous: ive: ize:"),
-        ("ion", "", lambda start: _long(start) and start[-1] in "st"),
+        *_rules("vc.*vc", "al: ance: ence: er: ic: able: ible: ant: ement: ment: ent: ou: ism: ate: iti:"),
+        *_rules("vc.*vc", "ous: ive: ize:"),
+        *_rules("vc.*v", "sion:s tion:t"),  # with the s or t, m is above 1
     ],
-    [("e", "", lambda start: _long(start) or (_measure(start) == 1 and not _short_end(start)))],
-    [("ll", "l", lambda start: _long(start + "l"))],
+    [("e", "", lambda start: _measure(start) > 1 or (_measure(start) == 1 and not _short_end(start)))],
+    _rules("vc.*v", "ll:l"),  # with the l, m is above 1
 ]

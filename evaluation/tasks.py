@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import check_input
 from formats import data
 from formats.chat import Chat, conversation
 from formats.data import Example
@@ -33,8 +32,7 @@ class Task:
     def text(self, prompt: str, tokenizer) -> str:
         """Returns the prompt as the model gets it."""
         if self.chat:
-            (text,) = self.chat.texts([self.turns(prompt)])
-            return text.replace(GUARD, "")
+            return self.chat.text(self.turns(prompt)).replace(GUARD, "")
         if tokenizer.separator is not None and not self.shots:
             return prompt
         solved = [f"{shot}{answer}\n\n" for shot, answer in self.shots]
@@ -45,31 +43,28 @@ class Task:
         shots = [(shot.strip(), answer) for shot, answer in self.shots]
         return conversation(self.template.format(prompt).strip(), shots)
 
-    def encode(self, prompts: list[str], tokenizer, room: int) -> list[tuple[list[int], bool]]:
-        """Returns the token ids of each prompt, and whether it was truncated on the left to fit `room`
-        tokens. The start token stays, and in a chat everything except the prompt. Raises UserError for shots
-        that leave a prompt no room."""
+    def encode(self, prompt: str, tokenizer, room: int) -> tuple[list[int], bool]:
+        """Returns the token ids of a prompt, and whether it was truncated on the left to fit `room` tokens.
+        The start token stays, and in a chat everything except the prompt. Raises UserError for shots that
+        leave the prompt no room."""
         if self.chat:
-            encoded = self.chat.encode([self.turns(prompt) for prompt in prompts])
+            ids = self.chat.encode(self.turns(prompt))
         else:
-            encoded = [encode_prompt(tokenizer, self.text(prompt, tokenizer)) for prompt in prompts]
-        inputs = []
-        for prompt, ids in zip(prompts, encoded):
-            cut = len(ids) > room
-            if cut and self.chat:
-                ids = self.shortened(prompt, tokenizer, len(ids), room)
-            elif cut:
-                begin = 0 if tokenizer.begin is None else 1
-                ids = [*ids[:begin], *ids[len(ids) - room + begin :]]
-            inputs.append((ids, cut))
-        return inputs
+            ids = encode_prompt(tokenizer, self.text(prompt, tokenizer))
+        cut = len(ids) > room
+        if cut and self.chat:
+            ids = self.shortened(prompt, tokenizer, len(ids), room)
+        elif cut:
+            begin = 0 if tokenizer.begin is None else 1
+            ids = [*ids[:begin], *ids[len(ids) - room + begin :]]
+        return ids, cut
 
     def shortened(self, prompt: str, tokenizer, size: int, room: int) -> list[int]:
         """Returns the token ids of a chat whose prompt is truncated on the left. `size` is their number
         before."""
         body, excess = tokenizer.encode(prompt), size - room
         while excess < len(body):
-            (ids,) = self.chat.encode([self.turns(tokenizer.decode(body[excess:]))])
+            ids = self.chat.encode(self.turns(tokenizer.decode(body[excess:])))
             if len(ids) <= room:
                 return ids
             excess += len(ids) - room
@@ -111,9 +106,8 @@ def find_task(name: str) -> Task:
     UserError."""
     kind, _, file = name.partition("=")
     if kind not in TASKS:
-        raise UserError(
-            f"unknown task {kind!r}; choose from {', '.join(TASKS)}, or with a file of yours file=FILE"
-        )
+        choices = f"{', '.join(TASKS)}, or with a file of yours file=FILE"
+        raise UserError(f"unknown task {kind!r}; choose from {choices}")
     task = replace(TASKS[kind], file=file or TASKS[kind].file)
     if not task.file:
         raise UserError(f"task {kind} needs its file: {kind}=FILE")
@@ -128,7 +122,6 @@ def read_task(task: Task, split: str, skipped: list[str] | None = None) -> list[
     """Reads the examples of the train, dev or test split; for stories, the openings to continue. Raises and
     skips as `data.read_pairs` does."""
     path = data.locate(task.file.replace("{}", split))
-    check_input(path, "no such data file")
     if task.openings:
         return openings(path, skipped)
     examples = data.read_examples(path, skipped)

@@ -67,10 +67,11 @@ class Tuning:
     def rows(self) -> dict[str, dict]:
         """Chooses all rows. Returns them by name, as the fields that differ from DecodeConfig's defaults."""
         chosen = {}
-        layers = self.choose(fastest, self.some, "softmax", self.exit_candidates()).exit_layers
+        candidates = self.grid("softmax", self.exit_sets(LAYERS), COARSE)
+        layers = self.choose(fastest, self.some, "softmax", candidates).exit_layers
         chosen["static"] = self.choose(boldest, self.others, "static", self.static_candidates())
         for name in ("softmax", "weighted", "jsd"):
-            candidates = self.threshold_candidates(name, layers)
+            candidates = self.grid(name, [layers], FINE)
             chosen[name] = self.choose_both(boldest, self.others, name, candidates)
         verified = self.verified_candidates("softmax")
         chosen["verified"] = self.choose_both(fastest, self.some, "verified", verified)
@@ -90,14 +91,6 @@ class Tuning:
         """Every static exit."""
         base = DecodeConfig(confidence="softmax", threshold=0.0, max_new_tokens=self.task.max_new_tokens)
         return [replace(base, exit_layers=(layer,)) for layer in reversed(self.exits)]
-
-    def exit_candidates(self) -> list[DecodeConfig]:
-        """Sets of exits under few thresholds, to choose the layers."""
-        return self.grid("softmax", self.exit_sets(LAYERS), COARSE)
-
-    def threshold_candidates(self, confidence: str, layers: tuple[int, ...]) -> list[DecodeConfig]:
-        """Many thresholds for these layers."""
-        return self.grid(confidence, [layers], FINE)
 
     def verified_candidates(self, confidence: str) -> list[DecodeConfig]:
         """Sets of exits, thresholds and bounds of the owed rows, for verified mode."""
@@ -126,11 +119,10 @@ class Tuning:
 
     def tried(self, examples: list[Example], title: str, configs: list[DecodeConfig]) -> list[Tried]:
         """Decodes the examples with every candidate, in turn with the full model."""
-        labelled = {"full": Configuration(configs[0].full(), self.model)}
-        labelled |= {str(number): Configuration(config, self.model) for number, config in enumerate(configs)}
-        tokenizer = self.setup.tokenizer
-        prompts, stopping = encode_inputs(tokenizer, self.task, examples, labelled)
+        numbered = {str(number): Configuration(config, self.model) for number, config in enumerate(configs)}
+        prompts, stopping = encode_inputs(self.setup, self.task, examples, numbered)
         rows = run_in_turns(stopping, prompts, 1, f"{self.task.name}, {title}")
+        tokenizer = self.setup.tokenizer
         full = rows.pop("full")
         full_texts, references = written(tokenizer, full), [example.references for example in examples]
         tried = []

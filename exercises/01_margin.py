@@ -14,14 +14,11 @@ exercises.01_margin:margin (To think about: why not simply the largest probabili
 that it cannot tell apart.)
 """
 
-from pathlib import Path
-
 import torch
 
 from confidence import register
 from decode import DecodeConfig, generate, load_checkpoint
-
-CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default.pt"
+from decoding.presets import DEFAULT_CHECKPOINT
 
 
 def margin(trace, layer):
@@ -43,17 +40,13 @@ class FixedTrace:
 
 
 def test_by_hand():
-    for probs, expected in (
-        ([0.5, 0.3, 0.2], 0.2),
-        ([0.25, 0.25, 0.25, 0.25], 0.0),
-        ([0.01, 0.98, 0.01], 0.97),
-    ):
+    for probs, expected in (([0.5, 0.3, 0.2], 0.2), ([0.25] * 4, 0.0), ([0.01, 0.98, 0.01], 0.97)):
         value = margin(FixedTrace(probs), 1)
         assert value.shape == () and abs(float(value) - expected) < 1e-5
 
 
 def test_it_stops_where_softmax_response_stops():
-    model, tokenizer = load_checkpoint(CHECKPOINT)
+    model, tokenizer = load_checkpoint(DEFAULT_CHECKPOINT)
     register("my_margin")(margin)
     prompt = [tokenizer.begin, *tokenizer.encode("Die Katze sitzt auf dem Tisch.<sep>")]
     runs = []

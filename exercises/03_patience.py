@@ -18,14 +18,12 @@ patience?)
 """
 
 import math
-from pathlib import Path
 
 import torch
 
 from confidence import register
 from decode import DecodeConfig, generate, load_checkpoint
-
-CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default.pt"
+from decoding.presets import DEFAULT_CHECKPOINT
 
 
 def entropy(trace, layer):
@@ -66,7 +64,7 @@ def test_patience_by_hand():
 
 
 def test_whoever_stops_early_by_patience_has_three_layers_that_agree():
-    model, tokenizer = load_checkpoint(CHECKPOINT, dtype=torch.float64)
+    model, tokenizer = load_checkpoint(DEFAULT_CHECKPOINT, dtype=torch.float64)
     register("my_patience")(patience)
     prompt = [tokenizer.begin, *tokenizer.encode("Die Katze sitzt auf dem Tisch.<sep>")]
     config = DecodeConfig(confidence="my_patience", threshold=1.0, exit_layers=(4, 6, 8), max_new_tokens=20)

@@ -14,13 +14,10 @@ tests know what is right.
 exact keys and values of all. The staircase has skipped some layers of early tokens. Why do both agree?)
 """
 
-from pathlib import Path
-
 import torch
 
 from decode import DecodeConfig, generate, load_checkpoint
-
-CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default.pt"
+from decoding.presets import DEFAULT_CHECKPOINT
 
 
 def naive(model, prompt, exits, threshold, steps):
@@ -34,7 +31,7 @@ def naive(model, prompt, exits, threshold, steps):
 
 def test_the_staircase_is_exact():
     """In float64, so that rounding decides nothing."""
-    model, tokenizer = load_checkpoint(CHECKPOINT, dtype=torch.float64)
+    model, tokenizer = load_checkpoint(DEFAULT_CHECKPOINT, dtype=torch.float64)
     used, exits, threshold = set(), (3, 4, 6, 8), 0.4
     for text in (
         "Guten Morgen!",

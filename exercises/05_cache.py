@@ -19,13 +19,10 @@ second, and why?
 (To think about: why does the mistake do no harm at all where every token leaves at the same layer?)
 """
 
-from pathlib import Path
-
 import torch
 
+from decoding.presets import DEFAULT_CHECKPOINT
 from minimal import Llama, Staircase
-
-CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default.pt"
 
 
 class Forgetful(Staircase):
@@ -55,7 +52,7 @@ def climbed(kind, model, text, depths):
 
 
 def test_the_damage_begins_above_the_exit_and_climbs_on_with_the_next_token():
-    model = Llama(CHECKPOINT, torch.float64)
+    model = Llama(DEFAULT_CHECKPOINT, torch.float64)
     text = [model.tokenizer.bos_id(), *model.tokenizer.encode("Die Katze sitzt auf dem Tisch.<sep>")]
     last = len(text) - 1
     # One token leaves at layer 4; those before and after it go to the top.
@@ -70,7 +67,7 @@ def test_the_damage_begins_above_the_exit_and_climbs_on_with_the_next_token():
 
 
 def test_a_static_exit_never_looks_above_itself():
-    model = Llama(CHECKPOINT, torch.float64)
+    model = Llama(DEFAULT_CHECKPOINT, torch.float64)
     text = [model.tokenizer.bos_id(), *model.tokenizer.encode("Guten Morgen!<sep>")]
     depths = [(length, (4,)) for length in range(1, len(text) + 1)]
     right, broken = climbed(Staircase, model, text, depths), climbed(Forgetful, model, text, depths)

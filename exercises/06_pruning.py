@@ -14,13 +14,10 @@ token id any more.
 (To think about: pruning never changes what the last layer says. How can it change the text all the same?)
 """
 
-from pathlib import Path
-
 import torch
 
 from decode import load_checkpoint
-
-CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default.pt"
+from decoding.presets import DEFAULT_CHECKPOINT
 
 
 def halving(n, k, k_min):
@@ -67,7 +64,7 @@ def missed(model, text, exits, k, k_min):
 
 
 def test_on_a_real_text_little_is_missed_and_with_fewer_candidates_more():
-    model, tokenizer = load_checkpoint(CHECKPOINT)
+    model, tokenizer = load_checkpoint(DEFAULT_CHECKPOINT)
     ids = tokenizer.encode("Die Katze sitzt auf dem Tisch.<sep>The cat is sitting on the table.")
     text = [tokenizer.begin, *ids]
     with torch.inference_mode():

@@ -110,29 +110,26 @@ class Chat:
     def __repr__(self) -> str:
         return f"Chat({self.name!r})"
 
-    def texts(self, conversations: Sequence[list[tuple[str, str]]], answer: bool = True) -> list[str]:
-        """Each conversation as the model reads it, up to where its answer begins; with `answer` False up to
-        the end of the last turn. GUARD keeps special tokens that stand in the turns from being tokens.
-        Raises UserError for a template that raises, or whose text is too long."""
-        tokenizer, texts = self.tokenizer, []
+    def text(self, turns: list[tuple[str, str]], answer: bool = True) -> str:
+        """A conversation as the model reads it, up to where its answer begins; with `answer` False up to the
+        end of the last turn. GUARD keeps special tokens that stand in the turns from being tokens. Raises
+        UserError for a template that raises, or whose text is too long."""
+        tokenizer, text = self.tokenizer, ""
         begin = "" if tokenizer.begin is None else tokenizer.piece(tokenizer.begin)
         end = tokenizer.piece(tokenizer.ends[0]) if tokenizer.ends else ""
         given = {"add_generation_prompt": answer, "bos_token": begin, "eos_token": end}
         given |= {"tools": None, "documents": None}
-        for turns in conversations:
-            messages = [{"role": role, "content": self.guarded(text)} for role, text in turns]
-            text = ""
-            with reading(self.name, "fails"):  # whatever a stranger's template raises
-                for part in self._program.generate(messages=messages, **given):
-                    text += part
-                    if len(text) > LONGEST_TEXT:
-                        raise UserError(f"{self.name} writes more than {LONGEST_TEXT:,} characters")
-            texts.append(text)
-        return texts
+        messages = [{"role": role, "content": self.guarded(said)} for role, said in turns]
+        with reading(self.name, "fails"):  # whatever a stranger's template raises
+            for part in self._program.generate(messages=messages, **given):
+                text += part
+                if len(text) > LONGEST_TEXT:
+                    raise UserError(f"{self.name} writes more than {LONGEST_TEXT:,} characters")
+        return text
 
-    def encode(self, conversations: Sequence[list[tuple[str, str]]]) -> list[list[int]]:
-        """Token ids of each conversation, up to where the answer begins. Raises UserError as `texts` does."""
-        return [self.tokenizer.encode(text, special=True) for text in self.texts(conversations)]
+    def encode(self, turns: list[tuple[str, str]]) -> list[int]:
+        """Token ids of a conversation, up to where the answer begins. Raises UserError as `text` does."""
+        return self.tokenizer.encode(self.text(turns), special=True)
 
     def guarded(self, text: str) -> str:
         """A text whose special tokens `encode` will take for letters."""
@@ -144,7 +141,7 @@ class Chat:
         """The token with which the template ends an answer, so that a model's answer ends there, too; none if
         it ends it with plain text."""
         try:
-            (text,) = self.texts([[("user", "?"), ("assistant", MARK)]], answer=False)
+            text = self.text([("user", "?"), ("assistant", MARK)], answer=False)
         except UserError:  # which the user's own conversation will raise, too, or it does not matter
             return ()
         after = text.rpartition(MARK)[2].lstrip()

@@ -66,13 +66,13 @@ def read_pairs(path: str | Path, skipped: list[str] | None = None) -> Iterator[t
     of records or SQuAD's layout, and .txt as one text. Records: see `from_record`. Empty lines are passed
     over. Raises UserError naming the file, and the line where there is one, for what is malformed, not UTF-8,
     or empty; given a list, notes malformed lines there instead, and skips them."""
+    check_input(path, "no such data file")
     inner = Path(path)
     if inner.suffix in (".xz", ".gz"):
         inner = inner.with_suffix("")
     if inner.suffix not in READERS:
         endings = f"{', '.join(READERS)} (then .xz or .gz if compressed)"
         raise UserError(f"{path}: unknown kind of data file; its name must end in {endings}")
-    check_input(path, "no such data file")
     count = 0
     with open_text(path) as file, reading(path, f"damaged, or not in a known layout of {inner.suffix} files"):
         for found in READERS[inner.suffix](file, path):

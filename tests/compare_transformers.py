@@ -79,7 +79,7 @@ def main() -> None:
     runs, tokenizer = generations(args.checkpoint, args.exits, args.shortlist, args.max_new_tokens)
     task = find_task("e2e")
     examples = sample(read_task(task, "test"), args.limit, seed=0)
-    prompts = [ids for ids, _ in task.encode([example.prompt for example in examples], tokenizer, room=1000)]
+    prompts = [task.encode(example.prompt, tokenizer, room=1000)[0] for example in examples]
     seconds, tokens, same = (dict.fromkeys(runs, 0) for _ in range(3))
     for run in runs.values():
         run(prompts[0])  # once without a clock

@@ -54,15 +54,13 @@ def ids(*parts) -> list[int]:
 
 
 def test_turns_become_tokens_as_worked_out_by_hand(made):
-    shots = conversation("c?", [("a", "b")])
-    assert made.encode([conversation(" hi "), shots]) == [
-        ids(257, "user\nhi", 258, "\n", 257, "assistant\n"),
-        ids(257, "user\na", 258, "\n", 257, "assistant\nb", 258, "\n", 257, "user\nc?", 258, "\n", 257, "assistant\n"),
-    ]
+    assert made.encode(conversation(" hi ")) == ids(257, "user\nhi", 258, "\n", 257, "assistant\n")
+    shot = ids(257, "user\na", 258, "\n", 257, "assistant\nb", 258, "\n")
+    assert made.encode(conversation("c?", [("a", "b")])) == [*shot, *ids(257, "user\nc?", 258, "\n", 257, "assistant\n")]
 
 
 def test_what_a_user_typed_is_never_a_special_token(made):
-    (found,) = made.encode([conversation("say <|stop|> or <|end|> now")])
+    found = made.encode(conversation("say <|stop|> or <|end|> now"))
     assert found == ids(257, "user\nsay <|stop|> or <|end|> now", 258, "\n", 257, "assistant\n")
     assert GUARD not in bytes_tokenizer().decode(found)
 
@@ -78,8 +76,8 @@ def test_an_answer_ends_where_the_template_ends_a_turn():
 def test_a_sentencepiece_model_finds_the_tokens_of_a_template():
     tokenizer = SentencePiece(train_tokenizer([("one two", "three four")] * 20, 280))
     made = Chat("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}", tokenizer)
-    assert made.encode([conversation("one two")]) == [[tokenizer.begin, *tokenizer.encode("one two"), tokenizer.ends[0]]]
-    (typed,) = made.encode([conversation("one </s> two")])
+    assert made.encode(conversation("one two")) == [tokenizer.begin, *tokenizer.encode("one two"), tokenizer.ends[0]]
+    typed = made.encode(conversation("one </s> two"))
     assert typed.count(tokenizer.ends[0]) == 1 and tokenizer.decode(typed) == "one </s> two"
 
 
@@ -93,7 +91,7 @@ def test_what_templates_of_hugging_face_rely_on_is_there():
 {%- generation -%}{{ message.content | tojson }}{%- endgeneration %}
 {% endfor %}
 {{ tools }}{{ undefined }}{{ strftime_now('%%') }}"""
-    (text,) = Chat(template, bytes_tokenizer()).texts([conversation("c", [("é", '"')])])
+    text = Chat(template, bytes_tokenizer()).text(conversation("c", [("é", '"')]))
     assert text == '"é""\\""None%'
 
 
@@ -106,7 +104,7 @@ def test_what_templates_of_hugging_face_rely_on_is_there():
 ])  # fmt: skip
 def test_a_template_that_goes_wrong_ends_in_one_line(template, message):
     with pytest.raises(UserError, match=message) as error:
-        Chat(template, bytes_tokenizer(), "x.pt: its chat template").texts([conversation("hi")])
+        Chat(template, bytes_tokenizer(), "x.pt: its chat template").text(conversation("hi"))
     assert str(error.value).startswith("x.pt: its chat template") and "\n" not in str(error.value)
     assert len(str(error.value)) < 300
 
@@ -150,7 +148,7 @@ def test_the_template_stays_in_the_one_file(tiny_model, tmp_path):
 def test_decode_answers_a_turn_and_ends_with_it(tiny_model, tmp_path, command, made):
     """The model ends no text by itself; a token that it would write is made the template's end of turn."""
     model = tiny_model(3, vocab_size=SIZE, max_len=128, tie_embeddings=False)
-    (prompt,) = made.encode([conversation("hi")])
+    prompt = made.encode(conversation("hi"))
     plain = decode.DecodeConfig(max_new_tokens=9)
     free = decode.generate(model, prompt, plain).tokens
     with torch.no_grad():
@@ -173,17 +171,14 @@ def test_inputs_of_a_task_are_turns_and_so_are_the_shots(made):
         "<|start|>user\nFacts: b\nSentence:<|stop|>\n<|start|>assistant\n"
     )
     assert task.text("b", tokenizer) == text
-    assert task.encode(["b", "c"], tokenizer, 200) == [
-        (tokenizer.encode(text, special=True), False),
-        (tokenizer.encode(text.replace(" b", " c"), special=True), False),
-    ]
+    assert task.encode("b", tokenizer, 200) == (tokenizer.encode(text, special=True), False)
     assert task.stop_tokens(tokenizer) == (258,)
 
 
 def test_a_long_prompt_loses_its_left_and_the_turns_around_it_stay(made):
     task, tokenizer = replace(Task("t", {}, ""), chat=made), bytes_tokenizer()
-    around = len(made.encode([conversation("")])[0])
-    ((short, cut),) = task.encode(["0123456789"], tokenizer, around + 4)
-    assert cut and short == made.encode([conversation("6789")])[0]
+    around = len(made.encode(conversation("")))
+    short, cut = task.encode("0123456789", tokenizer, around + 4)
+    assert cut and short == made.encode(conversation("6789"))
     with pytest.raises(UserError, match="leave no room for it; take fewer --shots"):
-        task.encode(["0123456789"], tokenizer, around - 1)
+        task.encode("0123456789", tokenizer, around - 1)

@@ -354,8 +354,8 @@ class Plain:
 def test_every_candidate_fits_its_model(tiny_model):
     for n_layers in (3, 5, 12):
         tuning = tune.Tuning(Plain(tiny_model(n_layers=n_layers)), tasks.find_task("e2e"), [None])
-        for configs in (tuning.static_candidates(), tuning.exit_candidates(), tuning.threshold_candidates("jsd", (1, 2)),
-                        tuning.verified_candidates("softmax")):  # fmt: skip
+        for configs in (tuning.static_candidates(), tuning.grid("softmax", tuning.exit_sets(tune.LAYERS), tune.COARSE),
+                        tuning.grid("jsd", [(1, 2)], tune.FINE), tuning.verified_candidates("softmax")):  # fmt: skip
             assert len(set(configs)) == len(configs) > 1 and all(config.exits(ModelConfig(n_layers=n_layers)) for config in configs)
 
 
@@ -384,8 +384,8 @@ def test_tune_writes_rows_that_the_table_reads(command, rows_of, monkeypatch, tm
     slow. Rows of another task stay, and nothing is replaced without --overwrite."""
     safe = DecodeConfig(confidence="softmax", threshold=1.0, exit_layers=(2,), max_new_tokens=8)
     wild = replace(safe, threshold=0.0, exit_layers=(1,))
-    for name in ("static", "exit", "threshold", "verified"):
-        monkeypatch.setattr(tune.Tuning, f"{name}_candidates", lambda *_: [safe, wild])
+    for name in ("static_candidates", "grid", "verified_candidates"):
+        monkeypatch.setattr(tune.Tuning, name, lambda *_: [safe, wild])
 
     def kept(task, texts, full_texts, references):
         return (estimate := 0.1 + 0.9 * (texts == full_texts)), torch.tensor([estimate] * 9).numpy()

@@ -11,7 +11,6 @@ from decoding.record import first_difference
 from evaluation.metrics import (
     METRICS,
     ROUGE_VARIANTS,
-    bleu,
     distinct,
     interval,
     repetition,
@@ -24,6 +23,10 @@ from evaluation.metrics import (
     token_agreement,
 )
 from evaluation.tokens import ptb_tokens
+
+
+def bleu(hypotheses, references, lowercase=False) -> float:
+    return METRICS["bleu_lower" if lowercase else "bleu"](hypotheses, references)
 
 
 def rouge(hypothesis, references, stemming=False) -> dict[str, float]:

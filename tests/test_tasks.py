@@ -43,17 +43,17 @@ def test_solved_examples_come_before_every_prompt(without):
 
 def test_a_long_prompt_loses_its_left_but_not_its_start(with_separator):
     task = find_task("translation")
-    ((whole, cut),) = task.encode(["eins zwei drei vier"], with_separator, 99)
+    whole, cut = task.encode("eins zwei drei vier", with_separator, 99)
     assert not cut and whole[0] == with_separator.begin
-    ((short, cut),) = task.encode(["eins zwei drei vier"], with_separator, 5)
+    short, cut = task.encode("eins zwei drei vier", with_separator, 5)
     assert cut and short == [whole[0], *whole[-4:]]
 
 
 def test_a_long_prompt_has_no_start_to_keep_where_there_is_none(without, monkeypatch):
     monkeypatch.setattr(without, "begin", None)
     task = find_task("translation")
-    ((whole, _),) = task.encode(["eins zwei drei vier"], without, 99)
-    assert task.encode(["eins zwei drei vier"], without, 5) == [(whole[-5:], True)]
+    whole, _ = task.encode("eins zwei drei vier", without, 99)
+    assert task.encode("eins zwei drei vier", without, 5) == (whole[-5:], True)
 
 
 def test_an_answer_of_one_line_ends_there(with_separator, without, tiny_model):
@@ -74,7 +74,7 @@ def test_a_line_ends_at_every_token_of_byte_level_bpe_that_has_one():
     tokenizer = BPE(tokens, [(46, 10)], [], added={})
     task = find_task("translation")
     assert task.stop_tokens(tokenizer) == (10, 256)
-    assert task.encode(["a."], tokenizer, 99) == [([*b"German: a", 256, *b"English:\n"], False)]
+    assert task.encode("a.", tokenizer, 99) == ([*b"German: a", 256, *b"English:\n"], False)
 
 
 @pytest.mark.parametrize("name", ["translation", "e2e", "fairytaleqa", "stories"])

@@ -8,28 +8,25 @@ python -m tools.bench --large-vocabulary    a random model with V = 262,144, in 
 import common.threads  # noqa: F401  before torch
 
 import argparse
-import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import torch
-from tqdm import tqdm
 
 from common.config import check_range
 from common.errors import run
 from common.flags import Parser, add_model_flags, loading
-from decode import generate, load_checkpoint
+from decode import load_checkpoint
 from decoding.fast_weights import FastTransformer
 from decoding.presets import DEFAULT_CHECKPOINT
 from decoding.settings import DecodeConfig
-from evaluation.measure import peak_memory, place_of_run, synchronize
-from evaluation.plots import make_folder, pyplot
+from evaluation.measure import Configuration, peak_memory, place_of_run, run_in_turns
+from evaluation.plots import CHECKS, make_folder, pyplot
 from model import ModelConfig, Transformer
 
 PROMPT, ANSWER = 32, 64  # tokens
 ROWS = (1, 2, 4, 8, 16)
-CHECKS = ("softmax", "weighted", "jsd")
 LARGE = ModelConfig(
     vocab_size=262_144, n_layers=18, d_model=640, n_heads=4, n_kv_heads=1, head_dim=256, d_ff=2048
 )
@@ -48,25 +45,14 @@ def random_model(args: argparse.Namespace) -> Transformer:
     return FastTransformer(model, "int8" if dtype == torch.int8 else options["form"], dtype, {})
 
 
-def median_times(model: Transformer, runs: dict[str, tuple[list[int], DecodeConfig]], repeat: int) -> dict:
-    """Returns the median time of each run in seconds. The runs (prompt, config) take turns, so that a drift
-    of the machine affects all of them equally; the first turn warms up."""
-    times = {name: [] for name in runs}
-    for turn in tqdm(range(repeat + 1), desc="turns", disable=None, leave=False):
-        for name, (prompt, config) in runs.items():
-            started = time.perf_counter()
-            generate(model, prompt, config)
-            synchronize(model)
-            if turn > 0:
-                times[name].append(time.perf_counter() - started)
-    return {name: median(values) for name, values in times.items()}
-
-
 def print_rows(model: Transformer, repeat: int) -> dict[int, float]:
     """Prints and returns the time of a pass by its number of rows, which are those of a prompt; one token is
-    decoded."""
-    runs = {rows: ([5] * rows, DecodeConfig(max_new_tokens=1)) for rows in ROWS}
-    times = median_times(model, runs, repeat)
+    decoded. The prompts take turns, so that a drift of the machine affects all of them equally; the first
+    turn warms up."""
+    one_token = {"": Configuration(DecodeConfig(max_new_tokens=1), model)}
+    prompts = [[5] * rows for rows in ROWS] * (repeat + 1)
+    spent = run_in_turns(one_token, prompts, 1, "rows")[""].seconds[len(ROWS) :]
+    times = {rows: median(spent[place :: len(ROWS)]) for place, rows in enumerate(ROWS)}
     for rows, seconds in times.items():
         print(f"a pass of {rows:>2} rows: {1e6 * seconds:.0f} µs, {seconds / times[1]:.2f} times one row")
     return times
@@ -90,15 +76,17 @@ def print_checks(model: Transformer, shortlist: int | None, tokens: int, repeat:
     time that they add to a token, compared with one at full depth."""
     L = model.config.n_layers
     layers = tuple(sorted({max(1, round(L * share)) for share in (1 / 3, 1 / 2, 2 / 3)} - {L}))
-    prompt, full = [5] * PROMPT, DecodeConfig(max_new_tokens=tokens)
-    runs = {"full": (prompt, full)}
+    full = DecodeConfig(max_new_tokens=tokens)
+    runs = {"full": Configuration(full, model)}
     for name in CHECKS:
         never = replace(full, confidence=name, threshold=1.0, exit_layers=layers)
         for size in (None, shortlist) if shortlist else (None,):
             ids = f"a shortlist of {size:,}" if size else f"all {model.config.vocab_size:,} ids"
-            runs[f"{name}, {ids}"] = prompt, replace(never, shortlist=size)
-            runs[f"{name}, {ids}, pruned"] = prompt, replace(never, shortlist=size, prune="fixed:64")
-    times = median_times(model, runs, repeat)
+            check = replace(never, shortlist=size)
+            runs[f"{name}, {ids}"] = Configuration(check, model)
+            runs[f"{name}, {ids}, pruned"] = Configuration(replace(check, prune="fixed:64"), model)
+    measured = run_in_turns(runs, [[5] * PROMPT] * repeat, 1, "checks")
+    times = {name: median(row.seconds) for name, row in measured.items()}
     whole = times.pop("full")
     print(f"full depth: {tokens / whole:.0f} tokens/s, {1e6 * whole / tokens:.0f} µs a token")
     print(f"checks after layers {','.join(map(str, layers))}, none of which lets a token exit:")

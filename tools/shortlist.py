@@ -34,18 +34,16 @@ def by_count(counts: Counter) -> list[int]:
     return sorted(counts, key=lambda token: (-counts[token], token))
 
 
-def count(documents: Iterator[Encoded]) -> tuple[Counter, Counter, list[Encoded]]:
+def count(documents: Iterator[Encoded]) -> tuple[Counter, list[Encoded]]:
     """Counts how often every id occurs in completions. Returns the counts of all documents except every
-    tenth, the counts of these, and these documents."""
-    counts, held_counts, held = Counter(), Counter(), []
-    for number, document in enumerate(documents, 1):
-        _, completion = document
+    tenth, and these documents."""
+    counts, held = Counter(), []
+    for number, (prompt, completion) in enumerate(documents, 1):
         if number % HELD_OUT == 0:
-            held_counts.update(completion)
-            held.append(document)
+            held.append((prompt, completion))
         else:
             counts.update(completion)
-    return counts, held_counts, held
+    return counts, held
 
 
 def encoded(corpus: Corpus, tokenizer, ends: list[int]) -> Iterator[Encoded]:
@@ -95,8 +93,8 @@ def main() -> None:
     model, tokenizer = load_checkpoint(args.checkpoint, form="plain")
     if tokenizer is None:
         raise UserError(f"{args.checkpoint}: has no tokenizer, which is needed to count the tokens of text")
-    counts, held_counts, held = count(encoded(Corpus(args.data), tokenizer, sorted(model.config.ends)))
-    everything = counts + held_counts
+    counts, held = count(encoded(Corpus(args.data), tokenizer, sorted(model.config.ends)))
+    everything = counts + Counter(token for _, completion in held for token in completion)
     ids, size = by_count(everything), model.config.vocab_size
     print(f"{everything.total():,} tokens of completions, {len(ids):,} of {size:,} ids")
     if held:

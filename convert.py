@@ -161,9 +161,7 @@ def convert(path: Path, out: Path, dtype=None, max_len=None, tokenizer: Path | N
         own = source.tensors[found["embedding"]].dtype
         dtype = own if own in STORED else torch.float32
 
-    entries = {"config": asdict(config), "tokenizer": as_blob(blob)}
-    if source.chat_template is not None:
-        entries["chat_template"] = source.chat_template
+    entries = {"config": asdict(config), "tokenizer": as_blob(blob), "chat_template": source.chat_template}
     with whole_file(out) as part:
         content = reserve(part, entries, shapes, dtype)
         with reading(path):

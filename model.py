@@ -22,10 +22,8 @@ from common.config import Number, check_fields, option, read_choice
 from common.errors import UserError
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
-ADAPTERS = {
-    "lowrank": (Number("RANK", limits={"least": 1, "most": 2**16}),),
-    "mlp": (Number("WIDTH", limits={"least": 1, "most": 2**16}),),
-}
+ADAPTER_SIZE = {"least": 1, "most": 2**16}
+ADAPTERS = {"lowrank": (Number("RANK", limits=ADAPTER_SIZE),), "mlp": (Number("WIDTH", limits=ADAPTER_SIZE),)}
 MATRICES = {"lowrank": 2, "mlp": 3}  # of an adapter, (size, d) each; the last one writes into the state
 
 

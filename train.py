@@ -11,7 +11,7 @@ the included one on the included data.
 
 --train all needs 16 bytes per weight (float32 weight, gradient and AdamW's two moments), and 2 more with
 --dtype bfloat16 while a step runs: 18 GB for 1B weights. With --recompute, the states between blocks and the
-activations inside one block are small compared with that, and so are logits (`sum_of_losses` in
+activations inside one block are small compared with that, and so are logits (`weighted_sum` in
 training/losses.py).
 """
 
@@ -34,7 +34,6 @@ from training import parallel
 from training.batches import batches
 from training.device import DeviceBatch, on_device
 from training.objective import Objective
-from training.optimizer import learning_rate, make_optimizer
 from training.runs import Run, locked, noted_signals
 from training.settings import TrainConfig
 from training.start import Data, check_start, load_data, make_model, shape_from
@@ -42,6 +41,25 @@ from training.validation import result_table, validate
 
 SAVE_EVERY = 250  # steps between checkpoints; there is one after every validation, too
 LARGEST_NORM = 1.0  # of the gradient, which is clipped there, as GPT-3 and Llama 2 do
+LOWEST_RATE = 0.02  # learning rate at the last step, as a share of the peak
+WEIGHT_DECAY = 0.1  # of matrices, as GPT-3 (Brown 2020, appendix B) and Llama 2 (Touvron 2023, section 2.2)
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """AdamW over what is trained; only matrices decay."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    matrices = [weight for weight in trained if weight.dim() > 1]
+    vectors = [weight for weight in trained if weight.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then a cosine down to LOWEST_RATE · lr at max_steps."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.max_steps - config.warmup)
+    return config.lr * (LOWEST_RATE + (1 - LOWEST_RATE) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def train_step(
@@ -141,8 +159,8 @@ def run_training(
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__)
-    parser.usage = "python train.py [--flag VALUE ...]"  # all of them would fill the screen
+    # All of the flags would fill the screen.
+    parser = Parser(__doc__, usage="python train.py [--flag VALUE ...]")
     add = parser.add_argument
     default = Path("runs/default")
     add("--out", type=Path, default=default, metavar="FOLDER", help="for the results (default: %(default)s)")

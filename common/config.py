@@ -129,10 +129,11 @@ def check_limits(config) -> None:
 
 
 def check_choice(name: str, value, choices: Iterable[str] | Callable | None) -> None:
-    """Raises UserError for a value that is not among the choices; a function checks by itself."""
+    """Raises UserError for a value that is neither None nor among the choices; a function checks by
+    itself."""
     if callable(choices):
         choices(value)
-    elif choices is not None and value not in choices:
+    elif choices is not None and value not in (None, *choices):
         raise UserError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
 
 

@@ -10,7 +10,7 @@ import typing
 
 import torch
 
-from common.config import as_text, check_range, did_you_mean, reader
+from common.config import as_text, check_choice, check_range, did_you_mean, reader
 from common.errors import UserError
 
 DTYPES = {
@@ -176,6 +176,5 @@ def use_device(device: str) -> None:
 
 def read_dtype(name: str | None) -> torch.dtype | None:
     """A --dtype. Raises UserError for one that is not known."""
-    if name not in (None, *DTYPES):
-        raise UserError(f"unknown dtype {name!r}; choose from {', '.join(DTYPES)}")
+    check_choice("dtype", name, DTYPES)
     return DTYPES.get(name)

@@ -5,6 +5,7 @@ import os
 
 import torch
 
+from common.config import check_choice
 from common.errors import UserError
 from decoding.fast_weights import FORMS, FastTransformer, dequantized, kept_dtype
 from decoding.shortlist import find_frequent_ids
@@ -70,8 +71,7 @@ def default_dtype(content: dict, device: torch.device) -> torch.dtype:
 
 def check_form(form: str | None, dtype: torch.dtype, device: torch.device) -> None:
     """Raises UserError for a form that does not go with the dtype or the device."""
-    if form is not None and form not in FORMS:
-        raise UserError(f"unknown form of weights {form!r}; choose from {', '.join(FORMS)}")
+    check_choice("form of weights", form, FORMS)
     if form is not None and device.type != "cpu":
         raise UserError("--weights says how a CPU stores them; leave it out on a GPU")
     if dtype == torch.int8 and (device.type != "cpu" or form is not None):

@@ -3,8 +3,8 @@
 A file is what torch.save writes, a zip archive, of one dictionary: `format`, `config` (fields of
 ModelConfig), `weights` (name -> tensor), perhaps `scales` (name -> those of a weight in int8, see
 decoding/fast_weights.py), `tokenizer` (the bytes that formats/tokenizers/tokenizer.py reads, or None),
-perhaps `chat_template` (text, see formats/chat.py), and whatever else its writer had to say (plain values,
-tensors). A heads file (formats/heads.py) is of the same kind, by another `format`.
+perhaps `chat_template` (text or None, see formats/chat.py), and whatever else its writer had to say (plain
+values, tensors). A heads file (formats/heads.py) is of the same kind, by another `format`.
 """
 
 import functools
@@ -33,17 +33,8 @@ def save_checkpoint(path, model, tokenizer: bytes | None, dtype=None, weights=No
     values, tensors) to one file, whole or not at all. `weights`: in place of the model's. Raises UserError
     for a full disk."""
     content = {"format": FORMAT, "config": asdict(model.config), "tokenizer": as_blob(tokenizer)}
-    content["weights"] = as_stored(weights or model.state_dict(), dtype)
-    write_content(path, {**content, **extra})
-
-
-def as_stored(weights: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Weights as they are written: matrices as `dtype` (None: as they are), vectors as they are."""
-    stored = {}
-    for name, weight in weights.items():
-        kept = dtype or weight.dtype if weight.dim() > 1 else weight.dtype
-        stored[name] = weight.detach().to(kept).contiguous()
-    return stored
+    content["weights"] = weights or model.state_dict()
+    write_content(path, {**content, **extra}, dtype)
 
 
 def as_blob(tokenizer: bytes | None) -> Tensor | None:
@@ -51,10 +42,15 @@ def as_blob(tokenizer: bytes | None) -> Tensor | None:
     return None if tokenizer is None else torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
 
 
-def write_content(path: str | os.PathLike, content: dict) -> None:
-    """Writes a whole checkpoint, all its entries, or nothing. Raises UserError for a full disk."""
+def write_content(path: str | os.PathLike, content: dict, dtype: torch.dtype | None) -> None:
+    """Writes a whole checkpoint, all its entries, or nothing: matrices as `dtype` (None: as they are),
+    vectors as they are. Raises UserError for a full disk."""
+    stored = {}
+    for name, weight in content["weights"].items():
+        kept = dtype or weight.dtype if weight.dim() > 1 else weight.dtype
+        stored[name] = weight.detach().to(kept).contiguous()
     with whole_file(path) as part:
-        save_part(part, content)
+        save_part(part, {**content, "weights": stored})
 
 
 def save_part(part: str, content: dict) -> None:

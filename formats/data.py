@@ -135,11 +135,9 @@ def _read_jsonl(file, path) -> Iterator[Found]:
             continue
         where = f"{path}, line {number}"
         try:
-            row = parse_json(line, where)
+            yield from from_record(parse_json(line, where), where)
         except UserError as error:
             yield error
-        else:
-            yield from from_record(row, where)
 
 
 def _read_json(file, path) -> Iterator[Found]:
@@ -148,14 +146,12 @@ def _read_json(file, path) -> Iterator[Found]:
         yield from from_record(row, f"{path}, record {number}")
 
 
-def squad_records(content: dict) -> list[dict]:
-    """The questions of a file in SQuAD's layout, each with its context."""
-    records = []
+def squad_records(content: dict) -> Iterator[dict]:
+    """Yields the questions of a file in SQuAD's layout, each with its context."""
     for article in content["data"]:
         for paragraph in article["paragraphs"]:
             for question in paragraph["qas"]:
-                records.append({"context": paragraph["context"], **question})
-    return records
+                yield {"context": paragraph["context"], **question}
 
 
 def _read_txt(file, path) -> Iterator[Found]:

@@ -71,11 +71,9 @@ def model_config(words: dict, max_len: int | None) -> ModelConfig:
     if stated and max_len is not None and max_len > stated:
         raise UserError(f"--max-len is {max_len}, but the model was made for {stated} positions")
     gemma, ends = family.startswith("gemma"), words["eos_token_id"]
-    d_model, n_layers, n_heads = (
-        words["hidden_size"],
-        words["num_hidden_layers"],
-        words["num_attention_heads"],
-    )
+    d_model = words["hidden_size"]
+    n_layers = words["num_hidden_layers"]
+    n_heads = words["num_attention_heads"]
     head_dim = words.get("head_dim") or d_model // n_heads
     scalar = words.get("query_pre_attn_scalar")
     return ModelConfig(
@@ -158,10 +156,8 @@ def rope_fields(words: dict, local: bool) -> dict:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise UserError(f"rope_scaling {kind!r:.40} is not supported; known are default, linear and llama3")
-    fields = {
-        "rope_base": float(whole.get("rope_theta", words["rope_theta"])),
-        "rope_factor": 1.0 if kind == "default" else float(scaling["factor"]),
-    }
+    factor = 1.0 if kind == "default" else float(scaling["factor"])
+    fields = {"rope_base": float(whole.get("rope_theta", words["rope_theta"])), "rope_factor": factor}
     if kind == "llama3":
         bands = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         fields["rope_bands"] = tuple(float(scaling[name]) for name in bands)
@@ -201,9 +197,7 @@ def name_table(names: str, post_norms: bool) -> dict[str, str]:
     else:
         prefix, outer, block = "blk", ("token_embd", "output_norm", "output"), GGUF
     found = dict(zip(outer, ("embedding", "norm", "unembedding")))
-    for theirs, ours in block.items():
-        found[f"{prefix}.#.{theirs}"] = f"blocks.#.{ours}"
-    return found
+    return found | {f"{prefix}.#.{theirs}": f"blocks.#.{ours}" for theirs, ours in block.items()}
 
 
 def pattern(name: str) -> str:

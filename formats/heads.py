@@ -12,7 +12,7 @@ from dataclasses import asdict
 import torch
 
 from common.errors import UserError
-from formats.checkpoint import HEADS, as_stored, check_values, read_checkpoint, write_content
+from formats.checkpoint import HEADS, check_values, read_checkpoint, write_content
 
 HEAD_WEIGHTS = ("exit_norms", "adapters", "classifiers")
 FIELDS = ("exit_norms", "adapter", "classifiers", "exit_layers")
@@ -63,12 +63,11 @@ def save_heads(path, model, belongs_to: dict, dtype=None, weights=None, **extra)
     """Writes the heads of a model, whose fingerprint `belongs_to` is, and `extra`, to one file, whole or not
     at all; matrices as `dtype`. `weights`: in place of the model's. Raises UserError for a full disk."""
     config, weights = asdict(model.config), weights or model.state_dict()
-    heads = {name: weight for name, weight in weights.items() if name.startswith(HEAD_WEIGHTS)}
     content = {"format": HEADS, "config": {field: config[field] for field in FIELDS}, "model": belongs_to}
-    content["weights"] = as_stored(heads, dtype)
+    content["weights"] = {name: w for name, w in weights.items() if name.startswith(HEAD_WEIGHTS)}
     if model.frequent_ids is not None:
         content["frequent_ids"] = model.frequent_ids.to("cpu", torch.int32)
-    write_content(path, {**content, **extra})
+    write_content(path, {**content, **extra}, dtype)
 
 
 def read_heads(path: str | os.PathLike) -> dict:
@@ -96,9 +95,8 @@ def read_model(path: str | os.PathLike, heads: str | os.PathLike | None = None, 
     if not same_model(found["model"], fingerprint(content)):
         remedy = "name the model that they were trained on"
         raise UserError(f"{heads}: its heads belong to another model than {path}; {remedy}")
-    for name in [name for name in content["weights"] if name.startswith(HEAD_WEIGHTS)]:
-        del content["weights"][name]
-    content["weights"] |= found["weights"]
+    base = {name: w for name, w in content["weights"].items() if not name.startswith(HEAD_WEIGHTS)}
+    content["weights"] = base | found["weights"]
     content["config"] |= {field: found["config"][field] for field in FIELDS}
     if "frequent_ids" in found:
         content["frequent_ids"] = found["frequent_ids"]

@@ -17,12 +17,11 @@ from decoding.settings import DecodeConfig
 from formats.heads import HEAD_WEIGHTS
 from model import ModelConfig, Transformer
 from tests.reference import PROMPT
-from train import train_step
+from train import make_optimizer, train_step
 from training.batches import Batch
 from training.device import on_device
 from training.losses import LOSSES
 from training.objective import Objective
-from training.optimizer import make_optimizer
 from training.parallel import steps
 from training.settings import TrainConfig
 from training.validation import validate

@@ -31,13 +31,12 @@ from formats.checkpoint import read_checkpoint
 from formats.heads import read_heads
 from formats.tokenizers.tokenizer import encode_prompt
 from model import Block, ModelConfig, Transformer
-from train import train_step
+from train import learning_rate, make_optimizer, train_step
 from training import batches as batching
 from training import objective, runs
 from training.device import fetched_ahead, on_device, to_device
 from training.losses import call_loss
 from training.objective import Objective
-from training.optimizer import learning_rate, make_optimizer
 from training.parallel import steps
 from training.runs import locked
 from training.settings import TrainConfig

@@ -15,7 +15,7 @@ from common.flags import Parser
 from formats.data import Corpus, read_examples
 from formats.tokenizers.files import load_tokenizer
 from formats.tokenizers.pieces import train_tokenizer
-from training.batches import describe, prepare_file
+from training.batches import prepare_file
 
 
 def make_parser() -> Parser:
@@ -71,7 +71,7 @@ def main() -> None:
         tokenizer = train_tokenizer(Corpus(args.files), args.vocab_size)
         with whole_file(args.out.with_suffix(".model")) as part:
             Path(part).write_bytes(tokenizer)
-    print(f"{args.out}: {describe(prepare_file(args.files, tokenizer, args.out, args.length))}")
+    print(f"{args.out}: {prepare_file(args.files, tokenizer, args.out, args.length)}")
 
 
 if __name__ == "__main__":

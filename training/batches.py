@@ -39,8 +39,7 @@ def tokenize(
             head, body = encode_prompt(tokenizer, prompt), [*tokenizer.encode(completion), eos]
             excess = max(0, len(head) + len(body) - length - 1)
             stats["shortened"] += excess > 0
-            end = len(head) - stop
-            head = head[:begin] + head[min(begin + excess, end) : end] + head[end:]
+            del head[begin : min(begin + excess, len(head) - stop)]
             documents = [(head, body[: length + 1 - len(head)])]
         else:
             documents = ((bos, part) for part in cut_text(completion, tokenizer, length))
@@ -99,17 +98,14 @@ def batches(
     ends = np.append(begins[1:], len(records))
     if (ends - begins).max() > length + 1:
         raise UserError(f"the data was prepared for a longer context than {length}; prepare it again")
-    number = 0
-    for epoch in itertools.count():
-        order = range(len(begins))
-        if seed is not None:
-            order = np.random.default_rng((seed, epoch)).permutation(len(begins))
-        for plan in _pack(order, ends - begins - 1, rows, length):
-            if number >= start and (number - start) % every == 0:
-                yield _fill(records, plan, begins, ends, rows, length)
-            number += 1
-        if seed is None:
-            return
+    count = len(begins)
+    if seed is None:
+        orders = [range(count)]
+    else:
+        orders = (np.random.default_rng((seed, epoch)).permutation(count) for epoch in itertools.count())
+    plans = itertools.chain.from_iterable(_pack(order, ends - begins - 1, rows, length) for order in orders)
+    for plan in itertools.islice(plans, start, None, every):
+        yield _fill(records, plan, begins, ends, rows, length)
 
 
 def _pack(order, sizes, rows: int, length: int) -> Iterator[list[list[int]]]:
@@ -152,13 +148,14 @@ def _fill(records, plan, begins, ends, rows: int, length: int) -> Batch:
 # ---------------------------------------------------------------- prepared files
 
 
-def prepare_file(files: tuple[str, ...], tokenizer: bytes, path: Path, length: int) -> dict:
+def prepare_file(files: tuple[str, ...], tokenizer: bytes, path: Path, length: int) -> str:
     """Writes the files' documents to `path` (.npy), and their tokenizer, length and statistics to a .json
-    file next to it. Returns the statistics."""
+    file next to it. Returns the statistics in words."""
     stats = tokenize(Corpus(files), read_blob(tokenizer), path, length)
     made = {"files": [*map(str, files)], "tokenizer": digest(tokenizer), "length": length}
     write_json(path.with_suffix(".json"), made | stats)
-    return stats
+    tokens = f"{stats['tokens']:,} tokens, {stats['learned']:,} of them learned"
+    return f"{stats['documents']:,} documents, {tokens}; {stats['shortened']:,} documents shortened to fit"
 
 
 def read_prepared(path: Path, tokenizer: bytes, length: int) -> np.ndarray:
@@ -172,9 +169,3 @@ def read_prepared(path: Path, tokenizer: bytes, length: int) -> np.ndarray:
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         unusable = f"{path}: not usable as prepared data ({error})"
         raise UserError(f"{unusable}; delete it, or prepare it anew (tools.prepare)") from None
-
-
-def describe(stats: dict) -> str:
-    """The statistics of `tokenize` in words."""
-    tokens = f"{stats['tokens']:,} tokens, {stats['learned']:,} of them learned"
-    return f"{stats['documents']:,} documents, {tokens}; {stats['shortened']:,} documents shortened to fit"

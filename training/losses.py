@@ -194,25 +194,20 @@ class Exits:
         return self.model.score(self.model.exit_norm(self.state(layer), layer), self.unembed)
 
     def weighted_sum(
-        self, layers: list[int], each: TargetLoss = cross_entropy, weigh: Weigh = shares
+        self, layers: list[int], each: TargetLoss = cross_entropy, weigh: Weigh = shares, compare=False
     ) -> Tensor:
-        """The mean over the targets of `each`, summed over these layers by the weights that `weigh` gives
-        them: a scalar."""
-        self.used.update(layers)
-        return self.sum_of_losses(weigh(layers), each, compare=self.config.classifier)
-
-    def sum_of_losses(
-        self, weights: dict[int, float], each: TargetLoss = cross_entropy, compare: bool = False
-    ) -> Tensor:
-        """The weighted sum of the losses of the layers in `weights`; the loss of a layer is the mean over the
-        N targets of what `each` gives. With `compare` it also notes where each exit agrees with the last
-        layer, for `agreement`.
+        """The sum of the losses of these layers by the weights that `weigh` gives them, a scalar; the loss of
+        a layer is the mean over the N targets of what `each` gives. With `compare`, and where classifiers are
+        trained, it also notes where each exit agrees with the last layer, for `agreement`.
 
         Where there are many logits, those of n = max(FEWEST, CHUNK / V) targets at one layer are computed at
         a time, and again for the backward pass (torch's checkpoint), so that they alone are alive: 4 n V
         bytes each for logits, log-probabilities, their gradient and the last layer's logits. For V = 131,072
         that is 4 x 64 MiB on a CPU and 4 x 128 MiB on a GPU.
         """
+        self.used.update(layers)
+        weights = weigh(layers)
+        compare = compare or self.config.classifier
         model, last, N = self.model, self.last, len(self.targets)
         vocabularies = {layer: self.vocabulary(layer) for layer in weights}
         V = max(len(unembed) for unembed, _ in vocabularies.values())

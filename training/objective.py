@@ -55,11 +55,9 @@ def skipped_layers(config: TrainConfig, n_layers: int, number: int) -> frozenset
     """Layers that micro-batch `number` leaves out: layer l with probability layer_dropout
     (2^((l-1)/(L-1)) - 1), so the first never and the last with layer_dropout (LayerSkip, Eq. 3; there drawn
     for each row by itself, here for all rows, which is simpler)."""
-    if not config.layer_dropout or n_layers == 1:
-        return frozenset()
     draw, skipped = random.Random(f"{config.seed} {number}"), set()
     for layer in range(1, n_layers + 1):
-        chance = config.layer_dropout * (2 ** ((layer - 1) / (n_layers - 1)) - 1)
-        if draw.random() < chance:
+        depth = (layer - 1) / max(1, n_layers - 1)  # 0 for the first, 1 for the last
+        if draw.random() < config.layer_dropout * (2**depth - 1):
             skipped.add(layer)
     return frozenset(skipped)

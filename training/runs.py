@@ -23,7 +23,6 @@ from training.settings import MAY_CHANGE, TrainConfig
 from training.start import Data
 
 REMEDY = "give another --out, or --overwrite"
-Results = dict[str, dict[int, list[float]]]  # validation file -> layer -> [loss, agreement]
 
 
 # ---------------------------------------------------------------- signals, lock, log
@@ -97,7 +96,8 @@ class Run:
         self.outputs = self.checkpoint, self.result_file, self.log_file
         self.settings = {**asdict(config), "accumulate": config.accumulate * processes()[1]}
         self.step = 0
-        self.results: Results = {}  # of the last validation
+        # of the last validation: file -> layer -> [loss, agreement]
+        self.results: dict[str, dict[int, list[float]]] = {}
         self.found = None  # content of the checkpoint
         if is_first():
             check_outputs(self.outputs, [config.init, config.tokenizer])

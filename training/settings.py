@@ -10,6 +10,7 @@ from formats.data import task_file
 from training.losses import LossConfig
 
 INCLUDED = ("translation", "translation", "e2e")  # the default data; translation is seen twice as often
+DATA = tuple(task_file(task, "train") for task in INCLUDED)
 # What may change when a training run goes on from its checkpoint.
 MAY_CHANGE = {"dev", "max_steps", "device", "compile", "recompute", "shard", "validate_every"}
 BATCHES, OPTIMIZATION, SPEED = "batches", "optimization", "speed and memory"  # groups in --help
@@ -19,10 +20,7 @@ BATCHES, OPTIMIZATION, SPEED = "batches", "optimization", "speed and memory"  # 
 class TrainConfig(LossConfig):
     """How to train. One step is one update of the weights."""
 
-    data: tuple[str, ...] = option(
-        tuple(task_file(task, "train") for task in INCLUDED),
-        "training files; one named twice is seen twice as often",
-    )
+    data: tuple[str, ...] = option(DATA, "training files; one named twice is seen twice as often")
     dev: tuple[str, ...] = option(
         (),
         "validation files, each measured by itself; none: those of the included tasks for the default data, "
@@ -59,7 +57,7 @@ class TrainConfig(LossConfig):
         super().__post_init__()
         if not self.data:
             raise UserError("there is nothing to train on; name a file with --data")
-        if not self.dev and self.data == TrainConfig.data:
+        if not self.dev and self.data == DATA:
             dev = tuple(task_file(task, "dev") for task in dict.fromkeys(INCLUDED))
             object.__setattr__(self, "dev", dev)
         if self.dtype is None:

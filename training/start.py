@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import check_input, digest, whole_file
@@ -18,7 +17,7 @@ from formats.heads import HEAD_WEIGHTS
 from formats.tokenizers.files import load_tokenizer
 from formats.tokenizers.pieces import train_tokenizer
 from model import ModelConfig, Transformer, check_exit_layers
-from training.batches import LEARN, START, describe, prepare_file, read_prepared
+from training.batches import LEARN, START, prepare_file, read_prepared
 from training.parallel import tell
 from training.settings import TrainConfig
 
@@ -75,7 +74,7 @@ def prepare_data(files: tuple[str, ...], tokenizer: bytes, folder: Path, length:
         return read_prepared(Path(files[0]), tokenizer, length)
     path = folder / f"{digest(*map(Path, files), tokenizer, length)}.npy"
     if not path.with_suffix(".json").exists():  # written last
-        tqdm.write(f"{', '.join(files)}: {describe(prepare_file(files, tokenizer, path, length))}")
+        tell(f"{', '.join(files)}: {prepare_file(files, tokenizer, path, length)}")
     return read_prepared(path, tokenizer, length)
 
 

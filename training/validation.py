@@ -34,7 +34,7 @@ def validate(model: Transformer, records: np.ndarray, config: TrainConfig) -> di
         N = len(here.targets)
         with autocast(config):
             exits = Exits(model, config, here, model.hidden_states(here.inputs, here.documents), step=0)
-            exits.sum_of_losses(dict.fromkeys(layers, 1.0), compare=True)
+            exits.weighted_sum(layers, compare=True)
         for layer in layers:
             losses[layer] += exits.losses[layer].item() * N
             agreed[layer] += N if layer == exits.last else exits.agreement(layer).sum().item()

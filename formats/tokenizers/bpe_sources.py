@@ -28,8 +28,7 @@ def token_table(ids: dict[str, int], added: dict[str, int]) -> list[bytes | None
     None where no token has an id."""
     table: list[bytes | None] = [None] * (max([*ids.values(), *added.values()], default=-1) + 1)
     for token, id in ids.items():
-        raw = to_bytes(token)
-        table[id] = token.encode() if raw is None else raw
+        table[id] = to_bytes(token) or token.encode()
     for text, id in added.items():
         table[id] = text.encode()
     return table
@@ -47,12 +46,10 @@ def pairs_of(merges: Iterable, ids: dict[str, int]) -> list[tuple[int, int]]:
 # ---------------------------------------------------------------- tokenizer.json
 
 
-def find_bpe(folder: Path) -> BPE | None:
-    """The byte-level BPE tokenizer of a Hugging Face folder, None if it has no tokenizer.json. The ids that
-    end a text are the tokenizer's own in tokenizer_config.json first, then those that end a generation.
-    Raises UserError."""
-    if not (folder / "tokenizer.json").is_file():
-        return None
+def find_bpe(folder: Path) -> BPE:
+    """The byte-level BPE tokenizer of a Hugging Face folder that has a tokenizer.json. The ids that end a
+    text are the tokenizer's own in tokenizer_config.json first, then those that end a generation. Raises
+    UserError."""
     tokenizer = bpe_of_json(folder / "tokenizer.json")
     ends = []
     for name in ("tokenizer_config.json", "generation_config.json", "config.json"):

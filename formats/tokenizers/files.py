@@ -16,11 +16,11 @@ def find_tokenizer(folder: Path) -> bytes | None:
     """The tokenizer of a Hugging Face folder, None if it has none. A sentencepiece model goes before a
     tokenizer.json, which then says the same less exactly. Raises UserError for one that cannot be
     read."""
-    path = folder / "tokenizer.model"
-    if path.is_file():
-        return path.read_bytes()
-    tokenizer = find_bpe(folder)
-    return None if tokenizer is None else tokenizer.to_blob()
+    if (folder / "tokenizer.model").is_file():
+        return (folder / "tokenizer.model").read_bytes()
+    if (folder / "tokenizer.json").is_file():
+        return find_bpe(folder).to_blob()
+    return None
 
 
 def load_tokenizer(path: str | Path) -> bytes:

@@ -14,7 +14,6 @@ import torch
 from cache import KVCache
 from common.errors import run as run_command
 from confidence import resolve
-from decoding.drafting import Drafting, Round
 from decoding.loading import load_checkpoint  # noqa: F401  for users: from decode import generate, load_checkpoint
 from decoding.prediction import Companion, Predictor, check_amateur
 from decoding.record import Counters, Generation, Token
@@ -36,11 +35,11 @@ def plain(run: "Run") -> Iterator[Token]:
         tokens = [token.id]
 
 
-def verified(run: "Run", drafting: Drafting | None = None) -> Iterator[Token]:
+def verified(run: "Run", drafting=None) -> Iterator[Token]:
     """The verified loop: early exit that cannot change the output (speculative decoding of a model by its own
     lower layers). An early token is a *draft*: the next pass goes on from it, but it is not shown. A pass
-    that reaches the top judges all drafts at once. `drafting` chooses the exit layer, the threshold and the
-    number of drafts by measurement.
+    that reaches the top judges all drafts at once. `drafting` (Drafting in decoding/drafting.py) chooses the
+    exit layer, the threshold and the number of drafts by measurement.
 
     This is faster than the full model although every row runs every block in the end, and rows of wrong
     drafts run in vain, so that more FLOPs are spent: at batch size 1 the time goes into reading weights, and
@@ -60,7 +59,7 @@ def verified(run: "Run", drafting: Drafting | None = None) -> Iterator[Token]:
         else:
             settled, kept = run.judge(trace, drafts)
             if drafting:
-                drafting.learn(Round(passes, drafts, settled, kept, run.text), run.predictor, run.counters)
+                drafting.learn(run, passes, drafts, settled, kept)
             run.settle(settled, trace)
             yield from settled
             tokens, drafts, passes = [settled[-1].id], [], []  # the last token has not been read yet
@@ -237,6 +236,8 @@ def stream(
     if not config.verify:
         yield from plain(run)
     elif config.draft == "auto":
+        from decoding.drafting import Drafting  # here, so that `import decode` stays small
+
         yield from verified(run, drafting or Drafting.of(model, config))
     else:
         yield from verified(run)

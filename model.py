@@ -307,8 +307,8 @@ class Transformer(nn.Module):
                 reading = torch.randn(MATRICES[kind] - 1, size, d) * 0.02
                 writing = torch.zeros(1, size, d)  # so that a new adapter changes nothing after the norm
                 self.adapters[str(layer)] = nn.Parameter(torch.cat([reading, writing]))
-        classifiers = {str(layer): torch.zeros(d + 1) for layer in config.classifiers}  # weights and a bias
-        self.classifiers = nn.ParameterDict(classifiers)
+        # The weights and a bias of each:
+        self.classifiers = nn.ParameterDict({str(layer): torch.zeros(d + 1) for layer in config.classifiers})
         self.make_rope()
         self.initialize()
 
@@ -340,10 +340,9 @@ class Transformer(nn.Module):
         Layers in `skipped` hand their input on; with `recompute` the inner states of a block are computed
         again for the gradient instead of kept. Raises UserError for more tokens than the model has
         positions."""
-        if tokens.shape[1] > self.config.max_len:
-            raise UserError(
-                f"{tokens.shape[1]} tokens, but only {self.config.max_len} positions; shorten the text"
-            )
+        T = tokens.shape[1]
+        if T > self.config.max_len:
+            raise UserError(f"{T} tokens, but only {self.config.max_len} positions; shorten the text")
         x, kv = self.embed(tokens), FullPass(documents)
         states = [x]
         for layer, block in enumerate(self.blocks, 1):
@@ -381,8 +380,7 @@ class Transformer(nn.Module):
 
     def exit_norm(self, hidden: Tensor, layer: int) -> Tensor:
         """norm_l(h_l), (.., d): the layer's own norm, after its adapter; the final norm if it has none."""
-        own = layer in self.config.exit_norms
-        gain = self.exit_norms[str(layer)] if own else self.norm
+        gain = self.exit_norms.get(str(layer), self.norm)
         return rms_norm(self.adapted(hidden, layer), gain, self.config.norm_eps)
 
     def adapted(self, hidden: Tensor, layer: int) -> Tensor:

@@ -1,8 +1,6 @@
-"""Settings as dataclasses: each field says what it means, and is read from text as a flag or a file gives
-it."""
+"""Settings as dataclasses: each field says what it means, and which values it may have."""
 
 import dataclasses
-import difflib
 import operator
 import sys
 import types
@@ -19,51 +17,6 @@ def option(default, text: str, group: str = "", rare: bool = False, choices=None
     UserError for a value that is not allowed; `limits` are those of `check_range`."""
     metadata = {"help": text, "group": group, "rare": rare, "choices": choices, "limits": limits}
     return dataclasses.field(default=default, metadata=metadata)
-
-
-def reader(kind) -> Callable[[str], object]:
-    """Text -> a value of `kind`: int, float, str; tuple[kind, ...], separated by commas, empty for the word
-    none; or kind | None, None for the word none."""
-    if not typing.get_args(kind):
-        return kind
-    inner, is_list = reader(typing.get_args(kind)[0]), typing.get_origin(kind) is tuple
-
-    def read(text: str):
-        if text.lower() == "none":
-            return () if is_list else None
-        return tuple(map(inner, text.split(","))) if is_list else inner(text)
-
-    # argparse names it in messages
-    read.__name__ = f"list of {inner.__name__}, separated by commas," if is_list else inner.__name__
-    return read
-
-
-def as_text(value) -> str:
-    """The text from which `reader` reads the value again."""
-    if isinstance(value, (tuple, list)):
-        return ",".join(map(str, value)) or "none"
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-def read_field(config: type, name: str, text: str):
-    """The value of a field of a config from text, as its flag reads it; of a bool, without text, True. Raises
-    UserError."""
-    kinds = typing.get_type_hints(config)
-    field = name.replace("-", "_")
-    if field not in kinds:
-        raise UserError(f"unknown setting {name!r}{did_you_mean(field, kinds)}; see --help-all")
-    try:
-        if kinds[field] is bool:
-            return {"": True, "true": True, "false": False}[text.lower()]
-        return reader(kinds[field])(text)
-    except (ValueError, KeyError):
-        raise UserError(f"{name} cannot be {text!r}") from None
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The known word that is most like this one, as the part of a message; nothing if none is like it."""
-    similar = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 # ---------------------------------------------------------------- choices with numbers: decaying:64:16

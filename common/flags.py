@@ -1,16 +1,18 @@
-"""What the command lines share: flags made from the fields of a config; checkpoint, device, dtype and
-threads."""
+"""What the command lines share: flags made from the fields of a config, and the text of their values;
+checkpoint, device, dtype and threads."""
 
 import argparse
 import dataclasses
+import difflib
 import functools
 import os
 import sys
 import typing
+from collections.abc import Callable, Iterable
 
 import torch
 
-from common.config import as_text, check_choice, check_range, did_you_mean, reader
+from common.config import check_choice, check_range
 from common.errors import UserError
 
 DTYPES = {
@@ -60,6 +62,54 @@ class HelpAll(argparse.Action):
             action.help = getattr(action, "help_all", action.help)
         parser.print_help()
         parser.exit()
+
+
+# ---------------------------------------------------------------- values from text
+
+
+def reader(kind) -> Callable[[str], object]:
+    """Text -> a value of `kind`: int, float, str; tuple[kind, ...], separated by commas, empty for the word
+    none; or kind | None, None for the word none."""
+    if not typing.get_args(kind):
+        return kind
+    inner, is_list = reader(typing.get_args(kind)[0]), typing.get_origin(kind) is tuple
+
+    def read(text: str):
+        if text.lower() == "none":
+            return () if is_list else None
+        return tuple(map(inner, text.split(","))) if is_list else inner(text)
+
+    # argparse names it in messages
+    read.__name__ = f"list of {inner.__name__}, separated by commas," if is_list else inner.__name__
+    return read
+
+
+def as_text(value) -> str:
+    """The text from which `reader` reads the value again."""
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value)) or "none"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def read_field(config: type, name: str, text: str):
+    """The value of a field of a config from text, as its flag reads it; of a bool, without text, True. Raises
+    UserError."""
+    kinds = typing.get_type_hints(config)
+    field = name.replace("-", "_")
+    if field not in kinds:
+        raise UserError(f"unknown setting {name!r}{did_you_mean(field, kinds)}; see --help-all")
+    try:
+        if kinds[field] is bool:
+            return {"": True, "true": True, "false": False}[text.lower()]
+        return reader(kinds[field])(text)
+    except (ValueError, KeyError):
+        raise UserError(f"{name} cannot be {text!r}") from None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The known word that is most like this one, as the part of a message; nothing if none is like it."""
+    similar = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 # ---------------------------------------------------------------- the fields of a config

@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.files import check_outputs, whole_file
 from common.flags import Parser, add_flags, add_model_flags, given, loading, rare
 from decoding.costs import costs_of
-from decoding.display import Screen, difference, speed
+from decoding.display import Screen, difference, in_force, speed
 from decoding.loading import load_checkpoint
 from decoding.page import Page
 from decoding.presets import DEFAULT_CHECKPOINT, defaults_in_help, settings_file, settings_in_force, variants
@@ -37,13 +37,10 @@ ABOUT_COMPARE = (
 )
 ABOUT_HTML = "write a page that compares the run with the full model, token by token and pass by pass"
 ABOUT_STAIRCASE = "print the staircase after every token: 4×13 12×7 is 13 positions in layers 1 to 4, 7 above"
-FLAGS = {"--compare": ("NAMES", ABOUT_COMPARE), "--html": ("FILE", ABOUT_HTML)}
-FLAGS["--thresholds"] = "FILE", "file of settings that eval.py calibrate wrote; flags take precedence"
-RARE = {
-    "--trace": ("FILE", "write one JSON line per token: id, text, exit layer, confidences, time, .."),
-    "--settings": ("FILE", "JSON file of settings (default: named as the checkpoint or --heads, with .json)"),
-    "--amateur": ("CHECKPOINT", "a second, weaker model to contrast with (--predict cd)"),
-}
+ABOUT_THRESHOLDS = "file of settings that eval.py calibrate wrote; flags take precedence"
+ABOUT_TRACE = "write one JSON line per token: id, text, exit layer, confidences, time, .."
+ABOUT_SETTINGS = "JSON file of settings (default: named as the checkpoint or --heads, with .json)"
+ABOUT_AMATEUR = "a second, weaker model to contrast with (--predict cd)"
 
 
 def make_parser() -> Parser:
@@ -53,10 +50,12 @@ def make_parser() -> Parser:
     prompt.add_argument("prompt", nargs="?", help=ABOUT_PROMPT, **how)
     rare(prompt.add_argument("--prompt", help="the same, as a flag", **how))
     parser.add_argument("--chat", action="store_true", help=ABOUT_CHAT)
-    for flag, (metavar, text) in (FLAGS | RARE).items():
-        action = parser.add_argument(flag, metavar=metavar, help=text)
-        if flag in RARE:
-            rare(action)
+    parser.add_argument("--compare", metavar="NAMES", help=ABOUT_COMPARE)
+    parser.add_argument("--html", metavar="FILE", help=ABOUT_HTML)
+    parser.add_argument("--thresholds", metavar="FILE", help=ABOUT_THRESHOLDS)
+    rare(parser.add_argument("--trace", metavar="FILE", help=ABOUT_TRACE))
+    rare(parser.add_argument("--settings", metavar="FILE", help=ABOUT_SETTINGS))
+    rare(parser.add_argument("--amateur", metavar="CHECKPOINT", help=ABOUT_AMATEUR))
     rare(parser.add_argument("--staircase", action="store_true", help=ABOUT_STAIRCASE))
     add_flags(parser, defaults_in_help(sys.argv), "decoding")
     add_model_flags(parser, DEFAULT_CHECKPOINT)
@@ -170,7 +169,7 @@ class Session:
         for run in self.printed:
             if run.config.draft == "auto":
                 costs_of(self.model, run.config)  # measured before a clock runs
-            print(f"settings: {run.config.describe(self.model.config)} ({self.source})", file=sys.stderr)
+            print(f"settings: {in_force(run.config, self.model.config)} ({self.source})", file=sys.stderr)
             yield run
         started = perf_counter()
         for _ in range(TURNS if self.compared else 0):  # in turns, so that a busy moment meets all alike

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from statistics import median
 from typing import TextIO
 
@@ -104,6 +105,26 @@ class Screen:
             lost = recorder.drafted - recorder.accepted
             line += f"; drafts: {recorder.accepted} kept, {lost} rolled back"
         return line
+
+
+def in_force(config: DecodeConfig, shape: ModelConfig) -> str:
+    """The settings that are in force, in a line: confidence, exit layers with their thresholds, and what
+    differs from the defaults."""
+    shown = ["the full model"]
+    if config.confidence is not None:
+        exits = config.exits(shape)
+        layers = ",".join(map(str, exits))
+        values = ",".join(f"{threshold:g}" for threshold in sorted(set(exits.values())))
+        where = f"at layers {layers}, threshold {values}"
+        if config.draft == "auto":
+            where = f"at one of the layers {layers}, as measured"
+        shown = [f"{config.confidence} {where}"]
+    named = {"confidence", "threshold", "layer_thresholds", "exit_layers"}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if each.name not in named and value != each.default:
+            shown.append(each.name if value is True else f"{each.name} {value}")
+    return ", ".join(shown)
 
 
 def figures(recorder: Recorder, n_layers: int, speed: str = "") -> str:

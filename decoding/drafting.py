@@ -21,8 +21,8 @@ import numpy as np
 from torch import Tensor
 
 from decoding.costs import Costs, costs_of
-from decoding.prediction import Predictor, distribution, penalize
-from decoding.record import Counters, Token
+from decoding.prediction import distribution, penalize
+from decoding.record import Token
 from decoding.settings import DecodeConfig
 from decoding.trace import Trace
 from model import Transformer
@@ -50,26 +50,6 @@ class Plan:
     pace: float
 
 
-@dataclass
-class Round:
-    """What a verified round has left: from the first pass after a judgement to the next judgement."""
-
-    passes: list[Trace]  # the last one went to the top
-    drafts: list[Token]
-    settled: list[Token]  # the drafts kept, then the full model's own token
-    kept: int
-    text: list[int]  # with the settled tokens
-
-    def states(self, number: int) -> list[Tensor]:
-        """h_0 .. h_L, (1, 1, d) each, of a position of the round, counted from 0: up to the layer that its
-        own pass reached from that pass, above from the last pass, whose LM head took a row for every
-        position."""
-        own, deep = self.passes[number], self.passes[-1]
-        row = number - len(deep.final)  # counted from the end
-        above = [state[:, row, None] for state in deep.hidden[len(own.hidden) :]]
-        return [state[:, -1:] for state in own.hidden] + above
-
-
 class Drafting:
     """What has been learned, and the plan that follows from it. It may go on from text to text of one kind,
     under one setting: what it does follows from the costs and from the texts alone."""
@@ -80,13 +60,12 @@ class Drafting:
         self.agreed = np.zeros((len(self.layers), BINS))  # how often the full model agreed there
         self.full = Plan(0, 1.0, 0, pace=costs.layers * costs.block[1] + costs.top[1])
         certain = np.full((len(self.layers), BINS), 1e9)
-        paces = expected_paces(costs, certain, certain)
-        self.ideal = paces.min((1, 2))  # (E,) seconds per token if all drafts were kept
+        # Seconds per token if all drafts were kept, (E,):
+        self.ideal = expected_paces(costs, certain, certain).min((1, 2))
         self.plan = self.full
         self.news = 0  # observations since the plan was made
         self.spent = 0.0  # seconds of decoding, by the table of costs
         self.explored = 0.0  # seconds that exploring has added to them
-        self.exploring = self.affordable()  # whether the other exits are checked at the end of this round
 
     @classmethod
     def of(cls, model: Transformer, config: DecodeConfig) -> "Drafting":
@@ -100,25 +79,26 @@ class Drafting:
             return {}
         return {self.plan.layer: self.plan.threshold}
 
-    def learn(self, done: Round, predictor: Predictor, counters: Counters) -> None:
-        """Learns from a round that has been judged."""
-        deep = done.passes[-1]
-        first = len(done.text) - len(done.settled)  # where the tokens of the round begin in the text
-        for number, draft in enumerate(done.drafts[: done.kept + 1]):  # those after a wrong one tell nothing
-            self.observe(self.plan.layer, draft.confidences[self.plan.layer], float(number < done.kept))
+    def learn(self, run, passes: list[Trace], drafts: list[Token], settled: list[Token], kept: int) -> None:
+        """Learns from a round of a run (Run in decode.py) that has been judged: from its passes, the last of
+        which went to the top, its drafts, and the tokens that it settled: the `kept` drafts, then the full
+        model's own. The run's text ends with these."""
+        deep = passes[-1]
+        first = len(run.text) - len(settled)  # where the tokens of the round begin in the text
+        for number, draft in enumerate(drafts[: kept + 1]):  # those after a wrong one tell nothing
+            self.observe(self.plan.layer, draft.confidences[self.plan.layer], float(number < kept))
         known = sum(deep.flops.values())
-        if done.kept == len(done.drafts):  # then the last pass was about a token of the text, too
+        if kept == len(drafts):  # then the last pass was about a token of the text, too
             for layer, confidence in deep.confidences.items():
-                agreed = agreement(predictor, done.text, deep, layer, deep.final[-1], first + done.kept)
+                agreed = agreement(run.config, run.text, deep, layer, deep.final[-1], first + kept)
                 self.observe(layer, confidence, agreed)
-        counters.confidence_flops += sum(deep.flops.values()) - known  # of functions that read no head
-        self.spent += len(done.settled) * self.plan.pace
-        if self.exploring:
-            for number in range(min(done.kept + 1, len(deep.final))):
-                self.explore(done, number, predictor, counters)
+        run.counters.confidence_flops += sum(deep.flops.values()) - known  # of functions that read no head
+        if self.affordable():
+            for number in range(min(kept + 1, len(deep.final))):
+                self.explore(run, passes, number, first + number)
+        self.spent += len(settled) * self.plan.pace
         if self.news >= RENEWAL:
             self.plan, self.news = self.best(), 0
-        self.exploring = self.affordable()
 
     def affordable(self) -> bool:
         """Whether exploring one position keeps within what may be spent on it."""
@@ -130,17 +110,17 @@ class Drafting:
         better = [layer for layer, ideal in zip(self.layers, self.ideal) if ideal < self.plan.pace]
         return [layer for layer in better if layer != self.plan.layer]
 
-    def explore(self, done: Round, number: int, predictor: Predictor, counters: Counters) -> None:
-        """Checks the confidence of every rival at one position of a round, counted from 0."""
-        deep, at = done.passes[-1], len(done.text) - len(done.settled) + number
-        states = done.states(number)
+    def explore(self, run, passes: list[Trace], number: int, at: int) -> None:
+        """Checks the confidence of every rival at position `number` of a round, counted from 0, whose token
+        has the place `at` in the text."""
+        deep, states = passes[-1], states_of(passes, number)
         for layer in self.rivals():
             trace = deep.checked_at(states[: layer + 1])
-            agreed = agreement(predictor, done.text, trace, layer, deep.final[number], at)
+            agreed = agreement(run.config, run.text, trace, layer, deep.final[number], at)
             self.observe(layer, trace.confidences[layer], agreed)
             self.explored += self.costs.check[layer]
-            counters.head_flops += sum(trace.flops.values())
-            counters.confidence_flops += sum(trace.flops.values())
+            run.counters.head_flops += sum(trace.flops.values())
+            run.counters.confidence_flops += sum(trace.flops.values())
 
     def observe(self, layer: int, confidence: float, agreed: float) -> None:
         """Takes in what one exit said, and the chance that the full model keeps it."""
@@ -202,12 +182,21 @@ def by_rows(costs: dict[int, float]) -> np.ndarray:
     return np.interp(np.arange(1, DRAFTS + 2), list(costs), list(costs.values()))
 
 
+def states_of(passes: list[Trace], number: int) -> list[Tensor]:
+    """h_0 .. h_L, (1, 1, d) each, of a position of a round, counted from 0: up to the layer that its own pass
+    reached from that pass, above from the last pass, whose LM head took a row for every position."""
+    own, deep = passes[number], passes[-1]
+    row = number - len(deep.final)  # counted from the end
+    above = [state[:, row, None] for state in deep.hidden[len(own.hidden) :]]
+    return [state[:, -1:] for state in own.hidden] + above
+
+
 def agreement(
-    predictor: Predictor, text: list[int], trace: Trace, layer: int, final: Tensor, at: int
+    config: DecodeConfig, text: list[int], trace: Trace, layer: int, final: Tensor, at: int
 ) -> float:
     """The probability that the full model keeps the draft of the exit at `layer` for place `at` of the text:
     0 or 1; if it is sampled, the sum of min(p, q) (Leviathan 2023). final: the full model's logits (V,)."""
-    config, seen = predictor.config, text[:at]
+    seen = text[:at]
     drafted = penalize(trace.logits(layer), seen, config.repetition_penalty, trace.candidates)
     if config.temperature == 0:
         return float(int(trace.token(drafted.argmax())) == text[at])

@@ -13,7 +13,7 @@ import torch
 
 from common.files import whole_file
 from confidence import jensen_shannon
-from decoding.display import figures, layer_colour, piece, pieces
+from decoding.display import figures, in_force, layer_colour, piece, pieces
 from decoding.record import first_difference
 from decoding.replay import Emitted, Recorder
 from decoding.settings import DecodeConfig
@@ -37,11 +37,9 @@ class Page:
         Recorder of each run by name; the first run is the full model's. `references` are right answers;
         `speeds` say in words how fast each run is, if that was measured."""
         rows, texts = [], [[token.id for token in recorder.settled] for _, recorder in runs.values()]
-        for (name, (config, recorder)), text in zip(runs.items(), texts):
-            difference = first_difference(text, texts[0])
-            rows.append(self.run(name, config, recorder, prompt) | {"difference": difference})
-        for row, speed in zip(rows, speeds):
-            row["speed"] = speed
+        for (name, (config, recorder)), text, speed in zip(runs.items(), texts, speeds or [""] * len(runs)):
+            compared = {"difference": first_difference(text, texts[0]), "speed": speed}
+            rows.append(self.run(name, config, recorder, prompt) | compared)
         self.inputs.append({"title": title, "prompt": prompt, "runs": rows, "references": list(references)})
         self.shown.update(prompt)
 
@@ -49,9 +47,8 @@ class Page:
         """One run."""
         return {
             "name": name,
-            "settings": config.describe(self.model.config),
+            "settings": in_force(config, self.model.config),
             "figures": figures(recorder, self.model.config.n_layers),
-            "speed": "",
             "verify": config.verify,
             "copied": config.fill == "copy",
             "temperature": config.temperature,

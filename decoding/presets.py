@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from common.config import as_text, did_you_mean, read_field
 from common.errors import UserError
 from common.files import check_input, read_json
+from common.flags import as_text, did_you_mean, read_field
 from confidence import FUNCTIONS
 from decoding.settings import AUTO_CHOOSES, DecodeConfig
 
@@ -138,9 +138,7 @@ def variants(words: str, base: DecodeConfig, named: dict[str, DecodeConfig] | No
         first, *changes = name.strip().split("+")
         texts = dict(change.partition("=")[::2] for change in changes)  # field -> its value, as text
         checkpoint = texts.pop("checkpoint", None)
-        fields = {}
-        for field, text in texts.items():
-            fields[field.replace("-", "_")] = read_field(DecodeConfig, field, text)
+        fields = read_fields(texts)
         start = first_configuration(first, base, named or {})
         found[name.strip()] = Variant(name.strip(), override(start, fields), checkpoint)
     return list(found.values())
@@ -170,7 +168,12 @@ def name_of(fields: dict) -> str:
     return name
 
 
-# ---------------------------------------------------------------- from JSON
+# ---------------------------------------------------------------- from text and JSON
+
+
+def read_fields(texts: dict[str, str]) -> dict:
+    """Fields of DecodeConfig from text, each as its flag would read it. Raises UserError."""
+    return {name.replace("-", "_"): read_field(DecodeConfig, name, text) for name, text in texts.items()}
 
 
 def fields_of(content: dict, path: str | Path, what: str) -> dict:
@@ -180,9 +183,7 @@ def fields_of(content: dict, path: str | Path, what: str) -> dict:
     try:
         if not isinstance(content, dict):
             raise UserError(f"settings must be fields and values, not {content!r:.40}")
-        fields = {}
-        for name, value in content.items():
-            fields[name.replace("-", "_")] = read_field(DecodeConfig, name, as_text(value))
+        fields = read_fields({name: as_text(value) for name, value in content.items()})
         confidence = fields.get("confidence")
         if confidence is not None and confidence not in FUNCTIONS:
             remedy = "a function of your own is named by the flag --confidence alone"

@@ -1,6 +1,6 @@
 """How to decode: every setting, with its range, each also a flag of decode.py and eval.py."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from common.config import check_limits, option
 from common.errors import UserError
@@ -92,12 +92,11 @@ class DecodeConfig:
         if len(prompt) >= shape.max_len:
             room = f"this model has {shape.max_len} positions"
             raise UserError(f"the prompt has {len(prompt)} tokens, and {room}; shorten it")
+        last = shape.vocab_size - 1
         for token in (*prompt, *self.stop_tokens):
-            if not 0 <= token < shape.vocab_size:
+            if not 0 <= token <= last:
                 where = "the prompt" if token in prompt else "stop_tokens"
-                raise UserError(
-                    f"{where} has the id {token}; this model's lie in 0 to {shape.vocab_size - 1}"
-                )
+                raise UserError(f"{where} has the id {token}; this model's lie in 0 to {last}")
 
     def exits(self, shape: ModelConfig) -> dict[int, float]:
         """The layers at which this model may exit, with their thresholds. Raises UserError for one that it
@@ -128,22 +127,3 @@ class DecodeConfig:
         kept = ("max_new_tokens", "stop_tokens", "predict", "repetition_penalty")
         kept += ("temperature", "top_k", "top_p", "seed")
         return DecodeConfig(**{name: getattr(self, name) for name in kept})
-
-    def describe(self, shape: ModelConfig) -> str:
-        """What is in force, in a line: confidence, exit layers with their thresholds, and what differs from
-        the defaults."""
-        shown = ["the full model"]
-        if self.confidence is not None:
-            exits = self.exits(shape)
-            layers = ",".join(map(str, exits))
-            values = ",".join(f"{threshold:g}" for threshold in sorted(set(exits.values())))
-            where = f"at layers {layers}, threshold {values}"
-            if self.draft == "auto":
-                where = f"at one of the layers {layers}, as measured"
-            shown = [f"{self.confidence} {where}"]
-        named = {"confidence", "threshold", "layer_thresholds", "exit_layers"}
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if each.name not in named and value != each.default:
-                shown.append(each.name if value is True else f"{each.name} {value}")
-        return ", ".join(shown)

@@ -53,13 +53,11 @@ class Adaptive(Constant):
     numbers = (Number("TARGET", 0.9, {"above": 0, "most": 0.999}, float),)
     learns = True
     GRID = torch.arange(99, 4, -1) / 100  # the thresholds that it may choose; 1 would never be reached
-    # Pseudo-observations that disagreed and agreed, for a fit from the start:
-    PRIOR = ((0.1, 0.5), (0.6, 0.9))
 
     def __init__(self, thresholds: dict[int, float], target: float = 0.9):
         super().__init__(thresholds)
         self.target = target
-        self.disagreed, self.agreed = map(list, self.PRIOR)
+        self.disagreed, self.agreed = [0.1, 0.5], [0.6, 0.9]  # pseudo-observations, for a fit from the start
         self.held: list[tuple[float | None, int]] = []
 
     def hold(self, confidence: float | None, guess: int) -> None:

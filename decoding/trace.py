@@ -8,12 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-from common.config import read_choice
 from common.errors import UserError
 from confidence import read_pruning
 from decoding.settings import DecodeConfig
 from decoding.shortlist import Shortlist
-from model import ADAPTERS, MATRICES, ModelConfig, Transformer
+from model import Transformer
 
 ROUNDING = 1e-4  # how far rounding may take a confidence out of [0, 1]
 
@@ -101,7 +100,7 @@ class Trace:
             parts = [self.model.score(rows, weight) for weight in self._weights]
             logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # (m, n)
             self._logits.update(zip(missing, logits.unbind()))
-            self.flops.update({layer: head_flops(self.model.config, layer, self.n) for layer in missing})
+            self.flops.update({layer: head_flops(self.model, layer, self.n) for layer in missing})
         return [self._logits[layer] for layer in layers]
 
     def token(self, index: int | Tensor) -> int | Tensor:
@@ -150,11 +149,10 @@ def checked_confidence(function, trace: Trace) -> float:
     return confidence
 
 
-def head_flops(config: ModelConfig, layer: int, n: int) -> int:
+def head_flops(model: Transformer, layer: int, n: int) -> int:
     """Floating-point operations of one row's head over n tokens, multiply-adds counted twice: those of the
     unembedding, and of the layer's adapter if it has one."""
-    weights = config.d_model * n
-    if config.adapter and layer in config.exit_norms:
-        kind, (size,) = read_choice("adapter", config.adapter, ADAPTERS)
-        weights += MATRICES[kind] * size * config.d_model
+    weights = model.config.d_model * n
+    if str(layer) in model.adapters:
+        weights += model.adapters[str(layer)].numel()
     return 2 * weights

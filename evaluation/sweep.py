@@ -8,11 +8,11 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, pstdev
 
-from common.config import as_text, read_field
 from common.errors import UserError
 from common.files import digest, read_json, write_json
+from common.flags import as_text
 from confidence import FUNCTIONS, resolve
-from decoding.presets import override
+from decoding.presets import override, read_fields
 from decoding.settings import DecodeConfig
 from evaluation.configurations import own_config
 from evaluation.figures import best_rows, evaluate
@@ -41,8 +41,7 @@ def combinations(setup: Setup, task: Task) -> dict[str, Configuration]:
     configurations = {}
     for texts in product(*swept.values()):
         picks = dict(zip(swept, texts))
-        fields = {field: read_field(DecodeConfig, field, text) for field, text in picks.items()}
-        decode = override(base, fields)
+        decode = override(base, read_fields(picks))
         decode.exits(setup.model.config)
         name = " ".join(f"{field}={text}" for field, text in picks.items())
         configurations[name] = Configuration(decode, setup.model)

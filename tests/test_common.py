@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from common import flags
-from common.config import Number, as_text, check_limits, forms, option, read_choice, read_field, reader
+from common.config import Number, check_limits, forms, option, read_choice
 from common.errors import UserError, run
 from common.files import check_input, read_json, whole_file
-from common.flags import Parser, add_flags, add_model_flags, loading
+from common.flags import Parser, add_flags, add_model_flags, as_text, loading, read_field, reader
 from common.plugins import find_function
 
 HERE = Path(__file__).parent.parent

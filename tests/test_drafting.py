@@ -185,7 +185,7 @@ def test_sampled_agreement_is_the_chance_to_be_kept(tiny_model):
     with torch.inference_mode():
         trace, _ = run.advance(PROMPT, {})
         alone = trace.checked_at([state[:, -1:] for state in trace.hidden[:3]])
-        said = module.agreement(run.predictor, [*PROMPT, 5], alone, 2, trace.final[-1], len(PROMPT))
+        said = module.agreement(run.config, [*PROMPT, 5], alone, 2, trace.final[-1], len(PROMPT))
     listed = alone.candidates.numpy()
     p = np.exp(trace.final[-1].double().numpy() / 0.8)
     q = np.exp(model.head(trace.state(2)).double().numpy() / 0.8)

@@ -9,8 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from cache import KVCache
-from common.config import read_field
 from common.errors import UserError
+from common.flags import read_field
 from decode import run_pass
 from decoding.record import block_flops
 from decoding.settings import DecodeConfig
@@ -180,7 +180,7 @@ def test_an_adapter_changes_what_its_norm_reads_begins_as_nothing_and_counts(tin
     assert_close(model.adapted(hidden, 2).double().numpy(), moved, rtol=1e-4, atol=1e-4)
     expected = moved / np.sqrt((moved**2).mean(-1, keepdims=True) + 1e-6) * model.exit_norms["2"].numpy()
     assert_close(model.exit_norm(hidden, 2).double().numpy(), expected, rtol=1e-4, atol=1e-4)
-    assert head_flops(model.config, 2, 50) - head_flops(model.config, 4, 50) == 2 * matrices * 32
+    assert head_flops(model, 2, 50) - head_flops(model, 4, 50) == 2 * matrices * 32
     fresh = Transformer(replace(model.config, classifiers=()))
     assert_close(fresh.exit_norm(hidden, 2), fresh.exit_norm(hidden, 5), rtol=1e-5, atol=1e-6)
     assert all(part.abs().sum() > 0 for part in fresh.adapters["2"][:-1])  # so that there is something to train

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 import decode
-from common.config import read_field
 from common.errors import UserError
-from common.flags import given
+from common.flags import given, read_field
 from decode import generate
 from decoding.command import make_parser
 from decoding.presets import COMMAND, defaults_in_help, name_of, read_thresholds, settings_in_force, variants

@@ -22,7 +22,7 @@ import torch
 from torch.testing import assert_close
 
 import train
-from common.config import as_text
+from common.flags import as_text
 from confidence import classifier_logit
 from decode import load_checkpoint
 from decoding.fast_weights import Int8Matrix

@@ -19,7 +19,7 @@ from model import ModelConfig
 # Positions that a model keeps unless --max-len is more: the rotary table takes memory for each.
 MAX_LEN = 8192
 
-# What a config.json may leave out, by model_type (the defaults of transformers' configuration classes).
+# A config.json may leave out what has a default in transformers. These are the defaults, by model_type.
 LLAMA = {
     "rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048, "tie_word_embeddings": False,
     "eos_token_id": 2,

@@ -85,8 +85,8 @@ def print_checks(model: Transformer, shortlist: int | None, tokens: int, repeat:
             check = replace(never, shortlist=size)
             runs[f"{name}, {ids}"] = Configuration(check, model)
             runs[f"{name}, {ids}, pruned"] = Configuration(replace(check, prune="fixed:64"), model)
-    measured = run_in_turns(runs, [[5] * PROMPT] * repeat, 1, "checks")
-    times = {name: median(row.seconds) for name, row in measured.items()}
+    measured = run_in_turns(runs, [[5] * PROMPT], repeat, "checks")
+    times = {name: row.seconds[0] for name, row in measured.items()}
     whole = times.pop("full")
     print(f"full depth: {tokens / whole:.0f} tokens/s, {1e6 * whole / tokens:.0f} µs a token")
     print(f"checks after layers {','.join(map(str, layers))}, none of which lets a token exit:")

@@ -22,7 +22,7 @@ class Task:
     name: str
     metrics: dict[str, str]  # by score, its name in metrics.METRICS; the first is the one to keep
     file: str  # "{}" stands for dev or test
-    template: str = "{}"  # of a prompt, if the tokenizer has no separator; ends where the answer begins
+    template: str = data.LINE  # of a prompt, if the tokenizer has no separator; ends where the answer begins
     one_line: bool = True  # the answer of such a model ends with its line
     max_new_tokens: int = 100
     openings: bool = False  # prompts are the first words of a text's paragraphs
@@ -36,12 +36,12 @@ class Task:
         if tokenizer.separator is not None and not self.shots:
             return prompt
         solved = [f"{shot}{answer}\n\n" for shot, answer in self.shots]
-        return "".join(solved) + self.template.format(prompt)
+        return "".join(solved) + data.in_template(prompt, self.template)
 
     def turns(self, prompt: str) -> list[tuple[str, str]]:
         """Returns the prompt as the last turn of a chat."""
         shots = [(shot.strip(), answer) for shot, answer in self.shots]
-        return conversation(self.template.format(prompt).strip(), shots)
+        return conversation(data.in_template(prompt, self.template).strip(), shots)
 
     def encode(self, prompt: str, tokenizer, room: int) -> tuple[list[int], bool]:
         """Returns the token ids of a prompt, and whether it was truncated on the left to fit `room` tokens.
@@ -81,7 +81,7 @@ class Task:
 
     def with_shots(self, examples: list[Example]) -> "Task":
         """Returns the same task with solved examples before every prompt."""
-        solved = [(self.template.format(each.prompt), each.references[0]) for each in examples]
+        solved = [(data.in_template(each.prompt, self.template), each.references[0]) for each in examples]
         return replace(self, shots=tuple(solved))
 
 
@@ -90,14 +90,14 @@ SUMMARY = {name: f"{name}_stem" for name in ("rougeL", "rouge1", "rouge2")}
 TRANSLATION = {"bleu": "bleu", "rougeL": "rougeL_coco"}
 DESCRIPTION = {"bleu": "bleu_lower", "rougeL": "rougeL_coco"}
 TASKS = {
-    "translation": Task("translation", TRANSLATION, data.FILES["translation"], "German: {}\nEnglish:\n"),
-    "e2e": Task("e2e", DESCRIPTION, data.FILES["e2e"], "Facts: {}\nSentence:\n"),
+    "translation": Task("translation", TRANSLATION, data.FILES["translation"], data.TEMPLATES[".tsv"]),
+    "e2e": Task("e2e", DESCRIPTION, data.FILES["e2e"], data.TEMPLATES[".csv"]),
     "fairytaleqa": Task("fairytaleqa", QA, data.FILES["fairytaleqa"], max_new_tokens=30),
-    "stories": Task("stories", {}, data.FILES["stories"], one_line=False, max_new_tokens=100, openings=True),
+    "stories": Task("stories", {}, data.FILES["stories"], "{}", one_line=False, openings=True),
     "squad": Task("squad", QA, "", max_new_tokens=30),
     "samsum": Task("samsum", SUMMARY, "", max_new_tokens=60),
-    "file": Task("file", {"rougeL": "rougeL", "bleu": "bleu"}, "", "{}\n"),
-    "answers": Task("answers", {"f1": "f1", "exact_match": "exact_match"}, "", "{}\n", max_new_tokens=30),
+    "file": Task("file", {"rougeL": "rougeL", "bleu": "bleu"}, ""),
+    "answers": Task("answers", {"f1": "f1", "exact_match": "exact_match"}, "", max_new_tokens=30),
 }
 
 

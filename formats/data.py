@@ -21,6 +21,9 @@ FILES = {
     "translation": "data/translation/{}.tsv.xz", "e2e": "data/e2e/{}.csv.xz",
     "fairytaleqa": "data/fairytaleqa/{}.jsonl.xz", "stories": "data/stories/{}.jsonl.xz",
 }  # fmt: skip
+# Without a separator, the template of a prompt shows where the answer begins; by the kind of the file:
+TEMPLATES = {".csv": "Facts: {}\nSentence:\n", ".tsv": "German: {}\nEnglish:\n"}  # E2E, translation
+LINE = "{}\n"  # of all others
 SUMMARY = "{dialogue}\nSummary:\n"  # the prompts of SAMSum
 QUESTION = "{context}\nQuestion: {question}\nAnswer:\n"  # and of SQuAD and FairytaleQA
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a letter, or what stands for a byte that is not UTF-8
@@ -67,15 +70,13 @@ def read_pairs(path: str | Path, skipped: list[str] | None = None) -> Iterator[t
     over. Raises UserError naming the file, and the line where there is one, for what is malformed, not UTF-8,
     or empty; given a list, notes malformed lines there instead, and skips them."""
     check_input(path, "no such data file")
-    inner = Path(path)
-    if inner.suffix in (".xz", ".gz"):
-        inner = inner.with_suffix("")
-    if inner.suffix not in READERS:
+    kind = ending(path)
+    if kind not in READERS:
         endings = f"{', '.join(READERS)} (then .xz or .gz if compressed)"
         raise UserError(f"{path}: unknown kind of data file; its name must end in {endings}")
     count = 0
-    with open_text(path) as file, reading(path, f"damaged, or not in a known layout of {inner.suffix} files"):
-        for found in READERS[inner.suffix](file, path):
+    with open_text(path) as file, reading(path, f"damaged, or not in a known layout of {kind} files"):
+        for found in READERS[kind](file, path):
             if not isinstance(found, UserError):
                 count += 1
                 yield found
@@ -85,6 +86,17 @@ def read_pairs(path: str | Path, skipped: list[str] | None = None) -> Iterator[t
                 skipped.append(str(found))
     if not count:
         raise UserError(f"{path}: holds no data")
+
+
+def ending(path: str | Path) -> str:
+    """The ending that names the kind of a data file, such as ".csv" of "train.csv.xz"."""
+    path = Path(path)
+    return path.with_suffix("").suffix if path.suffix in (".xz", ".gz") else path.suffix
+
+
+def in_template(prompt: str, template: str) -> str:
+    """The prompt as a model without a separator gets it, in training and in evaluation."""
+    return template.format(prompt.removesuffix("\n"))
 
 
 def _pair(where: str, prompt, completion, plain: bool = False) -> Found:
@@ -207,13 +219,19 @@ def is_unanswerable(row: dict) -> bool:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The pairs of some files, which can be read any number of times."""
+    """The pairs of some files, which can be read any number of times; with `templates`, prompts are in
+    theirs."""
 
     files: tuple[str, ...]
+    templates: bool = False
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         for file in self.files:
-            yield from read_pairs(file)
+            template = TEMPLATES.get(ending(file), LINE)
+            for prompt, completion in read_pairs(file):
+                if prompt and self.templates:  # a plain text has no prompt
+                    prompt = in_template(prompt, template)
+                yield prompt, completion
 
 
 def read_examples(path: str | Path, skipped: list[str] | None = None) -> list[Example]:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from decode import generate
@@ -13,6 +14,7 @@ from formats.data import Example, read_pairs, task_file
 from formats.tokenizers.bpe import BPE
 from formats.tokenizers.pieces import train_tokenizer
 from formats.tokenizers.tokenizer import SentencePiece
+from training.batches import LEARN, prepare_file
 
 
 def tokenizer_of(pairs) -> SentencePiece:
@@ -34,6 +36,30 @@ def test_a_template_is_for_models_without_a_separator(with_separator, without):
     assert task.text("Guten Tag.", with_separator) == "Guten Tag."
     assert task.text("Guten Tag.", without) == "German: Guten Tag.\nEnglish:\n"
     assert find_task("fairytaleqa").text("story\nQuestion: q?\nAnswer:\n", without) == "story\nQuestion: q?\nAnswer:\n"
+
+
+@pytest.mark.parametrize("kind", ["with_separator", "without"])
+@pytest.mark.parametrize(
+    ("task", "file", "text"),
+    [
+        ("translation", "a.tsv", "Guten Tag\tGood day"),
+        ("e2e", "a.csv", "mr,ref\nname[A],A is here"),
+        ("file", "a.jsonl", '{"prompt": "eins", "completion": "one"}'),
+        ("file", "a.jsonl", '{"prompt": "eins\\n", "completion": "one"}'),
+        ("samsum", "a.jsonl", '{"dialogue": "A: Ja?", "summary": "A asks."}'),
+        ("squad", "a.jsonl", '{"context": "Ja.", "question": "Ja?", "answers": ["ja"]}'),
+    ],
+)
+def test_training_and_evaluation_give_the_model_the_same_prompt(task, file, text, kind, request, tmp_path):
+    tokenizer = request.getfixturevalue(kind)
+    (tmp_path / file).write_text(text)
+    found = find_task(f"{task}={tmp_path / file}")
+    (example,) = read_task(found, "test")
+    prompt, _ = found.encode(example.prompt, tokenizer, 99)
+    prepare_file((str(tmp_path / file),), tokenizer.blob, tmp_path / "a.npy", 99)
+    records = np.load(tmp_path / "a.npy")
+    assert [*records["token"][: len(prompt)]] == prompt
+    assert list(np.flatnonzero(records["flags"] & LEARN)) == list(range(len(prompt), len(records)))
 
 
 def test_solved_examples_come_before_every_prompt(without):

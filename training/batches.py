@@ -151,7 +151,8 @@ def _fill(records, plan, begins, ends, rows: int, length: int) -> Batch:
 def prepare_file(files: tuple[str, ...], tokenizer: bytes, path: Path, length: int) -> str:
     """Writes the files' documents to `path` (.npy), and their tokenizer, length and statistics to a .json
     file next to it. Returns the statistics in words."""
-    stats = tokenize(Corpus(files), read_blob(tokenizer), path, length)
+    reader = read_blob(tokenizer)
+    stats = tokenize(Corpus(files, templates=reader.separator is None), reader, path, length)
     made = {"files": [*map(str, files)], "tokenizer": digest(tokenizer), "length": length}
     write_json(path.with_suffix(".json"), made | stats)
     tokens = f"{stats['tokens']:,} tokens, {stats['learned']:,} of them learned"

@@ -219,8 +219,8 @@ def is_unanswerable(row: dict) -> bool:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The pairs of some files, which can be read any number of times; with `templates`, prompts are in
-    theirs."""
+    """The pairs of some files, which can be read any number of times. With `templates`, every prompt is put
+    into the template of its kind of file."""
 
     files: tuple[str, ...]
     templates: bool = False

@@ -22,12 +22,16 @@ class Task:
     name: str
     metrics: dict[str, str]  # by score, its name in metrics.METRICS; the first is the one to keep
     file: str  # "{}" stands for dev or test
-    template: str = data.LINE  # of a prompt, if the tokenizer has no separator; ends where the answer begins
     one_line: bool = True  # the answer of such a model ends with its line
     max_new_tokens: int = 100
     openings: bool = False  # prompts are the first words of a text's paragraphs
     shots: tuple[tuple[str, str], ...] = ()  # solved examples: the prompt in the template, and the answer
     chat: Chat | None = None  # prompts, and shots before them, are turns in a chat
+
+    @property
+    def template(self) -> str:
+        """The template of a prompt if the tokenizer has no separator; it ends where the answer begins."""
+        return "{}" if self.openings else data.template_of(self.file)
 
     def text(self, prompt: str, tokenizer) -> str:
         """Returns the prompt as the model gets it."""
@@ -90,10 +94,10 @@ SUMMARY = {name: f"{name}_stem" for name in ("rougeL", "rouge1", "rouge2")}
 TRANSLATION = {"bleu": "bleu", "rougeL": "rougeL_coco"}
 DESCRIPTION = {"bleu": "bleu_lower", "rougeL": "rougeL_coco"}
 TASKS = {
-    "translation": Task("translation", TRANSLATION, data.FILES["translation"], data.TEMPLATES[".tsv"]),
-    "e2e": Task("e2e", DESCRIPTION, data.FILES["e2e"], data.TEMPLATES[".csv"]),
+    "translation": Task("translation", TRANSLATION, data.FILES["translation"]),
+    "e2e": Task("e2e", DESCRIPTION, data.FILES["e2e"]),
     "fairytaleqa": Task("fairytaleqa", QA, data.FILES["fairytaleqa"], max_new_tokens=30),
-    "stories": Task("stories", {}, data.FILES["stories"], "{}", one_line=False, openings=True),
+    "stories": Task("stories", {}, data.FILES["stories"], one_line=False, openings=True),
     "squad": Task("squad", QA, "", max_new_tokens=30),
     "samsum": Task("samsum", SUMMARY, "", max_new_tokens=60),
     "file": Task("file", {"rougeL": "rougeL", "bleu": "bleu"}, ""),

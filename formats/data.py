@@ -94,8 +94,13 @@ def ending(path: str | Path) -> str:
     return path.with_suffix("").suffix if path.suffix in (".xz", ".gz") else path.suffix
 
 
+def template_of(file: str | Path) -> str:
+    """The template of a file's prompts for models without a separator, in training and in evaluation."""
+    return TEMPLATES.get(ending(file), LINE)
+
+
 def in_template(prompt: str, template: str) -> str:
-    """The prompt as a model without a separator gets it, in training and in evaluation."""
+    """The prompt as a model without a separator gets it."""
     return template.format(prompt.removesuffix("\n"))
 
 
@@ -227,7 +232,7 @@ class Corpus:
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         for file in self.files:
-            template = TEMPLATES.get(ending(file), LINE)
+            template = template_of(file)
             for prompt, completion in read_pairs(file):
                 if prompt and self.templates:  # a plain text has no prompt
                     prompt = in_template(prompt, template)

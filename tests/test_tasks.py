@@ -45,6 +45,8 @@ def test_a_template_is_for_models_without_a_separator(with_separator, without):
         ("translation", "a.tsv", "Guten Tag\tGood day"),
         ("e2e", "a.csv", "mr,ref\nname[A],A is here"),
         ("file", "a.jsonl", '{"prompt": "eins", "completion": "one"}'),
+        ("file", "a.tsv", "eins\tone"),
+        ("e2e", "a.jsonl", '{"prompt": "name[A]", "references": ["A is here"]}'),
         ("file", "a.jsonl", '{"prompt": "eins\\n", "completion": "one"}'),
         ("samsum", "a.jsonl", '{"dialogue": "A: Ja?", "summary": "A asks."}'),
         ("squad", "a.jsonl", '{"context": "Ja.", "question": "Ja?", "answers": ["ja"]}'),

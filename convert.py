@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common.errors import UserError, run
 from common.files import check_outputs, reading, whole_file
-from common.flags import DTYPES, Parser, add_thread_flag, read_dtype, use_threads
+from common.flags import DTYPES, Parser, add_thread_flag, use_threads
 from decoding.fast_weights import Int8Matrix
 from formats.checkpoint import FORMAT, STORED, as_blob, check_values, is_gguf, read_tokenizer, save_part, seal
 from formats.families import MAX_LEN, SKIPPED, model_config, name_table, pattern
@@ -228,7 +228,7 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("source", type=Path, metavar="SOURCE", help="folder or file")
     parser.add_argument("out", type=Path, metavar="OUT", help="file to write")
-    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)} (default: the source's own; float32 for GGUF)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the source's own; float32 for GGUF")
     parser.add_argument("--max-len", type=int, help=f"positions (default: the model's, at most {MAX_LEN})")
     kinds = "sentencepiece model, tokenizer.json, or none"
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help=f"{kinds} (default: SOURCE's)")
@@ -242,7 +242,7 @@ def main() -> None:
     use_threads(args.threads)
     if args.out.is_file() and not args.overwrite:
         raise UserError(f"{args.out}: is there already; give another name, or --overwrite")
-    print(convert(args.source, args.out, read_dtype(args.dtype), args.max_len, args.tokenizer))
+    print(convert(args.source, args.out, DTYPES.get(args.dtype), args.max_len, args.tokenizer))
 
 
 if __name__ == "__main__":

@@ -29,15 +29,16 @@ from typing import NamedTuple
 from common.errors import UserError, run
 from common.files import check_input, write_json
 from common.flags import Parser, add_flags, add_model_flags, given, loading
+from decode import stream
 from decoding.page import Page
 from decoding.presets import DEFAULT_CHECKPOINT, defaults_in_help, read_settings_file, settings_file
+from decoding.replay import Recorder
 from decoding.settings import DecodeConfig
 from evaluation.calibrate import Calibration, one_task, two_sets
 from evaluation.configurations import choose, sources
 from evaluation.figures import evaluate
-from evaluation.inputs import Setup, note, say
+from evaluation.inputs import Setup, Table, encode_inputs, note, say
 from evaluation.measure import peak_memory
-from evaluation.pages import add_to_page
 from evaluation.settings import EvalConfig
 from evaluation.sweep import combinations, measured_or_known, sweep_text
 from evaluation.table import LEGEND, heading, table_text
@@ -53,19 +54,32 @@ def compare(config: EvalConfig) -> None:
     page = Page(setup.model, setup.tokenizer, Path(config.checkpoint).name)
     note(sources(setup))
     measured, tables = [], setup.tables(lambda task: choose(setup, task))
-    if config.html and min(config.html_inputs) > min(len(table.examples) for table in tables):
-        raise UserError(f"html_inputs is {config.html_inputs}, but fewer inputs are measured; see --limit")
     for table in tables:
         measured.append(evaluate(setup, table, time_checks=bool(config.wide or config.json or config.plot)))
         say(f"\n{heading(config, table)}\n\n{table_text(measured[-1], table.task, config.wide)}")
         if config.html:
-            add_to_page(page, setup, table, config.html_inputs)
+            add_to_page(page, setup, table)
     if not config.wide:
         say(f"\n{LEGEND}")
     if config.html:
         page.write(config.html)
         say(f"wrote {config.html}")
     finish(setup, measured)
+
+
+def add_to_page(page: Page, setup: Setup, table: Table) -> None:
+    """The first three inputs, decoded in runs of their own by the full model and by the configurations; not
+    by those with another model, whose layers the page does not know."""
+    examples = table.examples[:3]
+    prompts, configurations = encode_inputs(setup, table.task, examples, table.configurations)
+    for example, prompt in zip(examples, prompts):
+        runs = {}
+        for name, each in configurations.items():
+            if each.model is setup.model:
+                recorder = Recorder()
+                list(recorder.watch(stream(setup.model, prompt, each.decode, recorder)))
+                runs[name] = each.decode, recorder
+        page.add(table.task.text(example.prompt, page.tokenizer), prompt, runs, example.references)
 
 
 def sweep(config: EvalConfig) -> None:
@@ -134,7 +148,7 @@ def prompt(config: EvalConfig) -> None:
 
 INPUTS = ("tasks", "seed", "shots", "shot_file", "chat", "skip_bad")
 MEASURED = (*INPUTS, "limit", "repeat", "json", "plot", "settings", "split")
-COMPARED = (*MEASURED, "compare", "all", "wide", "html", "html_inputs")
+COMPARED = (*MEASURED, "compare", "all", "wide", "html")
 CALIBRATED = (*INPUTS, "limit", "tolerance", "error", "risk", "out", "settings")
 
 

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from common.errors import UserError, run
-from common.flags import Parser, add_flags, add_thread_flag, given, use_threads, warn_if_busy
+from common.flags import Parser, add_flags, add_thread_flag, given, use_threads
 from model import ModelConfig, Transformer
 from training import parallel
 from training.batches import batches
@@ -182,7 +182,6 @@ def main() -> None:
         print(f"wrote {draw_training(args.plot)}")
         return
     use_threads(args.threads)
-    warn_if_busy()
     config = TrainConfig(**given(args, TrainConfig))
     with parallel.process_group(config.device):
         run_training(config, shape_from(config, given(args, ModelConfig)), args.out, args.overwrite)

@@ -12,7 +12,8 @@ class UserError(ValueError):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command; a mistake of the user ends it with one line and status 2, Ctrl-C with status 130."""
+    """Runs a command. What the user can mend, our own errors, a file that cannot be used, a full disk or GPU,
+    ends it with one line and status 2, Ctrl-C with status 130."""
     try:
         main()
     except BrokenPipeError:  # the reader of our output has left
@@ -20,20 +21,11 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        message = in_one_line(error)
-        if message is None:
+        by_file = isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC)
+        torch = sys.modules.get("torch")  # not imported here: most mistakes are found before it is needed
+        if torch is not None and isinstance(error, torch.OutOfMemoryError):
+            error = "the GPU's memory is full; take fewer rows or positions, --recompute or a smaller dtype"
+        elif not isinstance(error, UserError) and not by_file:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def in_one_line(error: Exception) -> str | None:
-    """The message for a user who can mend this: our own errors, a file that cannot be used, a full disk
-    or GPU. None for all other exceptions."""
-    about_a_file = isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC)
-    if isinstance(error, UserError) or about_a_file:
-        return str(error)
-    torch = sys.modules.get("torch")  # not imported here: most mistakes are found before it is needed
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is full; take fewer rows or positions, --recompute, or a smaller dtype"
-    return None

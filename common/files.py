@@ -78,17 +78,13 @@ def check_input(path: str | os.PathLike, missing: str = "no such file") -> None:
 def check_outputs(outputs: list, inputs: list) -> None:
     """Raises UserError for a file to write (None: none) that cannot be written, that is one of the files to
     read, or that is named twice."""
-    read = {os.path.realpath(path) for path in inputs if path}
-    written = set()
-    for path in outputs:
-        if path is None:
-            continue
+    taken = {os.path.realpath(path): "is read here, and would be overwritten" for path in inputs if path}
+    for path in filter(None, outputs):
         check_replaceable(path)
-        if os.path.realpath(path) in read:
-            raise UserError(f"{path}: is read here, and would be overwritten; give another name")
-        if os.path.realpath(path) in written:
-            raise UserError(f"{path}: two files would be written there; give another name")
-        written.add(os.path.realpath(path))
+        place = os.path.realpath(path)
+        if place in taken:
+            raise UserError(f"{path}: {taken[place]}; give another name")
+        taken[place] = "two files would be written there"
 
 
 def write_json(path: Path, content: dict) -> None:

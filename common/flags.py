@@ -4,15 +4,12 @@ checkpoint, device, dtype and threads."""
 import argparse
 import dataclasses
 import difflib
-import functools
-import os
-import sys
 import typing
 from collections.abc import Callable, Iterable
 
 import torch
 
-from common.config import check_choice, check_range
+from common.config import check_range
 from common.errors import UserError
 
 DTYPES = {
@@ -125,26 +122,17 @@ def add_flags(parser: argparse.ArgumentParser, defaults, title: str = "", skip=(
     for field in dataclasses.fields(defaults):
         if field.name in skip:
             continue
-        name = field.metadata["group"]
-        if name not in groups:
-            groups[name] = parser.add_argument_group(name)
-        action = add_flag(groups[name], field, kinds[field.name], getattr(defaults, field.name))
-        if common is not None and field.name not in common:
-            rare(action)
-
-
-def add_flag(group, field: dataclasses.Field, kind, default) -> argparse.Action:
-    """Adds the flag of one field of this kind; a bool is a pair, --name and --no-name."""
-    flag = "--" + field.name.replace("_", "-")
-    text = f"{field.metadata['help']} (default: {as_text(default)})".replace("%", "%%")
-    if kind is bool:
-        how = {"action": argparse.BooleanOptionalAction}
-    else:
+        group, kind, default = field.metadata["group"], kinds[field.name], getattr(defaults, field.name)
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        flag = "--" + field.name.replace("_", "-")
+        text = f"{field.metadata['help']} (default: {as_text(default)})".replace("%", "%%")
         how = {"type": reader(kind), "metavar": field.name.upper()}
-    action = group.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
-    if field.metadata["rare"]:
-        rare(action)
-    return action
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}  # a pair, --name and --no-name
+        action = groups[group].add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
+        if field.metadata["rare"] or (common is not None and field.name not in common):
+            rare(action)
 
 
 def given(args: argparse.Namespace, config: type) -> dict:
@@ -167,8 +155,8 @@ def add_model_flags(parser: argparse.ArgumentParser, checkpoint) -> None:
     text = "ids for --shortlist (default: those in the checkpoint, or in model.ids.npy next to model.pt)"
     rare(group.add_argument("--frequent-ids", metavar="FILE", help=text))
     group.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    text = f"{', '.join(DTYPES)} (default: the file's own; on a CPU float32 for float16)"
-    group.add_argument("--dtype", help=text)
+    text = "default: the file's own; on a CPU float32 for float16"
+    group.add_argument("--dtype", choices=DTYPES, help=text)
     text = "how a CPU stores weights: plain, folded or packed (default: see decoding/fast_weights.py)"
     rare(group.add_argument("--weights", help=text))
     add_thread_flag(group)
@@ -181,14 +169,13 @@ def add_thread_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def loading(args: argparse.Namespace) -> dict:
-    """The model flags as arguments of `load_checkpoint`. Sets --threads, and warns of a busy machine. Raises
-    UserError for what is not there."""
+    """The model flags as arguments of `load_checkpoint`. Sets --threads. Raises UserError for what is not
+    there."""
     use_threads(args.threads)
     use_device(args.device)
-    warn_if_busy()
     names = "device", "check", "frequent_ids", "heads"
     chosen = {name: getattr(args, name) for name in names}
-    return {**chosen, "dtype": read_dtype(args.dtype), "form": args.weights}
+    return {**chosen, "dtype": DTYPES.get(args.dtype), "form": args.weights}
 
 
 def use_threads(count: int | None) -> None:
@@ -196,18 +183,6 @@ def use_threads(count: int | None) -> None:
     if count is not None:
         check_range("threads", count, least=1, most=1024)
         torch.set_num_threads(count)
-
-
-@functools.cache  # warns once
-def warn_if_busy() -> None:
-    """Warns on stderr, where that is a terminal, if more processes want to run than there are cores (the
-    average of a minute)."""
-    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
-        return
-    load, cores = os.getloadavg()[0], os.cpu_count()
-    if load > cores:
-        busy = f"warning: this machine is busy (load {load:.1f} on {cores} cores)"
-        print(f"{busy}: figures of speed mean little, and fewer --threads may be faster", file=sys.stderr)
 
 
 def use_device(device: str) -> None:
@@ -222,9 +197,3 @@ def use_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:80]
         raise UserError(f"device {device!r} is not there ({reason}); cpu always is") from None
-
-
-def read_dtype(name: str | None) -> torch.dtype | None:
-    """A --dtype. Raises UserError for one that is not known."""
-    check_choice("dtype", name, DTYPES)
-    return DTYPES.get(name)

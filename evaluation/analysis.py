@@ -1,17 +1,18 @@
 """What every layer knows about the next token, and how well each confidence function judges it, over texts
 that the full model wrote."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from confidence import jensen_shannon
-from evaluation.measure import confidences_of
+from confidence import FUNCTIONS, jensen_shannon
+from decoding.settings import DecodeConfig
+from decoding.trace import Trace
 from model import Transformer
 
 BINS = 10  # of confidence, in reliability diagrams and the calibration error
+Text = tuple[list[int], list[int]]  # the token ids of a prompt and of the output
 
 
 @dataclass
@@ -24,16 +25,12 @@ class Views:
 
 
 @torch.inference_mode()
-def look(
-    model: Transformer,
-    texts: Iterable[tuple[list[int], list[int]]],
-    functions: tuple[str, ...],
-    positions: int = 400,
-) -> Views:
-    """Reads texts (prompt, output) at full depth, and evaluates every layer and function at the first
-    `positions` positions that gave a token of an output. Texts that are not needed for these are not read."""
+def look(model: Transformer, texts: list[Text], functions: tuple[str, ...], positions: int = 400) -> Views:
+    """Reads texts at full depth, and evaluates every layer and function at the first `positions` positions
+    that gave a token of an output. Texts that are not needed for these are not read."""
     L, ranks, agrees = model.config.n_layers, [], []
     confidence = {name: [] for name in functions}
+    traces = {name: Trace(model, DecodeConfig(confidence=FUNCTIONS[name])) for name in functions}
     for prompt, output in texts:
         wanted = min(len(output), positions - len(ranks))
         if wanted == 0:
@@ -46,8 +43,9 @@ def look(
             logits = [model.head(rows[layer], layer)[0, 0] for layer in range(1, L)]
             ranks.append([int((z > z[token]).sum()) + 1 for z in logits])
             agrees.append([int(z.argmax()) == token for z in logits])
-            for name in functions:
-                confidence[name].append(confidences_of(model, name, rows))
+            for name, trace in traces.items():
+                checked = [trace.checked_at(rows[: layer + 1]).confidences[layer] for layer in range(1, L)]
+                confidence[name].append(checked)
     arrays = {name: np.array(values) for name, values in confidence.items()}
     return Views(np.array(ranks), np.array(agrees), arrays)
 

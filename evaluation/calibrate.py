@@ -20,6 +20,9 @@ from formats.data import Example
 
 THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))  # from cautious to bold
 CHECK_SHARE = (1 + TUNING_SHARE) / 2  # where a single file is parted into inputs to calibrate and to check on
+# Where no threshold passes. These inputs have been looked at, so what is chosen now must be tested on others.
+ADVICE = """What is chosen in view of these inputs has no guarantee on them: change what you like, then
+calibrate once on inputs that were not used here (TASK=FILE). Or use --verify, which changes no text."""
 
 
 def one_task(setup: Setup) -> Task:
@@ -69,9 +72,7 @@ class Calibration:
         decode = replace(own_config(setup, task), layer_thresholds=None)  # one threshold for all exit layers
         decode.exits(setup.model.config)
         early = {"early": Configuration(decode, setup.model)}
-        self.encoded = {}
-        for which, examples in sets.items():
-            self.encoded[which] = encode_inputs(setup, task, examples, early)
+        self.encoded = {which: encode_inputs(setup, task, each, early) for which, each in sets.items()}
         self.full_texts: dict[str, list[str]] = {}  # of each set; the full model decodes it once
         config = setup.config
         self.loss = next(iter(task.metrics)) if config.risk == "task" else "consistency"
@@ -83,17 +84,23 @@ class Calibration:
     def find(self) -> float | None:
         """Finds the boldest threshold whose risk is significantly below the tolerance, and writes it with its
         provenance and the risk on other inputs. Returns None if no threshold passes."""
-        fit, check = self.sets
+        config, name, (fit, check) = self.setup.config, self.task.name, self.sets
         self.provenance["calibrated on"] = f"{len(self.sets[fit])} inputs of {fit}"
-        passed = walk(THRESHOLDS, self.p_value, self.setup.config.error)
+        passed = walk(THRESHOLDS, self.p_value, config.error)
         if not passed:
-            say(self.failure())
+            goal = f"the {config.risk} risk below {config.tolerance} at error level {config.error}"
+            say(f"{name}: no threshold keeps {goal}.\n{ADVICE}")
             return None
-        held_out = self.losses(passed[-1], check)
-        self.provenance["held out"] = {"on": f"{len(held_out)} inputs of {check}", "risk": fmean(held_out)}
-        self.write(passed[-1])
-        say(self.success(passed[-1]))
-        return passed[-1]
+        threshold, losses = passed[-1], self.losses(passed[-1], check)
+        where, risk = f"{len(losses)} inputs of {check}", fmean(losses)
+        self.provenance["held out"] = {"on": where, "risk": risk}
+        self.write(threshold)
+        found = f"its {config.risk} risk is {risk:.4f} (tolerance {config.tolerance})"
+        say(f"{name}: threshold {threshold:g}; on {where}, not used to find it, {found}.")
+        if risk > config.tolerance:
+            say("Above it: the guarantee is for the mean over many inputs of the same source.")
+        say(f"wrote {config.out}, for decode.py and eval.py with --thresholds {config.out}")
+        return threshold
 
     def p_value(self, threshold: float) -> float:
         """Tests one threshold, prints the result, and keeps it if it passes."""
@@ -128,21 +135,3 @@ class Calibration:
     def write(self, threshold: float) -> None:
         settings = {**self.settings, "threshold": threshold, "provenance": self.provenance}
         write_json(Path(self.setup.config.out), settings)
-
-    def failure(self) -> str:
-        """Says what to do where no threshold passes. It only advises what leaves a guarantee a guarantee:
-        these inputs have been looked at, so whatever is chosen in view of them must be tested on others."""
-        config, name = self.setup.config, self.task.name
-        risk = f"the {config.risk} risk below {config.tolerance} at error level {config.error}"
-        return f"""{name}: no threshold keeps {risk}.
-What is chosen in view of these inputs has no guarantee on them: change what you like, then calibrate once on
-inputs that were not used here ({name}=FILE or file=FILE). Or use --verify, which changes no text."""
-
-    def success(self, threshold: float) -> str:
-        """Says the threshold, its risk on other inputs, and how to use it."""
-        config, held_out = self.setup.config, self.provenance["held out"]
-        found = f"{self.task.name}: threshold {threshold:g}; on {held_out['on']}, not used to find it, its"
-        found += f" {config.risk} risk is {held_out['risk']:.4f} (tolerance {config.tolerance})."
-        if held_out["risk"] > config.tolerance:
-            found += " Above it: the guarantee is for the mean over many inputs of the same source."
-        return f"{found}\nwrote {config.out}, for decode.py and eval.py with --thresholds {config.out}"

@@ -57,7 +57,13 @@ class Setup:
             raise UserError(f"{config.checkpoint}: has no tokenizer, which these tasks need")
         self.chat = load_chat(config.checkpoint, self.tokenizer) if config.chat else None
         self.models = {None: self.model}  # by checkpoint, if it is another one
-        self.record = self.record_of_run()
+        # How the run is made, for stderr and for the files:
+        self.record = place_of_run(self.model)
+        files = [Path(os.path.relpath(file)) for file in (config.checkpoint, config.heads) if file]
+        self.record |= {"checkpoint": " with ".join(map(str, files)), "checkpoint_id": digest(*files)}
+        self.record["split_of_data"] = config.split
+        self.record |= {name: getattr(config, name) for name in ("limit", "repeat", "seed", "shots", "chat")}
+        note(", ".join(f"{name} {value}" for name, value in self.record.items()))
 
     def find_tasks(self) -> list[Task]:
         """Returns the tasks of --tasks, else those that the settings file has rows for, else those of the
@@ -87,17 +93,6 @@ class Setup:
             from evaluation.plots import make_folder
 
             make_folder(Path(config.plot))
-
-    def record_of_run(self) -> dict:
-        """Collects how the run is made, prints it on stderr, and returns it for the files."""
-        config, record = self.config, place_of_run(self.model)
-        files = [Path(os.path.relpath(file)) for file in (config.checkpoint, config.heads) if file]
-        record |= {"checkpoint": " with ".join(map(str, files)), "checkpoint_id": digest(*files)}
-        record["split_of_data"] = config.split
-        for name in ("limit", "repeat", "seed", "shots", "chat"):
-            record[name] = getattr(config, name)
-        note(", ".join(f"{name} {value}" for name, value in record.items()))
-        return record
 
     def model_of(self, checkpoint: str | None) -> Transformer:
         """Returns the model of a configuration that may name a checkpoint of its own, which is loaded once.
@@ -131,8 +126,7 @@ class Setup:
         return self.sample(found)
 
     def inputs(self, task: Task, split: str | None = None) -> tuple[Task, list[Example]]:
-        """Returns the task with its shots, and all of its inputs except these. Says how many references were
-        merged, and what was skipped."""
+        """Returns the task with its shots, and all of its inputs except these. Says what was skipped."""
         config = self.config
         if task.openings and (config.chat or config.shots):
             raise UserError(f"{task.name}: continues a text, so it takes no --chat and no --shots")
@@ -141,9 +135,6 @@ class Setup:
         shots = self.shots_of(task, skipped) if config.shots else []
         if skipped:
             say("\n".join([f"{task.name}: skipped {len(skipped)} malformed lines", *skipped]))
-        pairs = sum(len(example.references) for example in examples)
-        if pairs > len(examples):
-            note(f"{task.name}: {pairs} pairs of prompt and reference are {len(examples)} inputs")
         left = [example for example in examples if example not in shots]
         if not left:
             raise UserError(f"shots is {config.shots}: all inputs of {task.name}; take fewer")

@@ -18,7 +18,6 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
-from confidence import FUNCTIONS
 from decode import generate, stream
 from decoding.drafting import Drafting
 from decoding.record import Counters, Generation
@@ -34,17 +33,6 @@ class Configuration:
     decode: DecodeConfig
     model: Transformer
     checkpoint: str | None = None  # of the model, if it is not the one that the table is about
-
-    @property
-    def work(self) -> tuple:
-        """Equal for configurations that do the same work: at threshold 0 every token leaves at the first exit
-        layer, without a confidence check."""
-        config = self.decode
-        constant = config.threshold_schedule == "constant" and config.draft == "fixed"
-        if config.confidence and config.threshold == 0 and not config.layer_thresholds and constant:
-            first = min(config.exits(self.model.config))
-            config = replace(config, confidence="softmax", exit_layers=(first,), prune="none")
-        return config, self.model
 
 
 def baseline(config: DecodeConfig) -> DecodeConfig:
@@ -86,25 +74,23 @@ class Measured:
 def run_in_turns(
     configurations: dict[str, Configuration], prompts: list[list[int]], repeat: int, title: str
 ) -> dict[str, Measured]:
-    """Decodes every prompt under every configuration, in turn, `repeat` times, after a warm-up.
-    Configurations that do the same work are decoded once."""
-    rows = {each.work: Measured(each) for each in configurations.values()}
-    drafting = {}
-    for work, row in rows.items():
-        timed(row.configuration, prompts[0], new_drafting(row.configuration))
-        drafting[work] = new_drafting(row.configuration)
+    """Decodes every prompt under every configuration, in turn, `repeat` times, after a warm-up."""
+    rows = {name: Measured(each) for name, each in configurations.items()}
+    for each in configurations.values():
+        timed(each, prompts[0], new_drafting(each))
+    drafting = {name: new_drafting(each) for name, each in configurations.items()}
     for prompt in tqdm(prompts, desc=title, unit="prompt", dynamic_ncols=True):
-        runs = {work: [] for work in rows}
+        runs = {name: [] for name in rows}
         for _ in range(repeat):
-            for work, row in rows.items():
-                runs[work].append(timed(row.configuration, prompt, drafting[work]))
-        for work, row in rows.items():
-            outputs, first, whole = zip(*runs[work])
+            for name, each in configurations.items():
+                runs[name].append(timed(each, prompt, drafting[name]))
+        for name, row in rows.items():
+            outputs, first, whole = zip(*runs[name])
             row.prompts.append(prompt)
             row.outputs.append(outputs[0])
             row.first.append(median(first))
             row.times.append(whole)
-    return {name: replace(rows[each.work], configuration=each) for name, each in configurations.items()}
+    return rows
 
 
 def new_drafting(configuration: Configuration) -> Drafting | None:
@@ -165,16 +151,6 @@ def confidence_share(configuration: Configuration, prompts: list[list[int]]) -> 
     for prompt in prompts:
         generate(model, prompt, config, Timing(), drafting=drafting)
     return max(0.0, checks - credit) / (time.perf_counter() - started - credit)
-
-
-def confidences_of(model: Transformer, name: str, states: list[torch.Tensor]) -> list[float]:
-    """Returns the confidence of one function after each layer below the last, without pruning. `states` are
-    h_0 .. h_L of one position, (1, 1, d) each."""
-    trace, confidences = Trace(model, DecodeConfig(confidence=FUNCTIONS[name])), []
-    for layer in range(1, len(states) - 1):
-        trace.hidden = states[: layer + 1]
-        confidences.append(float(FUNCTIONS[name](trace, layer)))
-    return confidences
 
 
 def place_of_run(model: Transformer) -> dict:

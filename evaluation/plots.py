@@ -80,17 +80,13 @@ def draw_training(log: Path) -> Path:
 def read_curves(log: Path) -> tuple[list[tuple], dict]:
     """(step, loss) of the training steps, and by validation file and layer (step, loss, agreement). Raises
     UserError."""
-    curves = defaultdict(lambda: defaultdict(list))
-    try:
-        rows = read_log(Path(log))
-        training = [(row["step"], float(row["loss"])) for row in rows if "loss" in row]
-        for row in rows:
-            for layer, (loss, same) in row.get("layers", {}).items():
-                curves[row["dev"]][int(layer)].append((row["step"], float(loss), float(same)))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{log}: not a log of train.py ({error})") from None
+    rows, curves = read_log(log), defaultdict(lambda: defaultdict(list))
+    training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     if not training:
         raise UserError(f"{log}: not a log of train.py, or one without a step yet")
+    for row in rows:
+        for layer, (loss, same) in row.get("layers", {}).items():
+            curves[row["dev"]][int(layer)].append((row["step"], loss, same))
     return training, curves
 
 

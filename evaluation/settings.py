@@ -11,7 +11,6 @@ ABOUT_TASKS = f"of {', '.join(TASKS)}, each also as NAME=FILE; none: those of th
 ABOUT_COMPARE = """rows of the settings file, recipes, confidence functions or full, each with changes, as in
 softmax,my_file:stable+exit-layers=4,8,full+checkpoint=small.pt"""
 ABOUT_RISK = "loss: consistency (1 - ROUGE-L to the full model's text), or task (how much lower its score is)"
-ABOUT_INPUTS = "which inputs the page of --html shows, from 1"
 ABOUT_SHOTS = "file with the examples of --shots; none: the task's training file"
 
 
@@ -33,8 +32,7 @@ class EvalConfig:
     repeat: int = option(1, "how often an input is decoded; the median counts", least=1)
     json: str | None = option(None, "write all figures, also those of each prompt")
     plot: str | None = option(None, "draw pictures in this folder (needs matplotlib)", rare=True)
-    html: str | None = option(None, "write a page that shows some inputs, pass by pass")
-    html_inputs: tuple[int, ...] = option((1, 2, 3), ABOUT_INPUTS, rare=True, least=1)
+    html: str | None = option(None, "write a page that shows three inputs of each task, pass by pass")
     settings: str | None = option(None, "file of rows by task; none: next to the model or --heads", rare=True)
     split: str = option("test", "dev or test", choices=("dev", "test"))
     seed: int = option(0, "seed that draws the inputs, and samples", rare=True, least=0)

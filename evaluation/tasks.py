@@ -51,28 +51,18 @@ class Task:
         """Returns the token ids of a prompt, and whether it was truncated on the left to fit `room` tokens.
         The start token stays, and in a chat everything except the prompt. Raises UserError for shots that
         leave the prompt no room."""
-        if self.chat:
-            ids = self.chat.encode(self.turns(prompt))
-        else:
+        if not self.chat:
             ids = encode_prompt(tokenizer, self.text(prompt, tokenizer))
-        cut = len(ids) > room
-        if cut and self.chat:
-            ids = self.shortened(prompt, tokenizer, len(ids), room)
-        elif cut:
-            begin = 0 if tokenizer.begin is None else 1
-            ids = [*ids[:begin], *ids[len(ids) - room + begin :]]
-        return ids, cut
-
-    def shortened(self, prompt: str, tokenizer, size: int, room: int) -> list[int]:
-        """Returns the token ids of a chat whose prompt is truncated on the left. `size` is their number
-        before."""
-        body, excess = tokenizer.encode(prompt), size - room
-        while excess < len(body):
-            ids = self.chat.encode(self.turns(tokenizer.decode(body[excess:])))
-            if len(ids) <= room:
-                return ids
+            begin, excess = 0 if tokenizer.begin is None else 1, max(0, len(ids) - room)
+            return [*ids[:begin], *ids[begin + excess :]], excess > 0
+        ids, body, excess = self.chat.encode(self.turns(prompt)), tokenizer.encode(prompt), 0
+        while len(ids) > room:
             excess += len(ids) - room
-        raise UserError(f"{self.name}: the turns around a prompt leave no room for it; take fewer --shots")
+            if excess >= len(body):
+                remedy = "leave no room for it; take fewer --shots"
+                raise UserError(f"{self.name}: the turns around a prompt {remedy}")
+            ids = self.chat.encode(self.turns(tokenizer.decode(body[excess:])))
+        return ids, excess > 0
 
     def stop_tokens(self, tokenizer) -> tuple[int, ...]:
         """Returns the tokens that end an answer, in addition to the end of text: those with a line end, where

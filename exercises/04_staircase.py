@@ -33,11 +33,8 @@ def test_the_staircase_is_exact():
     """In float64, so that rounding decides nothing."""
     model, tokenizer = load_checkpoint(DEFAULT_CHECKPOINT, dtype=torch.float64)
     used, exits, threshold = set(), (3, 4, 6, 8), 0.4
-    for text in (
-        "Guten Morgen!",
-        "Die Katze sitzt auf dem Tisch.",
-        "Ich habe heute keine Zeit, aber morgen schon.",
-    ):
+    texts = "Guten Morgen!", "Die Katze sitzt auf dem Tisch.", "Ich habe heute keine Zeit, aber morgen schon."
+    for text in texts:
         prompt = [tokenizer.begin, *tokenizer.encode(text + "<sep>")]
         config = DecodeConfig(confidence="softmax", threshold=threshold, exit_layers=exits, max_new_tokens=15)
         out = generate(model, prompt, config)

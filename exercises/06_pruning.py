@@ -35,11 +35,8 @@ def keep(logits, candidates, size):
 
 
 def test_the_schedule_by_hand():
-    sizes, n = [], 4096
-    for _ in range(5):
-        n = halving(n, 50, 10)
-        sizes.append(n)
-    assert sizes == [50, 25, 13, 10, 10]
+    for n, kept in ((4096, 50), (50, 25), (25, 13), (13, 10), (10, 10)):
+        assert halving(n, 50, 10) == kept
 
 
 def test_pruning_keeps_token_ids_and_their_order():

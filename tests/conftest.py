@@ -1,6 +1,5 @@
 """What the tests share: tiny random models, their checkpoints, commands, fixed seeds, one thread."""
 
-import os
 import sys
 
 import pytest
@@ -70,12 +69,6 @@ def command(monkeypatch, capsys):
         return *capsys.readouterr(), status
 
     return call
-
-
-@pytest.fixture(autouse=True)
-def idle_machine(monkeypatch):
-    """No warning of a busy machine among what the commands say."""
-    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
 
 
 @pytest.fixture(autouse=True)

@@ -231,7 +231,7 @@ def test_threads_are_set_as_asked_and_left_alone_otherwise(threads):
 
 
 @pytest.mark.parametrize("words, message", [
-    (("--threads", "0"), "threads is 0; it must be at least 1 and at most 1024"), (("--dtype", "int3"), "unknown dtype 'int3'"),
+    (("--threads", "0"), "threads is 0; it must be at least 1 and at most 1024"), (("--dtype", "int3"), "--dtype: invalid choice: 'int3'"),
     (("--device", "mps"), "device 'mps' is not there to use; supported are cpu and cuda"),
 ])  # fmt: skip
 def test_what_the_machine_cannot_be_is_refused(words, message, threads):

@@ -8,7 +8,6 @@ import argparse
 from pathlib import Path
 from statistics import median
 
-from common.config import check_range
 from common.errors import UserError, run
 from common.files import check_outputs, whole_file
 from common.flags import Parser
@@ -34,8 +33,6 @@ def make_parser() -> Parser:
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for files that could not be written in the end, or would be lost."""
-    check_range("length", args.length, least=2, most=2**20)
-    check_range("vocab_size", args.vocab_size, least=1, most=2**20)
     if args.out is None:
         return
     if args.out.suffix != ".npy":

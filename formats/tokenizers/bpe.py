@@ -10,7 +10,6 @@ A text becomes token ids in three steps:
 """
 
 import functools
-import heapq
 import itertools
 import json
 import re
@@ -146,32 +145,14 @@ class BPE:
 
     def merge(self, ids: list[int]) -> list[int]:
         """Merges neighbours until no pair has a rank: the pair of the lowest rank first, the leftmost of
-        equal ones. The candidates wait in a heap and the tokens form a chain, so this takes n log n steps; to
-        search the word again after every merge would take n^2."""
-        end, heap = len(ids), []
-        before, after = list(range(-1, end - 1)), list(range(1, end + 1))
-
-        def propose(at: int) -> None:
-            if at >= 0 and after[at] < end:
-                left, right = ids[at], ids[after[at]]
-                rank = self.ranks.get((left, right))
-                if rank is not None:
-                    heapq.heappush(heap, (rank, at, left, right))
-
-        for at in range(end - 1):
-            propose(at)
-        while heap:
-            rank, at, left, right = heapq.heappop(heap)
-            gone = after[at]
-            if ids[at] != left or gone >= end or ids[gone] != right:
-                continue  # one of the two has become part of another token since
-            ids[at], ids[gone] = self.merged[rank], None
-            after[at] = after[gone]
-            if after[at] < end:
-                before[after[at]] = at
-            propose(before[at])
-            propose(at)
-        return [id for id in ids if id is not None]
+        equal ones. The whole word is searched again after every merge, for words are short."""
+        while True:
+            pairs = enumerate(itertools.pairwise(ids))
+            ranked = [(self.ranks[pair], at) for at, pair in pairs if pair in self.ranks]
+            if not ranked:
+                return ids
+            rank, at = min(ranked)
+            ids[at : at + 2] = [self.merged[rank]]
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer. Bytes that are not UTF-8 become U+FFFD, and so does an unfinished last character."""

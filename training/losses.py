@@ -20,8 +20,6 @@ To try a loss of your own, write a file, and name it: `python train.py --loss my
    (N,), `exits.config` the settings, `exits.step` the number of the step. Return the mean over the N targets,
    so that each micro-batch is weighted by its number of targets.
 
-`@register_loss("smooth")` above the function gives it a name of its own, as the losses below have.
-
 Dimensions: N learned targets of a micro-batch, n some of these, d model width, V vocabulary. Layers count
 from 1 to L. With --train all:N or heads:N exits are trained on a part of the vocabulary
 (`part_of_vocabulary`), and `exits.targets` are places in it.
@@ -261,21 +259,10 @@ class Exits:
 # ---------------------------------------------------------------- the losses
 
 Loss = Callable[[Exits], Tensor]
-LOSSES: dict[str, Loss] = {}
-
-
-def register_loss(name: str) -> Callable[[Loss], Loss]:
-    """Registers a loss, Exits -> scalar, under `name`."""
-
-    def add(function: Loss) -> Loss:
-        LOSSES[name] = function
-        return function
-
-    return add
 
 
 def find_loss(name: str) -> Loss:
-    """The loss registered under `name`, or that "package.module:function" imports. Raises UserError."""
+    """The loss of this name in LOSSES, or that "package.module:function" imports. Raises UserError."""
     return find_function("loss", name, LOSSES, ("exits",))
 
 
@@ -289,25 +276,21 @@ def call_loss(name: str, exits: Exits) -> Tensor:
     return value
 
 
-@register_loss("none")
 def none(exits: Exits) -> Tensor:
     """Cross-entropy of the last layer alone: no exit is trained."""
     return exits.weighted_sum([exits.last])
 
 
-@register_loss("weighted")
 def weighted(exits: Exits) -> Tensor:
     """Cross-entropy of every exit at every step (CALM, Schuster 2022, Eq. 6)."""
     return exits.weighted_sum(exits.every())
 
 
-@register_loss("rotate")
 def rotate(exits: Exits) -> Tensor:
     """Cross-entropy of some exits a step, in turn (LayerSkip, Elhoushi 2024, section 4.1.2)."""
     return exits.weighted_sum(exits.in_turn())
 
 
-@register_loss("layerskip")
 def layerskip(exits: Exits) -> Tensor:
     """As `rotate`, but the weights grow with the square of the depth: e_l = E_SCALE (0 + 1 + .. + l - 1), at
     the last layer e_L = L - 1 + E_SCALE (0 + 1 + .. + L - 2), over their sum (LayerSkip, section 4.1.2)."""
@@ -321,14 +304,12 @@ def layerskip(exits: Exits) -> Tensor:
     return exits.weighted_sum(exits.in_turn(), weigh=squares)
 
 
-@register_loss("distill")
 def distill(exits: Exits) -> Tensor:
     """KL from the last layer's distribution to those of some exits a step, in turn; cross-entropy at the last
     layer."""
     return exits.weighted_sum(exits.in_turn(), divergence)
 
 
-@register_loss("hidden")
 def hidden(exits: Exits) -> Tensor:
     """As `rotate`, and the distance of the states up to the step's first exit to deeper ones (FREE, Bae
     2023)."""
@@ -357,6 +338,9 @@ def monotone(costs: list[list[float]]) -> list[int]:
         ending = [(total + cost, [*columns, j]) for j, (cost, (total, columns)) in enumerate(zip(row, best))]
         best = [min(ending[: j + 1]) for j in range(len(row))]
     return best[-1][1]
+
+
+LOSSES = {loss.__name__: loss for loss in (none, weighted, rotate, layerskip, distill, hidden)}
 
 
 # ---------------------------------------------------------------- the classifiers

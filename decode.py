@@ -252,11 +252,12 @@ def generate(
 
 
 def main() -> None:
-    from decoding.command import make_parser, open_session  # there token ids become text
+    from decoding.command import Session, make_parser  # there token ids become text
 
-    with open_session(make_parser().parse_args()) as session:
-        for run in session.runs():
-            run.show(stream(session.model, session.prompt, run.config, run.recorder, session.amateur))
+    session = Session(make_parser().parse_args())
+    for config, counters, show in session.runs():
+        show(stream(session.model, session.prompt, config, counters, session.amateur))
+    session.end()
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ python decode.py "Guten Morgen!" --compare full,softmax,softmax+verify --html pa
 """
 
 import argparse
+import io
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -20,7 +20,7 @@ from decoding.display import Screen, difference, in_force, speed
 from decoding.loading import load_checkpoint
 from decoding.page import Page
 from decoding.presets import DEFAULT_CHECKPOINT, defaults_in_help, settings_file, settings_in_force, variants
-from decoding.record import Counters, Token
+from decoding.record import Token
 from decoding.replay import Recorder
 from decoding.settings import DecodeConfig
 from decoding.shortlist import ids_beside
@@ -90,49 +90,27 @@ class ShownRun:
             texts = self.recorder.settled, self.full.recorder.settled
             print(f"{difference(*texts, self.screen.tokenizer)}\n")
 
-
-class TimedRun:
-    """A run decoded again, to measure how long it takes."""
-
-    def __init__(self, run: ShownRun):
-        self.run, self.config, self.recorder = run, run.config, Counters()
-
-    def show(self, tokens: Iterator[Token]) -> None:
+    def time(self, tokens: Iterator[Token]) -> None:
+        """Decodes once more, to measure how long it takes."""
         started = perf_counter()
-        list(tokens)
-        self.run.pace.append((perf_counter() - started) / self.recorder.tokens)
+        count = len(list(tokens))
+        self.pace.append((perf_counter() - started) / count)
 
 
 # ---------------------------------------------------------------- all of a command
 
 
-@contextmanager
-def open_session(args: argparse.Namespace) -> Iterator["Session"]:
-    """The session of a command; what it writes is there, whole, once its work has ended without a mistake.
-    Raises UserError, for files that cannot be written before the work begins."""
-    if not args.prompt.strip():
-        raise UserError("the prompt is empty; give some text")
-    read = [args.checkpoint, args.heads, args.settings, args.thresholds, args.amateur, args.frequent_ids]
-    for model in filter(None, [args.heads, args.checkpoint]):  # these files may lie next to a model
-        read += [settings_file(model), ids_beside(model)]
-    check_outputs([args.trace, args.html], read)
-    with ExitStack() as files:
-        trace = page = None
-        if args.trace:
-            trace = files.enter_context(whole_file(args.trace))
-            trace = files.enter_context(open(trace, "w", encoding="utf-8"))
-        if args.html:
-            page = files.enter_context(whole_file(args.html))
-        session = Session(args, trace)
-        yield session
-        session.end(page)
-
-
 class Session:
-    """What the arguments of decode.py ask for."""
+    """What the arguments of decode.py ask for. Files are written at the end, if all went well."""
 
-    def __init__(self, args: argparse.Namespace, trace=None):
-        """Reads all that is needed. `trace` is the open file of --trace. Raises UserError."""
+    def __init__(self, args: argparse.Namespace):
+        """Reads all that is needed. Raises UserError, for files that cannot be written, too."""
+        if not args.prompt.strip():
+            raise UserError("the prompt is empty; give some text")
+        read = [args.checkpoint, args.heads, args.settings, args.thresholds, args.amateur, args.frequent_ids]
+        for model in filter(None, [args.heads, args.checkpoint]):  # these files may lie next to a model
+            read += [settings_file(model), ids_beside(model)]
+        check_outputs([args.trace, args.html], read)
         self.args = args
         contrast = {"predict": "cd"} if args.amateur else {}
         flags = contrast | given(args, DecodeConfig)
@@ -151,7 +129,8 @@ class Session:
             self.prompt = chat.encode(conversation(args.prompt))
             config = replace(config, stop_tokens=(*config.stop_tokens, *chat.ends))
         self.full = ShownRun("full model", config.full())
-        screen = Screen(self.tokenizer, self.model.config, args.staircase, trace)
+        self.trace = io.StringIO() if args.trace else None
+        screen = Screen(self.tokenizer, self.model.config, args.staircase, self.trace)
         several = self.full if args.compare else None
         self.printed = []
         for name, each in configurations(config, args.compare).items():
@@ -161,24 +140,29 @@ class Session:
         # The runs that are timed, and shown on the page:
         self.compared = [self.full, *others] if args.compare or args.html else []
 
-    def runs(self) -> Iterator[ShownRun | TimedRun]:
-        """The decodings that are needed, in order; each is over when the next one is asked for."""
+    def runs(self) -> Iterator[tuple[DecodeConfig, Recorder | None, Callable[[Iterator[Token]], None]]]:
+        """The decodings that are needed, in order, each with its counters and with what takes its tokens; it
+        is over when the next one is asked for."""
         if self.compared:
-            yield self.full
+            yield self.full.config, self.full.recorder, self.full.show
         print(self.args.prompt)
         for run in self.printed:
             if run.config.draft == "auto":
                 costs_of(self.model, run.config)  # measured before a clock runs
             print(f"settings: {in_force(run.config, self.model.config)} ({self.source})", file=sys.stderr)
-            yield run
+            yield run.config, run.recorder, run.show
         started = perf_counter()
         for _ in range(TURNS if self.compared else 0):  # in turns, so that a busy moment meets all alike
-            yield from map(TimedRun, self.compared)
+            yield from ((run.config, None, run.time) for run in self.compared)
             if perf_counter() - started > SECONDS:
                 return
 
-    def end(self, page_path: str | None) -> None:
-        """Prints how fast the configurations are, if several were timed, and writes the page of --html."""
+    def end(self) -> None:
+        """Writes the file of --trace; prints how fast the configurations are, if several were timed, and
+        writes the page of --html."""
+        if self.trace:
+            with whole_file(self.args.trace) as part:
+                Path(part).write_text(self.trace.getvalue(), encoding="utf-8")
         if not self.compared:
             return
         speeds = [speed(run.pace, run.recorder.tokens, self.full.pace) for run in self.compared]
@@ -186,11 +170,11 @@ class Session:
         print(f"median of {len(self.full.pace)} runs, in turns:")
         for run, words in zip(self.compared, speeds):
             print(f"{run.name:{width}}  {words}")
-        if page_path is not None:
+        if self.args.html:
             page = Page(self.model, self.tokenizer, Path(self.args.checkpoint).name)
             runs = {run.name: (run.config, run.recorder) for run in self.compared}
             page.add(self.args.prompt, self.prompt, runs, speeds=speeds)
-            page.write(page_path)
+            page.write(self.args.html)
             print(f"wrote {self.args.html}", file=sys.stderr)
 
 

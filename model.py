@@ -25,6 +25,7 @@ ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximat
 ADAPTER_SIZE = {"least": 1, "most": 2**16}
 ADAPTERS = {"lowrank": (Number("RANK", limits=ADAPTER_SIZE),), "mlp": (Number("WIDTH", limits=ADAPTER_SIZE),)}
 MATRICES = {"lowrank": 2, "mlp": 3}  # of an adapter, (size, d) each; the last one writes into the state
+read_adapter = functools.partial(read_choice, "adapter", known=ADAPTERS)
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,7 @@ class ModelConfig:
     exit_norms: tuple[int, ...] = option((), "exit layers that do not share the final norm")
     classifiers: tuple[int, ...] = option((), "exit layers with a confidence classifier")
     exit_layers: tuple[int, ...] = option((), "layers that the model was trained to exit at")
-    adapter: str | None = option(
-        None,
-        "before norms in exit_norms: lowrank:RANK, mlp:WIDTH, or none",
-        choices=lambda text: read_choice("adapter", text, ADAPTERS),
-    )
+    adapter: str | None = option(None, "before exit norms: lowrank:RANK, mlp:WIDTH", choices=read_adapter)
     eos_id: tuple[int, ...] | int | None = option(2, "token or tokens that end a text; none: nothing does")
     head_dim: int | None = option(None, "width of a head, even; none: d_model / n_heads", least=1)
     activation: str = option("silu", "of the MLP: silu, or gelu_tanh (Gemma)", choices=tuple(ACTIVATIONS))
@@ -68,29 +65,19 @@ class ModelConfig:
 
     def __post_init__(self):
         check_fields(self)
-        self.check_heads()
-        self.check_layers()
-        object.__setattr__(self, "head_dim", self.head_dim or self.d_model // self.n_heads)
-        for token in self.ends:
-            if not 0 <= token < self.vocab_size:
-                raise UserError(f"eos_id is {token}; it must lie in 0 to {self.vocab_size - 1}")
-
-    def check_heads(self) -> None:
-        """Raises UserError for heads that do not divide what they must, and for rotary bands out of order."""
         if self.head_dim is None and self.d_model % self.n_heads:
             raise UserError(f"n_heads {self.n_heads} must divide d_model {self.d_model}; or give head_dim")
-        head_dim = self.head_dim or self.d_model // self.n_heads
-        if head_dim % 2:
-            raise UserError(f"head_dim is {head_dim} (d_model / n_heads if not given); it must be even")
+        object.__setattr__(self, "head_dim", self.head_dim or self.d_model // self.n_heads)
+        if self.head_dim % 2:
+            raise UserError(f"head_dim is {self.head_dim} (d_model / n_heads if not given); it must be even")
         if self.n_heads % self.n_kv_heads:
             raise UserError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
         bands = self.rope_bands
         if bands and (len(bands) != 3 or not 0 < bands[0] < bands[1]):
             raise UserError(f"rope_bands is {bands}; it must be low, high, length with low below high")
-
-    def check_layers(self) -> None:
-        """Raises UserError for an exit layer outside 1 .. L-1, for another layer outside 1 .. L, and for an
-        adapter that cannot be."""
+        for token in self.ends:
+            if not 0 <= token < self.vocab_size:
+                raise UserError(f"eos_id is {token}; it must lie in 0 to {self.vocab_size - 1}")
         for name in ("exit_norms", "classifiers", "exit_layers"):
             check_exit_layers(name, getattr(self, name), self.n_layers)
         for name in ("global_layers", "unrotated_layers"):
@@ -302,7 +289,7 @@ class Transformer(nn.Module):
         self.exit_norms = nn.ParameterDict({str(layer): torch.ones(d) for layer in config.exit_norms})
         self.adapters = nn.ParameterDict()
         if config.adapter:
-            kind, (size,) = read_choice("adapter", config.adapter, ADAPTERS)
+            kind, (size,) = read_adapter(config.adapter)
             for layer in config.exit_norms:
                 reading = torch.randn(MATRICES[kind] - 1, size, d) * 0.02
                 writing = torch.zeros(1, size, d)  # so that a new adapter changes nothing after the norm

@@ -24,12 +24,6 @@ ABOUT_FILL = "keys and values of skipped layers: parallel (exact, when needed) o
 ABOUT_PREDICT = "own, or contrasted with a middle layer (acd), the most different (dola), a second model (cd)"
 
 
-def check_temperature(value: float) -> None:
-    """Raises UserError for a temperature at which float32 knows no other token than the best."""
-    if 0 < value < 1e-4:
-        raise UserError(f"temperature is {value}; it must be 0, which is greedy, or at least 0.0001")
-
-
 @dataclass(frozen=True)
 class DecodeConfig:
     """How to decode. Layers count from 1; exit layer l is after l blocks."""
@@ -41,7 +35,7 @@ class DecodeConfig:
     verify: bool = option(False, ABOUT_VERIFY)
     max_owed: int | None = option(None, ABOUT_OWED, rare=True, least=1)
     prune: str = option("none", ABOUT_PRUNE, choices=read_pruning)
-    temperature: float = option(0.0, "sampling temperature; 0 is greedy", least=0, choices=check_temperature)
+    temperature: float = option(0.0, "sampling temperature; 0 is greedy", least=0)
     shortlist: int | None = option(None, ABOUT_SHORTLIST, EXITS, rare=True, least=2)
     draft: str = option("fixed", ABOUT_DRAFT, EXITS, choices=("fixed", "auto"))
     layer_thresholds: tuple[float, ...] | None = option(

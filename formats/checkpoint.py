@@ -132,9 +132,6 @@ def check_entries(path: str | os.PathLike, content: dict) -> None:
             found = type(content.get(entry)).__name__
             raise UserError(f"{path}: its {entry} is of type {found}; it is damaged")
     weights, scales = content["weights"], content["scales"]
-    names_are_text = all(isinstance(name, str) for name in [*content["config"], *weights])
-    if not names_are_text or not scales.keys() <= weights.keys():
-        raise UserError(f"{path}: its config, weights and scales do not belong together; it is damaged")
     for name, weight in weights.items():
         if not is_plain(weight, (torch.int8,) if name in scales else STORED):
             raise UserError(f"{path}: the weight {name} is not a plain tensor of a known dtype")

@@ -5,7 +5,6 @@ Layers count from 1 to L.
 """
 
 import random
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +45,7 @@ class Objective(nn.Module):
 
 def autocast(config: TrainConfig):
     """Matrix products in the dtype of training, sums in float32."""
-    if config.dtype == "float32":
-        return nullcontext()
-    return torch.autocast(torch.device(config.device).type, torch.bfloat16)
+    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype != "float32")
 
 
 def skipped_layers(config: TrainConfig, n_layers: int, number: int) -> frozenset[int]:

@@ -6,7 +6,7 @@ the included one on the included data.
     python train.py --init model.pt --train heads --exits 4,8 --data mine.jsonl --out runs/heads
     python train.py --loss my_file:smooth --out runs/smooth        a loss of your own: see training/losses.py
     torchrun --nproc-per-node 4 train.py --out runs/mine           on several GPUs of one machine
-    torchrun --nproc-per-node 4 train.py --shard --out runs/mine   the same, each GPU with a part of the model
+
     python train.py --plot runs/mine/log.jsonl                     draws loss and agreement of every exit
 
 --train all needs 16 bytes per weight (float32 weight, gradient and AdamW's two moments), and 2 more with
@@ -79,7 +79,7 @@ def train_step(
         loss, deepest = objective(batch, step)
         (batch.share * loss).backward()
         sums += batch.share * torch.stack([loss.detach().float(), deepest.float()])
-    norm = parallel.whole(nn.utils.clip_grad_norm_(objective.parameters(), LARGEST_NORM))
+    norm = nn.utils.clip_grad_norm_(objective.parameters(), LARGEST_NORM)
     loss, deepest, norm = torch.cat([sums, norm[None]]).tolist()  # waits for a GPU, once a step
     if not math.isfinite(loss + deepest + norm):
         found = f"the loss {config.loss} is {loss}, its gradient {norm} at step {step}"
@@ -110,23 +110,22 @@ def train_loop(training: Run, objective: nn.Module, data: Data, signals: list[in
             bar.set_postfix(loss=f"{loss:.3f}", positions_per_s=speed)
             validates = training.step % config.validate_every == 0 or training.step == config.max_steps
             if validates:
-                validate_all(training, objective, data.dev, bar)
+                validate_all(training, data.dev, bar)
             if training.step % SAVE_EVERY == 0 or validates:
                 training.save()
         if training.step < config.max_steps:
             training.save()  # while signals are still only noted
 
 
-def validate_all(training: Run, objective: nn.Module, dev: dict[str, np.ndarray], bar: tqdm) -> None:
+def validate_all(training: Run, dev: dict[str, np.ndarray], bar: tqdm) -> None:
     """Validates on every file, notes the results in the log, and prints them. The first process does it
-    alone, unless the model is sharded."""
-    if not parallel.is_first() and not training.config.shard:
+    alone."""
+    if not parallel.is_first():
         return
     training.results = {}
     for file, records in dev.items():
         bar.set_postfix_str(f"validating on {file}")
-        with parallel.heads_whole(objective):
-            training.results[file] = validate(training.model, records, training.config)
+        training.results[file] = validate(training.model, records, training.config)
         training.note({"step": training.step, "dev": file, "layers": training.results[file]})
     bar.set_postfix_str("")
     parallel.tell(result_table(training.step, training.results))
@@ -141,7 +140,7 @@ def run_training(
     checkpoint, for files that are there already, for another run in the same folder, and for a loss that is
     not finite."""
     check_start(config, shape)
-    parallel.check_sharding(config)
+
     with locked(folder):
         training = Run(config, shape, folder, overwrite)
         with parallel.first_alone():  # it makes what is not there yet

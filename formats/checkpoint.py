@@ -28,12 +28,11 @@ STORED = (torch.float32, torch.bfloat16, torch.float16)  # what weights may be i
 # ---------------------------------------------------------------- writing
 
 
-def save_checkpoint(path, model, tokenizer: bytes | None, dtype=None, weights=None, **extra) -> None:
+def save_checkpoint(path, model, tokenizer: bytes | None, dtype=None, **extra) -> None:
     """Writes config, weights (matrices as `dtype`, vectors as they are), the tokenizer and `extra` (plain
-    values, tensors) to one file, whole or not at all. `weights`: in place of the model's. Raises UserError
-    for a full disk."""
+    values, tensors) to one file, whole or not at all. Raises UserError for a full disk."""
     content = {"format": FORMAT, "config": asdict(model.config), "tokenizer": as_blob(tokenizer)}
-    content["weights"] = weights or model.state_dict()
+    content["weights"] = model.state_dict()
     write_content(path, {**content, **extra}, dtype)
 
 

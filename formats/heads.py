@@ -59,10 +59,10 @@ def same_model(one: dict, other: dict) -> bool:
 # ---------------------------------------------------------------- writing and reading
 
 
-def save_heads(path, model, belongs_to: dict, dtype=None, weights=None, **extra) -> None:
+def save_heads(path, model, belongs_to: dict, dtype=None, **extra) -> None:
     """Writes the heads of a model, whose fingerprint `belongs_to` is, and `extra`, to one file, whole or not
-    at all; matrices as `dtype`. `weights`: in place of the model's. Raises UserError for a full disk."""
-    config, weights = asdict(model.config), weights or model.state_dict()
+    at all; matrices as `dtype`. Raises UserError for a full disk."""
+    config, weights = asdict(model.config), model.state_dict()
     content = {"format": HEADS, "config": {field: config[field] for field in FIELDS}, "model": belongs_to}
     content["weights"] = {name: w for name, w in weights.items() if name.startswith(HEAD_WEIGHTS)}
     if model.frequent_ids is not None:

@@ -659,7 +659,6 @@ MISTAKES = {  # a flag -> what the line must say
     "--device=nowhere": "device 'nowhere' is not there",
     "--exits=1,3": "--exits: layer 3 is not an exit",
     "--max-steps=3": "is at step 12, beyond max_steps 3",
-    "--shard": "--shard needs several processes; start torchrun",
     "--length=49": "length is 49, the model has 48 positions",
     "--init={files}/dev.tsv": "dev.tsv: not a checkpoint",
     "--tokenizer={files}/dev.tsv": "was trained with tokenizer None, not",

@@ -16,9 +16,9 @@ import torch
 from common.errors import UserError
 from common.files import check_outputs, parse_json, whole_file
 from formats.checkpoint import STORED, fitting, read_checkpoint, save_checkpoint
-from formats.heads import FIELDS, HEAD_WEIGHTS, fingerprint, read_heads, same_model, save_heads
+from formats.heads import FIELDS, fingerprint, read_heads, same_model, save_heads
 from model import ModelConfig, Transformer
-from training.parallel import gathered, is_first, parts_like, processes, tell
+from training.parallel import is_first, processes, tell
 from training.settings import MAY_CHANGE, TrainConfig
 from training.start import Data
 
@@ -142,39 +142,28 @@ class Run:
         if heads_alone and not same_model(self.found["model"], self.belongs_to):
             raise UserError(f"{path}: {self.config.init} has changed since; {REMEDY}")
         with fitting(path):
-            weights = parts_like(self.found["weights"], self.model.state_dict())
-            self.model.load_state_dict(weights, strict=not heads_alone)
-        trained = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        moments = {}
-        for number, state in training["optimizer"]["state"].items():
-            moments[number] = parts_like(state, dict.fromkeys(state, trained[number]))
-        self.optimizer.load_state_dict({**training["optimizer"], "state": moments})
+            self.model.load_state_dict(self.found["weights"], strict=not heads_alone)
+        self.optimizer.load_state_dict(training["optimizer"])
         self.step, self.results = training["step"], training["results"]
         self.found = None  # the file is about to be replaced
 
     def write(self, path: Path, dtype: torch.dtype | None = None, **extra) -> None:
-        """Writes the model, or with --train heads its heads, and `extra`, whole or not at all. All
-        processes must call it."""
-        held = HEAD_WEIGHTS if self.config.heads_alone else ""  # which every name begins with
-        kept = {name: w for name, w in self.model.state_dict().items() if name.startswith(held)}
-        weights = gathered(kept)
+        """Writes the model, or with --train heads its heads, and `extra`, whole or not at all."""
         if not is_first():
             return
         if self.config.heads_alone:
-            save_heads(path, self.model, self.belongs_to, dtype, weights, **extra)
+            save_heads(path, self.model, self.belongs_to, dtype, **extra)
         else:
-            save_checkpoint(path, self.model, self.tokenizer, dtype, weights, **extra)
+            save_checkpoint(path, self.model, self.tokenizer, dtype, **extra)
 
     def save(self) -> None:
-        """Writes checkpoint.pt; every process gives its part."""
-        optimizer = self.optimizer.state_dict()
-        optimizer["state"] = {number: gathered(state) for number, state in optimizer["state"].items()}
+        """Writes checkpoint.pt."""
         training = {
             "step": self.step,
             "results": self.results,
             "config": self.settings,
             "data": self.data,
-            "optimizer": optimizer,
+            "optimizer": self.optimizer.state_dict(),
         }
         self.write(self.checkpoint, training=training)
 
@@ -186,8 +175,7 @@ class Run:
                 log.write(json.dumps(row) + "\n")
 
     def write_result(self) -> None:
-        """Writes model.pt, or heads.pt: matrices in float16, or in the dtype of --init. All processes
-        must call it."""
+        """Writes model.pt, or heads.pt: matrices in float16, or in the dtype of --init."""
         config, dtype, kept = self.config, torch.float16, {}
         if config.init:
             content = read_checkpoint(config.init)

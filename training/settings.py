@@ -12,7 +12,7 @@ from training.losses import LossConfig
 INCLUDED = ("translation", "translation", "e2e")  # the default data; translation is seen twice as often
 DATA = tuple(task_file(task, "train") for task in INCLUDED)
 # What may change when a training run goes on from its checkpoint.
-MAY_CHANGE = {"dev", "max_steps", "device", "compile", "recompute", "shard", "validate_every"}
+MAY_CHANGE = {"dev", "max_steps", "device", "compile", "recompute", "validate_every"}
 BATCHES, OPTIMIZATION, SPEED = "batches", "optimization", "speed and memory"  # groups in --help
 
 
@@ -50,7 +50,7 @@ class TrainConfig(LossConfig):
     recompute: bool = option(
         False, "compute blocks again for the gradient: less memory, more time", SPEED, rare=True
     )
-    shard: bool = option(False, "each process of torchrun keeps only a part of the model", SPEED, rare=True)
+
     validate_every: int = option(750, "steps between validations", "long runs", least=1)
 
     def __post_init__(self):

@@ -168,18 +168,17 @@ def first_layers(shape: dict, count: int) -> dict:
 
 def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
     """The model at the start. Its weights are float32; with --train heads, those that are not trained
-    have the dtype of training. A model to be sharded stays in main memory, all float32: weights that are
-    gathered together have one dtype."""
+    have the dtype of training."""
     torch.manual_seed(config.seed)
     model = Transformer(shape)
     if config.init:
         load_start(model, config)
     if config.heads_alone:
-        frozen = torch.float32 if config.shard else getattr(torch, config.dtype)
+        frozen = getattr(torch, config.dtype)
         for name, weight in model.named_parameters():
             if not name.startswith(HEAD_WEIGHTS):
                 weight.requires_grad_(False).data = weight.data.to(frozen)
-    return model if config.shard else model.to(config.device)
+    return model.to(config.device)
 
 
 def load_start(model: Transformer, config: TrainConfig) -> None:

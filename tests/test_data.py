@@ -6,7 +6,6 @@ import itertools
 import json
 import lzma
 import re
-import sys
 from collections import Counter
 
 import numpy as np
@@ -19,9 +18,8 @@ from formats.data import Example, read_examples, read_pairs, task_file
 from formats.tokenizers.files import load_tokenizer
 from formats.tokenizers.pieces import SEP, build_tokenizer, train_tokenizer
 from formats.tokenizers.tokenizer import SentencePiece, encode_prompt
-from tools import prepare as preparing
 from training import batches as batching
-from training.batches import LEARN, START, batches, cut_text, read_prepared
+from training.batches import LEARN, START, batches, cut_text
 
 TASKS = ("translation", "e2e")
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
@@ -287,7 +285,7 @@ def test_a_tokenizer_has_a_separator_only_where_there_are_prompts():
     assert encode_prompt(tokenizer, "one two") == [tokenizer.begin, *tokenizer.encode("one two")]
 
 
-# ---------------------------------------------------------------- tasks' own formats, prepared files
+# ---------------------------------------------------------------- tasks' own formats
 
 QA = {"id": "x", "context": "A king had a ring.", "question": "Who had it?", "answers": ["the king", "a king"]}
 SQUAD = {"version": "1.1", "data": [{"title": "t", "paragraphs": [{"context": QA["context"], "qas": [
@@ -310,33 +308,6 @@ def test_a_tasks_own_format_becomes_prompts_and_references(name, content, expect
     assert read_examples(tmp_path / name) == [Example(*expected)]
 
 
-def test_the_command_prepares_files_that_batches_read(tmp_path, monkeypatch, capsys):
-    source, out = task_file("e2e", "dev"), tmp_path / "e2e.npy"
-    monkeypatch.setattr(sys, "argv", ["prepare.py", source, f"--out={out}", "--vocab-size=400", "--length=300"])
-    preparing.main()
-    said = capsys.readouterr().out
-    tokenizer = load_tokenizer(tmp_path / "e2e.model")
-    records = read_prepared(out, tokenizer, 300)
-    pairs = list(read_pairs(source))
-    with pytest.raises(ValueError, match=r"e2e.npy: is there already; give another --out, or --overwrite"):
-        preparing.main()
-    assert f"{len(pairs):,} documents, {len(records):,} tokens" in said and isinstance(records, np.memmap)
-    learned = sum((batch.targets >= 0).sum() for batch in batches(records, 4, 300, seed=None))
-    assert learned == (records["flags"] & LEARN > 0).sum()
-    with pytest.raises(ValueError, match="another tokenizer, or for longer rows"):
-        read_prepared(out, tokenizer, 200)
-    with pytest.raises(ValueError, match=r"prepare it anew"):
-        read_prepared(out, tokenizer + b"x", 300)
-
-
-def test_what_is_read_is_not_overwritten(tmp_path, monkeypatch):
-    (tmp_path / "mine.json").write_text('[{"prompt": "a", "completion": "b"}]')
-    words = ["prepare.py", str(tmp_path / "mine.json"), f"--out={tmp_path}/mine.npy", "--overwrite"]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(ValueError, match=r"mine.json: is read here, and would be overwritten"):
-        preparing.main()
-
-
 def test_documents_of_a_tokenizer_without_a_start_have_none_and_one_without_an_end_is_refused(tmp_path):
     pieces, kinds = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁a", "b"], [2, 3, *[6] * 256, 1, 1]
 
@@ -348,13 +319,6 @@ def test_documents_of_a_tokenizer_without_a_start_have_none_and_one_without_an_e
     assert stats["documents"] == 2 and list(np.flatnonzero(records["flags"] & START)) == [0, 3]
     with pytest.raises(ValueError, match="no piece for the end of a text"):
         batching.tokenize([("a", "b")], build(None), tmp_path / "y.npy", 20)
-
-
-def test_damaged_prepared_files_are_said_to_be(tmp_path):
-    (tmp_path / "x.npy").write_bytes(b"")
-    (tmp_path / "x.json").write_text("[]")
-    with pytest.raises(ValueError, match="not usable as prepared data"):
-        read_prepared(tmp_path / "x.npy", b"", 20)
 
 
 def test_questions_without_an_answer_are_left_out(tmp_path):

@@ -14,7 +14,8 @@ from formats.data import Example, read_pairs, task_file
 from formats.tokenizers.bpe import BPE
 from formats.tokenizers.pieces import train_tokenizer
 from formats.tokenizers.tokenizer import SentencePiece
-from training.batches import LEARN, prepare_file
+from training.batches import LEARN
+from training.start import prepare_data
 
 
 def tokenizer_of(pairs) -> SentencePiece:
@@ -58,8 +59,7 @@ def test_training_and_evaluation_give_the_model_the_same_prompt(task, file, text
     found = find_task(f"{task}={tmp_path / file}")
     (example,) = read_task(found, "test")
     prompt, _ = found.encode(example.prompt, tokenizer, 99)
-    prepare_file((str(tmp_path / file),), tokenizer.blob, tmp_path / "a.npy", 99)
-    records = np.load(tmp_path / "a.npy")
+    records = prepare_data((str(tmp_path / file),), tokenizer.blob, tmp_path, 99)
     assert [*records["token"][: len(prompt)]] == prompt
     assert list(np.flatnonzero(records["flags"] & LEARN)) == list(range(len(prompt), len(records)))
 

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,10 +231,8 @@ def test_batches_come_to_the_device_in_their_order_fetched_ahead_or_not(config, 
 
 
 def test_a_mistake_in_the_data_comes_through_from_the_thread_that_fetches():
-    records = np.zeros(60, [("token", "<u2"), ("flags", "u1")])
-    records["flags"][0] = batching.START
-    with pytest.raises(ValueError, match="longer context than 48"):
-        next(fetched_ahead(batching.batches(records, 2, 48)))
+    with pytest.raises(ValueError, match="invalid literal"):
+        list(fetched_ahead(map(int, ["1", "b"])))
 
 
 # ---------------------------------------------------------------- the end, and ends before it
@@ -623,16 +622,12 @@ def test_changed_data_ends_a_resume_though_the_tokenizer_is_given(finished, conf
         train.run_training(dataclasses.replace(given, max_steps=4), SHAPE, tmp_path / "run")
 
 
-def test_prepared_data_trains_the_same(config, finished, files, tmp_path):
-    model = tmp_path / "own.model"
-    model.write_bytes(prepare_tokenizer(config, finished[0], SHAPE.vocab_size))
-    batching.prepare_file(config.data, model.read_bytes(), tmp_path / "own.npy", config.length)
-    ready = dataclasses.replace(config, data=(str(tmp_path / "own.npy"),), tokenizer=str(model))
-    assert_close(weights(train.run_training(ready, SHAPE, tmp_path / "run")), finished[1], **EXACT)
-    with pytest.raises(ValueError, match="a prepared file comes alone"):
-        train.run_training(dataclasses.replace(ready, data=ready.data * 2), SHAPE, tmp_path / "other")
-    with pytest.raises(ValueError, match="is prepared data; name the tokenizer"):
-        shape_from(dataclasses.replace(ready, tokenizer=None), {})
+def test_damaged_data_in_the_folder_are_said_to_be(finished, config, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    for file in folder.glob("*.npy"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"\.npy: is damaged; delete it"):
+        load_data(config, SHAPE, folder)
 
 
 UNUSABLE = {  # settings -> what the message must say

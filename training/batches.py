@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import digest, read_json, whole_file, write_json
-from formats.data import Corpus
-from formats.tokenizers.tokenizer import Tokenizer, encode_prompt, read_blob
+from common.files import whole_file
+from formats.tokenizers.tokenizer import Tokenizer, encode_prompt
 
 LEARN, START = 1, 2  # flags of a token: it is a training target; a document starts here
 
@@ -92,12 +91,9 @@ def batches(
     depends only on `seed` and the epoch, so that skipping `start` batches resumes exactly. With `every` =
     n it gives each n-th batch, the share of one of n processes. With `seed=None` it gives one epoch in
     the order of the file. A document goes into the first row of the batch that has room; one that fits
-    nowhere waits for the next batch, and 16 waiting documents close the batch. Raises UserError if a
-    document is longer than a row."""
+    nowhere waits for the next batch, and 16 waiting documents close the batch."""
     begins = np.flatnonzero(records["flags"] & START)
     ends = np.append(begins[1:], len(records))
-    if (ends - begins).max() > length + 1:
-        raise UserError(f"the data was prepared for a longer context than {length}; prepare it again")
     count = len(begins)
     if seed is None:
         orders = [range(count)]
@@ -143,30 +139,3 @@ def _fill(records, plan, begins, ends, rows: int, length: int) -> Batch:
             documents[row, span] = number
             at = span.stop
     return Batch(inputs, targets, documents)
-
-
-# ---------------------------------------------------------------- prepared files
-
-
-def prepare_file(files: tuple[str, ...], tokenizer: bytes, path: Path, length: int) -> str:
-    """Writes the files' documents to `path` (.npy), and their tokenizer, length and statistics to a .json
-    file next to it. Returns the statistics in words."""
-    reader = read_blob(tokenizer)
-    stats = tokenize(Corpus(files, templates=reader.separator is None), reader, path, length)
-    made = {"files": [*map(str, files)], "tokenizer": digest(tokenizer), "length": length}
-    write_json(path.with_suffix(".json"), made | stats)
-    tokens = f"{stats['tokens']:,} tokens, {stats['learned']:,} of them learned"
-    return f"{stats['documents']:,} documents, {tokens}; {stats['shortened']:,} documents shortened to fit"
-
-
-def read_prepared(path: Path, tokenizer: bytes, length: int) -> np.ndarray:
-    """The records of a prepared file, memory-mapped. Raises UserError if it is damaged, or made for another
-    tokenizer or a greater length."""
-    try:
-        made = read_json(path.with_suffix(".json"), "the record of prepared data")
-        if made["tokenizer"] != digest(tokenizer) or made["length"] > length:
-            raise UserError("it was made for another tokenizer, or for longer rows")
-        return np.load(path, mmap_mode="r")
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        unusable = f"{path}: not usable as prepared data ({error})"
-        raise UserError(f"{unusable}; delete it, or prepare it anew (tools.prepare)") from None

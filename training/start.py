@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError
-from common.files import check_input, digest, whole_file
+from common.files import check_input, digest, reading, whole_file
 from decoding.fast_weights import dequantized
 from decoding.shortlist import find_frequent_ids, ids_beside
 from formats.checkpoint import fitting, read_checkpoint, read_tokenizer
@@ -16,8 +16,9 @@ from formats.data import Corpus
 from formats.heads import HEAD_WEIGHTS
 from formats.tokenizers.files import load_tokenizer
 from formats.tokenizers.pieces import train_tokenizer
+from formats.tokenizers.tokenizer import read_blob
 from model import ModelConfig, Transformer, check_exit_layers
-from training.batches import LEARN, START, prepare_file, read_prepared
+from training.batches import LEARN, START, tokenize
 from training.parallel import tell
 from training.settings import TrainConfig
 
@@ -55,8 +56,6 @@ def prepare_tokenizer(config: TrainConfig, folder: Path, vocab_size: int) -> byt
 
 def new_vocab_size(files: tuple[str, ...], most: int) -> int:
     """The size of a new tokenizer for these files: `most`, or less where there is little text."""
-    if any(file.endswith(".npy") for file in files):
-        raise UserError("--data is prepared data; name the tokenizer that it was made with: --tokenizer FILE")
     characters = 0
     for prompt, completion in Corpus(files):
         characters += len(prompt) + len(completion)
@@ -67,15 +66,18 @@ def new_vocab_size(files: tuple[str, ...], most: int) -> int:
 
 def prepare_data(files: tuple[str, ...], tokenizer: bytes, folder: Path, length: int) -> np.ndarray:
     """The files' documents as one memory-mapped array, which is made once for these files, this tokenizer and
-    this length. A prepared file is taken as it is."""
-    if any(file.endswith(".npy") for file in files):
-        if len(files) > 1:
-            raise UserError("a prepared file comes alone; prepare all of the data in one file")
-        return read_prepared(Path(files[0]), tokenizer, length)
+    this length. Raises UserError if that is damaged."""
     path = folder / f"{digest(*map(Path, files), tokenizer, length)}.npy"
-    if not path.with_suffix(".json").exists():  # written last
-        tell(f"{', '.join(files)}: {prepare_file(files, tokenizer, path, length)}")
-    return read_prepared(path, tokenizer, length)
+    if not path.exists():
+        reader = read_blob(tokenizer)
+        stats = tokenize(Corpus(files, templates=reader.separator is None), reader, path, length)
+        tokens = f"{stats['tokens']:,} tokens, {stats['learned']:,} of them learned"
+        found = (
+            f"{stats['documents']:,} documents, {tokens}; {stats['shortened']:,} documents shortened to fit"
+        )
+        tell(f"{', '.join(files)}: {found}")
+    with reading(path, "is damaged; delete it"):
+        return np.load(path, mmap_mode="r")
 
 
 class Data(NamedTuple):

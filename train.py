@@ -6,7 +6,6 @@ the included one on the included data.
     python train.py --init model.pt --train heads --exits 4,8 --data mine.jsonl --out runs/heads
     python train.py --loss my_file:smooth --out runs/smooth        a loss of your own: see training/losses.py
     torchrun --nproc-per-node 4 train.py --out runs/mine           on several GPUs of one machine
-
     python train.py --plot runs/mine/log.jsonl                     draws loss and agreement of every exit
 
 --train all needs 16 bytes per weight (float32 weight, gradient and AdamW's two moments), and 2 more with
@@ -140,7 +139,6 @@ def run_training(
     checkpoint, for files that are there already, for another run in the same folder, and for a loss that is
     not finite."""
     check_start(config, shape)
-
     with locked(folder):
         training = Run(config, shape, folder, overwrite)
         with parallel.first_alone():  # it makes what is not there yet

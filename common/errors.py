@@ -12,8 +12,8 @@ class UserError(ValueError):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command. What the user can mend, our own errors, a file that cannot be used, a full disk or GPU,
-    ends it with one line and status 2, Ctrl-C with status 130."""
+    """Runs a command. A mistake that the user can mend (a UserError, a file that cannot be used, a full disk
+    or GPU) ends it with one line and status 2, Ctrl-C with status 130."""
     try:
         main()
     except BrokenPipeError:  # the reader of our output has left

@@ -76,8 +76,8 @@ def check_input(path: str | os.PathLike, missing: str = "no such file") -> None:
 
 
 def check_outputs(outputs: list, inputs: list) -> None:
-    """Raises UserError for a file to write (None: none) that cannot be written, that is one of the files to
-    read, or that is named twice."""
+    """Raises UserError, or OSError, for a file to write (None: none) that cannot be written, that is one of
+    the files to read, or that is named twice."""
     taken = {os.path.realpath(path): "is read here, and would be overwritten" for path in inputs if path}
     for path in filter(None, outputs):
         check_replaceable(path)
@@ -85,6 +85,8 @@ def check_outputs(outputs: list, inputs: list) -> None:
         if place in taken:
             raise UserError(f"{path}: {taken[place]}; give another name")
         taken[place] = "two files would be written there"
+        with open(f"{place}.part", "wb"):  # an OSError here names a file that may not be written
+            os.remove(f"{place}.part")
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -104,7 +104,7 @@ class Session:
     """What the arguments of decode.py ask for. Files are written at the end, if all went well."""
 
     def __init__(self, args: argparse.Namespace):
-        """Reads all that is needed. Raises UserError, for files that cannot be written, too."""
+        """Reads all that is needed. Raises UserError, or OSError for files that cannot be written."""
         if not args.prompt.strip():
             raise UserError("the prompt is empty; give some text")
         read = [args.checkpoint, args.heads, args.settings, args.thresholds, args.amateur, args.frequent_ids]

@@ -78,17 +78,14 @@ class Setup:
         return tasks
 
     def try_outputs(self, outputs: tuple[str | Path | None, ...], rows: Path | None) -> None:
-        """Opens what is written in the end. Raises UserError, or OSError, for what cannot be written, and for
-        what would replace a file that is read."""
+        """Looks at what is written in the end. Raises UserError, or OSError, for what cannot be written, and
+        for what would replace a file that is read."""
         config = self.config
         read = [config.checkpoint, config.heads, config.thresholds, config.shot_file]
         read += [config.loading.get("frequent_ids"), *(task.file for task in self.tasks)]
         check_outputs([*outputs], [*read, self.settings_file])
         check_outputs([rows], read)
-        for path in filter(None, [*outputs, rows]):
-            part = Path(f"{path}.part")
-            part.touch()
-            part.unlink()
+
         if config.plot:
             from evaluation.plots import make_folder
 

@@ -71,7 +71,7 @@ def draw_training(log: Path) -> Path:
         loss.set_ylim(min(seen) - 0.1, max(seen) + 0.1)
         agreement.set(xlabel="step", ylabel="agreement with the last layer", ylim=(None, 1.01))
         loss.legend(fontsize="small")
-    out = Path(log).with_suffix(".png")
+    out = log.with_suffix(".png")
     figure.savefig(out)
     plt.close(figure)
     return out

@@ -135,7 +135,11 @@ def check_entries(path: str | os.PathLike, content: dict) -> None:
         if not is_plain(weight, (torch.int8,) if name in scales else STORED):
             raise UserError(f"{path}: the weight {name} is not a plain tensor of a known dtype")
     for name, scale in scales.items():
-        if not is_plain(scale, (torch.bfloat16,)) or scale.shape != weights[name].shape[:1]:
+        if (
+            name not in weights
+            or not is_plain(scale, (torch.bfloat16,))
+            or scale.shape != weights[name].shape[:1]
+        ):
             raise UserError(f"{path}: the scales of {name} are not bfloat16, one for each row")
 
 

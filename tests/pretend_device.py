@@ -7,7 +7,7 @@ reading a value back, is counted.
         ...
         assert waits.count <= 3
 
-Only plain eager code in one process runs on it: no autocast, no torch.compile, no torch.inference_mode
+Only plain eager code in one process runs on it: no autocast that is enabled, no torch.compile, no torch.inference_mode
 (torch.no_grad in its place). It shows that code is free of mistakes between devices, and nothing of speed.
 Needs torch 2.9 (`available`)."""
 

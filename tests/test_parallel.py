@@ -65,18 +65,27 @@ def config(tmp_path_factory):
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def stopped(config, tmp_path_factory) -> Path:
-    """The folder of a training run of two processes that was stopped."""
-    root, folder = Path(train.__file__).parent, tmp_path_factory.mktemp("two")
-    driver = folder / "driver.py"
+def in_two_processes(config: TrainConfig, folder: Path) -> Path:
+    root, driver = Path(train.__file__).parent, folder.with_suffix(".py")
     driver.write_text(DRIVER)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(driver)]
-    words = [*command, f"--out={folder / 'run'}", *flags(config, SHAPE)]
+    words = [*command, f"--out={folder}", *flags(config, SHAPE)]
     ended = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    return folder / "run"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(config, tmp_path_factory) -> Path:
+    """The folder of a training run of two processes that was stopped."""
+    return in_two_processes(config, tmp_path_factory.mktemp("two") / "run")
+
+
+def test_two_processes_go_on_to_the_end(stopped, config, tmp_path):
+    folder = in_two_processes(config, shutil.copytree(stopped, tmp_path / "run"))
+    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").open()]
+    assert steps == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8] and read_checkpoint(folder / "model.pt")["provenance"]["steps"] == STEPS
 
 
 def test_two_processes_learn_what_one_learns_which_goes_on_where_they_stopped(stopped, config, tmp_path):

@@ -1,1 +1,1 @@
-"""Tools that are run now and then: a benchmark, preparing data, counting frequent ids."""
+"""Tools that are run now and then: a benchmark, counting frequent ids."""

@@ -91,7 +91,8 @@ def batches(
     depends only on `seed` and the epoch, so that skipping `start` batches resumes exactly. With `every` =
     n it gives each n-th batch, the share of one of n processes. With `seed=None` it gives one epoch in
     the order of the file. A document goes into the first row of the batch that has room; one that fits
-    nowhere waits for the next batch, and 16 waiting documents close the batch."""
+    nowhere waits for the next batch, and 16 waiting documents close the batch. No document may be longer
+    than length + 1 tokens, which `tokenize` ensures."""
     begins = np.flatnonzero(records["flags"] & START)
     ends = np.append(begins[1:], len(records))
     count = len(begins)

@@ -149,8 +149,6 @@ class Run:
 
     def write(self, path: Path, dtype: torch.dtype | None = None, **extra) -> None:
         """Writes the model, or with --train heads its heads, and `extra`, whole or not at all."""
-        if not is_first():
-            return
         if self.config.heads_alone:
             save_heads(path, self.model, self.belongs_to, dtype, **extra)
         else:
@@ -158,6 +156,8 @@ class Run:
 
     def save(self) -> None:
         """Writes checkpoint.pt."""
+        if not is_first():
+            return
         training = {
             "step": self.step,
             "results": self.results,
@@ -176,6 +176,8 @@ class Run:
 
     def write_result(self) -> None:
         """Writes model.pt, or heads.pt: matrices in float16, or in the dtype of --init."""
+        if not is_first():
+            return
         config, dtype, kept = self.config, torch.float16, {}
         if config.init:
             content = read_checkpoint(config.init)

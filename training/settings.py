@@ -50,7 +50,6 @@ class TrainConfig(LossConfig):
     recompute: bool = option(
         False, "compute blocks again for the gradient: less memory, more time", SPEED, rare=True
     )
-
     validate_every: int = option(750, "steps between validations", "long runs", least=1)
 
     def __post_init__(self):

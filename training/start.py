@@ -176,10 +176,9 @@ def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
     if config.init:
         load_start(model, config)
     if config.heads_alone:
-        frozen = getattr(torch, config.dtype)
         for name, weight in model.named_parameters():
             if not name.startswith(HEAD_WEIGHTS):
-                weight.requires_grad_(False).data = weight.data.to(frozen)
+                weight.requires_grad_(False).data = weight.data.to(getattr(torch, config.dtype))
     return model.to(config.device)
 
 

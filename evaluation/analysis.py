@@ -30,7 +30,6 @@ def look(model: Transformer, texts: list[Text], functions: tuple[str, ...], posi
     that gave a token of an output. Texts that are not needed for these are not read."""
     L, ranks, agrees = model.config.n_layers, [], []
     confidence = {name: [] for name in functions}
-    traces = {name: Trace(model, DecodeConfig(confidence=FUNCTIONS[name])) for name in functions}
     for prompt, output in texts:
         wanted = min(len(output), positions - len(ranks))
         if wanted == 0:
@@ -43,9 +42,10 @@ def look(model: Transformer, texts: list[Text], functions: tuple[str, ...], posi
             logits = [model.head(rows[layer], layer)[0, 0] for layer in range(1, L)]
             ranks.append([int((z > z[token]).sum()) + 1 for z in logits])
             agrees.append([int(z.argmax()) == token for z in logits])
-            for name, trace in traces.items():
-                checked = [trace.checked_at(rows[: layer + 1]).confidences[layer] for layer in range(1, L)]
-                confidence[name].append(checked)
+            for name, found in confidence.items():
+                trace = Trace(model, DecodeConfig(confidence=FUNCTIONS[name]))  # layers share their logits
+                trace.hidden = rows
+                found.append([float(FUNCTIONS[name](trace, layer)) for layer in range(1, L)])
     arrays = {name: np.array(values) for name, values in confidence.items()}
     return Views(np.array(ranks), np.array(agrees), arrays)
 

@@ -11,6 +11,7 @@ from evaluation.inputs import Setup
 from evaluation.measure import Configuration
 from evaluation.recipes import RECIPES, recipe_fields
 from evaluation.tasks import Task
+from model import Transformer
 
 MAIN = ("static", "softmax", "weighted", "jsd", "verified")  # the rows that the table shows by itself
 REMEDY = "choose some with `eval.py tune`, or name configurations (--compare calm,free,softmax+threshold=0.6)"
@@ -69,7 +70,7 @@ def command_config(setup: Setup) -> DecodeConfig:
 def named_configs(setup: Setup, task: Task, wanted: Iterable[str]) -> dict[str, DecodeConfig]:
     """Returns the recipes and the rows of the settings file, changed by flags. A change that cannot be made
     raises UserError for those that are wanted; others are left out."""
-    exits = list(DecodeConfig(confidence="softmax").exits(setup.model.config))
+    exits = exit_layers_of(setup.model)
     rows = {name: recipe_fields(name, setup.model.config.n_layers, exits) for name in RECIPES}
     rows |= presets.read_configurations(setup.settings_file, task.name)
     configs = {}
@@ -81,6 +82,13 @@ def named_configs(setup: Setup, task: Task, wanted: Iterable[str]) -> dict[str, 
             if name in wanted:
                 raise UserError(f"{name}: {error}") from None
     return configs
+
+
+def exit_layers_of(model: Transformer) -> list[int]:
+    """Returns the default exit layers of a model. Raises UserError if it has none."""
+    if model.config.n_layers == 1:
+        raise UserError("this model has one layer, and so no exit")
+    return list(DecodeConfig(confidence="softmax").exits(model.config))
 
 
 def sources(setup: Setup) -> str:

@@ -85,7 +85,6 @@ class Setup:
         read += [config.loading.get("frequent_ids"), *(task.file for task in self.tasks)]
         check_outputs([*outputs], [*read, self.settings_file])
         check_outputs([rows], read)
-
         if config.plot:
             from evaluation.plots import make_folder
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
+from common.files import reading
 from evaluation.analysis import Views, auroc, calibration_error, divergences, look, reliability
 from training.runs import read_log
 
@@ -80,13 +81,15 @@ def draw_training(log: Path) -> Path:
 def read_curves(log: Path) -> tuple[list[tuple], dict]:
     """(step, loss) of the training steps, and by validation file and layer (step, loss, agreement). Raises
     UserError."""
-    rows, curves = read_log(log), defaultdict(lambda: defaultdict(list))
-    training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    curves = defaultdict(lambda: defaultdict(list))
+    with reading(log, "not a log of train.py"):
+        rows = read_log(log)
+        training = [(row["step"], float(row["loss"])) for row in rows if "loss" in row]
+        for row in rows:
+            for layer, (loss, same) in row.get("layers", {}).items():
+                curves[row["dev"]][int(layer)].append((row["step"], float(loss), float(same)))
     if not training:
         raise UserError(f"{log}: not a log of train.py, or one without a step yet")
-    for row in rows:
-        for layer, (loss, same) in row.get("layers", {}).items():
-            curves[row["dev"]][int(layer)].append((row["step"], loss, same))
     return training, curves
 
 

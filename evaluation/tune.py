@@ -17,7 +17,7 @@ from itertools import product
 import numpy as np
 
 from decoding.settings import DecodeConfig
-from evaluation.configurations import differing_fields
+from evaluation.configurations import differing_fields, exit_layers_of
 from evaluation.figures import quality_kept, tokens_per_second, written
 from evaluation.inputs import Setup, encode_inputs, say
 from evaluation.measure import Configuration, run_in_turns
@@ -56,7 +56,7 @@ class Tuning:
 
     def __init__(self, setup: Setup, task: Task, examples: list[Example]):
         self.setup, self.task, self.model = setup, task, setup.model
-        self.exits = list(DecodeConfig(confidence="softmax").exits(setup.model.config))
+        self.exits = exit_layers_of(setup.model)
         step = math.ceil(len(examples) / FIRST)
         self.some = examples[::step]
         self.provenance = {"inputs": len(examples), "of": "dev (the part that calibrate does not use)"}

@@ -1,6 +1,7 @@
 """Byte-level BPE: splitting and merging against hand-worked cases and slow references, every source in tiny
 form, and damaged ones."""
 
+import itertools
 import json
 import random
 import unicodedata
@@ -212,6 +213,41 @@ def test_merges_go_by_rank_as_worked_out_by_hand():
     assert names("12 112") == ["12", "Ġ", "1", "12"]
     assert names("é") == ["Ã", "©"]
     assert names("") == []
+
+
+def merge_naively(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
+    parts = list(word)
+    while True:
+        pairs = [(ranks[pair], at) for at, pair in enumerate(itertools.pairwise(parts)) if pair in ranks]
+        if not pairs:
+            return parts
+        at = min(pairs)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+def random_merges(rng: random.Random, letters: str, count: int) -> list[str]:
+    """Merges in an order that no training would find, too: a pair may come before the merges that make its
+    parts."""
+    texts, merges = list(letters), {}
+    while len(merges) < count:
+        left, right = rng.choice(texts), rng.choice(texts)
+        if len(left + right) <= 6 and left + right not in texts:
+            texts.append(left + right)
+            merges[f"{left} {right}"] = None
+    merges = list(merges)
+    rng.shuffle(merges)
+    return merges
+
+
+def test_merging_equals_a_search_for_the_lowest_rank_after_every_merge():
+    rng = random.Random(1)
+    for _ in range(20):
+        merges = random_merges(rng, "abc", 25)
+        tokenizer, ids = tokenizer_of(merges), vocabulary(merges)
+        ranks = {tuple(merge.split()): rank for rank, merge in enumerate(merges)}
+        for _ in range(50):
+            word = "".join(rng.choices("abc", k=rng.randrange(1, 40)))
+            assert tokenizer.encode(word) == [ids[part] for part in merge_naively(word, ranks)]
 
 
 def test_a_word_that_is_a_token_is_taken_whole_only_where_the_tokenizer_says_so():

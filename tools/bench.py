@@ -14,6 +14,7 @@ from statistics import median
 
 import torch
 
+from common.config import check_range
 from common.errors import run
 from common.flags import Parser, add_model_flags, loading
 from decode import load_checkpoint
@@ -108,6 +109,7 @@ def make_parser() -> Parser:
 
 def main() -> None:
     args = make_parser().parse_args()
+    check_range("repeat", args.repeat, least=1)
     if args.plot:
         make_folder(args.plot)
     if args.large_vocabulary:

@@ -4,7 +4,7 @@ that are still owed.
 Dimensions: R rows of a pass, S positions that are seen, d model width, K key/value heads, C width of a head.
 """
 
-import common.threads  # noqa: F401  before torch
+import common.threads  # noqa: F401  sets variables that torch reads
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ class KVCache:
 
     filled[1 .. L]   how many positions have their keys and values stored at that layer (filled[0]: not used)
     begun            how many positions have been read; above filled[1] only within a pass
-    head_filled      up to which position no row is owed to the LM head, the step above layer L
+    head_filled      positions below it owe no row to the LM head, the step above layer L: it has run on them,
+                     or need not, as on most of a prompt
     hidden           the state of every position, at the depth that it reached: (1, length, d)
 
-    `extend` keeps `filled`; a pass (`run_pass` in decode.py) keeps the others.
+    `extend` updates `filled`; a pass (`run_pass` in decode.py) updates the others.
 
     filled never increases from a layer to the next. A position that stopped below the top waits in `hidden`,
     and is *owed* to the layers above. So the positions owed to a layer are the newest ones, without a gap,
@@ -44,13 +45,13 @@ class KVCache:
         """All steps of the staircase from below: begun, filled[1 .. L], head_filled."""
         return [self.begun, *self.filled[1:], self.head_filled]
 
-    def join(self, wanted: int, first: int, x: Tensor) -> Tensor:
-        """The rows from position `wanted` on, for a pass that brings x (1, R, d), the positions from `first`
-        on. Owed rows join: if x is position 9 and a layer is owed 6 and later ones, the rows are 6 to 9. Rows
-        that are not needed are left out; this concerns the LM head alone."""
-        if wanted < first:
-            return torch.cat([self.hidden[:, wanted:first], x], dim=1)
-        return x if wanted == first else x[:, wanted - first :]
+    def join(self, start: int, first: int, x: Tensor) -> Tensor:
+        """The rows from position `start` on, for a pass that brings x (1, R, d), the positions from `first`
+        on. If start < first, owed rows join: if x is position 9 and a layer is owed 6 and later ones, the
+        rows are 6 to 9. If start > first, rows are left out: only the LM head does not need them all."""
+        if start < first:
+            return torch.cat([self.hidden[:, start:first], x], dim=1)
+        return x if start == first else x[:, start - first :]
 
     def first(self, layer: int) -> int:
         """The position of the first row that a pass brings to the layer: how many it has stored."""

@@ -6,7 +6,7 @@ pruning). Logits and probabilities are float32. Confidence lies in [0, 1]; a tok
 threshold.
 """
 
-import common.threads  # noqa: F401  before torch
+import common.threads  # noqa: F401  sets variables that torch reads
 
 import functools
 import math
@@ -22,12 +22,12 @@ from common.errors import UserError
 from common.plugins import find_function
 from model import ModelConfig, Transformer
 
-ALPHA = 0.1  # plausible are tokens of at least this share of the largest probability (Li 2022, section 3.2)
+ALPHA = 0.1  # a token with at least this share of the largest probability is plausible (Li 2022, section 3.2)
 
 
-class Position(Protocol):
-    """What a confidence function is given: the newest position of a pass, after the layers that it has run.
-    (Trace in decoding/trace.py is the class behind it.)"""
+class TraceView(Protocol):
+    """What a confidence function is given as its trace: the newest position of a pass, after the layers that
+    it has run. (A protocol, because Trace in decoding/trace.py, which it describes, imports this file.)"""
 
     model: Transformer
     layer: int  # the newest layer l
@@ -51,7 +51,7 @@ class Position(Protocol):
 
 # ---------------------------------------------------------------- confidence functions
 
-Confidence = Callable[[Position, int], Tensor | float]
+Confidence = Callable[[TraceView, int], Tensor | float]
 FUNCTIONS: dict[str, Confidence] = {}
 
 
@@ -74,20 +74,20 @@ def resolve(name: str | Confidence) -> Confidence:
 
 
 @register("softmax")
-def softmax(trace: Position, layer: int) -> float:
+def softmax(trace: TraceView, layer: int) -> float:
     """p_l(1st) - p_l(2nd) (CALM, Schuster 2022, section 3.5, softmax response)."""
     return margin(trace.logits(layer).softmax(-1))
 
 
 @register("hidden", reads_logits=False)
-def hidden(trace: Position, layer: int) -> Tensor:
+def hidden(trace: TraceView, layer: int) -> Tensor:
     """max(0, cos(h_l, h_{l-1})) (CALM, section 3.5, hidden-state saturation; the max is ours)."""
     now, before = trace.state(layer).float(), trace.state(layer - 1).float()
     return F.cosine_similarity(now, before, dim=0).clamp(0, 1)
 
 
 @register("classifier", reads_logits=False)
-def classifier(trace: Position, layer: int) -> Tensor:
+def classifier(trace: TraceView, layer: int) -> Tensor:
     """sigmoid(w_l norm_l(h_l) + b_l), trained to predict whether argmax p_l = argmax p_L (CALM, section 3.5,
     early-exit classifier; the norm and weights for each layer are ours). Raises UserError for a layer
     without one."""
@@ -111,14 +111,14 @@ def check_classifiers(config: ModelConfig, layers: list[int]) -> None:
 
 
 @register("entropy")
-def entropy(trace: Position, layer: int) -> Tensor:
+def entropy(trace: TraceView, layer: int) -> Tensor:
     """1 - H(p_l) / log n."""
     log_p = trace.log_probs(layer)
     return (1 + (log_p.exp() * log_p).sum() / math.log(len(log_p))).clamp(0, 1)
 
 
 @register("weighted")
-def weighted(trace: Position, layer: int) -> float:
+def weighted(trace: TraceView, layer: int) -> float:
     """Margin of p_l contrasted with the fixed amateur layer m = max(1, floor(l/2)) (the Amsterdam study,
     Abdel Sadek 2024, after ACD, Gera 2023). Layer 1 is its own amateur: there all plausible tokens become
     equal, so the margin is 0 unless there is only one."""
@@ -126,7 +126,7 @@ def weighted(trace: Position, layer: int) -> float:
 
 
 @register("jsd")
-def jsd(trace: Position, layer: int) -> float:
+def jsd(trace: TraceView, layer: int) -> float:
     """Margin of p_l contrasted with the layer that `most_different` finds (the Amsterdam study, after DoLa,
     Chuang 2023); of p_l alone if there is none."""
     amateur = most_different(trace, layer)
@@ -147,7 +147,7 @@ def halfway(layer: int) -> int:
     return max(1, layer // 2)
 
 
-def most_different(trace: Position, layer: int, by_distance: bool = True) -> int | None:
+def most_different(trace: TraceView, layer: int, by_distance: bool = True) -> int | None:
     """The premature layer: argmax over the layers j = 2 .. l-1 of JSD(p_l, p_j) / (l - j) (the Amsterdam
     study), or of JSD(p_l, p_j) alone (DoLa, Eq. 4). None if there is no such layer."""
     premature = list(range(2, layer))
@@ -175,11 +175,11 @@ def contrast(log_expert: Tensor, log_amateur: Tensor) -> Tensor:
     """The contrasted distribution of log-probabilities (n,), (n,): over V_head the softmax of log p - log q,
     scaled to the mass that p has there; p elsewhere (ACD, Gera 2023, Eq. 3-5). It sums to 1."""
     p, kept = log_expert.exp(), plausible(log_expert)
-    ratio = (log_expert - log_amateur).masked_fill(~kept, -math.inf)
-    return torch.where(kept, ratio.softmax(-1) * (p * kept).sum().clamp(max=1), p)
+    log_ratio = (log_expert - log_amateur).masked_fill(~kept, -math.inf)
+    return torch.where(kept, log_ratio.softmax(-1) * (p * kept).sum().clamp(max=1), p)
 
 
-def contrasted(trace: Position, layer: int, amateur: int) -> Tensor:
+def contrasted(trace: TraceView, layer: int, amateur: int) -> Tensor:
     """The distribution of `layer` contrasted with that of `amateur`, (n,); the trace notes the choice."""
     trace.amateurs[layer] = amateur
     return contrast(trace.log_probs(layer), trace.log_probs(amateur))
@@ -188,23 +188,23 @@ def contrasted(trace: Position, layer: int, amateur: int) -> Tensor:
 # ---------------------------------------------------------------- vocabulary pruning
 
 
-def decaying(trace: Position, k: int, k_min: int) -> int:
-    """The first check keeps k, or begins to shrink at once if a shortlist has k candidates or fewer; then
-    k_next = max(k_min, k_now / (1 + (k_now - k_min) / k_min * l/L)), rounded up (the Amsterdam study)."""
+def decaying(trace: TraceView, k: int, k_min: int) -> int:
+    """The first check keeps k candidates. Later ones, and the first if there are no more than k, keep k_next
+    = max(k_min, k_now / (1 + (k_now - k_min) / k_min * l/L)), rounded up (the Amsterdam study)."""
     if not trace.confidences and k < trace.n:  # the first layer checked
         return k
     shrink = 1 + (trace.n - k_min) / k_min * trace.layer / trace.model.config.n_layers
     return max(k_min, math.ceil(trace.n / shrink))
 
 
-def adaptive(trace: Position, k: int, k_min: int) -> int:
+def adaptive(trace: TraceView, k: int, k_min: int) -> int:
     """min(k, V (1 - 0.9 c)), c the confidence of the previous check, at least k_min (the Amsterdam study).
     Since V (1 - 0.9 c) is never below V/10, k decides wherever k <= V/10; the uncapped form is k = V."""
     sure = list(trace.confidences.values())[-1] if trace.confidences else 0.0
     return max(k_min, min(k, math.ceil(trace.model.config.vocab_size * (1 - 0.9 * sure))))
 
 
-def fixed(trace: Position, k: int) -> int:
+def fixed(trace: TraceView, k: int) -> int:
     """k at every layer (the Amsterdam study)."""
     return k
 

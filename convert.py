@@ -8,7 +8,7 @@ SmolLM, SmolLM3), Mistral, Qwen 2, 2.5 and 3, or Gemma 1, 2 and 3 (docs/checkpoi
 one from file to file. With --dtype int8, a weight takes one byte; such a file is meant for decoding on a CPU.
 """
 
-import common.threads  # noqa: F401  before torch
+import common.threads  # noqa: F401  sets variables that torch reads
 
 import math
 import mmap

@@ -4,7 +4,7 @@
 Dimensions: R rows of a pass, d model width, L layers, V vocabulary. The loop knows token ids only.
 """
 
-import common.threads  # noqa: F401  before torch
+import common.threads  # noqa: F401  sets variables that torch reads
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +24,8 @@ from model import Transformer
 
 
 def plain(run: "Run") -> Iterator[Token]:
-    """The plain loop, in which every token is settled at once: pass, exit or go on, emit, skip."""
+    """The plain loop, in which every token is settled at once: run a pass to an exit or to the top,
+    emit its token, and leave the layers above for later."""
     tokens = run.unread
     while run.unfinished:
         trace, layer = run.advance(tokens, run.exits())  # to the first confident exit layer, or to the top
@@ -44,7 +45,7 @@ def verified(run: "Run", drafting=None) -> Iterator[Token]:
     This is faster than the full model although every row runs every block in the end, and rows of wrong
     drafts run in vain, so that more FLOPs are spent: at batch size 1 the time goes into reading weights, and
     a block reads its weights once for eight rows as for one."""
-    tokens, drafts, passes = run.unread, [], []
+    tokens, drafts, passes = run.unread, [], []  # passes: their traces since the last judgement
     while run.unfinished:
         if run.drafts_end(drafts):  # a pass without a new token takes the rows of the drafts to the top
             trace, layer = run.advance([], exits={})
@@ -112,7 +113,7 @@ class Run:
         self.ends, self.ended = model.config.ends.union(config.stop_tokens), False
         self.text = list(prompt)  # so far, drafts included
         self.start = len(prompt)  # where the answer begins in the text
-        self.settled = len(prompt)  # length of the text without drafts
+        self.settled_length = len(prompt)  # of the text without drafts
         self.early = 0  # tokens emitted since a pass last reached the top
         # Early tokens still need their row of the LM head for verification, and for thresholds that learn.
         self.owe_head = config.verify or (self.thresholds.learns and config.fill == "parallel")
@@ -129,7 +130,7 @@ class Run:
 
     @property
     def unfinished(self) -> bool:
-        return self.settled < self.length and not self.ended
+        return self.settled_length < self.length and not self.ended
 
     def exits(self) -> dict[int, float]:
         """The exit layers of the next pass with their thresholds; none after max_owed early tokens since the
@@ -170,7 +171,7 @@ class Run:
     def skip_above(self, layer: int) -> None:
         """Leaves out the layers above an exit. The newest position's keys and values are owed to them (fill
         parallel), or come from a copy of its state now (fill copy). Its row is never owed to the LM head,
-        unless thresholds learn from it."""
+        unless thresholds learn from it. (A pass to the top has left no layers out.)"""
         if self.config.fill == "copy":
             copy_up(self.model, self.cache, layer)
             self.counters.add_copies(self.model.config, len(self.model.blocks[layer:]))
@@ -180,7 +181,7 @@ class Run:
     def settle(self, tokens: list[Token], trace: Trace) -> None:
         """Counts what a pass has settled, and notes whether that ends the text. Counts the FLOPs of the
         pass's heads, too: only now, because emitting and learning may compute more of them."""
-        self.settled += len(tokens)
+        self.settled_length += len(tokens)
         self.ended = bool(tokens) and tokens[-1].id in self.ends
         self.counters.tokens += len(tokens)
         self.counters.head_flops += sum(trace.flops.values())
@@ -196,16 +197,16 @@ class Run:
         the full model would not have put there is replaced, what followed it is forgotten, and the staircase
         rolls back."""
         before = self.text[: len(self.text) - len(drafts)]
-        kept, token = self.predictor.judge(trace.final, drafts, before)
+        kept, own = self.predictor.judge(trace.final, drafts, before)  # its own token: an id, or None
         for draft in drafts:
             draft.probs = None  # V numbers each, of no more use
         settled = drafts[:kept]
-        if token is not None:
+        if own is not None:
             replaced = tuple(draft.id for draft in drafts[kept:])
-            settled.append(Token(token, self.model.config.n_layers, rolled_back=replaced))
+            settled.append(Token(own, self.model.config.n_layers, rolled_back=replaced))
         self.counters.add_judgement(len(drafts), kept)
-        if kept == len(drafts) and token is not None:  # it follows the newest row, which the trace is about
-            self.counters.add_miss(trace, token)
+        if kept == len(drafts) and own is not None:  # it follows the newest row, which the trace is about
+            self.counters.add_miss(trace, own)
             settled[-1].explain(trace)
         first = self.cache.begun - len(trace.final)  # the position whose row judges the first draft
         self.cache.rollback(first + 1 + kept)  # that position stays, and those of the kept drafts

@@ -1,15 +1,15 @@
 """Early exit in one file: python minimal.py "Guten Morgen!"
 
 After some of its layers, a Llama checks whether the next token is decided. If it is, the model emits the
-token and skips the layers above. The position that it has run is then owed to these layers: the next pass
-that climbs so high computes its keys and values, exactly, by running all positions that a layer lacks in one
+token and skips the layers above, which then lack the keys and values of this position: it is *owed* to them.
+The next pass that goes so far computes them, exactly: each layer runs all positions that it lacks in one
 call. That is cheap, because reading the weights of the layer is what takes the time.
 
     layer 4 │■■■■■■■■■■        filled[4] = 10   filled never increases from a layer to the next. So the
     layer 3 │■■■■■■■■■■■■■     filled[3] = 13   positions owed to a layer, filled[layer] to the newest, are
     layer 2 │■■■■■■■■■■■■■■    filled[2] = 14   consecutive, and the layer below has them when a pass comes.
 
-R rows of a pass, S positions so far, d width, H heads, C = d / H, V vocabulary, L layers, from 1.
+R rows of a pass, S positions so far, d width, H heads, C = d / H, V vocabulary; layers are numbered 1 .. L.
 """
 
 import sys
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 
 class Llama:
-    def __init__(self, path, dtype=torch.float32):
+    def __init__(self, path, dtype=torch.float32):  # or float64, as in its tests
         file = torch.load(path, weights_only=True)
         config = file["config"]
         self.weights = {name: weight.to(dtype) for name, weight in file["weights"].items()}
@@ -110,7 +110,7 @@ def generate_verified(model, prompt, exits=(), threshold=0.6, limit=200):
             text.append(best[-1])
             layers.append(layer)
         if layer == model.L:
-            # Row 0 of the logits judges the first draft, and so on; text[-1] is the last row's own.
+            # Row i judges draft i. The last row's token, which was added unless the text had ended, agrees.
             for i in range(verified, len(text)):
                 if text[i] != best[i - verified]:
                     text[i:] = [best[i - verified]]
@@ -127,7 +127,8 @@ if __name__ == "__main__":
     assert len(prompt) < 200, f"the prompt has {len(prompt)} tokens, but prompt and answer have room for 200"
     for decode, used in (generate, ()), (generate, exits), (generate_verified, exits):
         tokens, layers = decode(model, prompt, used)  # once before the clock runs
-        seconds = sorted(repeat(partial(decode, model, prompt, used), number=1, repeat=5))[1:4]
+        runs = sorted(repeat(partial(decode, model, prompt, used), number=1, repeat=5))
+        seconds = runs[1:4]  # without the fastest and the slowest
         full = full or seconds  # of the full depth, which is first
         overlap = max(seconds) >= min(full) and max(full) >= min(seconds) and seconds is not full
         times = f"{median(full) / median(seconds):.2f} times full depth"

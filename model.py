@@ -1,11 +1,10 @@
 """The decoder-only transformer. It makes no exit decisions; it only provides the exit heads.
 
 Dimensions: B batch, T time, d model width, H query heads, K key/value heads, C width of a head, S positions
-that are seen, V vocabulary. Layers count from 1 to L; index 0 stands for the embedding. Positions count from
-0.
+that are seen, V vocabulary. Layers are numbered from 1 to L, 0 stands for the embedding; positions from 0.
 """
 
-import common.threads  # noqa: F401  before torch
+import common.threads  # noqa: F401  sets variables that torch reads
 
 import functools
 import math
@@ -257,8 +256,8 @@ class Block(nn.Module):
         return x + (rms_norm(m, self.mlp_post_norm, eps) if self.config.post_norms else m)
 
     def heads(self, x: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, C), keys and values (B, K, T, C) of x (B, T, d), whose positions count from
-        `first`."""
+        """Queries (B, H, T, C), keys and values (B, K, T, C) of x (B, T, d), the positions from `first`
+        on."""
         H, K, C, eps = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim, self.config.norm_eps
         qkv = F.linear(rms_norm(x, self.attn_norm, eps), self.qkv)  # (B, T, (H + 2K) C)
         if self.config.qkv_bias:  # Qwen 2

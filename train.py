@@ -14,7 +14,7 @@ activations inside one block are small compared with that, and so are logits (`w
 training/losses.py).
 """
 
-import common.threads  # noqa: F401  before torch
+import common.threads  # noqa: F401  sets variables that torch reads
 
 import math
 import time
@@ -68,7 +68,7 @@ def train_step(
     config: TrainConfig,
     step: int,
 ) -> float:
-    """One update of the weights, by the mean loss over the learned targets of all micro-batches. Returns
+    """One update of the weights, by the mean loss over the targets of all micro-batches. Returns
     the loss of the deepest layer trained. Raises UserError, before the update, if loss or gradient are
     not finite."""
     for group in optimizer.param_groups:
@@ -90,7 +90,8 @@ def train_step(
 
 
 def train_loop(training: Run, objective: nn.Module, data: Data, signals: list[int]) -> None:
-    """Steps until the last one, or until any process got a signal."""
+    """Steps until the last one, or until any process got a signal (then the average of their numbers is above
+    0 in all processes, and all stop at the same step)."""
     config, (rank, world) = training.config, parallel.processes()
     start = training.step * config.accumulate * world + rank
     own = batches(data.records, config.rows, config.length, config.seed, start, every=world)
@@ -113,7 +114,7 @@ def train_loop(training: Run, objective: nn.Module, data: Data, signals: list[in
             if training.step % SAVE_EVERY == 0 or validates:
                 training.save()
         if training.step < config.max_steps:
-            training.save()  # while signals are still only noted
+            training.save()  # here, where another signal cannot interrupt it
 
 
 def validate_all(training: Run, dev: dict[str, np.ndarray], bar: tqdm) -> None:
@@ -141,7 +142,7 @@ def run_training(
     check_start(config, shape)
     with locked(folder):
         training = Run(config, shape, folder, overwrite)
-        with parallel.first_alone():  # it makes what is not there yet
+        with parallel.first_alone():  # the first process makes the files of tokens, the others read them
             data = load_data(config, shape, folder)
         if torch.device(config.device).type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 in what is left of float32 products
@@ -156,7 +157,7 @@ def run_training(
 
 
 def make_parser() -> Parser:
-    # All of the flags would fill the screen.
+    # With `usage`, since a list of all flags would fill the screen.
     parser = Parser(__doc__, usage="python train.py [--flag VALUE ...]")
     add = parser.add_argument
     default = Path("runs/default")

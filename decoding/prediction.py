@@ -30,17 +30,17 @@ def contrast_logits(trace: Trace, layer: int, predict: str, other: Tensor | None
     log_p = trace.log_probs(layer)
     if predict == "cd":
         logits = other if trace.candidates is None else other[trace.candidates]
-        return ratio(log_p, (logits / AMATEUR_TEMPERATURE).log_softmax(-1))
+        return log_ratio(log_p, (logits / AMATEUR_TEMPERATURE).log_softmax(-1))
     amateur = halfway(layer) if predict == "acd" else most_different(trace, layer, by_distance=False)
     if amateur is None or amateur >= layer:
         return log_p
     trace.amateurs[layer] = amateur
     log_q = trace.log_probs(amateur)
-    return contrast(log_p, log_q).log() if predict == "acd" else ratio(log_p, log_q)
+    return contrast(log_p, log_q).log() if predict == "acd" else log_ratio(log_p, log_q)
 
 
-def ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """log p - log q over V_head, nothing outside (Contrastive Decoding, Li 2022; DoLa, Chuang 2023,
+def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """log p - log q over V_head, -inf outside (Contrastive Decoding, Li 2022; DoLa, Chuang 2023,
     Eq. 5)."""
     return (log_p - log_q).masked_fill(~plausible(log_p), -math.inf)
 

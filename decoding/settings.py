@@ -26,7 +26,7 @@ ABOUT_PREDICT = "own, or contrasted with a middle layer (acd), the most differen
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How to decode. Layers count from 1; exit layer l is after l blocks."""
+    """How to decode. Layers are numbered from 1; exit layer l is after l blocks."""
 
     max_new_tokens: int = option(64, "how many tokens to write at most", least=1)
     confidence: str | None = option(None, ABOUT_CONFIDENCE)

@@ -19,8 +19,8 @@ ROUNDING = 1e-4  # how far rounding may take a confidence out of [0, 1]
 
 class Trace:
     """The newest position of one pass, layer by layer. Logits are computed when they are first needed, once,
-    over the current candidates: the vocabulary or the shortlist at first, then what pruning leaves. (Position
-    in confidence.py says what confidence functions may use.)"""
+    over the current candidates: the vocabulary or the shortlist at first, then what pruning leaves.
+    (TraceView in confidence.py says what confidence functions may use.)"""
 
     def __init__(self, model: Transformer, config: DecodeConfig, shortlist: Shortlist | None = None):
         """`config`: its confidence function has been resolved."""
@@ -36,7 +36,8 @@ class Trace:
         self.flops: dict[int, int] = {}  # layer -> floating-point operations of its head
         self._logits: dict[int, Tensor] = {}  # layer -> z over the candidates, (n,)
         self._guesses: dict[int, Tensor] = {}  # layer checked -> its best token, before pruning could drop it
-        # Parts of W that make (n, d); [None]: the whole W; None: pruned, and rows of W not gathered yet
+        # What `stack` multiplies with, in parts that make (n, d). [None]: the whole W. None: pruned since, so
+        # `stack` has to gather the candidates' rows of W.
         self._weights: list[Tensor | None] | None = [None]
         if shortlist is not None:
             self.candidates, self._weights, self.n = shortlist.ids, shortlist.weights, len(shortlist.ids)
@@ -74,12 +75,10 @@ class Trace:
         for layer in self.confidences:
             if layer not in self._guesses:
                 self._guesses[layer] = self.token(self.logits(layer).argmax())
-        best, index = newest.topk(size)  # (size,) by falling z_l
-        self.candidates = self.token(index)
-        self._weights, self.n = None, size
-        del self._logits[self.layer]  # kept as `best`, which is cut already
+        index = newest.topk(size).indices  # (size,) by falling z_l
+        self.candidates, self._weights, self.n = self.token(index), None, size
         self._logits = {layer: logits[index] for layer, logits in self._logits.items()}
-        self._logits[self.layer], self._guesses[self.layer] = best, self.candidates[0]
+        self._guesses[self.layer] = self.candidates[0]
 
     def logits(self, layer: int) -> Tensor:
         """z of `layer` <= l over the candidates: (n,)."""

@@ -6,7 +6,7 @@ The model must be of the Llama family, and its exits must share its final norm, 
 decode the same inputs of E2E in one process, in turns, in float32. It needs the package transformers.
 """
 
-import common.threads  # noqa: F401  before torch
+import common.threads  # noqa: F401  sets variables that torch reads
 
 import tempfile
 import time

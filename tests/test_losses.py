@@ -165,6 +165,13 @@ def test_value_and_gradient_are_those_of_the_definition(distill, chunk, shape, w
         assert torch.equal(exits.agreement(layer), agreed)
 
 
+def test_the_losses_of_several_sums_are_all_noted():
+    exits = exits_of(untrained())
+    exits.weighted_sum([exits.last])
+    exits.weighted_sum([1], divergence)
+    assert exits.losses.keys() == {1, exits.last}
+
+
 def test_logits_of_one_exit_and_one_chunk_at_a_time_are_alive(chunks, monkeypatch):
     """Of the last layer and two exits, 14 targets in chunks of 4: twelve products forward and again backward,
     none larger than a chunk, and each forgotten before the next is made."""

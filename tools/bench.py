@@ -5,7 +5,7 @@ python -m tools.bench --plot FOLDER         draws the time of a pass against its
 python -m tools.bench --large-vocabulary    a random model with V = 262,144, in the shape of Gemma 3 270M
 """
 
-import common.threads  # noqa: F401  before torch
+import common.threads  # noqa: F401  sets variables that torch reads
 
 import argparse
 from dataclasses import replace

@@ -7,7 +7,7 @@ decode.py and eval.py find the ids in model.ids.npy next to model.pt, unless the
 Elsewhere --frequent-ids ids.npy names them.
 """
 
-import common.threads  # noqa: F401  before torch
+import common.threads  # noqa: F401  sets variables that torch reads
 
 from collections import Counter
 from collections.abc import Iterator

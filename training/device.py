@@ -12,12 +12,12 @@ from training.batches import Batch
 
 
 class DeviceBatch(NamedTuple):
-    """A micro-batch on the device: B rows of T positions, N of which learn. The last three fields
+    """A micro-batch on the device: B rows of T positions, N of which have a target. The last three fields
     describe its place in a step (`steps` in training/parallel.py)."""
 
     inputs: Tensor  # (B, T)
     documents: Tensor  # (B, T)
-    learned: Tensor  # indices of the positions that learn, among the B T: (N,)
+    learned: Tensor  # positions whose next token is a target, as indices into the B T: (N,)
     targets: Tensor  # the tokens that follow them: (N,)
     share: float = 1.0  # the weight of its loss in the loss of the step
     number: int = 0  # the seed of its layer dropout
@@ -25,7 +25,7 @@ class DeviceBatch(NamedTuple):
 
 
 def to_device(batch: Batch, device: str) -> DeviceBatch:
-    """The batch on the device. The positions that learn are looked up before, on the CPU; copies to a GPU
+    """The batch on the device. The positions with a target are looked up before, on the CPU; copies to a GPU
     start from pinned memory, so that nobody waits for them."""
     learned = np.flatnonzero(batch.targets >= 0)
     arrays = batch.inputs, batch.documents, learned, batch.targets.flat[learned]

@@ -12,7 +12,7 @@ To try a loss of your own, write a file, and name it: `python train.py --loss my
         return exits.weighted_sum(exits.in_turn(), smoothed)
 
 1. Choose layers: `exits.every()`, `exits.in_turn()` (some of them, in rotation), or a list. The model's last
-   layer, `exits.last`, is among those of the first two, unless --train heads does not train it.
+   layer, `exits.last`, is among the first two, except with --train heads, which leaves it as it is.
 2. Say what one target costs there, from its logits alone, and `exits.weighted_sum` does the rest, in little
    memory. `final()` gives the last layer's logits (n, V) without a gradient; at the last layer itself `final`
    is None.
@@ -20,9 +20,9 @@ To try a loss of your own, write a file, and name it: `python train.py --loss my
    (N,), `exits.config` the settings, `exits.step` the number of the step. Return the mean over the N targets,
    so that each micro-batch is weighted by its number of targets.
 
-Dimensions: N learned targets of a micro-batch, n some of these, d model width, V vocabulary. Layers count
-from 1 to L. With --train all:N or heads:N exits are trained on a part of the vocabulary
-(`part_of_vocabulary`), and `exits.targets` are places in it.
+Dimensions: N targets of a micro-batch (of a document with a prompt, the tokens of its completion), n some of
+these, d model width, V vocabulary. Layers are numbered from 1 to L. With --train all:N or heads:N exits are
+trained on a part of the vocabulary (`part_of_vocabulary`), and `exits.targets` are indices into it.
 """
 
 import functools
@@ -138,7 +138,7 @@ def shares(layers: list[int]) -> dict[int, float]:
 
 def part_of_vocabulary(model: Transformer, size: int | None, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
     """The unembedding of the `size` most frequent ids with those of the batch's texts, (n, d), and the
-    targets as their places in it, (N,): where V is large, the heads over all of it are most of a step, and
+    targets as indices into it, (N,): where V is large, the heads over all of it are most of a step, and
     decoding checks exits over a shortlist (decoding/shortlist.py) anyway. size None: the whole unembedding,
     and the targets as they are."""
     if size is None:
@@ -149,8 +149,8 @@ def part_of_vocabulary(model: Transformer, size: int | None, batch: DeviceBatch)
 
 
 class Exits:
-    """What a loss sees of one micro-batch: states after every layer at the N learned positions, and the
-    tokens to predict."""
+    """What a loss sees of one micro-batch: states after every layer at the N positions whose next token is
+    a target, and these targets."""
 
     def __init__(
         self, model: Transformer, config: LossConfig, batch: DeviceBatch, states: list[Tensor], step: int
@@ -158,10 +158,12 @@ class Exits:
         """states: h_0 .. h_L (B, T, d) of the batch."""
         self.model, self.config, self.step = model, config, step
         self.last = model.config.n_layers
-        self.unembed, self.targets = part_of_vocabulary(model, config.shortlist, batch)  # (V, d), (N,)
-        self._whole = part_of_vocabulary(model, None, batch)
-        self.used: set[int] = set()  # layers whose logits the loss has used
-        self.losses: dict[int, Tensor] = {}  # by layer, in the last weighted sum, without gradient
+        part, self.targets = part_of_vocabulary(model, config.shortlist, batch)  # (V, d), (N,)
+        # Views: of a leaf autocast keeps one bfloat16 copy, and would sum all gradients in bfloat16, too.
+        self.unembed, self._whole = part.view_as(part), model.unembed.view_as(model.unembed)
+        self._all_targets = batch.targets
+        self.used: set[int] = set()  # layers whose logits the loss has used: their classifiers learn, too
+        self.losses: dict[int, Tensor] = {}  # by layer, without gradient
         self._states, self._learned, self._learned_states = states, batch.learned, {}
         self._agreed: dict[int, Tensor] = {}
         self._last_if_trained = [] if config.heads_alone else [self.last]
@@ -175,19 +177,20 @@ class Exits:
         return [*exits_in_turn(self.config.exits, self.step), *self._last_if_trained]
 
     def state(self, layer: int) -> Tensor:
-        """h_l at the learned positions: (N, d)."""
+        """h_l at the positions whose next token is a target: (N, d)."""
         if layer not in self._learned_states:
             self._learned_states[layer] = self._states[layer].flatten(0, 1)[self._learned]
         return self._learned_states[layer]
 
     def vocabulary(self, layer: int) -> tuple[Tensor, Tensor]:
-        """What a layer is trained on: an unembedding (V, d), and the targets as places in it (N,). The last
-        layer is trained on all ids; otherwise ids that are in no batch would become its most probable."""
-        unembed, targets = self._whole if layer == self.last else (self.unembed, self.targets)
-        return unembed.view_as(unembed), targets  # no leaf: autocast would sum its gradients in bfloat16
+        """What a layer is trained on: an unembedding (V, d), and the targets as indices into it (N,). That of
+        the last layer has all ids; otherwise ids that are in no batch would become its most probable."""
+        return (self._whole, self._all_targets) if layer == self.last else (self.unembed, self.targets)
 
     def logits(self, layer: int) -> Tensor:
-        """z_l: (N, V), with gradient; kept until the backward pass, which for a large V is much memory."""
+        """z_l over the ids that exits are trained on: (N, V), with gradient; kept until the backward pass,
+        which for a large V is much memory. With --train all:N that holds for the last layer, too: train it
+        with `weighted_sum`, which scores all ids."""
         self.used.add(layer)
         return self.model.score(self.model.exit_norm(self.state(layer), layer), self.unembed)
 
@@ -212,14 +215,13 @@ class Exits:
         most = CHUNK.get(self.targets.device.type, CHUNK["cuda"])
         few = N * V * len(weights) <= most
         size = N if few else max(FEWEST, most // V)  # n, the targets of a chunk
-        top = self.state(last).split(size)
-        deepest_first = sorted(weights, reverse=True)  # the order of the backward pass, and so its rounding
-        normed = {layer: model.exit_norm(self.state(layer), layer).split(size) for layer in deepest_first}
+        last_states = self.state(last).split(size)
+        normed = {layer: model.exit_norm(self.state(layer), layer).split(size) for layer in weights}
 
         @functools.lru_cache(1)  # the exits of a chunk share it
         @torch.no_grad()
         def last_logits(chunk: int) -> Tensor:
-            return model.score(model.exit_norm(top[chunk], last), self.unembed)
+            return model.score(model.exit_norm(last_states[chunk], last), self.unembed)
 
         def of_chunk(x: Tensor, layer: int, chunk: int) -> tuple[Tensor, Tensor | None]:
             """The sum of the losses of a chunk at one layer, and where its argmax is the last layer's."""
@@ -229,21 +231,22 @@ class Exits:
             final = None if layer == last else functools.partial(last_logits, chunk)
             losses = each(logits, targets, final)
             if getattr(losses, "shape", None) != targets.shape:
-                raise UserError(f"{each.__name__} must give a tensor of one loss for each target")
+                name = getattr(each, "__name__", each)
+                raise UserError(f"{name} must give a tensor of one loss for each target")
             same = (logits.argmax(-1) == final().argmax(-1)) if compare and final else None
             return losses.sum(), same
 
         again = functools.partial(recomputed, of_chunk, use_reentrant=False, preserve_rng_state=False)
         compute = of_chunk if few else again
-        total, self.losses = 0.0, dict.fromkeys(weights, 0.0)
+        total, losses = 0.0, dict.fromkeys(weights, 0.0)
         agreed = {layer: [] for layer in weights}
-        # From the last chunk to the first, because the backward pass goes the other way.
-        for chunk in reversed(range(len(top))):
-            for layer in sorted(weights):
+        for chunk in range(len(last_states)):
+            for layer in weights:
                 loss, same = compute(normed[layer][chunk], layer, chunk)
                 total = total + weights[layer] * (loss / N)
-                self.losses[layer] = self.losses[layer] + loss.detach() / N
-                agreed[layer].insert(0, same)
+                losses[layer] = losses[layer] + loss.detach() / N
+                agreed[layer].append(same)
+        self.losses |= losses
         if compare:
             self._agreed |= {layer: torch.cat(parts) for layer, parts in agreed.items() if layer != last}
         return total
@@ -296,12 +299,12 @@ def layerskip(exits: Exits) -> Tensor:
     the last layer e_L = L - 1 + E_SCALE (0 + 1 + .. + L - 2), over their sum (LayerSkip, section 4.1.2)."""
     L = exits.last
 
-    def squares(layers: list[int]) -> dict[int, float]:
+    def by_depth(layers: list[int]) -> dict[int, float]:
         terms = {layer: E_SCALE * layer * (layer - 1) / 2 for layer in layers}
         terms[L] = max(1, L - 1) * (1 + E_SCALE * (L - 2) / 2)
         return {layer: term / sum(terms.values()) for layer, term in terms.items()}
 
-    return exits.weighted_sum(exits.in_turn(), weigh=squares)
+    return exits.weighted_sum(exits.in_turn(), weigh=by_depth)
 
 
 def distill(exits: Exits) -> Tensor:
@@ -311,8 +314,8 @@ def distill(exits: Exits) -> Tensor:
 
 
 def hidden(exits: Exits) -> Tensor:
-    """As `rotate`, and the distance of the states up to the step's first exit to deeper ones (FREE, Bae
-    2023)."""
+    """As `rotate`, plus the distance from the states up to the step's first exit to those of deeper layers
+    (FREE, Bae 2023)."""
     layers = exits.in_turn()
     states = [exits.state(layer) for layer in range(1, exits.last + 1)]
     return exits.weighted_sum(layers) + HIDDEN_WEIGHT * hidden_loss(states, layers[0])

@@ -1,7 +1,7 @@
 """What a training step minimizes, as a module: the full pass, the loss of its exits, the confidence
 classifiers.
 
-Layers count from 1 to L.
+Layers are numbered from 1 to L.
 """
 
 import random
@@ -51,7 +51,8 @@ def autocast(config: TrainConfig):
 def skipped_layers(config: TrainConfig, n_layers: int, number: int) -> frozenset[int]:
     """Layers that micro-batch `number` leaves out: layer l with probability layer_dropout
     (2^((l-1)/(L-1)) - 1), so the first never and the last with layer_dropout (LayerSkip, Eq. 3; there drawn
-    for each row by itself, here for all rows, which is simpler)."""
+    for each row by itself, here for all rows, which is simpler). The draw depends on the seed and the number
+    alone, so a resumed run repeats it."""
     draw, skipped = random.Random(f"{config.seed} {number}"), set()
     for layer in range(1, n_layers + 1):
         depth = (layer - 1) / max(1, n_layers - 1)  # 0 for the first, 1 for the last

@@ -1,4 +1,4 @@
-"""Frequent ids: counted as training sees the text, kept in a checkpoint or beside it, refused where they are
+"""Frequent ids: counted as training sees the text, kept in a checkpoint or next to it, refused where they are
 none."""
 
 import json

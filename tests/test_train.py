@@ -75,7 +75,7 @@ def config(files):
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
-    """A training that nobody interrupted: its folder and the weights it ended with."""
+    """A training run that nobody interrupted: its folder and the weights it ended with."""
     folder = tmp_path_factory.mktemp("finished")
     return folder, weights(train.run_training(config, SHAPE, folder))
 

@@ -141,8 +141,8 @@ def part_of_vocabulary(model: Transformer, size: int | None, batch: DeviceBatch)
     targets as indices into it, (N,): where V is large, the heads over all of it are most of a step, and
     decoding checks exits over a shortlist (decoding/shortlist.py) anyway. size None: the whole unembedding,
     and the targets as they are."""
-    if size is None:
-        return model.unembed, batch.targets
+    if size is None:  # a view: of a leaf autocast keeps one bfloat16 copy, and sums its gradients in bfloat16
+        return model.unembed.view_as(model.unembed), batch.targets
     frequent = model.frequent_ids[:size].to(batch.targets.device)
     ids = torch.cat([frequent, batch.inputs.flatten(), batch.targets]).unique()  # (n,), rising
     return model.unembed[ids], torch.searchsorted(ids, batch.targets)
@@ -158,10 +158,8 @@ class Exits:
         """states: h_0 .. h_L (B, T, d) of the batch."""
         self.model, self.config, self.step = model, config, step
         self.last = model.config.n_layers
-        part, self.targets = part_of_vocabulary(model, config.shortlist, batch)  # (V, d), (N,)
-        # Views: of a leaf autocast keeps one bfloat16 copy, and would sum all gradients in bfloat16, too.
-        self.unembed, self._whole = part.view_as(part), model.unembed.view_as(model.unembed)
-        self._all_targets = batch.targets
+        self.unembed, self.targets = part_of_vocabulary(model, config.shortlist, batch)  # (V, d), (N,)
+        self._whole = part_of_vocabulary(model, None, batch)
         self.used: set[int] = set()  # layers whose logits the loss has used: their classifiers learn, too
         self.losses: dict[int, Tensor] = {}  # by layer, without gradient
         self._states, self._learned, self._learned_states = states, batch.learned, {}
@@ -185,7 +183,7 @@ class Exits:
     def vocabulary(self, layer: int) -> tuple[Tensor, Tensor]:
         """What a layer is trained on: an unembedding (V, d), and the targets as indices into it (N,). That of
         the last layer has all ids; otherwise ids that are in no batch would become its most probable."""
-        return (self._whole, self._all_targets) if layer == self.last else (self.unembed, self.targets)
+        return self._whole if layer == self.last else (self.unembed, self.targets)
 
     def logits(self, layer: int) -> Tensor:
         """z_l over the ids that exits are trained on: (N, V), with gradient; kept until the backward pass,

@@ -3,7 +3,8 @@
     python -m tests.compare_transformers runs/exits/model.pt --exits 10 15
 
 The model must be of the Llama family, and its exits must share its final norm, because transformers knows no other. Both programs
-decode the same inputs of E2E in one process, in turns, in float32. It needs the package transformers.
+decode the same inputs of E2E in one process, in turns, in float32. Beam search, which is not a part of this project, shows how much
+of a score is lost to greedy decoding. The comparison needs the package transformers.
 """
 
 import common.threads  # noqa: F401  sets variables that torch reads
@@ -21,6 +22,7 @@ from common.flags import Parser
 from decode import generate, load_checkpoint
 from decoding.drafting import Drafting
 from decoding.settings import DecodeConfig
+from evaluation.metrics import METRICS
 from evaluation.tasks import find_task, read_task, sample
 from model import Transformer, check_exit_layers
 from tests.public import write_hf
@@ -64,6 +66,7 @@ def generations(checkpoint: str, exits: list[int], shortlist: int, most: int) ->
         "here, full": lambda prompt: generate(model, prompt, full).tokens,
         "here, verified auto": lambda prompt: generate(model, prompt, auto, drafting=drafting).tokens,
         "transformers, full": by_transformers(),
+        "transformers, 5 beams": by_transformers(num_beams=5),
     }
     return runs | {f"transformers, exit at {layer}": by_transformers(assistant_early_exit=layer) for layer in exits}, tokenizer
 
@@ -71,8 +74,8 @@ def generations(checkpoint: str, exits: list[int], shortlist: int, most: int) ->
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("checkpoint")
-    parser.add_argument("--exits", type=int, nargs="+", required=True, help="exit layers for transformers")
-    parser.add_argument("--limit", type=int, default=12, help="inputs (default: %(default)s)")
+    parser.add_argument("--exits", type=int, nargs="*", default=[], help="exit layers for transformers")
+    parser.add_argument("--limit", type=int, default=12, help="inputs, 0 for all (default: %(default)s)")
     parser.add_argument("--shortlist", type=int, default=2048, help="ids that a check here looks at (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="of an answer (default: %(default)s)")
     args = parser.parse_args()
@@ -81,6 +84,7 @@ def main() -> None:
     examples = sample(read_task(task, "test"), args.limit, seed=0)
     prompts = [task.encode(example.prompt, tokenizer, room=1000)[0] for example in examples]
     seconds, tokens, same = (dict.fromkeys(runs, 0) for _ in range(3))
+    texts, references = {name: [] for name in runs}, [example.references for example in examples]
     for run in runs.values():
         run(prompts[0])  # once without a clock
     for prompt in prompts:
@@ -92,10 +96,13 @@ def main() -> None:
             text = text or answer
             same[name] += answer == text
             tokens[name] += len(answer)
+            texts[name].append(tokenizer.decode(answer).strip())
     for name in runs:
         own = seconds["here, full" if name.startswith("here") else "transformers, full"]
         times = f"{1000 * seconds[name] / tokens[name]:5.1f} ms per token, {own / seconds[name]:.2f} times its own full model"
-        print(f"{name:24} {times}, {same[name]} of {len(prompts)} texts the same")
+        scores = {score: METRICS[metric](texts[name], references) for score, metric in task.metrics.items()}
+        quality = ", ".join(f"{score} {100 * value:.1f}" for score, value in scores.items())
+        print(f"{name:24} {times}, {same[name]} of {len(prompts)} texts the same, {quality}")
 
 
 if __name__ == "__main__":

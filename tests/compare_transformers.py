@@ -12,6 +12,7 @@ import common.threads  # noqa: F401  sets variables that torch reads
 import tempfile
 import time
 from dataclasses import replace
+from operator import eq
 from pathlib import Path
 
 import torch
@@ -83,26 +84,22 @@ def main() -> None:
     task = find_task("e2e")
     examples = sample(read_task(task, "test"), args.limit, seed=0)
     prompts = [task.encode(example.prompt, tokenizer, room=1000)[0] for example in examples]
-    seconds, tokens, same = (dict.fromkeys(runs, 0) for _ in range(3))
-    texts, references = {name: [] for name in runs}, [example.references for example in examples]
+    seconds, answers = dict.fromkeys(runs, 0), {name: [] for name in runs}
     for run in runs.values():
         run(prompts[0])  # once without a clock
     for prompt in prompts:
-        text = None
         for name, run in runs.items():
             begin = time.perf_counter()
-            answer = [id for id in run(prompt) if id not in tokenizer.ends]
+            ids = run(prompt)
             seconds[name] += time.perf_counter() - begin
-            text = text or answer
-            same[name] += answer == text
-            tokens[name] += len(answer)
-            texts[name].append(tokenizer.decode(answer).strip())
-    for name in runs:
+            answers[name].append([id for id in ids if id not in tokenizer.ends])
+    for name, found in answers.items():
         own = seconds["here, full" if name.startswith("here") else "transformers, full"]
-        times = f"{1000 * seconds[name] / tokens[name]:5.1f} ms per token, {own / seconds[name]:.2f} times its own full model"
-        scores = {score: METRICS[metric](texts[name], references) for score, metric in task.metrics.items()}
-        quality = ", ".join(f"{score} {100 * value:.1f}" for score, value in scores.items())
-        print(f"{name:24} {times}, {same[name]} of {len(prompts)} texts the same, {quality}")
+        times = f"{1000 * seconds[name] / sum(map(len, found)):5.1f} ms per token, {own / seconds[name]:.2f} times its own full model"
+        same = sum(map(eq, found, answers["here, full"]))
+        texts, references = [tokenizer.decode(answer).strip() for answer in found], [example.references for example in examples]
+        scores = [f"{score} {100 * METRICS[metric](texts, references):.1f}" for score, metric in task.metrics.items()]
+        print(f"{name:24} {times}, {same} of {len(prompts)} texts the same, {', '.join(scores)}")
 
 
 if __name__ == "__main__":

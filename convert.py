@@ -226,9 +226,9 @@ def counted(names: Iterable[str]) -> str:
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder or file")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder or file to convert")
     parser.add_argument("out", type=Path, metavar="OUT", help="file to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: the source's own; float32 for GGUF")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the source's own, but float32 for GGUF")
     parser.add_argument("--max-len", type=int, help=f"positions (default: the model's, at most {MAX_LEN})")
     kinds = "sentencepiece model, tokenizer.json, or none"
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help=f"{kinds} (default: SOURCE's)")

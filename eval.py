@@ -1,20 +1,20 @@
-"""Speed and quality side by side. Without arguments: the included model on test inputs of each of its tasks.
+"""Compares speed and quality. Without arguments, it evaluates the included model on test inputs of its tasks.
 
-    python eval.py                                 the table; --wide for all figures, --all for all rows
+    python eval.py                                 --wide shows all columns, --all all configurations
     python eval.py --confidence softmax --threshold 0.6    the full model compared with one configuration
-    python eval.py --compare softmax,my_file:stable+exit-layers=4,8,full+checkpoint=small.pt    with several
-    python eval.py --compare calm,free,layerskip   with the papers' settings; also del, acd, dola
-    python eval.py --html page.html                a page that shows three inputs of each task, pass by pass
-    python eval.py --tasks samsum=val.jsonl        another task
-    python eval.py --thresholds FILE               with settings that calibrate wrote
+    python eval.py --compare softmax,my_file:stable+exit-layers=4,8,full+checkpoint=small.pt    several
+    python eval.py --compare calm,free,layerskip   the papers' settings; also del, acd, dola
+    python eval.py --html page.html                shows three inputs of each task, pass by pass
+    python eval.py --tasks samsum=val.jsonl        your own data
+    python eval.py --thresholds FILE               settings that calibrate wrote
 
-    python eval.py sweep --over threshold 0.3 0.5 --over exit-layers 4 4,8    every combination, on dev
+    python eval.py sweep --over threshold 0.3 0.5 --over exit-layers 4 4,8    all combinations, on dev data
     python eval.py calibrate --tasks e2e --tolerance 0.05                     a threshold with a guarantee
-    python eval.py tune --out tuned.json                                      chooses the rows of the table
-    python eval.py prompt --tasks e2e --shots 2                               shows what the model gets
+    python eval.py tune --out tuned.json                                      chooses settings on dev data
+    python eval.py prompt --tasks e2e --shots 2                               shows the prompt
 
-Every command has its own --help. evaluation/measure.py says how configurations are measured,
-and evaluation/tasks.py on which inputs.
+Every command has its own --help. evaluation/measure.py explains how configurations are measured, and
+evaluation/tasks.py defines the inputs.
 """
 
 import datetime
@@ -83,7 +83,7 @@ def add_to_page(page: Page, setup: Setup, table: Table) -> None:
 
 
 def sweep(config: EvalConfig) -> None:
-    """Measures every combination of some settings on every task, and keeps the results in a file."""
+    """Measures every combination of some settings on every task, and stores the results in a file."""
     setup = Setup(config, config.json, config.results)
     note(sources(setup))
     measured = []
@@ -110,7 +110,7 @@ def finish(setup: Setup, tables: list[list[dict]]) -> None:
 
 
 def calibrate(config: EvalConfig) -> None:
-    """Finds a threshold with a guarantee for one task. Ends with status 1 if no threshold passes."""
+    """Finds a threshold with a guarantee for one task. The exit status is 1 if no threshold passes."""
     setup = Setup(config, config.out)
     task, sets = two_sets(setup, one_task(setup))
     note(sources(setup))
@@ -119,7 +119,7 @@ def calibrate(config: EvalConfig) -> None:
 
 
 def tune(config: EvalConfig) -> None:
-    """Chooses the rows of every task on dev, and writes them; those of other tasks in the file stay."""
+    """Chooses settings for every task on dev data and writes them; other tasks in the file stay unchanged."""
     out = Path(config.out) if config.out else settings_file(config.heads or config.checkpoint)
     settings = read_settings_file(out)
     if settings and not config.overwrite:
@@ -135,7 +135,7 @@ def tune(config: EvalConfig) -> None:
 
 
 def prompt(config: EvalConfig) -> None:
-    """Prints the first prompt of each task, as the model gets it, and its references."""
+    """Prints the first prompt of each task, exactly as the model gets it, and its references."""
     setup = Setup(config)
     for task in setup.tasks:
         task, examples = setup.inputs(task)
@@ -161,13 +161,13 @@ class Command(NamedTuple):
     decoding: str = ""  # what the flags of decoding are about; none: it has none of these
 
 
-CHANGED = "with --confidence they define one configuration, without it they change each"
+CHANGED = "with --confidence, one configuration; without it, changes to every one"
 ON_DEV = EvalConfig(split="dev")
 TO_CALIBRATE = replace(ON_DEV, limit=200, out="thresholds.json")
 COMMANDS = {
     "compare": Command(compare, COMPARED, EvalConfig(), CHANGED),
-    "sweep": Command(sweep, ("results", *MEASURED), ON_DEV, "where every combination begins"),
-    "calibrate": Command(calibrate, CALIBRATED, TO_CALIBRATE, "what is calibrated"),
+    "sweep": Command(sweep, ("results", *MEASURED), ON_DEV, "settings that are not swept"),
+    "calibrate": Command(calibrate, CALIBRATED, TO_CALIBRATE, "settings to calibrate"),
     "tune": Command(tune, (*INPUTS, "limit", "out", "overwrite"), replace(ON_DEV, limit=400)),
     "prompt": Command(prompt, ("split", *INPUTS), EvalConfig(limit=0)),
 }
@@ -187,14 +187,14 @@ def add_command_flags(parser: Parser, command: Command) -> None:
     """Adds the flags of a command, those of EvalConfig first. A flag that is not given leaves nothing in the
     parsed arguments, so that the defaults of the command stay."""
     if command.run is sweep:
-        text = "a setting and its values; given several times, every combination"
+        text = "a setting and its values; if repeated, every combination is measured"
         over = {"nargs": "+", "action": "append", "metavar": "FIELD VALUE", "required": True}
         parser.add_argument("--over", help=text, **over)
     others = {field.name for field in fields(EvalConfig)} - {*command.flags}
     add_flags(parser, command.defaults, skip=others)
     add_model_flags(parser, str(DEFAULT_CHECKPOINT))
     if command.decoding:
-        text = "file of settings that calibrate wrote; flags take precedence"
+        text = "settings that calibrate wrote; flags take precedence"
         parser.add_argument("--thresholds", metavar="FILE", help=text)
         add_flags(parser, defaults_in_help(sys.argv[1:]), f"decoding: {command.decoding}", skip=("seed",))
 

@@ -1,17 +1,16 @@
-"""Pretraining, fine-tuning and training of exit heads. Without arguments, it trains a model with the shape of
-the included one on the included data.
+"""Trains a model with exits, fine-tunes one, or trains exit heads. Without arguments, it trains a model with
+the shape of the included one on the included data.
 
     python train.py --out runs/mine --max-steps 50
-    python train.py --data mine.jsonl --out runs/mine              its last documents are held out for dev
+    python train.py --data mine.jsonl --out runs/mine              holds out its last documents for validation
     python train.py --init model.pt --train heads --exits 4,8 --data mine.jsonl --out runs/heads
-    python train.py --loss my_file:smooth --out runs/smooth        a loss of your own: see training/losses.py
+    python train.py --loss my_file:smooth --out runs/smooth        with a loss of your own
     torchrun --nproc-per-node 4 train.py --out runs/mine           on several GPUs of one machine
-    python train.py --plot runs/mine/log.jsonl                     draws loss and agreement of every exit
+    python train.py --plot runs/mine/log.jsonl                     plots loss and agreement of every exit
 
---train all needs 16 bytes per weight (float32 weight, gradient and AdamW's two moments), and 2 more with
---dtype bfloat16 while a step runs: 18 GB for 1B weights. With --recompute, the states between blocks and the
-activations inside one block are small compared with that, and so are logits (`weighted_sum` in
-training/losses.py).
+--train all needs 16 bytes per weight (the float32 weight, its gradient and AdamW's two moments), and 2 more
+during a step with --dtype bfloat16, which makes 18 GB for 1B weights. With --recompute, activations need
+little memory compared with that. So do logits, which are computed in chunks (training/losses.py).
 """
 
 import common.threads  # noqa: F401  sets variables that torch reads
@@ -162,12 +161,12 @@ def make_parser() -> Parser:
     add = parser.add_argument
     default = Path("runs/default")
     add("--out", type=Path, default=default, metavar="FOLDER", help="for the results (default: %(default)s)")
-    add("--overwrite", action="store_true", help="start anew, even if --out holds a training run or a model")
-    text = "draw the curves of a log.jsonl into a PNG next to it, and end (needs matplotlib)"
+    add("--overwrite", action="store_true", help="start again even if --out contains a training run")
+    text = "do not train, but plot a log.jsonl as a PNG next to it (needs matplotlib)"
     add("--plot", type=Path, metavar="LOG", help=text)
     add_thread_flag(parser)
     add_flags(parser, TrainConfig(), "what to train")
-    title = "shape of the model (with --init, its own; --n-layers N then keeps its first N layers)"
+    title = "shape of the model (with --init, that model's; --n-layers N then keeps its first N layers)"
     add_flags(parser, ModelConfig(), title, skip=("exit_layers",), common=("n_layers", "d_model", "adapter"))
     return parser
 

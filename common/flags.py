@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str, **options):
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=form, allow_abbrev=False, **options)
-        text = "show this help with all flags, and exit"
+        text = "show this help message with all flags and exit"
         self.add_argument("--help-all", action=HelpAll, nargs=0, help=text)
 
     def parse_args(self, *words, **more) -> argparse.Namespace:
@@ -81,6 +81,14 @@ def reader(kind) -> Callable[[str], object]:
     return read
 
 
+def placeholder(name: str, kind) -> str:
+    """How --help writes a value of this kind: N, X, a list of these, or the setting's name in capitals."""
+    if not typing.get_args(kind):
+        return {int: "N", float: "X"}.get(kind, name.upper())
+    inner = placeholder(name, typing.get_args(kind)[0])
+    return f"{inner},.." if typing.get_origin(kind) is tuple else inner
+
+
 def as_text(value) -> str:
     """The text from which `reader` reads the value again."""
     if isinstance(value, (tuple, list)):
@@ -127,7 +135,7 @@ def add_flags(parser: argparse.ArgumentParser, defaults, title: str = "", skip=(
             groups[group] = parser.add_argument_group(group)
         flag = "--" + field.name.replace("_", "-")
         text = f"{field.metadata['help']} (default: {as_text(default)})".replace("%", "%%")
-        how = {"type": reader(kind), "metavar": field.name.upper()}
+        how = {"type": reader(kind), "metavar": placeholder(field.name, kind)}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}  # a pair, --name and --no-name
         action = groups[group].add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
@@ -148,24 +156,24 @@ def add_model_flags(parser: argparse.ArgumentParser, checkpoint) -> None:
     """Adds, under a title of their own, the flags that say which model runs, and where."""
     group = parser.add_argument_group("model and machine")
     group.add_argument("--checkpoint", default=checkpoint, metavar="FILE", help="default: %(default)s")
-    text = "heads that train.py --train heads made for it (default: those in the checkpoint)"
+    text = "exit heads from train.py --train heads (default: those in the checkpoint)"
     group.add_argument("--heads", metavar="FILE", help=text)
-    text = "first compare the checkpoint with its checksums"
+    text = "compare the checkpoint with its checksums first"
     rare(group.add_argument("--check", action="store_true", help=text))
     text = "ids for --shortlist (default: those in the checkpoint, or in model.ids.npy next to model.pt)"
     rare(group.add_argument("--frequent-ids", metavar="FILE", help=text))
     group.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    text = "default: the file's own; on a CPU float32 for float16"
+    text = "dtype of the weights (default: the file's own, but float32 instead of float16 on a CPU)"
     group.add_argument("--dtype", choices=DTYPES, help=text)
-    text = "how a CPU stores weights: plain, folded or packed (default: see decoding/fast_weights.py)"
+    text = "how weights are stored on a CPU: plain, folded or packed (default: see decoding/fast_weights.py)"
     rare(group.add_argument("--weights", help=text))
     add_thread_flag(group)
 
 
 def add_thread_flag(parser: argparse.ArgumentParser) -> None:
     """Adds --threads."""
-    cores = "OMP_NUM_THREADS, else the cores that this process may use"
-    parser.add_argument("--threads", type=int, metavar="N", help=f"threads of PyTorch (default: {cores})")
+    cores = "OMP_NUM_THREADS, or else the number of cores that this process may use"
+    parser.add_argument("--threads", type=int, metavar="N", help=f"threads for PyTorch (default: {cores})")
 
 
 def loading(args: argparse.Namespace) -> dict:

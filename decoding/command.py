@@ -29,18 +29,18 @@ from formats.tokenizers.tokenizer import encode_prompt
 
 TURNS, SECONDS = 5, 20.0  # how often each configuration is timed, and the time after which none begins
 
-ABOUT_PROMPT = "the text to continue; token ids, separated by commas, if the checkpoint has no tokenizer"
-ABOUT_CHAT = "the prompt is a turn in a chat, by the template of the checkpoint; needs jinja2"
+ABOUT_PROMPT = "text to continue (or token ids, separated by commas, if the checkpoint has no tokenizer)"
+ABOUT_CHAT = "put the prompt into the checkpoint's chat template (needs jinja2)"
 ABOUT_COMPARE = (
     "show several configurations, and compare them with the full model: full, static or confidence "
-    "functions, with changes, as in softmax,jsd+threshold=0.5,softmax+verify"
+    "functions, each with changes, as in softmax,jsd+threshold=0.5,softmax+verify"
 )
 ABOUT_HTML = "write a page that compares the run with the full model, token by token and pass by pass"
-ABOUT_STAIRCASE = "print the staircase after every token: 4×13 12×7 is 13 positions in layers 1 to 4, 7 above"
-ABOUT_THRESHOLDS = "file of settings that eval.py calibrate wrote; flags take precedence"
-ABOUT_TRACE = "write one JSON line per token: id, text, exit layer, confidences, time, .."
-ABOUT_SETTINGS = "JSON file of settings (default: named as the checkpoint or --heads, with .json)"
-ABOUT_AMATEUR = "a second, weaker model to contrast with (--predict cd)"
+ABOUT_STAIRCASE = "print the staircase after every token; 4×13 12×7: 13 positions in layers 1 to 4, 7 above"
+ABOUT_THRESHOLDS = "settings that eval.py calibrate wrote; flags take precedence"
+ABOUT_TRACE = "write one JSON line per token, with its id, text, exit layer, confidences and time"
+ABOUT_SETTINGS = "settings file (default: the .json file next to the checkpoint or --heads)"
+ABOUT_AMATEUR = "second, weaker model, for --predict cd"
 
 
 def make_parser() -> Parser:
@@ -48,7 +48,7 @@ def make_parser() -> Parser:
     prompt = parser.add_mutually_exclusive_group(required=True)
     how = {"default": argparse.SUPPRESS, "metavar": "PROMPT"}
     prompt.add_argument("prompt", nargs="?", help=ABOUT_PROMPT, **how)
-    rare(prompt.add_argument("--prompt", help="the same, as a flag", **how))
+    rare(prompt.add_argument("--prompt", help="the prompt as a flag", **how))
     parser.add_argument("--chat", action="store_true", help=ABOUT_CHAT)
     parser.add_argument("--compare", metavar="NAMES", help=ABOUT_COMPARE)
     parser.add_argument("--html", metavar="FILE", help=ABOUT_HTML)

@@ -11,44 +11,44 @@ from model import ModelConfig, check_exit_layers
 EXITS, SAMPLED = "more about exits", "more about sampling"  # groups of flags
 AUTO_CHOOSES = ("exit_layers", "layer_thresholds", "max_owed")  # fields that draft = auto sets itself
 
-# What some flags say of their values:
-ABOUT_CONFIDENCE = f"{', '.join(FUNCTIONS)}, package.module:function, or none: the full model"
-ABOUT_EXITS = "layers with a confidence check; none: those that the model was trained to exit at, or all"
-ABOUT_VERIFY = "early tokens are drafts that the full model verifies; the text is the full model's"
-ABOUT_OWED = "after this many early tokens the next pass goes to the top; none: no limit"
-ABOUT_PRUNE = "candidates of a confidence check: none (all), fixed:K, decaying:K:MIN or adaptive:K:MIN"
-ABOUT_SHORTLIST = "a check scores only this many frequent ids, and layer L is an exit, too; none: all ids"
-ABOUT_DRAFT = "what decides how long verified mode drafts: fixed (the exits given), or auto (measurement)"
-ABOUT_SCHEDULE = "constant, decaying:TAU (over the steps; CALM) or adaptive:TARGET (learned; FREE)"
-ABOUT_FILL = "keys and values of skipped layers: parallel (exact, when needed) or copy (approximate, at once)"
-ABOUT_PREDICT = "own, or contrasted with a middle layer (acd), the most different (dola), a second model (cd)"
+# The help of some flags:
+ABOUT_CONFIDENCE = f"{', '.join(FUNCTIONS)}, your own as package.module:function, or none for the full model"
+ABOUT_EXITS = "layers with a confidence check (none: those that the model was trained to exit at, or all)"
+ABOUT_VERIFY = "let the full model verify early tokens, so that the text is the full model's"
+ABOUT_OWED = "run all layers after this many early tokens in a row (none: no limit)"
+ABOUT_PRUNE = "candidates that checks score: none (all tokens), fixed:K, decaying:K:MIN or adaptive:K:MIN"
+ABOUT_SHORTLIST = "let checks score only this many frequent tokens; layer L can then be an exit, too"
+ABOUT_DRAFT = "fixed: verified mode uses the exits given here; auto: it chooses them from its measurements"
+ABOUT_SCHEDULE = "constant, decaying:TAU (falls over the text; CALM) or adaptive:TARGET (learned; FREE)"
+ABOUT_FILL = "how skipped layers get keys and values: parallel (later, exact) or copy (at once, approximate)"
+ABOUT_PREDICT = "own, or contrasted with a middle layer (acd), a varying one (dola) or a second model (cd)"
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
     """How to decode. Layers are numbered from 1; exit layer l is after l blocks."""
 
-    max_new_tokens: int = option(64, "how many tokens to write at most", least=1)
+    max_new_tokens: int = option(64, "generate at most this many tokens", least=1)
     confidence: str | None = option(None, ABOUT_CONFIDENCE)
-    threshold: float = option(0.8, "exit when the confidence reaches it; 0: without a check", least=0, most=1)
+    threshold: float = option(0.8, "exit if the confidence is at least this (0: always)", least=0, most=1)
     exit_layers: tuple[int, ...] | None = option(None, ABOUT_EXITS)
     verify: bool = option(False, ABOUT_VERIFY)
     max_owed: int | None = option(None, ABOUT_OWED, rare=True, least=1)
     prune: str = option("none", ABOUT_PRUNE, choices=read_pruning)
-    temperature: float = option(0.0, "sampling temperature; 0 is greedy", least=0)
+    temperature: float = option(0.0, "sampling temperature (0: greedy)", least=0)
     shortlist: int | None = option(None, ABOUT_SHORTLIST, EXITS, rare=True, least=2)
     draft: str = option("fixed", ABOUT_DRAFT, EXITS, choices=("fixed", "auto"))
     layer_thresholds: tuple[float, ...] | None = option(
-        None, "a threshold for each exit layer, instead of one for all", EXITS, rare=True, least=0, most=1
+        None, "one threshold for each exit layer, instead of --threshold", EXITS, rare=True, least=0, most=1
     )
     threshold_schedule: str = option("constant", ABOUT_SCHEDULE, EXITS, rare=True, choices=read_schedule)
     fill: str = option("parallel", ABOUT_FILL, EXITS, rare=True, choices=("parallel", "copy"))
     predict: str = option("own", ABOUT_PREDICT, SAMPLED, rare=True, choices=("own", "acd", "dola", "cd"))
     top_k: int | None = option(None, "sample from the k most probable tokens", SAMPLED, rare=True, least=1)
-    top_p: float = option(1.0, "sample from the top tokens of this mass", SAMPLED, True, above=0, most=1)
-    repetition_penalty: float = option(1.0, "above 1: repetition is less likely", SAMPLED, True, least=1)
-    seed: int = option(0, "seed of the sampling", SAMPLED, least=0, most=2**63 - 1)
-    stop_tokens: tuple[int, ...] = option((), "more token ids that end a text", SAMPLED, rare=True, least=0)
+    top_p: float = option(1.0, "keep top tokens of this total probability", SAMPLED, True, above=0, most=1)
+    repetition_penalty: float = option(1.0, "above 1, repetition is less likely", SAMPLED, True, least=1)
+    seed: int = option(0, "seed for sampling", SAMPLED, least=0, most=2**63 - 1)
+    stop_tokens: tuple[int, ...] = option((), "ids of other tokens that end a text", SAMPLED, True, least=0)
 
     def __post_init__(self):
         for name in ("exit_layers", "layer_thresholds", "stop_tokens"):

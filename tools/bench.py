@@ -1,8 +1,8 @@
-"""Where the time of decoding goes: the rows of a pass, and the confidence checks.
+"""Measures how long a pass takes for several rows, and what confidence checks cost.
 
 python -m tools.bench
-python -m tools.bench --plot FOLDER         draws the time of a pass against its rows, too
-python -m tools.bench --large-vocabulary    a random model with V = 262,144, in the shape of Gemma 3 270M
+python -m tools.bench --plot FOLDER         also plots the time of a pass
+python -m tools.bench --large-vocabulary    uses a random model with the shape of Gemma 3 270M
 """
 
 import common.threads  # noqa: F401  sets variables that torch reads
@@ -98,11 +98,11 @@ def print_checks(model: Transformer, shortlist: int | None, tokens: int, repeat:
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add_model_flags(parser, str(DEFAULT_CHECKPOINT))
-    text = "a random model with V = 262,144, with and without a shortlist"
+    text = "use a random model with 262,144 tokens, with and without a shortlist"
     parser.add_argument("--large-vocabulary", action="store_true", help=text)
-    text = "turns; the median counts (default: %(default)s)"
+    text = "measure this many times and use the median (default: %(default)s)"
     parser.add_argument("--repeat", type=int, default=5, help=text)
-    text = "draw the time of a pass against its rows in this folder (needs matplotlib)"
+    text = "plot the time of a pass against its number of rows in this folder (needs matplotlib)"
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help=text)
     return parser
 

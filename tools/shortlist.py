@@ -1,10 +1,10 @@
-"""Counts the token ids of a corpus for --shortlist (decoding/shortlist.py), and lists the most frequent
-first. Only completions are counted, since the ids of a prompt are in the shortlist of its text anyway.
+"""Counts the token ids of a corpus for --shortlist (decoding/shortlist.py), and writes them in order of
+frequency. Only completions are counted, because the ids of a prompt are always in the shortlist of its text.
 
     python -m tools.shortlist --checkpoint model.pt --data train.jsonl --out model.ids.npy
 
-decode.py and eval.py find the ids in model.ids.npy next to model.pt, unless the checkpoint has others inside.
-Elsewhere --frequent-ids ids.npy names them.
+decode.py and eval.py find the ids in model.ids.npy next to model.pt, unless the checkpoint contains ids. Name
+any other file with --frequent-ids.
 """
 
 import common.threads  # noqa: F401  sets variables that torch reads
@@ -81,7 +81,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--checkpoint", default=str(DEFAULT_CHECKPOINT), metavar="FILE", help="default: %(default)s")
     add("--data", nargs="+", required=True, metavar="FILE", help="data files, as for train.py")
-    add("--out", type=Path, required=True, metavar="FILE", help="file to write (.npy)")
+    add("--out", type=Path, required=True, metavar="FILE", help=".npy file to write")
     return parser
 
 

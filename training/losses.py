@@ -87,17 +87,17 @@ class LossConfig:
 
     loss: str = option(
         "rotate",
-        "none: the last layer alone; weighted: every exit at every step; rotate: some exits a step, in turn; "
-        "layerskip: the same, with LayerSkip's weights; distill: rotate, towards the last layer's "
-        "distribution; hidden: rotate, and states towards deeper ones; or your own, my_file:function (see "
-        "training/losses.py)",
+        "none: only the last layer learns; weighted: every exit learns at every step; rotate: exits take "
+        "turns, two at a time; layerskip: the same with LayerSkip's weights; distill: rotate, but exits "
+        "learn the last layer's distribution; hidden: rotate, and their states learn to resemble deeper "
+        "ones; or your own as my_file:function (see training/losses.py)",
     )
-    exits: tuple[int, ...] = option((2, 3, 4, 6, 8, 10), "exit layers to train")
+    exits: tuple[int, ...] = option((2, 3, 4, 6, 8, 10), "layers to train as exits")
     train: str = option(
         "all",
-        "all: every weight, into model.pt; heads: norm, adapter and classifier of each exit, the model's own "
-        "output unchanged, into heads.pt, a few MB; all:N or heads:N: the same, but exits are trained on "
-        "the N most frequent ids and those of the batch only: faster where the vocabulary is large",
+        "all: train every weight and write model.pt; heads: freeze the model, train only the norm, adapter "
+        "and classifier of each exit, and write heads.pt, a few MB; all:N or heads:N: the same, but exits "
+        "learn only the N most frequent tokens and those of the batch, which takes less time",
         choices=lambda text: read_choice("train", text, TRAIN),
     )
     classifier: bool = option(False, "also train a confidence classifier at every exit", group="losses")

@@ -20,35 +20,40 @@ BATCHES, OPTIMIZATION, SPEED = "batches", "optimization", "speed and memory"  # 
 class TrainConfig(LossConfig):
     """How to train. One step is one update of the weights."""
 
-    data: tuple[str, ...] = option(DATA, "training files; one named twice is seen twice as often")
+    data: tuple[str, ...] = option(DATA, "training files; a file that is named twice is used twice as often")
     dev: tuple[str, ...] = option(
         (),
-        "validation files, each measured by itself; none: those of the included tasks for the default data, "
-        "else the last documents of --data, which are held out",
+        "validation files, measured one by one (none: those of the included tasks or, with your own --data, "
+        "its last documents, which are then not trained on)",
     )
-    init: str | None = option(None, "checkpoint to start from, with its shape and tokenizer")
-    max_steps: int = option(7500, "steps in all", least=1)
+    init: str | None = option(None, "start from this checkpoint, with its shape and tokenizer")
+    max_steps: int = option(7500, "total number of steps", least=1)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     dtype: str | None = option(
-        None, "none: bfloat16 (autocast) on a GPU, float32 on a CPU", choices=("float32", "bfloat16")
+        None,
+        "float32 or bfloat16 (none: bfloat16 on a GPU, float32 on a CPU)",
+        choices=("float32", "bfloat16"),
     )
 
     tokenizer: str | None = option(
-        None, "its file, or a checkpoint with one; none: that of --init, or a new one", BATCHES, rare=True
+        None,
+        "tokenizer file, or a checkpoint with one (none: that of --init, or a new one)",
+        BATCHES,
+        rare=True,
     )
-    rows: int = option(16, "rows of a micro-batch", BATCHES, least=1)
-    length: int = option(128, "positions of a row, which holds several documents", BATCHES, least=2)
-    learn_prompts: bool = option(False, "learn prompts, too, not only completions", BATCHES, rare=True)
-    accumulate: int = option(1, "micro-batches of a step, in each process", BATCHES, least=1, rare=True)
+    rows: int = option(16, "batch rows (sequences) in a micro-batch", BATCHES, least=1)
+    length: int = option(128, "positions in a batch row, which holds several documents", BATCHES, least=2)
+    learn_prompts: bool = option(False, "train on prompts as well as completions", BATCHES, rare=True)
+    accumulate: int = option(1, "micro-batches per step, in each process", BATCHES, least=1, rare=True)
     lr: float = option(1.5e-3, "peak learning rate", OPTIMIZATION, above=0)
-    warmup: int = option(300, "steps of linear warm-up, before the cosine", OPTIMIZATION, least=0)
-    layer_dropout: float = option(0.0, "chance to leave out the last layer", OPTIMIZATION, least=0, most=1)
+    warmup: int = option(300, "steps of linear warm-up before the cosine decay", OPTIMIZATION, least=0)
+    layer_dropout: float = option(0.0, "chance of skipping the last layer", OPTIMIZATION, least=0, most=1)
     seed: int = option(
-        0, "seed of weights, order of the data and layer dropout", OPTIMIZATION, least=0, rare=True
+        0, "seed for the weights, the order of the data and layer dropout", OPTIMIZATION, least=0, rare=True
     )
-    compile: bool = option(False, "torch.compile every block", SPEED, rare=True)
+    compile: bool = option(False, "compile every block with torch.compile", SPEED, rare=True)
     recompute: bool = option(
-        False, "compute blocks again for the gradient: less memory, more time", SPEED, rare=True
+        False, "compute blocks again in the backward pass: less memory, more time", SPEED, rare=True
     )
     validate_every: int = option(750, "steps between validations", "long runs", least=1)
 

@@ -73,10 +73,10 @@ def match(source: Source, config: ModelConfig, shapes: dict[str, Tensor]) -> tup
             skipped.append(theirs)
             continue
         if ours not in shapes:
-            raise UserError(f"unknown tensor {theirs}: the model of this configuration has no place for it")
+            raise UserError(f"unknown tensor {theirs}: this configuration has no such weight")
         has, needed = list(stored.shape), list(shapes[ours].shape)
         if has != needed:
-            raise UserError(f"{theirs} has the shape {has}, but by the configuration {needed}")
+            raise UserError(f"{theirs} has shape {has}, but the configuration says {needed}")
         if stored.dtype not in (*STORED, torch.float64):
             known = "floating-point weights of 16 bits or more"
             raise UserError(f"{theirs} is of {stored.dtype}; only {known} can be converted")
@@ -141,7 +141,7 @@ def convert(path: Path, out: Path, dtype=None, max_len=None, tokenizer: Path | N
     elif (path / "config.json").is_file():
         source = open_hf(path)
     else:
-        raise UserError(f"{path}: is no GGUF file, and no folder with a config.json (Hugging Face)")
+        raise UserError(f"{path}: is neither a GGUF file nor a folder with a config.json (Hugging Face)")
     blob = None
     try:
         if str(tokenizer) != "none":
@@ -241,7 +241,7 @@ def main() -> None:
     args = make_parser().parse_args()
     use_threads(args.threads)
     if args.out.is_file() and not args.overwrite:
-        raise UserError(f"{args.out}: is there already; give another name, or --overwrite")
+        raise UserError(f"{args.out}: already exists; give another name, or --overwrite")
     print(convert(args.source, args.out, DTYPES.get(args.dtype), args.max_len, args.tokenizer))
 
 

@@ -123,7 +123,7 @@ def tune(config: EvalConfig) -> None:
     out = Path(config.out) if config.out else settings_file(config.heads or config.checkpoint)
     settings = read_settings_file(out)
     if settings and not config.overwrite:
-        raise UserError(f"{out}: is there already; name another file with --out, or give --overwrite")
+        raise UserError(f"{out}: already exists; name another file with --out, or give --overwrite")
     setup = Setup(config, rows=out)
     for task in setup.tasks:
         task, dev = setup.inputs(task, "dev")

@@ -124,7 +124,8 @@ def generate_verified(model, prompt, exits=(), threshold=0.6, limit=200):
 if __name__ == "__main__":
     model, exits, full = Llama("checkpoints/default.pt"), (4, 6, 8), None
     prompt = [model.tokenizer.bos_id(), *model.tokenizer.encode(" ".join(sys.argv[1:]) + "<sep>")]
-    assert len(prompt) < 200, f"the prompt has {len(prompt)} tokens, but prompt and answer have room for 200"
+    if len(prompt) >= 200:
+        sys.exit(f"the prompt has {len(prompt)} tokens, but prompt and answer have room for 200")
     for decode, used in (generate, ()), (generate, exits), (generate_verified, exits):
         tokens, layers = decode(model, prompt, used)  # once before the clock runs
         runs = sorted(repeat(partial(decode, model, prompt, used), number=1, repeat=5))

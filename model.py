@@ -84,7 +84,7 @@ class ModelConfig:
                 if not 1 <= layer <= self.n_layers:
                     raise UserError(f"{name}: there is no layer {layer}; choose from 1 to {self.n_layers}")
         if self.adapter and not self.exit_norms:
-            raise UserError(f"adapter is {self.adapter}, but there are no exit_norms for it to stand before")
+            raise UserError(f"adapter is {self.adapter}, but there are no exit_norms to put it before")
 
     @property
     def ends(self) -> frozenset[int]:

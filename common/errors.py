@@ -24,7 +24,7 @@ def run(main: Callable[[], None]) -> None:
         by_file = isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC)
         torch = sys.modules.get("torch")  # not imported here: most mistakes are found before it is needed
         if torch is not None and isinstance(error, torch.OutOfMemoryError):
-            error = "the GPU's memory is full; take fewer rows or positions, --recompute or a smaller dtype"
+            error = "the GPU's memory is full; use fewer rows or positions, --recompute or a smaller dtype"
         elif not isinstance(error, UserError) and not by_file:
             raise
         print(f"error: {error}", file=sys.stderr)

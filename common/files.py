@@ -29,7 +29,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[str]:
     except OSError as error:
         if error.filename is not None:
             raise
-        raise UserError(f"{path}: could not be written ({error.strerror}); what was there is kept") from None
+        raise UserError(f"{path}: could not be written ({error.strerror}); the old file is kept") from None
     finally:
         if os.path.exists(part):
             os.remove(part)
@@ -60,7 +60,7 @@ def check_replaceable(path: str | os.PathLike) -> None:
     """Raises UserError unless `path` is a regular file, or nothing yet in a folder that exists."""
     target = os.path.realpath(path)
     if os.path.lexists(target) and not os.path.isfile(target):
-        raise UserError(f"{path}: is no regular file, and nothing else is replaced; give another name")
+        raise UserError(f"{path}: is not a regular file and is not replaced; give another name")
     if not os.path.isdir(os.path.dirname(target)):
         raise UserError(f"{path}: there is no folder {os.path.dirname(path) or target} to write to")
 
@@ -72,7 +72,7 @@ def check_input(path: str | os.PathLike, missing: str = "no such file") -> None:
     if not os.path.exists(path):
         raise UserError(f"{path}: {missing}")
     if not os.path.isfile(path):
-        raise UserError(f"{path}: is no regular file, and others are not read; copy it into one")
+        raise UserError(f"{path}: is not a regular file; copy it into one")
 
 
 def check_outputs(outputs: list, inputs: list) -> None:
@@ -99,10 +99,10 @@ def read_json(path: str | os.PathLike, what: str) -> dict:
     """The object in a JSON file, which is to be used as `what` (in words). Raises UserError for anything
     else."""
     path = Path(path)
-    check_input(path, f"no such file; it was to be used as {what}")
+    check_input(path, f"no such file; expected {what}")
     content = parse_json(path.read_bytes(), str(path))
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object, so it is not usable as {what}")
+        raise UserError(f"{path}: is not a JSON object, so it cannot be used as {what}")
     return content
 
 

@@ -197,11 +197,11 @@ def use_device(device: str) -> None:
     """Makes one of several GPUs, such as cuda:1, torch's current device, to which its functions for time and
     memory refer. Raises UserError for a device that is not supported, or not there."""
     if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"device {device!r} is not there to use; supported are cpu and cuda")
+        raise UserError(f"device {device!r} is not supported; choose cpu or cuda")
     try:
         torch.zeros(1, device=device).item()
         if device.startswith("cuda:"):
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:80]
-        raise UserError(f"device {device!r} is not there ({reason}); cpu always is") from None
+        raise UserError(f"device {device!r} is not available ({reason}); use cpu") from None

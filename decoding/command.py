@@ -167,7 +167,7 @@ class Session:
             return
         speeds = [speed(run.pace, run.recorder.tokens, self.full.pace) for run in self.compared]
         width = max(len(run.name) for run in self.compared)
-        print(f"median of {len(self.full.pace)} runs, in turns:")
+        print(f"median of {len(self.full.pace)} alternating runs:")
         for run, words in zip(self.compared, speeds):
             print(f"{run.name:{width}}  {words}")
         if self.args.html:
@@ -186,7 +186,7 @@ def configurations(config: DecodeConfig, words: str | None) -> dict[str, DecodeC
     found = variants(words, config)
     for each in found:
         if each.checkpoint is not None:
-            raise UserError(f"{each.name}: decode.py compares one model with itself; eval.py takes several")
+            raise UserError(f"{each.name}: decode.py compares settings of one model; eval.py compares models")
     return {each.name: each.config for each in found}
 
 

@@ -45,7 +45,10 @@ def costs_of(model: Transformer, config: DecodeConfig) -> Costs:
     if key not in known:
         started = perf_counter()
         known[key] = measure_costs(model, config)
-        print(f"measured what passes cost here, in {perf_counter() - started:.0f} s", file=sys.stderr)
+        print(
+            f"measured the cost of passes on this machine in {perf_counter() - started:.0f} s",
+            file=sys.stderr,
+        )
     return known[key]
 
 

@@ -117,7 +117,7 @@ def in_force(config: DecodeConfig, shape: ModelConfig) -> str:
         values = ",".join(f"{threshold:g}" for threshold in sorted(set(exits.values())))
         where = f"at layers {layers}, threshold {values}"
         if config.draft == "auto":
-            where = f"at one of the layers {layers}, as measured"
+            where = f"at one of layers {layers}, chosen from measurements"
         shown = [f"{config.confidence} {where}"]
     named = {"confidence", "threshold", "layer_thresholds", "exit_layers"}
     for each in fields(config):
@@ -132,7 +132,9 @@ def figures(recorder: Recorder, n_layers: int, speed: str = "") -> str:
     tokens = recorder.settled
     mean = sum(token.exit_layer for token in tokens) / len(tokens)
     depth = f"average exit layer {mean:.1f} of {n_layers}"
-    return f"{len(tokens)} tokens{speed}, {depth}, {recorder.block_runs / len(tokens):.1f} block runs a token"
+    return (
+        f"{len(tokens)} tokens{speed}, {depth}, {recorder.block_runs / len(tokens):.1f} block runs per token"
+    )
 
 
 def steps(heights: list[int]) -> str:
@@ -176,7 +178,7 @@ def difference(tokens: list[Token], full: list[Token], tokenizer) -> str:
         return repr(piece(tokenizer, side[at].id)) if tokenizer else str(side[at].id)
 
     change = f"{named(tokens)} in place of {named(full)}"
-    return f"differs from the full model's text first at token {at + 1}: {change}"
+    return f"first differs from the full model's text at token {at + 1}: {change}"
 
 
 def speed(pace: list[float], tokens: int, full: list[float]) -> str:

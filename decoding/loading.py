@@ -73,6 +73,8 @@ def check_form(form: str | None, dtype: torch.dtype, device: torch.device) -> No
     """Raises UserError for a form that does not go with the dtype or the device."""
     check_choice("form of weights", form, FORMS)
     if form is not None and device.type != "cpu":
-        raise UserError("--weights says how a CPU stores them; leave it out on a GPU")
+        raise UserError("--weights applies only to a CPU; leave it out on a GPU")
     if dtype == torch.int8 and (device.type != "cpu" or form is not None):
-        raise UserError("int8 is for a CPU, in a form of its own; take bfloat16, or leave --weights out")
+        raise UserError(
+            "int8 needs a CPU and stores weights in its own way; use bfloat16, or leave --weights out"
+        )

@@ -73,10 +73,14 @@ def check_amateur(amateur: Transformer | None, model: Transformer, predict: str,
         return
     ours, theirs = model.config.vocab_size, amateur.config.vocab_size
     if ours != theirs:
-        raise UserError(f"the amateur knows {theirs} tokens, the model {ours}; that must be equal")
+        raise UserError(
+            f"the amateur has {theirs} tokens and the model {ours}; use two models with one vocabulary"
+        )
     room = amateur.config.max_len
     if room < length:
-        raise UserError(f"the amateur has {room} positions, {length} are needed; shorten prompt or answer")
+        raise UserError(
+            f"the amateur has {room} positions, but {length} are needed; shorten prompt or answer"
+        )
 
 
 # ---------------------------------------------------------------- from logits to a token

@@ -60,7 +60,7 @@ def settings_file(checkpoint: str | Path, settings: str | Path | None = None) ->
     next to its heads), which need not. Raises UserError."""
     if settings is None:
         return Path(checkpoint).with_suffix(".json")
-    check_input(settings, "no such file; it was to hold settings")
+    check_input(settings, "no such file; expected a settings file")
     return Path(settings)
 
 
@@ -97,7 +97,7 @@ def read_settings_file(path: Path) -> dict:
     content = read_json(path, "settings by task") if path.is_file() else {}
     for name, value in content.items():
         if not isinstance(value, dict):
-            raise UserError(f'{path}: {name} is no task; settings of decode.py stand under "decode"')
+            raise UserError(f'{path}: {name} is not a task; the settings of decode.py go under "decode"')
     return content
 
 
@@ -186,7 +186,7 @@ def fields_of(content: dict, path: str | Path, what: str) -> dict:
         fields = read_fields({name: as_text(value) for name, value in content.items()})
         confidence = fields.get("confidence")
         if confidence is not None and confidence not in FUNCTIONS:
-            remedy = "a function of your own is named by the flag --confidence alone"
+            remedy = "name a function of your own with --confidence"
             raise UserError(f"confidence {confidence!r} is none of {', '.join(FUNCTIONS)}; {remedy}")
         DecodeConfig(**fields)
         return fields

@@ -58,7 +58,9 @@ class DecodeConfig:
         if self.layer_thresholds is not None:
             count, layers = len(self.layer_thresholds), len(self.exit_layers or ())
             if count != layers:
-                raise UserError(f"layer_thresholds has {count} values, exit_layers {layers}; give as many")
+                raise UserError(
+                    f"layer_thresholds has {count} values for {layers} exit_layers; give one for each"
+                )
         if self.fill == "copy" and (self.max_owed is not None or self.verify):
             name = "verify" if self.verify else "max_owed"
             raise UserError(f"fill is copy, which owes nothing and is not exact; leave {name} out")

@@ -91,7 +91,7 @@ def ids_beside(checkpoint: str | os.PathLike) -> Path:
 
 def read_ids(file: str | os.PathLike) -> Tensor | None:
     """The tensor in a .npy file; None if it holds none. Raises UserError if there is no such file."""
-    check_input(file, "no such file; it was to hold frequent ids (python -m tools.shortlist makes one)")
+    check_input(file, "no such file; python -m tools.shortlist makes a file of frequent ids")
     try:
         with open(file, "rb") as opened:
             return torch.from_numpy(np.lib.format.read_array(opened, allow_pickle=False))
@@ -104,10 +104,10 @@ def checked_ids(ids, vocab_size: int, where: str | os.PathLike) -> Tensor:
     once."""
     kinds = (torch.int32, torch.int64)
     if not isinstance(ids, Tensor) or ids.dtype not in kinds or ids.dim() != 1 or not len(ids):
-        raise UserError(f"{where}: no list of token ids, as python -m tools.shortlist writes it")
+        raise UserError(f"{where}: is not a list of token ids, as python -m tools.shortlist writes")
     for wrong in ids[(ids < 0) | (ids >= vocab_size)].tolist():
         limits = f"the model's run from 0 to {vocab_size - 1}; count the ids with its tokenizer"
         raise UserError(f"{where}: holds the id {wrong}, but {limits}")
     if len(ids.unique()) < len(ids):
-        raise UserError(f"{where}: holds an id twice; each must be there once")
+        raise UserError(f"{where}: holds an id twice; each may occur only once")
     return ids.to(torch.int64)

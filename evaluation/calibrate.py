@@ -21,7 +21,7 @@ from formats.data import Example
 THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))  # from cautious to bold
 CHECK_SHARE = (1 + TUNING_SHARE) / 2  # where a single file is parted into inputs to calibrate and to check on
 # Where no threshold passes. These inputs have been looked at, so what is chosen now must be tested on others.
-ADVICE = """What is chosen in view of these inputs has no guarantee on them: change what you like, then
+ADVICE = """Settings chosen after seeing these inputs have no guarantee on them: make your changes, then
 calibrate once on inputs that were not used here (TASK=FILE). Or use --verify, which changes no text."""
 
 
@@ -32,7 +32,7 @@ def one_task(setup: Setup) -> Task:
         raise UserError("calibrate finds a threshold for one task; choose it with --tasks")
     decode = own_config(setup, task)
     if decode.confidence is None or decode.verify:
-        raise UserError("calibrate needs a confidence function, and no --verify, which changes no text")
+        raise UserError("calibrate needs a confidence function; leave out --verify, which keeps the text")
     if setup.config.risk == "task" and not task.metrics:
         raise UserError(f"task {task.name} has no score; calibrate with --risk consistency")
     return task
@@ -57,7 +57,7 @@ def two_sets(setup: Setup, task: Task) -> tuple[Task, dict[str, list[Example]]]:
     if len(fit) < needed:  # known before any is looked at, so another try is allowed
         proof = f"a risk below {config.tolerance} at error level {config.error}"
         remedy = "(--limit, or another file), or a higher --tolerance or --error"
-        raise UserError(f"{len(fit)} inputs cannot prove {proof}; take at least {needed} {remedy}")
+        raise UserError(f"{len(fit)} inputs cannot prove {proof}; use at least {needed} {remedy}")
     return task, dict(zip(names, (fit, check)))
 
 
@@ -98,7 +98,7 @@ class Calibration:
         found = f"its {config.risk} risk is {risk:.4f} (tolerance {config.tolerance})"
         say(f"{name}: threshold {threshold:g}; on {where}, not used to find it, {found}.")
         if risk > config.tolerance:
-            say("Above it: the guarantee is for the mean over many inputs of the same source.")
+            say("This exceeds the tolerance: the guarantee covers only the mean over many inputs.")
         say(f"wrote {config.out}, for decode.py and eval.py with --thresholds {config.out}")
         return threshold
 

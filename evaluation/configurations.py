@@ -23,7 +23,7 @@ def choose(setup: Setup, task: Task) -> dict[str, Configuration]:
     config = setup.config
     if "confidence" in changes(setup) and (config.compare or config.all):
         flag = "--confidence" if "confidence" in config.decoding else "--thresholds"
-        raise UserError(f"{flag} is a configuration of its own; leave it out, or --compare and --all")
+        raise UserError(f"{flag} defines a configuration; leave out either it or --compare and --all")
     if config.compare:
         mentioned = {part.split("+")[0].strip() for part in config.compare.split(",")}
         named = named_configs(setup, task, mentioned)
@@ -87,7 +87,7 @@ def named_configs(setup: Setup, task: Task, wanted: Iterable[str]) -> dict[str, 
 def exit_layers_of(model: Transformer) -> list[int]:
     """Returns the default exit layers of a model. Raises UserError if it has none."""
     if model.config.n_layers == 1:
-        raise UserError("this model has one layer, and so no exit")
+        raise UserError("this model has only one layer and therefore no exits")
     return list(DecodeConfig(confidence="softmax").exits(model.config))
 
 

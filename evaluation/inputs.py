@@ -74,7 +74,7 @@ class Setup:
         names = [task.name for task in tasks]
         if len(set(names)) < len(names):
             twice = max(names, key=names.count)
-            raise UserError(f"two tasks would be called {twice}; evaluate them one by one")
+            raise UserError(f"two tasks would be named {twice}; evaluate them one by one")
         return tasks
 
     def try_outputs(self, outputs: tuple[str | Path | None, ...], rows: Path | None) -> None:
@@ -118,14 +118,14 @@ class Setup:
         independent. Raises UserError if there is none."""
         found = one_of_each_source(between(examples, low, high), self.config.seed)
         if not found:
-            raise UserError("there are too few texts to use one part of them; give --tasks a larger file")
+            raise UserError("there are too few texts to split; give --tasks a larger file")
         return self.sample(found)
 
     def inputs(self, task: Task, split: str | None = None) -> tuple[Task, list[Example]]:
         """Returns the task with its shots, and all of its inputs except these. Says what was skipped."""
         config = self.config
         if task.openings and (config.chat or config.shots):
-            raise UserError(f"{task.name}: continues a text, so it takes no --chat and no --shots")
+            raise UserError(f"{task.name}: continues a text; leave out --chat and --shots")
         skipped: list[str] | None = [] if config.skip_bad else None
         examples = read_task(task, split or config.split, skipped)
         shots = self.shots_of(task, skipped) if config.shots else []
@@ -133,7 +133,7 @@ class Setup:
             say("\n".join([f"{task.name}: skipped {len(skipped)} malformed lines", *skipped]))
         left = [example for example in examples if example not in shots]
         if not left:
-            raise UserError(f"shots is {config.shots}: all inputs of {task.name}; take fewer")
+            raise UserError(f"shots is {config.shots}, which uses every input of {task.name}; use fewer")
         return replace(task.with_shots(shots), chat=self.chat), left
 
     def shots_of(self, task: Task, skipped: list[str] | None) -> list[Example]:
@@ -144,7 +144,7 @@ class Setup:
         solved = read_task(replace(task, file=str(config.shot_file or task.file)), "train", skipped)
         if config.shots > len(solved):
             available = f"{task.name} has {len(solved)} solved examples"
-            raise UserError(f"shots is {config.shots}, but {available}; take fewer")
+            raise UserError(f"shots is {config.shots}, but {available}; use fewer")
         return sample(solved, config.shots, config.seed)
 
 
@@ -159,7 +159,7 @@ def encode_inputs(
     longest = max(each.decode.max_new_tokens for each in configurations.values())
     positions = min(each.model.config.max_len for each in configurations.values())
     if longest > positions - 2:
-        raise UserError(f"max_new_tokens is {longest}, of {positions} positions; leave some to the prompt")
+        raise UserError(f"max_new_tokens is {longest}, of {positions} positions; leave some for the prompt")
     inputs = [task.encode(example.prompt, setup.tokenizer, positions - longest) for example in examples]
     prompts, cut = zip(*inputs)
     if any(cut):

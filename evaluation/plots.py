@@ -28,7 +28,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise UserError("pictures need matplotlib; pip install matplotlib") from None
+        raise UserError("plots need matplotlib; pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -89,7 +89,7 @@ def read_curves(log: Path) -> tuple[list[tuple], dict]:
             for layer, (loss, same) in row.get("layers", {}).items():
                 curves[row["dev"]][int(layer)].append((row["step"], float(loss), float(same)))
     if not training:
-        raise UserError(f"{log}: not a log of train.py, or one without a step yet")
+        raise UserError(f"{log}: is not a log of train.py, or has no steps yet")
     return training, curves
 
 

@@ -52,4 +52,4 @@ class EvalConfig:
     def __post_init__(self):
         check_limits(self)
         if self.shot_file and not self.shots:
-            raise UserError("--shot-file gives solved examples; say how many with --shots")
+            raise UserError("--shot-file needs --shots, the number of examples")

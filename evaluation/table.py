@@ -17,9 +17,10 @@ TITLES = {
     "exact_match": "exact match",
     "f1": "F1",
 }
-LEGEND = """speed-up: over the full model, in brackets its 95 % interval over prompts and repeats; ideal: if
-layers were all that takes time; exit layer: mean over tokens; agreement: tokens that are full's.
-More: --wide (all figures), --all (all rows), --limit and --repeat (closer figures), --help."""
+LEGEND = """speed-up: compared with the full model (95 % interval over prompts and repeats); ideal: speed-up
+if only layers took time; exit layer: mean over tokens; agreement: share of tokens equal to the full
+model's. More: --wide (all columns), --all (all configurations), --limit and --repeat (narrower
+intervals), --help."""
 Cell = Callable[[dict], str]
 
 

@@ -59,7 +59,7 @@ class Task:
         while len(ids) > room:
             excess += len(ids) - room
             if excess >= len(body):
-                remedy = "leave no room for it; take fewer --shots"
+                remedy = "leave no room for it; use fewer --shots"
                 raise UserError(f"{self.name}: the turns around a prompt {remedy}")
             ids = self.chat.encode(self.turns(tokenizer.decode(body[excess:])))
         return ids, excess > 0
@@ -100,7 +100,7 @@ def find_task(name: str) -> Task:
     UserError."""
     kind, _, file = name.partition("=")
     if kind not in TASKS:
-        choices = f"{', '.join(TASKS)}, or with a file of yours file=FILE"
+        choices = f"{', '.join(TASKS)}, or file=FILE for your own file"
         raise UserError(f"unknown task {kind!r}; choose from {choices}")
     task = replace(TASKS[kind], file=file or TASKS[kind].file)
     if not task.file:
@@ -108,7 +108,7 @@ def find_task(name: str) -> Task:
     if kind in ("file", "answers"):
         task = replace(task, name=Path(file).name.split(".")[0])
         if task.name in (*TASKS, "decode", "provenance"):  # which settings name, too
-            raise UserError(f"{file}: a task is called as its file is, and {task.name} is taken; rename it")
+            raise UserError(f"{file}: a task is named after its file, and {task.name} is taken; rename it")
     return task
 
 
@@ -120,7 +120,7 @@ def read_task(task: Task, split: str, skipped: list[str] | None = None) -> list[
         return openings(path, skipped)
     examples = data.read_examples(path, skipped)
     if not all(example.prompt for example in examples):
-        raise UserError(f"{path}: holds texts without a prompt; stories={path} goes on from their openings")
+        raise UserError(f"{path}: holds texts without a prompt; stories={path} continues their openings")
     return examples
 
 
@@ -135,7 +135,9 @@ def openings(path: str | Path, skipped: list[str] | None = None) -> list[Example
         for words in long[::step]:
             examples.append(Example(" ".join(words[:OPENING]), (" ".join(words[OPENING:]),)))
     if not examples:
-        raise UserError(f"{path}: has no paragraph of {2 * OPENING} words, to go on from its first {OPENING}")
+        raise UserError(
+            f"{path}: has no paragraph of {2 * OPENING} words, whose first {OPENING} could be continued"
+        )
     return examples
 
 

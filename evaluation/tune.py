@@ -160,5 +160,5 @@ def boldest(tried: list[Tried]) -> Tried:
     promise."""
     passed = walk(tried, lambda each: (each.resampled < KEPT).mean(), ERROR)
     if not passed:
-        say(f"even the most cautious candidate may keep less than {KEPT:.0%}; it is taken all the same")
+        say(f"even the most cautious candidate may keep less than {KEPT:.0%}; it is used anyway")
     return max(passed, key=lambda each: each.speedup) if passed else tried[0]

@@ -37,7 +37,7 @@ def find_template(folder: Path) -> str | None:
 def check_template(template, where) -> str | None:
     """A template, or None. Raises UserError for anything but a text."""
     if not isinstance(template, str | None):
-        raise UserError(f"{where}: its chat template is no text")
+        raise UserError(f"{where}: its chat template is not a text")
     return template
 
 

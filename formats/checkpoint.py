@@ -97,7 +97,7 @@ def read_checkpoint(path: str | os.PathLike, check: bool = False, kind: str = FO
     if found not in HOLDS:
         raise UserError(f"{path}: not a checkpoint of this project")
     if found != kind:
-        raise UserError(f"{path}: holds {HOLDS[found]}; here belongs {HOLDS[kind]}")
+        raise UserError(f"{path}: holds {HOLDS[found]}; expected {HOLDS[kind]}")
     check_entries(path, content)
     return content
 
@@ -163,9 +163,7 @@ def check_values(weight: Tensor, what: str) -> None:
     """Raises UserError if a tensor has a NaN or an infinity. This takes no memory of the tensor's size."""
     if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
         kind = str(weight.dtype).removeprefix("torch.")
-        raise UserError(
-            f"{what} has values that are not finite: it is damaged, or {kind} is too narrow for it"
-        )
+        raise UserError(f"{what} has values that are not finite: it is damaged, or overflows {kind}")
 
 
 def check_size(weights: dict[str, Tensor], config) -> None:

@@ -65,7 +65,7 @@ def model_config(words: dict, max_len: int | None) -> ModelConfig:
     stated = words.get("max_position_embeddings")
     words = {**FAMILIES[family], **words}
     if words.get("quantization_config"):
-        raise UserError("the weights are quantized; take the model as it was before, or its GGUF file")
+        raise UserError("the weights are quantized; use the unquantized model, or its GGUF file")
     if words.get("use_bidirectional_attention"):
         raise UserError("use_bidirectional_attention is set: this is an embedding model, which cannot decode")
     if stated and max_len is not None and max_len > stated:
@@ -106,7 +106,7 @@ def check_family(name, what: str, known: Iterable[str]) -> str:
     """The name of a family, which `what` (model_type, architecture) gives. Raises UserError for one that is
     not known."""
     if name not in list(known):
-        raise UserError(f"{what} {name!r:.40} is not supported; supported are {', '.join(known)}")
+        raise UserError(f"{what} {name!r:.40} is not supported; choose from {', '.join(known)}")
     return name
 
 
@@ -125,7 +125,7 @@ def window_fields(words: dict, n_layers: int) -> dict:
     layers = range(1, n_layers + 1)
     if kinds:
         if other := set(kinds) - {"full_attention", "sliding_attention"}:
-            raise UserError(f"layer_types has {min(other)}; supported are full_ and sliding_attention")
+            raise UserError(f"layer_types has {min(other)}; only full_ and sliding_attention are supported")
         whole = [layer for layer in layers if kinds[layer - 1] == "full_attention"]
     elif "max_window_layers" in words:  # Qwen: how many layers, from the first, have none
         whole = layers[: words["max_window_layers"]]
@@ -155,7 +155,7 @@ def rope_fields(words: dict, local: bool) -> dict:
     scaling = words.get("rope_scaling") or whole
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
-        raise UserError(f"rope_scaling {kind!r:.40} is not supported; known are default, linear and llama3")
+        raise UserError(f"rope_scaling {kind!r:.40} is not supported; only default, linear and llama3 are")
     factor = 1.0 if kind == "default" else float(scaling["factor"])
     fields = {"rope_base": float(whole.get("rope_theta", words["rope_theta"])), "rope_factor": factor}
     if kind == "llama3":

@@ -124,7 +124,7 @@ def test_where_templates_lie(tmp_path):
     settings.write_text(json.dumps({"chat_template": "plain"}))
     assert find_template(tmp_path) == "plain"
     settings.write_text(json.dumps({"chat_template": 3}))
-    with pytest.raises(UserError, match=r"tokenizer_config.json: its chat template is no text"):
+    with pytest.raises(UserError, match=r"tokenizer_config.json: its chat template is not a text"):
         find_template(tmp_path)
     several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named"}]
     settings.write_text(json.dumps({"chat_template": several}))
@@ -180,5 +180,5 @@ def test_a_long_prompt_loses_its_left_and_the_turns_around_it_stay(made):
     around = len(made.encode(conversation("")))
     short, cut = task.encode("0123456789", tokenizer, around + 4)
     assert cut and short == made.encode(conversation("6789"))
-    with pytest.raises(UserError, match="leave no room for it; take fewer --shots"):
+    with pytest.raises(UserError, match="leave no room for it; use fewer --shots"):
         task.encode("0123456789", tokenizer, around - 1)

@@ -54,7 +54,7 @@ def test_what_is_to_be_read_must_be_a_file_and_a_folder_is_called_one(tmp_path):
 def test_where_nothing_may_be_written_is_said_by_name(tmp_path):
     with pytest.raises(UserError, match=r"there is no folder .*none to write to"):
         write(tmp_path / "none" / "file", "new")
-    with pytest.raises(UserError, match="is no regular file, and nothing else is replaced"):
+    with pytest.raises(UserError, match="is not a regular file and is not replaced"):
         write(tmp_path, "new")
     (tmp_path / "file.part").mkdir()  # stands for a folder that is read-only, which root may write to
     with pytest.raises(OSError, match=r"file\.part"):
@@ -71,7 +71,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"{", "not JSON"), (b'{"a": "\xff"}', "not JSON .*utf-8"), (b"[1]", "holds no JSON object"),
+    (b"{", "not JSON"), (b'{"a": "\xff"}', "not JSON .*utf-8"), (b"[1]", "is not a JSON object"),
 ])  # fmt: skip
 def test_json_that_cannot_be_used_is_one_line_that_names_the_file(tmp_path, content, message):
     (tmp_path / "a.json").write_bytes(content)
@@ -232,7 +232,7 @@ def test_threads_are_set_as_asked_and_left_alone_otherwise(threads):
 
 @pytest.mark.parametrize("words, message", [
     (("--threads", "0"), "threads is 0; it must be at least 1 and at most 1024"), (("--dtype", "int3"), "--dtype: invalid choice: 'int3'"),
-    (("--device", "mps"), "device 'mps' is not there to use; supported are cpu and cuda"),
+    (("--device", "mps"), "device 'mps' is not supported; choose cpu or cuda"),
 ])  # fmt: skip
 def test_what_the_machine_cannot_be_is_refused(words, message, threads):
     with pytest.raises(UserError, match=message):

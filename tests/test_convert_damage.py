@@ -82,7 +82,7 @@ NEW = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
 @pytest.mark.parametrize(("header", "message"), [
     ({"model.layers.0.self_attn.q_proj.bias": NEW}, "unknown tensor model.layers.0.self_attn.q_proj.bias"),
-    ({"model.norm.weight": NEW}, r"model.norm.weight has the shape \[1\], but by the configuration \[32\]"),
+    ({"model.norm.weight": NEW}, r"model.norm.weight has shape \[1\], but the configuration says \[32\]"),
     ({"model.norm.weight": {"dtype": "F8_E4M3", "shape": [32], "data_offsets": [0, 32]}}, "of torch.float8_e4m3fn"),
 ])  # fmt: skip
 def test_tensors_that_do_not_fit_the_configuration_are_named(folder, header, message):
@@ -106,12 +106,12 @@ def test_what_is_missing_of_a_download_is_named(tiny_model, tmp_path):
     (folder / "config.json").write_text("{")
     refused(folder, "config.json: not JSON")
     (folder / "config.json").unlink()
-    refused(folder, "no folder with a config.json")
+    refused(folder, "a folder with a config.json")
 
 
 SLIDING = {"model_type": "gemma3_text", "sliding_window": 4}
 CONFIGS = [
-    ({"model_type": "bert"}, "model_type 'bert' is not supported; supported are llama"),
+    ({"model_type": "bert"}, "model_type 'bert' is not supported; choose from llama"),
     ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_scaling 'yarn' is not supported"),
     ({"rope_scaling": {"type": "linear"}}, "not that of a model .KeyError: 'factor'"),
     ({"quantization_config": {"quant_method": "awq"}}, "the weights are quantized"),
@@ -145,12 +145,12 @@ def test_double_precision_becomes_single_and_what_half_cannot_hold_is_refused(ti
     assert torch.load(tmp_path / "out.pt", weights_only=True)["weights"]["embedding"].dtype == torch.float32
     model.embedding.mul_(1e6)
     write_hf(tmp_path / "hf", model, kind="torch")
-    with pytest.raises(UserError, match=r"embed_tokens\.weight has values that are not finite: it is damaged, or float16 is too narrow"):
+    with pytest.raises(UserError, match=r"embed_tokens\.weight has values that are not finite: it is damaged, or overflows float16"):
         convert.convert(tmp_path / "hf", tmp_path / "out.pt", torch.float16)
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (b"GGUF" + bytes(40), "not a readable GGUF file"), (b"x" * 500, "is no GGUF file"),
+    (b"GGUF" + bytes(40), "not a readable GGUF file"), (b"x" * 500, "is neither a GGUF file"),
 ])  # fmt: skip
 def test_foreign_files_are_refused(tmp_path, content, message):
     pytest.importorskip("gguf")

@@ -122,7 +122,7 @@ def test_json_lines_may_list_several_references_or_hold_texts(tmp_path):
     ("header.csv", "meaning,text\na,b\n", "line 1: the header must name the columns mr and ref"),
     ("bad.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n', "line 2: not JSON"),
     ("empty.txt", " \n", "holds no data"),
-    ("latin1.txt", "a\nb\nGröße".encode("latin-1"), "latin1.txt: holds bytes that are not UTF-8"),
+    ("latin1.txt", "a\nb\nGröße".encode("latin-1"), "latin1.txt: is not valid UTF-8"),
     ("truncated.tsv.xz", lzma.compress(b"a\tb\n" * 9)[:-20], "damaged, or not in a known layout"),
     ("corrupt.tsv.gz", gzip.compress(bytes(range(32, 127)) * 99)[:40] + b"?" * 40, "damaged, or not in a known layout"),
     ("quote.csv", 'mr,ref\na,"b\nc,d\n', "line 3: not CSV (unexpected end of data)"),

@@ -383,7 +383,7 @@ def test_tune_writes_rows_that_the_table_reads(command, rows_of, monkeypatch, tm
     before = (tmp_path / "tiny.json").read_text()
     with pytest.raises(SystemExit):
         command("tune")
-    assert "tiny.json: is there already" in capsys.readouterr().err and (tmp_path / "tiny.json").read_text() == before
+    assert "tiny.json: already exists" in capsys.readouterr().err and (tmp_path / "tiny.json").read_text() == before
     monkeypatch.chdir(tmp_path)
     command("tune", "--overwrite", "--out", "tiny.json")  # the settings file, however it is spelled
     content = json.loads((tmp_path / "tiny.json").read_text())
@@ -582,7 +582,7 @@ def test_a_mistake_in_the_second_task_is_found_before_the_first_is_measured(comm
 
 @pytest.mark.parametrize("fields, message", [
     ({"split": "train"}, "unknown split 'train'"), ({"tolerance": 1.0}, "tolerance is 1.0"),
-    ({"shot_file": "x"}, "say how many with --shots"),
+    ({"shot_file": "x"}, "needs --shots"),
 ])  # fmt: skip
 def test_settings_out_of_range_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
@@ -590,19 +590,19 @@ def test_settings_out_of_range_are_refused(fields, message):
 
 
 MISTAKES = {
-    "--tasks e2e,e2e": "two tasks would be called e2e",
-    "--tasks file=plain.txt --confidence jsd": "plain.txt: holds texts without a prompt; stories=plain.txt goes on",
-    "--tasks stories --shots 1 --confidence jsd": "stories: continues a text, so it takes no --chat and no --shots",
-    "--tasks file=pairs.jsonl --confidence jsd --shots 1 --shot-file pairs.jsonl": "shots is 1: all inputs of pairs",
-    "--confidence jsd --compare softmax": "--confidence is a configuration of its own",
+    "--tasks e2e,e2e": "two tasks would be named e2e",
+    "--tasks file=plain.txt --confidence jsd": "plain.txt: holds texts without a prompt; stories=plain.txt continues",
+    "--tasks stories --shots 1 --confidence jsd": "stories: continues a text; leave out --chat and --shots",
+    "--tasks file=pairs.jsonl --confidence jsd --shots 1 --shot-file pairs.jsonl": "shots is 1, which uses every input of pairs",
+    "--confidence jsd --compare softmax": "--confidence defines a configuration",
     "--compare softmax+exit-layers=9": "layer 9 is not an exit",
     "--json tiny.pt": "tiny.pt: is read here, and would be overwritten; give another name",
     "--wide sweep --over threshold 0.5": "flags come after the command: eval.py sweep",
     "--wide compare": "flags come after the command: eval.py compare",
-    "--thresholds t.json --compare softmax": "--thresholds is a configuration of its own",
+    "--thresholds t.json --compare softmax": "--thresholds defines a configuration",
     "calibrate --limit 4": "4 inputs cannot prove a risk below 0.05 at error level 0.05",
     "calibrate --tasks stories --risk task": "task stories has no score; calibrate with --risk consistency",
-    "calibrate --verify": "no --verify, which changes no text",
+    "calibrate --verify": "leave out --verify",
 }
 
 

@@ -85,5 +85,5 @@ def test_where_the_packed_product_raises_weights_are_folded_alone(tiny_model, tm
                                      {"form": "folded", "device": "meta"}])  # fmt: skip
 def test_a_form_that_cannot_be_is_refused(tiny_model, reloaded, options):
     assert "int3" not in FORMS
-    with pytest.raises(ValueError, match=r"form of weights 'int3'|int8 is for a CPU|--weights says how a CPU"):
+    with pytest.raises(ValueError, match=r"form of weights 'int3'|int8 needs a CPU|--weights applies only to a CPU"):
         reloaded(tiny_model(0), **options)

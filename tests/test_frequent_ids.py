@@ -81,7 +81,7 @@ def test_ids_are_those_of_the_file_named_then_of_the_checkpoint_then_of_a_file_n
     out, heads = checkpoint.with_name("ids.npy"), checkpoint.with_name("heads.pt")
     printed, _, status = count(out)
     ids = np.load(out)
-    assert status is None and f"{len(ids)} of 4,096 ids" in printed and "on every 10th pair (2)" in printed
+    assert status is None and f"{len(ids)} of 4,096 ids" in printed and "every 10th pair (2)" in printed
     assert ids.dtype == np.int32 and ids.tolist() == expected_ids(checkpoint)
 
     def found(file=None, beside=None, **content) -> list[int] | None:
@@ -108,7 +108,7 @@ def test_the_flag_gives_a_checkpoint_its_ids(checkpoint, count, command):
 
 @pytest.mark.parametrize("ids, message", [
     ([3, 4096], "holds the id 4096"), ([-1, 3], "holds the id -1"), ([3, 5, 3], "holds an id twice"),
-    *[(ids, "no list of token ids") for ids in ([[3, 5]], [], [0.5], ["a"])],
+    *[(ids, "is not a list of token ids") for ids in ([[3, 5]], [], [0.5], ["a"])],
 ])  # fmt: skip
 def test_what_is_no_list_of_ids_is_refused_in_a_file_and_in_a_checkpoint(ids, message, checkpoint, tmp_path):
     array = np.array(ids, np.int64 if not ids or isinstance(ids[0], int) else None)

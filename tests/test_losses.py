@@ -299,7 +299,7 @@ def test_a_loss_may_ask_for_logits_by_itself_and_classifiers_learn_all_the_same(
 
 
 @pytest.mark.parametrize("name, said", [
-    ("vector", r"own_losses:vector gave \(14, 32\)"), ("nothing", "gave NoneType"), ("constant", "with a gradient"),
+    ("vector", r"own_losses:vector returned \(14, 32\)"), ("nothing", "returned NoneType"), ("constant", "with a gradient"),
     ("mean", "one loss for each target"),
 ])  # fmt: skip
 def test_what_a_loss_gives_wrongly_is_named(name, said, own):

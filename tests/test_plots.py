@@ -28,7 +28,7 @@ def test_a_training_is_drawn(log):
 
 def test_without_matplotlib_one_line_says_what_to_do(log, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match="pictures need matplotlib; pip install matplotlib"):
+    with pytest.raises(ValueError, match="plots need matplotlib; pip install matplotlib"):
         draw_training(log)
 
 

@@ -308,7 +308,7 @@ def test_a_training_killed_while_it_saves_goes_on_to_the_same_weights(config, fi
     assert model(torch.tensor([tokenizer.encode("one")])).isfinite().all()
     other = dataclasses.replace(config, validate_every=4)  # which may change
     model = train.run_training(other, SHAPE, tmp_path)
-    assert "going on from" in (said := capsys.readouterr().out) and "at step 5" in said
+    assert "resuming from" in (said := capsys.readouterr().out) and "at step 5" in said
     assert_close(weights(model), finished[1], **EXACT)
     assert not list(tmp_path.glob("*.part"))
 
@@ -367,7 +367,7 @@ def test_a_signal_ends_a_training_between_two_steps_with_a_checkpoint(number, tr
     monkeypatch.setattr(runs, "save_checkpoint", signal_then_save)
     printed, _, status = trained(tmp_path, validate_every=100)
     monkeypatch.undo()
-    assert status == 128 + number and "is at step 3 of 12, and the same command goes on" in printed
+    assert status == 128 + number and "is at step 3 of 12, and the same command resumes" in printed
     assert read_checkpoint(tmp_path / "checkpoint.pt")["training"]["step"] == 3 and not (tmp_path / "model.pt").exists()
     assert_close(weights(train.run_training(config, SHAPE, tmp_path)), finished[1], **EXACT)
 
@@ -389,7 +389,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(trained, config, tmp_pat
 def test_files_that_are_there_are_overwritten_only_with_the_flag(config, finished, tmp_path):
     for name in ("model.pt", "log.jsonl"):
         (tmp_path / name).write_bytes(b"precious")
-        with pytest.raises(ValueError, match=f"{name} is there already, but no checkpoint to go on from"):
+        with pytest.raises(ValueError, match=f"{name} already exists, but there is no checkpoint to resume from"):
             train.run_training(config, SHAPE, tmp_path)
         assert (tmp_path / name).read_bytes() == b"precious"
         (tmp_path / name).unlink()
@@ -638,7 +638,7 @@ UNUSABLE = {  # settings -> what the message must say
     "train is heads, which needs a model": {"train": "heads"},
     "train is all:9, which needs a model": {"train": "all:9"},
     "unknown train 'all:9:9'": {"train": "all:9:9"},
-    "needs a loss of the exits alone": {"train": "heads", "init": "x.pt", "loss": "hidden"},
+    "needs a loss on exits only": {"train": "heads", "init": "x.pt", "loss": "hidden"},
     "classifier is True, but loss is none": {"loss": "none", "classifier": True},
     "needs exits to train": {"loss": "distill", "exits": ()},
 }
@@ -651,7 +651,7 @@ def test_settings_that_cannot_be_are_said_to_be(said):
 
 
 MISTAKES = {  # a flag -> what the line must say
-    "--device=nowhere": "device 'nowhere' is not there",
+    "--device=nowhere": "device 'nowhere' is not supported",
     "--exits=1,3": "--exits: layer 3 is not an exit",
     "--max-steps=3": "is at step 12, beyond max_steps 3",
     "--length=49": "length is 49, the model has 48 positions",

@@ -88,7 +88,7 @@ def print_checks(model: Transformer, shortlist: int | None, tokens: int, repeat:
     measured = run_in_turns(runs, [[5] * PROMPT], repeat, "checks")
     times = {name: row.seconds[0] for name, row in measured.items()}
     whole = times.pop("full")
-    print(f"full depth: {tokens / whole:.0f} tokens/s, {1e6 * whole / tokens:.0f} µs a token")
+    print(f"full depth: {tokens / whole:.0f} tokens/s, {1e6 * whole / tokens:.0f} µs per token")
     print(f"checks after layers {','.join(map(str, layers))}, none of which lets a token exit:")
     for name, seconds in times.items():
         added = 1e6 * (seconds - whole) / tokens

@@ -69,8 +69,8 @@ def coverage(ids: list[int], documents: list[Encoded]) -> tuple[float, float]:
 def print_coverage(counts: Counter, held: list[Encoded]) -> None:
     """Prints a table over sizes of the shortlist."""
     ids = by_count(counts)
-    print(f"on every {HELD_OUT}th pair ({len(held):,}), which the counts leave out, a shortlist holds")
-    print(f"  {'ids':>8}  {'of the tokens':>14}  {'with the ids of the text before':>32}")
+    print(f"coverage of every {HELD_OUT}th pair ({len(held):,}), which is not counted, by shortlist size:")
+    print(f"  {'ids':>8}  {'tokens covered':>14}  {'with the ids of the text so far':>32}")
     for size in [size for size in SIZES if size < len(ids)] + [len(ids)]:
         alone, with_text = coverage(ids[:size], held)
         print(f"  {size:>8,}  {alone:>14.1%}  {with_text:>32.1%}")

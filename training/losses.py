@@ -230,7 +230,7 @@ class Exits:
             losses = each(logits, targets, final)
             if getattr(losses, "shape", None) != targets.shape:
                 name = getattr(each, "__name__", each)
-                raise UserError(f"{name} must give a tensor of one loss for each target")
+                raise UserError(f"{name} must return a tensor with one loss for each target")
             same = (logits.argmax(-1) == final().argmax(-1)) if compare and final else None
             return losses.sum(), same
 
@@ -273,7 +273,7 @@ def call_loss(name: str, exits: Exits) -> Tensor:
     value = find_loss(name)(exits)
     if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise UserError(f"loss {name} gave {found}; it must give a scalar tensor with a gradient")
+        raise UserError(f"loss {name} returned {found}; it must return a scalar tensor with a gradient")
     return value
 
 

@@ -112,7 +112,7 @@ class Run:
             return
         for file in self.outputs:
             if file.exists() and file.stat().st_size:
-                raise UserError(f"{file} is there already, but no checkpoint to go on from; {REMEDY}")
+                raise UserError(f"{file} already exists, but there is no checkpoint to resume from; {REMEDY}")
 
     def begin(self, model: Transformer, optimizer: torch.optim.Optimizer, data: Data) -> None:
         """Goes on from the checkpoint if there is one; otherwise starts anew, and removes the files to
@@ -124,7 +124,7 @@ class Run:
             self.belongs_to = fingerprint(read_checkpoint(self.config.init))
         if self.found:
             self.restore()
-            tell(f"going on from {self.checkpoint} at step {self.step} of {self.config.max_steps}")
+            tell(f"resuming from {self.checkpoint} at step {self.step} of {self.config.max_steps}")
         if is_first():
             if self.overwrite:
                 for path in self.outputs:
@@ -204,7 +204,7 @@ class Run:
             self.write_result()
             return
         at = f"{self.checkpoint} is at step {self.step} of {self.config.max_steps}"
-        tell(f"stopped by a signal; {at}, and the same command goes on from there")
+        tell(f"stopped by a signal; {at}, and the same command resumes from there")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
 
@@ -213,12 +213,12 @@ def check_resumable(checkpoint: Path, content: dict, settings: dict) -> None:
     those that may change, and not beyond max_steps."""
     training = content.get("training")
     if not isinstance(training, dict):
-        raise UserError(f"{checkpoint}: holds a model but no training run to go on with; {REMEDY}")
+        raise UserError(f"{checkpoint}: holds a model but no training run to resume; {REMEDY}")
     then = {**training["config"], **content["config"]}
     for name, value in settings.items():
         if value != then.get(name) and name not in MAY_CHANGE:
             found = f"{checkpoint} was trained with {name} {then.get(name)}, not {value}"
-            raise UserError(f"{found}; {REMEDY}, or go on with the same")
+            raise UserError(f"{found}; {REMEDY}, or keep the old value")
     step, most = training["step"], settings["max_steps"]
     if step > most:
         raise UserError(f"{checkpoint} is at step {step}, beyond max_steps {most}; {REMEDY}")

@@ -70,4 +70,4 @@ class TrainConfig(LossConfig):
         if self.init is None and (self.heads_alone or self.shortlist):
             raise UserError(f"train is {self.train}, which needs a model to start from; give --init")
         if self.heads_alone and (self.loss in ("none", "layerskip", "hidden") or self.layer_dropout):
-            raise UserError("train is heads, which needs a loss of the exits alone, and no --layer-dropout")
+            raise UserError("train is heads, which needs a loss on exits only and no --layer-dropout")

@@ -130,7 +130,7 @@ def is_nfc(part: dict | None) -> bool:
     """Whether a normalizer is NFC. Raises UserError for any other."""
     kinds = {step["type"] for step in steps_of(part, "normalizers")}
     if kinds - {"NFC"}:
-        raise UserError(f"the normalizer {', '.join(sorted(kinds))} is not supported; known is NFC")
+        raise UserError(f"the normalizer {', '.join(sorted(kinds))} is not supported; only NFC is")
     return bool(kinds)
 
 
@@ -152,7 +152,7 @@ def bpe_of_gguf(fields: dict) -> BPE:
     get = lambda key, default=None: fields.get(f"tokenizer.ggml.{key}", default)  # noqa: E731
     if get("pre") not in GGUF_RULES:
         known = ", ".join(GGUF_RULES)
-        raise UserError(f"unknown splitting rule {get('pre')!r} (tokenizer.ggml.pre); known are {known}")
+        raise UserError(f"unknown splitting rule {get('pre')!r} (tokenizer.ggml.pre); supported: {known}")
     rule, tokens = dict(GGUF_RULES[get("pre")]), get("tokens")
     begins = get("add_bos_token", rule.pop("begin", False))
     ids = {token: id for id, token in enumerate(tokens)}

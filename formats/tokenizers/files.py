@@ -25,7 +25,7 @@ def find_tokenizer(folder: Path) -> bytes | None:
 
 def load_tokenizer(path: str | Path) -> bytes:
     """The tokenizer in a checkpoint, or in a file of its own. Raises UserError if there is none."""
-    check_input(path, "no such file; it was to hold a tokenizer")
+    check_input(path, "no such file; expected a tokenizer")
     if zipfile.is_zipfile(path):  # what torch.save writes
         blob = read_checkpoint(path)["tokenizer"]
         if blob is None:

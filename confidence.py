@@ -26,13 +26,13 @@ ALPHA = 0.1  # a token with at least this share of the largest probability is pl
 
 
 class TraceView(Protocol):
-    """What a confidence function is given as its trace: the newest position of a pass, after the layers that
-    it has run. (A protocol, because Trace in decoding/trace.py, which it describes, imports this file.)"""
+    """The trace that a confidence function is given: the newest position of a pass, at the layers that it has
+    gone through. (A protocol, because the class Trace in decoding/trace.py imports this file.)"""
 
     model: Transformer
     layer: int  # the newest layer l
-    n: int  # how many candidates there are
-    confidences: dict[int, float]  # of the layers checked before
+    n: int  # number of candidates
+    confidences: dict[int, float]  # layer checked before -> its confidence
     amateurs: dict[int, int]  # exit layer -> the layer that it was contrasted with, for the record
 
     def state(self, layer: int) -> Tensor:
@@ -57,7 +57,7 @@ FUNCTIONS: dict[str, Confidence] = {}
 
 def register(name: str, reads_logits: bool = True) -> Callable[[Confidence], Confidence]:
     """Registers a confidence function (trace, layer) -> a number in [0, 1] under `name`. A function that
-    reads hidden states alone says reads_logits=False: then its check computes no exit head."""
+    reads only hidden states says reads_logits=False, so that its checks run no exit head."""
 
     def add(function: Confidence) -> Confidence:
         function.reads_logits = reads_logits
@@ -68,7 +68,7 @@ def register(name: str, reads_logits: bool = True) -> Callable[[Confidence], Con
 
 
 def resolve(name: str | Confidence) -> Confidence:
-    """The function registered under `name`, or that "package.module:function" imports, or `name` itself if it
+    """The function registered under `name`, imported from "package.module:function", or `name` itself if it
     is a function. Raises UserError."""
     return name if callable(name) else find_function("confidence", name, FUNCTIONS, ("trace", "layer"))
 
@@ -96,7 +96,7 @@ def classifier(trace: TraceView, layer: int) -> Tensor:
 
 
 def classifier_logit(model: Transformer, state: Tensor, layer: int) -> Tensor:
-    """w_l norm_l(h_l) + b_l; only the classifier learns from it: (.., d) -> (..)."""
+    """w_l norm_l(h_l) + b_l, whose gradient reaches only the classifier: (.., d) -> (..)."""
     weight = model.classifiers[str(layer)]  # (d + 1,): w, b
     normed = model.exit_norm(state, layer).detach().to(weight.dtype)
     return (normed @ weight[:-1] + weight[-1]).float()
@@ -198,8 +198,8 @@ def decaying(trace: TraceView, k: int, k_min: int) -> int:
 
 
 def adaptive(trace: TraceView, k: int, k_min: int) -> int:
-    """min(k, V (1 - 0.9 c)), c the confidence of the previous check, at least k_min (the Amsterdam study).
-    Since V (1 - 0.9 c) is never below V/10, k decides wherever k <= V/10; the uncapped form is k = V."""
+    """min(k, V (1 - 0.9 c)), but at least k_min; c is the confidence of the previous check (the Amsterdam
+    study). V (1 - 0.9 c) is never below V/10, so the result is k if k <= V/10; k = V removes the cap."""
     sure = list(trace.confidences.values())[-1] if trace.confidences else 0.0
     return max(k_min, min(k, math.ceil(trace.model.config.vocab_size * (1 - 0.9 * sure))))
 
@@ -211,8 +211,8 @@ def fixed(trace: TraceView, k: int) -> int:
 
 K = Number("K", 64, {"least": 2})
 MIN = Number("MIN", 16, {"least": 2})
-# Name -> a function (trace, *numbers) that says how many candidates a confidence check keeps (None: all), and
-# the numbers that it takes.
+# Name -> a function (trace, *numbers) that returns how many candidates a confidence check keeps (None keeps
+# all of them), and a description of its numbers.
 SCHEDULES: dict[str, tuple[Callable[..., int] | None, tuple[Number, ...]]] = {
     "none": (None, ()),
     "fixed": (fixed, (K,)),
@@ -223,7 +223,7 @@ SCHEDULES: dict[str, tuple[Callable[..., int] | None, tuple[Number, ...]]] = {
 
 @functools.cache
 def read_pruning(text: str) -> tuple[Callable[..., int] | None, list[int]]:
-    """The schedule that a text such as "decaying:64:16" names, and its numbers. Raises UserError."""
+    """The schedule named by a text such as "decaying:64:16", and its numbers. Raises UserError."""
     name, numbers = read_choice("prune", text, {name: numbers for name, (_, numbers) in SCHEDULES.items()})
     if len(numbers) == 2 and numbers[1] > numbers[0]:
         raise UserError(f"prune is {text}; MIN is {numbers[1]}, above K, which is {numbers[0]}; lower it")

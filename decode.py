@@ -24,8 +24,8 @@ from model import Transformer
 
 
 def plain(run: "Run") -> Iterator[Token]:
-    """The plain loop, in which every token is settled at once: run a pass to an exit or to the top,
-    emit its token, and leave the layers above for later."""
+    """The plain loop: run a pass to an exit or to the top, output its token at once, and leave the layers
+    above for later."""
     tokens = run.unread
     while run.unfinished:
         trace, layer = run.advance(tokens, run.exits())  # to the first confident exit layer, or to the top
@@ -38,16 +38,16 @@ def plain(run: "Run") -> Iterator[Token]:
 
 def verified(run: "Run", drafting=None) -> Iterator[Token]:
     """The verified loop: early exit that cannot change the output (speculative decoding of a model by its own
-    lower layers). An early token is a *draft*: the next pass goes on from it, but it is not shown. A pass
-    that reaches the top judges all drafts at once. `drafting` (Drafting in decoding/drafting.py) chooses the
-    exit layer, the threshold and the number of drafts by measurement.
+    lower layers). An early token is a *draft*: the next pass continues from it, but it is not output yet. A
+    pass that reaches the top judges all drafts at once. `drafting` (Drafting in decoding/drafting.py) chooses
+    the exit layer, the threshold and the number of drafts from measurements.
 
-    This is faster than the full model although every row runs every block in the end, and rows of wrong
-    drafts run in vain, so that more FLOPs are spent: at batch size 1 the time goes into reading weights, and
-    a block reads its weights once for eight rows as for one."""
-    tokens, drafts, passes = run.unread, [], []  # passes: their traces since the last judgement
+    This needs more FLOPs than the full model, because every row goes through every block in the end, and
+    wrong drafts are wasted. It is faster nevertheless: at batch size 1 the time goes into reading weights,
+    and a block reads its weights once, whether it processes one row or eight."""
+    tokens, drafts, passes = run.unread, [], []  # passes: the traces since the last judgement
     while run.unfinished:
-        if run.drafts_end(drafts):  # a pass without a new token takes the rows of the drafts to the top
+        if run.drafts_end(drafts):  # a pass without a new token brings the rows of the drafts to the top
             trace, layer = run.advance([], exits={})
         else:
             exits = drafting.exits(len(drafts)) if drafting else run.exits()
@@ -86,7 +86,7 @@ def run_pass(
             x = block(x, cache)  # stores the keys and values of these rows: filled[layer] = stop
         trace.hidden.append(x)  # makes this the trace's newest layer, which `decided` is about
         if layer in exits and trace.decided(exits[layer]):
-            cache.hidden[:, first:stop] = x  # here they wait, at this depth, for a pass that goes on
+            cache.hidden[:, first:stop] = x  # here they wait, at this depth, for a pass that goes deeper
             return layer
     x = cache.join(cache.head_filled, first, x)  # the rows that are owed to the LM head, and no others
     if x.shape[1] > 0:
@@ -97,7 +97,7 @@ def run_pass(
 
 
 class Run:
-    """What a run keeps: the staircase, the text so far, its settings, and the count of the work."""
+    """The state of one decoding run: the staircase, the text so far, the settings, and the counters."""
 
     def __init__(
         self, model: Transformer, prompt: list[int], config: DecodeConfig, counters: Counters, amateur
@@ -111,10 +111,10 @@ class Run:
         self.config = replace(config, confidence=config.confidence and resolve(config.confidence))
         self.top = model.config.n_layers + 1  # the LM head is the step above layer L
         self.ends, self.ended = model.config.ends.union(config.stop_tokens), False
-        self.text = list(prompt)  # so far, drafts included
+        self.text = list(prompt)  # including drafts
         self.start = len(prompt)  # where the answer begins in the text
         self.settled_length = len(prompt)  # of the text without drafts
-        self.early = 0  # tokens emitted since a pass last reached the top
+        self.early = 0  # number of tokens emitted since a pass last reached the top
         # Early tokens still need their row of the LM head for verification, and for thresholds that learn.
         self.owe_head = config.verify or (self.thresholds.learns and config.fill == "parallel")
         self.cache = KVCache(model, self.length)
@@ -123,7 +123,7 @@ class Run:
         companion = None if amateur is None else Companion(amateur, self.length, counters)
         self.predictor = Predictor(config, companion, counters, model.device)
         self.unread = list(prompt)  # the tokens of the prompt that the loop begins with
-        # Copies are of one row, so the prompt runs through all layers first. (CALM's is read by an encoder.)
+        # copy_up copies one row, so the prompt goes through all layers first. (In CALM an encoder reads it.)
         if config.fill == "copy" and config.confidence and len(prompt) > 1:
             self.advance(prompt[:-1], {})
             self.unread = prompt[-1:]
@@ -140,7 +140,7 @@ class Run:
         return self.thresholds.at(len(self.text) - self.start, self.length - self.start)
 
     def advance(self, tokens: list[int], exits: dict[int, float]) -> tuple[Trace, int]:
-        """One pass, counted, and shown to thresholds that learn. Returns its trace, and the layer reached."""
+        """Runs and counts a pass, and shows it to thresholds that learn. Returns its trace and its layer."""
         if self.shortlist:
             self.shortlist.add(tokens)
         trace = self.counters.new_trace(self.model, self.config, self.shortlist)
@@ -153,7 +153,7 @@ class Run:
         return trace, layer
 
     def teach(self, trace: Trace, layer: int) -> None:
-        """Shows a pass to thresholds that learn: what its exits found, and at the top also who was right."""
+        """Shows a pass to thresholds that learn: its confidences and, at the top, which exits were right."""
         if trace.final is not None:
             checked = [(value, trace.guess(number)) for number, value in trace.confidences.items()]
             self.thresholds.compare(trace.final.argmax(-1).tolist(), checked)
@@ -169,9 +169,9 @@ class Run:
         return token
 
     def skip_above(self, layer: int) -> None:
-        """Leaves out the layers above an exit. The newest position's keys and values are owed to them (fill
-        parallel), or come from a copy of its state now (fill copy). Its row is never owed to the LM head,
-        unless thresholds learn from it. (A pass to the top has left no layers out.)"""
+        """Skips the layers above an exit. The newest position's keys and values are owed to them (fill
+        parallel), or are computed now from a copy of its state (fill copy). Its row is never owed to the LM
+        head, unless thresholds learn from it. (After a pass to the top, no layer is skipped.)"""
         if self.config.fill == "copy":
             copy_up(self.model, self.cache, layer)
             self.counters.add_copies(self.model.config, len(self.model.blocks[layer:]))
@@ -179,8 +179,8 @@ class Run:
             self.cache.head_filled = self.cache.begun
 
     def settle(self, tokens: list[Token], trace: Trace) -> None:
-        """Counts what a pass has settled, and notes whether that ends the text. Counts the FLOPs of the
-        pass's heads, too: only now, because emitting and learning may compute more of them."""
+        """Counts the tokens that a pass has settled, and notes whether they end the text. Also counts the
+        FLOPs of the pass's heads, which are complete only now, since emitting and learning may add some."""
         self.settled_length += len(tokens)
         self.ended = bool(tokens) and tokens[-1].id in self.ends
         self.counters.tokens += len(tokens)
@@ -194,12 +194,12 @@ class Run:
         """The drafts that the full model keeps, with its own token after them (none, if the last draft is
         kept and ends the text), and how many it keeps. In trace.final the row of a position judges the token
         after it, so the first row, of the last verified token, judges the first draft. The first draft that
-        the full model would not have put there is replaced, what followed it is forgotten, and the staircase
-        rolls back."""
+        the full model would not have chosen is replaced, the drafts after it are dropped, and the staircase
+        is rolled back."""
         before = self.text[: len(self.text) - len(drafts)]
         kept, own = self.predictor.judge(trace.final, drafts, before)  # its own token: an id, or None
         for draft in drafts:
-            draft.probs = None  # V numbers each, of no more use
+            draft.probs = None  # V numbers each, no longer needed
         settled = drafts[:kept]
         if own is not None:
             replaced = tuple(draft.id for draft in drafts[kept:])
@@ -209,7 +209,7 @@ class Run:
             self.counters.add_miss(trace, own)
             settled[-1].explain(trace)
         first = self.cache.begun - len(trace.final)  # the position whose row judges the first draft
-        self.cache.rollback(first + 1 + kept)  # that position stays, and those of the kept drafts
+        self.cache.rollback(first + 1 + kept)  # keeps that position and those of the kept drafts
         self.text = before + [token.id for token in settled]
         return settled, kept
 
@@ -230,9 +230,9 @@ def stream(
 ) -> Iterator[Token]:
     """Yields tokens up to and including the end of the text. Batch size 1: `prompt` is one list of token ids.
     `counters` (Counters) counts the work, and may record more (decoding/replay.py); `amateur` (Transformer)
-    is the second model of Contrastive Decoding; `drafting` (Drafting) goes on with what earlier texts taught.
+    is the second model of Contrastive Decoding; `drafting` (Drafting) remembers what earlier texts taught it.
     Raises UserError for a prompt that is empty or too long, for layers that the model does not have, and for
-    an amateur that cannot be one."""
+    an unsuitable amateur."""
     run = Run(model, prompt, config, counters or Counters(), amateur)
     if not config.verify:
         yield from plain(run)
@@ -247,7 +247,7 @@ def stream(
 def generate(
     model: Transformer, prompt: list[int], config: DecodeConfig = DecodeConfig(), counters=None, **others
 ) -> Generation:
-    """Decodes one prompt; `stream` says what the arguments are and what it raises."""
+    """Decodes one prompt. See `stream` for the arguments and the errors."""
     counters = counters or Counters()
     return Generation.of(stream(model, prompt, config, counters, **others), counters)
 

@@ -1,7 +1,7 @@
 """The decoder-only transformer. It makes no exit decisions; it only provides the exit heads.
 
 Dimensions: B batch, T time, d model width, H query heads, K key/value heads, C width of a head, S positions
-that are seen, V vocabulary. Layers are numbered from 1 to L, 0 stands for the embedding; positions from 0.
+that are visible, V vocabulary. Layers are numbered from 1 to L, 0 stands for the embedding; positions from 0.
 """
 
 import common.threads  # noqa: F401  sets variables that torch reads
@@ -23,7 +23,7 @@ from common.errors import UserError
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 ADAPTER_SIZE = {"least": 1, "most": 2**16}
 ADAPTERS = {"lowrank": (Number("RANK", limits=ADAPTER_SIZE),), "mlp": (Number("WIDTH", limits=ADAPTER_SIZE),)}
-MATRICES = {"lowrank": 2, "mlp": 3}  # of an adapter, (size, d) each; the last one writes into the state
+MATRICES = {"lowrank": 2, "mlp": 3}  # in an adapter, (size, d) each; the last one writes into the state
 read_adapter = functools.partial(read_choice, "adapter", known=ADAPTERS)
 
 
@@ -104,7 +104,7 @@ def check_exit_layers(name: str, layers: Collection[int], n_layers: int) -> None
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * gain over the last dimension (Zhang 2019), computed in the finer dtype of the two."""
+    """x / rms(x) * gain over the last dimension (Zhang 2019), computed in the wider dtype of the two."""
     dtype = torch.promote_types(x.dtype, gain.dtype)
     return F.rms_norm(x.to(dtype), gain.shape, gain.to(dtype), eps).to(x.dtype)
 
@@ -128,7 +128,7 @@ def rope_table(config: ModelConfig, base: float, factor: float = 1.0) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turns every pair (x1, x2) of a head by the angle of its position: (x1 cos - x2 sin, x2 cos + x1 sin);
+    """Rotates every pair (x1, x2) of a head by the angle of its position: (x1 cos - x2 sin, x2 cos + x1 sin);
     the pair is (i, i + C/2). x (B, heads, T, C), rope (2, T, C)."""
     cos, signed_sin = rope
     swapped = x.roll(x.shape[-1] // 2, -1)  # x2 in the place of x1, x1 in the place of x2
@@ -168,8 +168,8 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
 
 
 def visible(rows: Tensor, columns: Tensor, window: int | None) -> Tensor:
-    """Which of the positions `columns` (S,) the positions `rows` (T,) see: the newest `window` (None: all) of
-    those up to their own. -> (T, S)."""
+    """Whether each position of `rows` (T,) sees each position of `columns` (S,): it sees the newest `window`
+    positions (None: all) up to itself. -> (T, S)."""
     distance = rows[:, None] - columns
     return (distance >= 0) & (distance < (window or math.inf))
 
@@ -178,14 +178,14 @@ Visible = tuple[Tensor, Tensor, Tensor | None]  # keys, values, and the mask of 
 
 
 class KeysValues(Protocol):
-    """What a block needs of keys and values: FullPass below, and in decoding the KVCache of cache.py."""
+    """Where a block stores and reads keys and values: FullPass below or, in decoding, KVCache (cache.py)."""
 
     def first(self, layer: int) -> int:
-        """The position of the first row that a pass brings to the layer."""
+        """The position of the first row that the layer processes next."""
 
     def extend(self, layer: int, k: Tensor, v: Tensor, window: int | None) -> Visible:
-        """Takes keys and values (B, K, T, C) of the rows, and gives all that these rows may see, (B, K, S, C)
-        each, with the mask of which row sees which, (.., T, S), or None as in `attention`."""
+        """Stores keys and values (B, K, T, C) of the rows. Returns all that these rows may see, (B, K, S, C)
+        each, and a mask of which row sees which position, (.., T, S), or None as in `attention`."""
 
 
 class FullPass:
@@ -244,8 +244,8 @@ class Block(nn.Module):
             self.k_norm = nn.Parameter(torch.ones(C))
 
     def forward(self, x: Tensor, kv: KeysValues) -> Tensor:
-        """x (B, T, d) -> (B, T, d). `kv` takes the keys and values of these T positions and gives those that
-        they may see: their own in a full pass, all that are stored in decoding."""
+        """x (B, T, d) -> (B, T, d). `kv` stores the keys and values of these T positions and returns those
+        that they may see: their own in a full pass, all that are stored in decoding."""
         eps = self.config.norm_eps
         q, k, v = self.heads(x, kv.first(self.layer))
         k, v, mask = kv.extend(self.layer, k, v, self.window)  # (B, K, S, C)
@@ -261,7 +261,7 @@ class Block(nn.Module):
         H, K, C, eps = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim, self.config.norm_eps
         qkv = F.linear(rms_norm(x, self.attn_norm, eps), self.qkv)  # (B, T, (H + 2K) C)
         if self.config.qkv_bias:  # Qwen 2
-            qkv = (qkv + self.qkv_bias).type_as(qkv)  # the bias may be finer
+            qkv = (qkv + self.qkv_bias).type_as(qkv)  # the bias may be more precise
         q, k, v = qkv.unflatten(-1, (-1, C)).transpose(1, 2).split([H, K, K], dim=1)
         if self.config.qk_norm:  # Gemma 3, Qwen 3
             q, k = rms_norm(q, self.q_norm, eps), rms_norm(k, self.k_norm, eps)
@@ -272,8 +272,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding, L blocks, final norm, unembedding. An exit head reads the state after its layer in the way
-    that the final head reads the last one."""
+    """Embedding, L blocks, final norm, unembedding. An exit head reads the state after its layer as
+    the LM head reads the last one."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -293,7 +293,7 @@ class Transformer(nn.Module):
                 reading = torch.randn(MATRICES[kind] - 1, size, d) * 0.02
                 writing = torch.zeros(1, size, d)  # so that a new adapter changes nothing after the norm
                 self.adapters[str(layer)] = nn.Parameter(torch.cat([reading, writing]))
-        # The weights and a bias of each:
+        # The weights and the bias of each classifier:
         self.classifiers = nn.ParameterDict({str(layer): torch.zeros(d + 1) for layer in config.classifiers})
         self.make_rope()
         self.initialize()
@@ -310,8 +310,8 @@ class Transformer(nn.Module):
                 block.rope = tables[local]
 
     def initialize(self) -> None:
-        """Normal matrices; those that write into the residual stream are smaller, by depth (GPT-2, Radford
-        2019)."""
+        """Draws matrices from normal distributions; those that write into the residual stream are scaled down
+        by the depth (GPT-2, Radford 2019)."""
         for name, weight in self.named_parameters():
             if weight.dim() > 1 and not name.startswith("adapters"):
                 writes = name.endswith(("out", "down"))
@@ -323,7 +323,7 @@ class Transformer(nn.Module):
 
     def hidden_states(self, tokens: Tensor, documents: Tensor | None = None, skipped=(), recompute=False):
         """h_0 .. h_L of a full pass over tokens (B, T): L + 1 tensors (B, T, d). `documents` as in FullPass.
-        Layers in `skipped` hand their input on; with `recompute` the inner states of a block are computed
+        Layers in `skipped` return their input; with `recompute` the inner states of a block are computed
         again for the gradient instead of kept. Raises UserError for more tokens than the model has
         positions."""
         T = tokens.shape[1]
@@ -352,12 +352,12 @@ class Transformer(nn.Module):
         return F.embedding(ids, self.unembed)
 
     def prepared(self, rows: Tensor) -> Tensor:
-        """Rows of the unembedding, stored as `score` reads them fastest: here as they are. (FastTransformer
-        has other forms.)"""
+        """Rows of the unembedding, stored as `score` reads them fastest: here unchanged (FastTransformer
+        overrides this)."""
         return rows
 
     def new_states(self, *shape: int) -> Tensor:
-        """Room for states, keys or values, of the model's dtype and on its device."""
+        """An empty tensor for states, keys or values, with the model's dtype and device."""
         return self.embedding.new_empty(shape)
 
     @property
@@ -370,13 +370,13 @@ class Transformer(nn.Module):
         return rms_norm(self.adapted(hidden, layer), gain, self.config.norm_eps)
 
     def adapted(self, hidden: Tensor, layer: int) -> Tensor:
-        """What norm_l reads of h_l (.., d): h_l itself, or what the layer's adapter makes of it. `lowrank:r`:
+        """The input of norm_l: h_l (.., d) itself, or what the layer's adapter makes of it. `lowrank:r`:
         h + up(down(h)) (tuned lens, Belrose 2023, of low rank). `mlp:f`: x + down(silu(gate(x)) up(x)) with x
         = h / rms(h) (after EE-Tuning, Pan 2024, whose head is a copy of the layer's own MLP)."""
         if not self.config.adapter or layer not in self.config.exit_norms:
             return hidden
         weight = self.adapters[str(layer)]
-        hidden = hidden.to(weight.dtype)  # in training heads may be finer than the blocks
+        hidden = hidden.to(weight.dtype)  # in training heads may be more precise than the blocks
         if len(weight) == 2:
             down, up = weight  # (r, d) each
             return hidden + hidden @ down.T @ up

@@ -29,7 +29,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[str]:
     except OSError as error:
         if error.filename is not None:
             raise
-        raise UserError(f"{path}: could not be written ({error.strerror}); the old file is kept") from None
+        raise UserError(f"{path}: could not be written ({error.strerror}); any old file is kept") from None
     finally:
         if os.path.exists(part):
             os.remove(part)

@@ -110,7 +110,7 @@ def _pair(where: str, prompt, completion, plain: bool = False) -> Found:
         needed = "a non-empty text" if plain else "two non-empty texts, prompt and completion"
         return UserError(f"{where}: needs {needed}")
     if SURROGATE.search(prompt + completion):
-        return UserError(f"{where}: is not valid UTF-8, or was cut off")
+        return UserError(f"{where}: is not valid UTF-8, or holds half a character")
     return prompt, completion
 
 

@@ -88,16 +88,16 @@ class LossConfig:
     loss: str = option(
         "rotate",
         "none: only the last layer learns; weighted: every exit learns at every step; rotate: exits take "
-        "turns, two at a time; layerskip: the same with LayerSkip's weights; distill: rotate, but exits "
-        "learn the last layer's distribution; hidden: rotate, and their states learn to resemble deeper "
-        "ones; or your own as my_file:function (see training/losses.py)",
+        "turns, at most two at a time; layerskip: the same with LayerSkip's weights; distill: rotate, but "
+        "exits learn the last layer's distribution; hidden: rotate, and their states learn to resemble "
+        "deeper ones; or your own as my_file:function (see training/losses.py)",
     )
     exits: tuple[int, ...] = option((2, 3, 4, 6, 8, 10), "layers to train as exits")
     train: str = option(
         "all",
         "all: train every weight and write model.pt; heads: freeze the model, train only the norm, adapter "
         "and classifier of each exit, and write heads.pt, a few MB; all:N or heads:N: the same, but exits "
-        "learn only the N most frequent tokens and those of the batch, which takes less time",
+        "learn only the N most frequent tokens and those of the batch: faster if the vocabulary is large",
         choices=lambda text: read_choice("train", text, TRAIN),
     )
     classifier: bool = option(False, "also train a confidence classifier at every exit", group="losses")

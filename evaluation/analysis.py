@@ -1,5 +1,5 @@
-"""What every layer knows about the next token, and how well each confidence function judges it, over texts
-that the full model wrote."""
+"""Measures how well each layer predicts the next token, and how well each confidence function judges that
+prediction, on texts that the full model wrote."""
 
 from dataclasses import dataclass
 
@@ -11,23 +11,23 @@ from decoding.settings import DecodeConfig
 from decoding.trace import Trace
 from model import Transformer
 
-BINS = 10  # of confidence, in reliability diagrams and the calibration error
+BINS = 10  # number of confidence bins in reliability diagrams and the calibration error
 Text = tuple[list[int], list[int]]  # the token ids of a prompt and of the output
 
 
 @dataclass
 class Views:
-    """What the layers 1 .. L-1 of a model see at n positions; arrays are (n, L - 1)."""
+    """The predictions of layers 1 .. L-1 of a model at n positions; arrays are (n, L - 1)."""
 
-    ranks: np.ndarray  # of the last layer's token among all; 1 is the first
-    agrees: np.ndarray  # whether the layer's own token is the last layer's
-    confidence: dict[str, np.ndarray]  # of each function
+    ranks: np.ndarray  # of the last layer's token at this layer; 1 is the most probable
+    agrees: np.ndarray  # whether the layer's most probable token is the last layer's
+    confidence: dict[str, np.ndarray]  # by function
 
 
 @torch.inference_mode()
 def look(model: Transformer, texts: list[Text], functions: tuple[str, ...], positions: int = 400) -> Views:
-    """Reads texts at full depth, and evaluates every layer and function at the first `positions` positions
-    that gave a token of an output. Texts that are not needed for these are not read."""
+    """Runs the full model over texts, and evaluates every layer and function at the first `positions`
+    positions that predict a token of an output. Texts that are not needed for these are not read."""
     L, ranks, agrees = model.config.n_layers, [], []
     confidence = {name: [] for name in functions}
     for prompt, output in texts:
@@ -52,8 +52,8 @@ def look(model: Transformer, texts: list[Text], functions: tuple[str, ...], posi
 
 @torch.inference_mode()
 def divergences(model: Transformer, prompt: list[int], output: list[int]) -> np.ndarray:
-    """Returns the JSD between each layer 1 .. L-1 and the last, in [0, log 2], at every position that gave a
-    token of the output: (L - 1, T)."""
+    """Returns the JSD between each layer 1 .. L-1 and the last, in [0, log 2], at every position that
+    predicts a token of the output: (L - 1, T)."""
     tokens = torch.tensor([prompt + output[:-1]], device=model.device)
     rows = [state[0, len(prompt) - 1 :] for state in model.hidden_states(tokens)]
     final = model.head(rows[-1]).log_softmax(-1)
@@ -70,8 +70,8 @@ def reliability(confidence: np.ndarray, right: np.ndarray) -> list[tuple[float, 
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Returns the expected calibration error in [0, 1]: the distance between confidence and share right,
-    averaged over bins, weighted by count (Naeini 2015)."""
+    """Returns the expected calibration error in [0, 1]: the mean over bins of the distance between mean
+    confidence and share of right answers, weighted by count (Naeini 2015)."""
     distances = [count * abs(c - r) for c, r, count in reliability(confidence, right)]
     return sum(distances) / len(confidence)
 

@@ -1,5 +1,5 @@
-"""A threshold with a guarantee for one task, found as CALM finds it (Schuster 2022, section 4), by Learn
-then Test."""
+"""Finds a threshold with a guarantee for one task by CALM's method (Schuster 2022, section 4), which is based
+on Learn then Test."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +19,8 @@ from evaluation.walk import fewest_inputs, risk_p_value, walk
 from formats.data import Example
 
 THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))  # from cautious to bold
-CHECK_SHARE = (1 + TUNING_SHARE) / 2  # where a single file is parted into inputs to calibrate and to check on
-# Where no threshold passes. These inputs have been looked at, so what is chosen now must be tested on others.
+CHECK_SHARE = (1 + TUNING_SHARE) / 2  # splits a single file into inputs to calibrate on and to check on
+# Printed if no threshold passes. These inputs have been used, so a new choice must be tested on others.
 ADVICE = """Settings chosen after seeing these inputs have no guarantee on them: make your changes, then
 calibrate once on inputs that were not used here (TASK=FILE). Or use --verify, which changes no text."""
 
@@ -39,10 +39,10 @@ def one_task(setup: Setup) -> Task:
 
 
 def two_sets(setup: Setup, task: Task) -> tuple[Task, dict[str, list[Example]]]:
-    """Returns the inputs to calibrate on, and others to check on, each under a name that says their source.
-    `tune` has used none of the first, since it draws from the rest of dev. One question is taken for each
-    text, since the guarantee is for independent inputs, and no text is in both sets. For a task of your own,
-    which is a single file, both sets come from the part that tune leaves."""
+    """Returns the task and two sets of inputs, to calibrate on and to check on, each under a name that states
+    its source. `tune` uses none of the first set, because it draws from the other part of dev. One question
+    is drawn for each text, because the guarantee requires independent inputs, and no text is in both sets. If
+    the data of a task is a single file, both sets come from the part that tune does not use."""
     config = setup.config
     task, dev = setup.inputs(task, "dev")
     if "{}" in task.file:
@@ -54,7 +54,7 @@ def two_sets(setup: Setup, task: Task) -> tuple[Task, dict[str, list[Example]]]:
         names = f"{task.file} (one part)", f"{task.file} (another part)"
         fit, check = setup.part(dev, TUNING_SHARE, CHECK_SHARE), setup.part(dev, CHECK_SHARE, 1)
     needed = fewest_inputs(config.tolerance, config.error)
-    if len(fit) < needed:  # known before any is looked at, so another try is allowed
+    if len(fit) < needed:  # found before any input was used, so another try is allowed
         proof = f"a risk below {config.tolerance} at error level {config.error}"
         remedy = "(--limit, or another file), or a higher --tolerance or --error"
         raise UserError(f"{len(fit)} inputs cannot prove {proof}; use at least {needed} {remedy}")
@@ -62,22 +62,21 @@ def two_sets(setup: Setup, task: Task) -> tuple[Task, dict[str, list[Example]]]:
 
 
 class Calibration:
-    """The search for the threshold of one configuration. The file of thresholds is written after every
-    threshold that passes, so that an interrupted run leaves what it has reached: each of these is as safe
-    as the last."""
+    """The search for the threshold of one configuration. The thresholds file is written after every threshold
+    that passes, so that an interrupted run leaves the last of them: each is covered by the same guarantee."""
 
     def __init__(self, setup: Setup, task: Task, sets: dict[str, list[Example]]):
-        """`sets`: examples by where they come from; the first are to calibrate on, the second to check on."""
+        """`sets`: examples by source; the first set is used to calibrate, the second to check."""
         self.setup, self.task, self.sets = setup, task, sets
         decode = replace(own_config(setup, task), layer_thresholds=None)  # one threshold for all exit layers
         decode.exits(setup.model.config)
         early = {"early": Configuration(decode, setup.model)}
         self.encoded = {which: encode_inputs(setup, task, each, early) for which, each in sets.items()}
-        self.full_texts: dict[str, list[str]] = {}  # of each set; the full model decodes it once
+        self.full_texts: dict[str, list[str]] = {}  # by set; the full model decodes each once
         config = setup.config
         self.loss = next(iter(task.metrics)) if config.risk == "task" else "consistency"
         settings = {"confidence": decode.confidence} | differing_fields(decode, DecodeConfig())
-        self.settings = settings | differing_fields(decode, command_config(setup))  # where its readers begin
+        self.settings = settings | differing_fields(decode, command_config(setup))  # what readers start with
         self.provenance = {"task": task.name, "risk": config.risk, "loss": self.loss, **setup.record}
         self.provenance |= {"tolerance": config.tolerance, "error": config.error, "tested": []}
 
@@ -103,7 +102,7 @@ class Calibration:
         return threshold
 
     def p_value(self, threshold: float) -> float:
-        """Tests one threshold, prints the result, and keeps it if it passes."""
+        """Tests one threshold, prints the result, and writes the threshold to the file if it passes."""
         config, fit = self.setup.config, next(iter(self.sets))
         losses = self.losses(threshold, fit)
         risk, p_value = fmean(losses), risk_p_value(losses, config.tolerance)

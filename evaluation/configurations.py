@@ -1,4 +1,4 @@
-"""Which configurations are compared: rows of the settings file, the papers' recipes, or those that
+"""Chooses the configurations to compare: entries of the settings file, the papers' recipes, or those that
 --compare and the flags describe."""
 
 from collections.abc import Iterable
@@ -13,13 +13,13 @@ from evaluation.recipes import RECIPES, recipe_fields
 from evaluation.tasks import Task
 from model import Transformer
 
-MAIN = ("static", "softmax", "weighted", "jsd", "verified")  # the rows that the table shows by itself
+MAIN = ("static", "softmax", "weighted", "jsd", "verified")  # the entries that the table shows by default
 REMEDY = "choose some with `eval.py tune`, or name configurations (--compare calm,free,softmax+threshold=0.6)"
 
 
 def choose(setup: Setup, task: Task) -> dict[str, Configuration]:
-    """Chooses the configurations of a table: those of --compare; with --confidence the one that the flags
-    describe; else the main rows of the settings file, or all of them."""
+    """Chooses the configurations of a table: those of --compare; with --confidence or --thresholds, the one
+    that the flags describe; otherwise the main entries of the settings file, or all of them with --all."""
     config = setup.config
     if "confidence" in changes(setup) and (config.compare or config.all):
         flag = "--confidence" if "confidence" in config.decoding else "--thresholds"
@@ -43,13 +43,13 @@ def choose(setup: Setup, task: Task) -> dict[str, Configuration]:
     configurations = {}
     for name, (decode, checkpoint) in chosen.items():
         model = setup.model_of(checkpoint)
-        decode.exits(model.config)  # raises UserError for layers that the model has not
+        decode.exits(model.config)  # raises UserError for layers that the model does not have
         configurations[name] = Configuration(decode, model, checkpoint)
     return configurations or {"full": Configuration(own_config(setup, task).full(), setup.model)}
 
 
 def changes(setup: Setup) -> dict:
-    """Returns the fields of DecodeConfig that the file of thresholds and the flags give. Flags override the
+    """Returns the fields of DecodeConfig that the thresholds file and the flags set. Flags override the
     file."""
     flags, file = setup.config.decoding, setup.config.thresholds
     in_file = presets.read_thresholds(file, flags.get("confidence")) if file else {}
@@ -57,19 +57,19 @@ def changes(setup: Setup) -> dict:
 
 
 def own_config(setup: Setup, task: Task) -> DecodeConfig:
-    """Returns what decode.py would do with this checkpoint and these flags, with the length of the task."""
+    """Returns decode.py's configuration for this checkpoint and these flags, with the length of the task."""
     return presets.override(command_config(setup), {"max_new_tokens": task.max_new_tokens, **changes(setup)})
 
 
 def command_config(setup: Setup) -> DecodeConfig:
-    """Returns what decode.py would do with this checkpoint and no flags."""
+    """Returns decode.py's configuration for this checkpoint without flags."""
     config = setup.config
     return presets.settings_in_force({}, config.heads or config.checkpoint, config.settings)[0]
 
 
 def named_configs(setup: Setup, task: Task, wanted: Iterable[str]) -> dict[str, DecodeConfig]:
-    """Returns the recipes and the rows of the settings file, changed by flags. A change that cannot be made
-    raises UserError for those that are wanted; others are left out."""
+    """Returns the recipes and the entries of the settings file, changed by the flags. If a change cannot be
+    made, raises UserError for a configuration that is wanted, and leaves out any other."""
     exits = exit_layers_of(setup.model)
     rows = {name: recipe_fields(name, setup.model.config.n_layers, exits) for name in RECIPES}
     rows |= presets.read_configurations(setup.settings_file, task.name)

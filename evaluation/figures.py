@@ -19,7 +19,7 @@ from evaluation.tasks import Task
 from formats.data import Example
 from model import Transformer
 
-RESAMPLES = 1000  # of the interval of the speed-up
+RESAMPLES = 1000  # for the interval of the speed-up
 
 # ---------------------------------------------------------------- a row compared with the full model
 
@@ -79,7 +79,7 @@ def written(tokenizer, row: Measured) -> list[str]:
 
 
 def prompt_records(row: Measured, full: Measured, examples: list[Example], texts: list[str]) -> list[dict]:
-    """Returns what --json keeps of every prompt."""
+    """Returns what --json stores for every prompt."""
     columns = {
         "prompt": [example.prompt for example in examples],
         "references": [example.references for example in examples],
@@ -110,9 +110,9 @@ def tokens_per_second(row: Measured) -> float:
 
 def speedup_interval(row: Measured, full: Measured) -> list[float]:
     """The 95 % bootstrap interval of the speed-up, in two stages: prompts are drawn with replacement, then
-    the repeats of each drawn prompt. So it covers both which prompts were taken and the noise of the clock.
-    A repeat is drawn for both rows alike, since they ran one after the other. With one repeat the second
-    stage has no effect. No interval covers what changes the machine for the whole run."""
+    the repeats of each drawn prompt. It therefore covers both the choice of prompts and the noise of the
+    clock. The same repeats are drawn for both rows, since these ran one after the other. With one repeat, the
+    second stage has no effect. The interval does not cover anything that affects the whole run."""
     prompts, repeats = np.shape(row.times)
     draw = np.random.default_rng(0)
     drawn = draw.integers(0, prompts, size=(RESAMPLES, prompts))
@@ -129,8 +129,8 @@ def speedup_interval(row: Measured, full: Measured) -> list[float]:
 
 
 def work_figures(row: Measured) -> dict:
-    """What the counters say for each token: blocks and their rows, FLOPs, and what became of candidates and
-    drafts."""
+    """Returns figures of the work done: exit layers, blocks and their rows, FLOPs, the miss rate, and the
+    acceptance rate of drafts."""
     total = row.total
     shape, shortlist = row.configuration.model.config, bool(row.configuration.decode.shortlist)
     return {
@@ -154,7 +154,7 @@ def share(part: float, whole: float | None, otherwise: float | None = None) -> f
 
 
 def first_differences(row: Measured, full: Measured) -> list[int | None]:
-    """Returns for every output the first position that differs from the full model's, or None."""
+    """Returns the first position at which each output differs from the full model's, or None."""
     return [first_difference(out.tokens, base.tokens) for out, base in zip(row.outputs, full.outputs)]
 
 
@@ -176,7 +176,7 @@ def likeness_figures(row: Measured, full: Measured, texts: list[str], full_texts
 
 # ---------------------------------------------------------------- quality
 
-References = list[tuple[str, ...]]  # of every text
+References = list[tuple[str, ...]]  # the references of every text
 
 
 def quality_figures(task: Task, texts: list[str], references: References) -> dict:
@@ -193,9 +193,9 @@ def quality_figures(task: Task, texts: list[str], references: References) -> dic
 def quality_kept(
     task: Task, texts: list[str], full_texts: list[str], references: References
 ) -> tuple[float, np.ndarray]:
-    """Returns how much of the full model's scores a row keeps, which is the smallest of the shares, and the
-    same for bootstrap resamples of the prompts, which are alike for both rows. A share is 1 where the full
-    model has nothing to lose. A task without scores uses ROUGE-L to the full model's texts."""
+    """Returns the share of the full model's scores that a row keeps (the smallest share, if there are several
+    scores), and the same for bootstrap resamples of the prompts, which are the same for both rows. The share
+    is 1 where the full model's score is 0. A task without scores uses ROUGE-L to the full model's texts."""
     if not task.metrics:
         overlaps = [metrics.rouge_l_f1(*pair) for pair in zip(texts, full_texts)]
         return mean(overlaps), metrics.resampled_means(overlaps)

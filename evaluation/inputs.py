@@ -21,19 +21,19 @@ from model import Transformer
 
 
 def note(text: str) -> None:
-    """Says something about the run on stderr."""
+    """Prints a note about the run to stderr."""
     tqdm.write(text, file=sys.stderr)
 
 
 def say(text: str) -> None:
-    """Prints a result, above a progress bar, and at once where the output is a file."""
+    """Prints a result above any progress bar, and at once, even if the output is a file."""
     tqdm.write(text)
     sys.stdout.flush()
 
 
 @dataclass
 class Table:
-    """What is measured together: some inputs of a task, and configurations with the same full model."""
+    """Some inputs of a task, and configurations to compare with the same full model on them."""
 
     task: Task
     examples: list[Example]
@@ -42,12 +42,12 @@ class Table:
 
 
 class Setup:
-    """The model, its tokenizer and the tasks of a command. Whatever can be wrong with its files is found
-    before anything is measured."""
+    """The model, its tokenizer and the tasks of a command. Problems with the files are reported before
+    anything is measured."""
 
     def __init__(self, config: EvalConfig, *outputs: str | Path | None, rows: Path | None = None):
-        """`outputs`: files that the command writes in the end, which are opened now; `rows`: one more, which
-        may be the settings file."""
+        """`outputs`: files that the command writes at the end, which are opened now as a test; `rows`: one
+        more, which may be the settings file."""
         self.config = config
         self.settings_file = settings_file(config.heads or config.checkpoint, config.settings)
         self.tasks = self.find_tasks()
@@ -56,8 +56,8 @@ class Setup:
         if self.tokenizer is None:
             raise UserError(f"{config.checkpoint}: has no tokenizer, which these tasks need")
         self.chat = load_chat(config.checkpoint, self.tokenizer) if config.chat else None
-        self.models = {None: self.model}  # by checkpoint, if it is another one
-        # How the run is made, for stderr and for the files:
+        self.models = {None: self.model}  # by checkpoint; None: the command's own
+        # The conditions of the run, for stderr and for the files:
         self.record = place_of_run(self.model)
         files = [Path(os.path.relpath(file)) for file in (config.checkpoint, config.heads) if file]
         self.record |= {"checkpoint": " with ".join(map(str, files)), "checkpoint_id": digest(*files)}
@@ -66,8 +66,8 @@ class Setup:
         note(", ".join(f"{name} {value}" for name, value in self.record.items()))
 
     def find_tasks(self) -> list[Task]:
-        """Returns the tasks of --tasks, else those that the settings file has rows for, else those of the
-        included model. Raises UserError for two tasks of one name."""
+        """Returns the tasks of --tasks, else the included tasks that have entries in the settings file, else
+        those of the included model. Raises UserError for two tasks of the same name."""
         in_file = read_settings_file(self.settings_file)
         included = [name for name in in_file if name in TASKS and TASKS[name].file]
         tasks = [find_task(name) for name in self.config.tasks or included or ["translation", "e2e"]]
@@ -78,8 +78,8 @@ class Setup:
         return tasks
 
     def try_outputs(self, outputs: tuple[str | Path | None, ...], rows: Path | None) -> None:
-        """Looks at what is written in the end. Raises UserError, or OSError, for what cannot be written, and
-        for what would replace a file that is read."""
+        """Checks the files to write, and creates the folder for plots. Raises UserError, or OSError, for a
+        file that cannot be written, or that would replace a file that is read."""
         config = self.config
         read = [config.checkpoint, config.heads, config.thresholds, config.shot_file]
         read += [config.loading.get("frequent_ids"), *(task.file for task in self.tasks)]
@@ -91,8 +91,8 @@ class Setup:
             make_folder(Path(config.plot))
 
     def model_of(self, checkpoint: str | None) -> Transformer:
-        """Returns the model of a configuration that may name a checkpoint of its own, which is loaded once.
-        Raises UserError for a checkpoint with another tokenizer."""
+        """Returns the model of a configuration: that of its own checkpoint, which is loaded once, or (None)
+        the command's. Raises UserError for a checkpoint with another tokenizer."""
         if checkpoint not in self.models:
             options = self.config.loading | {"heads": None, "frequent_ids": None}
             self.models[checkpoint], tokenizer = load_checkpoint(checkpoint, **options)
@@ -101,7 +101,7 @@ class Setup:
         return self.models[checkpoint]
 
     def tables(self, choose: Callable[[Task], dict[str, Configuration]]) -> list[Table]:
-        """Returns what is to be measured on each task. choose(task) returns its configurations by name."""
+        """Returns the tables to measure. choose(task) returns the configurations for a task by name."""
         tables = []
         for task in self.tasks:
             task, examples = self.inputs(task)
@@ -122,7 +122,7 @@ class Setup:
         return self.sample(found)
 
     def inputs(self, task: Task, split: str | None = None) -> tuple[Task, list[Example]]:
-        """Returns the task with its shots, and all of its inputs except these. Says what was skipped."""
+        """Returns the task with its shots, and all other inputs. Prints the malformed lines skipped."""
         config = self.config
         if task.openings and (config.chat or config.shots):
             raise UserError(f"{task.name}: continues a text; leave out --chat and --shots")
@@ -137,7 +137,7 @@ class Setup:
         return replace(task.with_shots(shots), chat=self.chat), left
 
     def shots_of(self, task: Task, skipped: list[str] | None) -> list[Example]:
-        """Draws the solved examples that stand before every prompt."""
+        """Draws the solved examples that precede every prompt."""
         config = self.config
         if not config.shot_file and "{}" not in task.file:
             raise UserError(f"{task.name}: name the file that the shots come from with --shot-file")
@@ -151,9 +151,9 @@ class Setup:
 def encode_inputs(
     setup: Setup, task: Task, examples: list[Example], configurations: dict[str, Configuration]
 ) -> tuple[list[list[int]], dict[str, Configuration]]:
-    """Returns the token ids of the prompts, cut on the left where they leave no room for an answer; and the
-    configurations, the full model that they are compared with in front, with the tokens that end an answer of
-    this task."""
+    """Returns the token ids of the prompts, truncated on the left where they leave no room for an answer, and
+    the configurations, preceded by the full model that they are compared with. The tokens that end an answer
+    of this task are added to the stop tokens of each."""
     full = baseline(next(iter(configurations.values())).decode)
     configurations = {"full": Configuration(full, setup.model), **configurations}
     longest = max(each.decode.max_new_tokens for each in configurations.values())

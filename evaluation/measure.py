@@ -1,7 +1,7 @@
-"""How runs are measured: every configuration decodes every prompt, in turn, with its outputs and times.
+"""How runs are measured: every configuration decodes every prompt, in turn; outputs and times are kept.
 
-All configurations of a table share code, cache, dtype and prompts. They take turns prompt by prompt, so
-that a drift of the machine affects all of them equally.
+All configurations of a table share code, cache, dtype and prompts. They take turns prompt by prompt, so that
+drift in the machine's speed affects all of them equally.
 """
 
 import platform
@@ -32,7 +32,7 @@ class Configuration:
 
     decode: DecodeConfig
     model: Transformer
-    checkpoint: str | None = None  # of the model, if it is not the one that the table is about
+    checkpoint: str | None = None  # of the model, if it is not the command's own
 
 
 def baseline(config: DecodeConfig) -> DecodeConfig:
@@ -57,8 +57,8 @@ class Measured:
     configuration: Configuration
     prompts: list[list[int]] = field(default_factory=list)
     outputs: list[Generation] = field(default_factory=list)
-    times: list[tuple[float, ...]] = field(default_factory=list)  # by prompt, the seconds of every repeat
-    first: list[float] = field(default_factory=list)  # by prompt, the median seconds until the first token
+    times: list[tuple[float, ...]] = field(default_factory=list)  # seconds of every repeat, by prompt
+    first: list[float] = field(default_factory=list)  # median seconds until the first token, by prompt
 
     @property
     def seconds(self) -> list[float]:
@@ -94,7 +94,7 @@ def run_in_turns(
 
 
 def new_drafting(configuration: Configuration) -> Drafting | None:
-    """What draft=auto learns over several texts, at its beginning; None for other configurations."""
+    """Returns the state from which draft=auto starts to learn; None for other configurations."""
     model, config = configuration.model, configuration.decode
     return Drafting.of(model, config) if config.draft == "auto" else None
 
@@ -102,7 +102,7 @@ def new_drafting(configuration: Configuration) -> Drafting | None:
 def timed(
     each: Configuration, prompt: list[int], drafting: Drafting | None
 ) -> tuple[Generation, float, float]:
-    """Decodes, and returns the output, the seconds until its first token, and the seconds until its last."""
+    """Decodes a prompt, and returns the output and the seconds until its first and its last token."""
     counters, tokens, first = Counters(), [], 0.0
     synchronize(each.model)
     started = time.perf_counter()
@@ -120,13 +120,13 @@ def synchronize(model: Transformer) -> None:
 
 def confidence_share(configuration: Configuration, prompts: list[list[int]]) -> float:
     """Returns the share of the decoding time that confidence checks take, measured in a separate run. A check
-    that lets its token exit is credited the time of one head, since that head yields the token."""
+    that lets its token exit is credited with the time of one head, since that head yields the token."""
     model, config = configuration.model, configuration.decode
     checks = credit = 0.0
 
     class Timed(Trace):
         def decided(self, threshold: float) -> bool:
-            """Adds the time of the check, and credits that of the head where the token exits."""
+            """Adds the time of the check, and credits the time of the head if the token exits."""
             nonlocal checks, credit
             weights = self._weights  # None for a few pruned candidates, whose head costs next to nothing
             synchronize(model)
@@ -154,7 +154,7 @@ def confidence_share(configuration: Configuration, prompts: list[list[int]]) -> 
 
 
 def place_of_run(model: Transformer) -> dict:
-    """Returns where figures are measured."""
+    """Returns the conditions under which figures are measured."""
     return {
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),

@@ -22,18 +22,18 @@ ROUGE_VARIANTS = ("rouge1", "rouge2", "rougeL")
 
 @dataclass(frozen=True)
 class Metric:
-    """A score of many texts that follows from sums over them, so that the score of a resample of the texts
+    """A score of many texts that is computed from sums over them, so that scoring a resample of the texts
     costs one sum.
 
-    counts: (text, its references) -> numbers, always equally many. score: their sums over the texts -> [0,
-    1].
+    counts: (text, its references) -> numbers, the same number of them for every text. score: their sums over
+    the texts -> [0, 1].
     """
 
     counts: Callable[[str, list[str]], Sequence[float]]
     score: Callable[[np.ndarray], float]
 
     def count(self, hypotheses: list[str], references: list[list[str]]) -> np.ndarray:
-        """The numbers of every text: (texts, numbers)."""
+        """Returns the `counts` of every text: (texts, numbers)."""
         pairs = zip(hypotheses, references, strict=True)
         return np.array([self.counts(*pair) for pair in pairs], dtype=float)
 
@@ -47,8 +47,8 @@ def mean_of(score: Callable[[str, list[str]], float]) -> Metric:
 
 
 def bleu_counts(hypothesis: str, references: list[str], lowercase: bool) -> list[int]:
-    """Returns what BLEU sums over texts: matching n-grams and n-grams, each for n = 1..4, and the lengths h
-    and r."""
+    """Returns the counts that BLEU sums over texts: matching n-grams and all n-grams, each for n = 1..4, and
+    the lengths h of the text and r of the reference closest to it in length."""
     tokens = mteval_tokens(hypothesis, lowercase)
     reference_tokens = [mteval_tokens(text, lowercase) for text in references]
     matches, totals = [], []
@@ -74,8 +74,8 @@ def bleu_score(sums: np.ndarray) -> float:
     4-gram, the score is 0. Inputs may have different numbers of references: do not pad them with empty texts,
     which would count as references of length 0.
 
-    Sources: Papineni et al. 2002; smoothing and tokens as in NIST's mteval-v13a. In lower case, the BLEU of
-    the E2E challenge.
+    Sources: Papineni et al. 2002; smoothing and tokens as in NIST's mteval-v13a. On lower-cased texts, this
+    is the BLEU of the E2E challenge.
     """
     matches, totals = sums[:MAX_ORDER], sums[MAX_ORDER : 2 * MAX_ORDER]
     hypothesis_length, reference_length = sums[2 * MAX_ORDER :]
@@ -91,7 +91,7 @@ def bleu_score(sums: np.ndarray) -> float:
 
 def rouge_l(hypothesis: str, references: list[str]) -> float:
     """ROUGE-L of one text in [0, 1] as in COCO caption evaluation, which the E2E challenge used; a corpus
-    scores the mean over texts.
+    score is the mean over texts.
 
     With P = max over references of LCS / hypothesis length, R = max over references of LCS / reference length
     and beta = 1.2: (1 + beta^2) P R / (R + beta^2 P). P and R may come from different references. LCS is the
@@ -100,7 +100,7 @@ def rouge_l(hypothesis: str, references: list[str]) -> float:
 
     Sources: Lin 2004; Chen et al. 2015 (pycocoevalcap).
     """
-    # as in COCO, no tokens are one empty token, which matches only another one
+    # as in COCO, a text without tokens has one empty token, which matches only another empty token
     tokens = ptb_tokens(hypothesis) or [""]
     reference_tokens = [ptb_tokens(text) or [""] for text in references]
     common = [_lcs_length(tokens, r) for r in reference_tokens]
@@ -114,20 +114,20 @@ def rouge_l_f1(hypothesis: str, reference: str) -> float:
     rouge_score package.
 
     2 P R / (P + R) with P = LCS / hypothesis length and R = LCS / reference length, on lower-cased runs of
-    a-z and 0-9. One exception to rouge_score: identical texts score 1 even where no such run is left. Source:
-    Lin 2004.
+    a-z and 0-9. Unlike in rouge_score, identical texts score 1 even if they contain no such run. Source: Lin
+    2004.
     """
     return 1.0 if hypothesis == reference else rouge_f1(hypothesis, [reference], "rougeL")
 
 
 def rouge_f1(hypothesis: str, references: list[str], variant: str, stemming: bool = False) -> float:
-    """ROUGE of one text, the F1 in [0, 1] of a variant, equal to the rouge_score package's; the best over the
-    references.
+    """F1 in [0, 1] of a ROUGE variant for one text, the best over the references, equal to that of the
+    rouge_score package.
 
     2 P R / (P + R), with P the share of the hypothesis' tokens that match and R that of the reference's.
-    rouge1 and rouge2 count n-grams for tokens, each at most as often as in the other text. rougeL matches the
-    longest common subsequence. Tokens are lower-cased runs of a-z and 0-9; stemming
-    takes those of more than three letters to their stems. A text without tokens scores 0.
+    rouge1 and rouge2 count n-grams in place of tokens, each at most as often as in the other text. rougeL
+    matches the longest common subsequence. Tokens are lower-cased runs of a-z and 0-9; stemming reduces those
+    of more than three letters to their stems. A text without tokens scores 0.
 
     Source: Lin 2004.
     """
@@ -137,7 +137,7 @@ def rouge_f1(hypothesis: str, references: list[str], variant: str, stemming: boo
 
 def squad_exact_match(hypothesis: str, references: list[str]) -> float:
     """1 if an answer equals one of the references, else 0, as in the official evaluation of SQuAD v1.1; a
-    corpus scores the mean.
+    corpus score is the mean.
 
     Case, ASCII punctuation, the words a, an and the, and the amount of white space do not count. Source:
     Rajpurkar et al. 2016.
@@ -150,18 +150,18 @@ def squad_f1(hypothesis: str, references: list[str]) -> float:
     v1.1.
 
     Tokens are the words that squad_exact_match compares, in any order, each counted at most as often as in
-    the other text. Without a common token it is 0, even for two texts that have no tokens, which match
-    exactly.
+    the other text. Without a common token F1 is 0, even for two texts without tokens, which are an exact
+    match.
     """
     counts = Counter(squad_tokens(hypothesis))
     return max(_overlap_f1(counts, Counter(squad_tokens(text))) for text in references)
 
 
 def distinct(texts: list[str], n: int) -> float:
-    """Variety, distinct-n in [0, 1]: different n-grams over all n-grams of all texts, of lower-cased tokens
-    between white space.
+    """distinct-n in [0, 1], a measure of variety: the number of different n-grams divided by that of all
+    n-grams, over all texts. Tokens are lower-cased and separated by white space.
 
-    After Li et al. 2016, who divide by the number of tokens. 0 without any n-gram.
+    After Li et al. 2016, who divide by the number of tokens instead. It is 0 if there is no n-gram.
     """
     counts = Counter()
     for text in texts:
@@ -187,9 +187,9 @@ def token_agreement(tokens: Sequence[int], full_tokens: Sequence[int]) -> float:
 
 
 def resampled_sums(counts: np.ndarray, resamples=1000, seed=0) -> np.ndarray:
-    """Returns sums over bootstrap resamples of the rows of (texts, numbers), drawn with replacement (Efron
-    1979): (resamples, numbers). Equal numbers of texts are drawn alike, so that two rows of a table can be
-    compared resample by resample."""
+    """Returns the sums of `counts` (texts, numbers) over bootstrap resamples of the texts, drawn with
+    replacement (Efron 1979): (resamples, numbers). The resamples are the same for every `counts` with equally
+    many texts, so that two rows of a table can be compared resample by resample."""
     texts = len(counts)
     times_drawn = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), size=resamples)
     return times_drawn @ counts
@@ -220,7 +220,7 @@ def _ngrams(tokens: Sequence, n: int) -> Counter:
 
 
 def _lcs_length(a: list[str], b: list[str]) -> int:
-    """The length of the longest common subsequence, with one integer operation for each token of b (Hyyrö
+    """The length of the longest common subsequence, with a few integer operations for each token of b (Hyyrö
     2004): bit i of `row` is 0 where the LCS of a and the tokens of b so far grows at a[i]."""
     positions: dict[str, int] = {}
     for i, token in enumerate(a):

@@ -1,8 +1,8 @@
-"""Pictures of what was measured, from the rows of --json or the log of a training run. Only this needs
+"""Plots of measurements, from the rows of --json or the log of a training run. Only this module needs
 matplotlib.
 
-Colors come from viridis and cividis, which color-blind readers can tell apart, and never stand alone: shapes,
-fillings or numbers say the same.
+Colors come from viridis and cividis, which color-blind readers can tell apart, and are never the only
+difference between lines, points or bars: shapes, fillings or numbers show it, too.
 """
 
 from collections import defaultdict
@@ -15,9 +15,9 @@ from common.files import reading
 from evaluation.analysis import Views, auroc, calibration_error, divergences, look, reliability
 from training.runs import read_log
 
-CHECKS = ("softmax", "weighted", "jsd")  # confidence functions whose judgement is drawn
+CHECKS = ("softmax", "weighted", "jsd")  # confidence functions that are evaluated
 TIME = "ms per token, batch 1"
-STYLES = {  # kind of row -> shade of viridis, shape; other kinds are functions of one's own
+STYLES = {  # kind of row -> shade of viridis, shape; other kinds are user-defined functions
     "full": (0.0, "*"), "softmax": (0.1, "o"), "hidden": (0.3, "v"), "weighted": (0.5, "s"),
     "classifier": (0.6, "P"), "jsd": (0.75, "^"), "entropy": (0.85, "X"), "static": (0.9, "D"),
 }  # fmt: skip
@@ -53,15 +53,15 @@ def viridis(shade: float):
 
 
 def draw_training(log: Path) -> Path:
-    """Loss against steps of a training run, and for each validation file loss and agreement of every exit,
-    from a log.jsonl of train.py; into a PNG next to it, which is returned. Raises UserError for a file that
-    is not such a log."""
+    """Plots a log.jsonl of train.py: the training loss by step, and the loss and agreement of every exit on
+    each validation file. Writes the plot to a PNG file next to the log, and returns its path. Raises
+    UserError for a file that is not such a log."""
     training, curves = read_curves(log)
     plt, count = pyplot(), max(1, len(curves))
     figure, axes = plt.subplots(2, count, figsize=(5 * count, 7), squeeze=False, sharex=True)
     for (loss, agreement), (file, layers) in zip(axes.T, curves.items() or [("", {})]):
         loss.plot(*smoothed(training).T, color="0.75", label="training, deepest layer of the step")
-        seen = [value for _, value in training[len(training) // 10 :]]  # without the fall of the first steps
+        seen = [value for _, value in training[len(training) // 10 :]]  # without the initial drop
         for layer, points in sorted(layers.items()):
             steps, losses, same = zip(*points)
             seen += losses
@@ -79,8 +79,8 @@ def draw_training(log: Path) -> Path:
 
 
 def read_curves(log: Path) -> tuple[list[tuple], dict]:
-    """(step, loss) of the training steps, and by validation file and layer (step, loss, agreement). Raises
-    UserError."""
+    """Returns (step, loss) of the training steps, and lists of (step, loss, agreement) by validation file and
+    layer. Raises UserError."""
     curves = defaultdict(lambda: defaultdict(list))
     with reading(log, "not a log of train.py"):
         rows = read_log(log)
@@ -94,7 +94,7 @@ def read_curves(log: Path) -> tuple[list[tuple], dict]:
 
 
 def smoothed(points: list[tuple[int, float]]) -> np.ndarray:
-    """At most 200 points, each the last step and the mean loss of its stretch: (points, 2)."""
+    """At most 200 points, each with the last step and the mean loss of a stretch of steps: (points, 2)."""
     parts = np.array_split(np.array(points), min(200, len(points)))
     return np.array([(part[-1, 0], part[:, 1].mean()) for part in parts])
 
@@ -103,8 +103,8 @@ def smoothed(points: list[tuple[int, float]]) -> np.ndarray:
 
 
 def draw_evaluation(folder: Path, tables: list[list[dict]], model, tokenizer) -> list[Path]:
-    """Pictures of the tables of eval.py, and of what the layers of the model see in the texts that it wrote;
-    returns the files. Rows of a sweep, which keep no texts, give fewer."""
+    """Plots the tables of eval.py, and what the layers of the model predict in the texts that it wrote.
+    Returns the files. A sweep yields fewer plots, because its rows keep no texts."""
     paths = []
     for number, table in enumerate(tables, 1):
         name = table[0]["task"]
@@ -123,12 +123,12 @@ def draw_evaluation(folder: Path, tables: list[list[dict]], model, tokenizer) ->
 
 
 def titled(rows: list[dict]) -> str:
-    """The task of some rows, and on how many inputs they were measured."""
+    """The title of a plot: the task of its rows, and the number of inputs that they were measured on."""
     return f"{rows[0]['task']}, {rows[0]['inputs']} inputs"
 
 
 def kind_of(row: dict) -> str:
-    """What gives a row its color and shape: its confidence function, or static, or full."""
+    """The kind of a row, which determines its color and shape: its confidence function, static or full."""
     config = row["config"]
     if config["confidence"] is None:
         return "full"
@@ -144,13 +144,13 @@ Point = tuple[float, float, float]  # a figure and the ends of its interval
 
 
 def milliseconds(row: dict) -> Point:
-    """The time of a token."""
+    """The milliseconds per token."""
     value, (low, high) = row["speedup"], row["speedup_ci"]
     return tuple(1000 * value / row["tokens_per_s"] / end for end in (value, high, low))
 
 
 def in_percent(row: dict, name: str) -> Point:
-    """A share in percent; of several scores the first."""
+    """A share in percent; if there are several scores, the first."""
     value, interval = row[name], row[f"{name}_ci"]
     if isinstance(value, dict):
         first = next(iter(value))
@@ -159,9 +159,9 @@ def in_percent(row: dict, name: str) -> Point:
 
 
 def draw_rows(rows: list[dict], panels: list[tuple[str, str]]):
-    """Rows as points at the time of a token, with 95 % intervals over the inputs, a panel for each label and
-    figure on the y axis. Rows that differ in their threshold alone, or as static exits in their layer, are a
-    curve. Filled points are exact."""
+    """Plots rows as points over their time per token, with 95 % intervals over the inputs, in one panel for
+    each pair of a y label and a figure. Rows that differ only in their threshold (static exits: in their
+    layer) are joined by a curve. Filled points are exact."""
     figure, axes = pyplot().subplots(1, len(panels), figsize=(7 * len(panels), 5), squeeze=False)
     curves = defaultdict(list)
     for row in sorted(rows, key=lambda row: row["tokens_per_s"]):
@@ -187,7 +187,7 @@ def draw_rows(rows: list[dict], panels: list[tuple[str, str]]):
 
 
 def draw_time(rows: list[dict]):
-    """Where the time of a token goes: blocks as fast as the full model's, confidence checks, and the rest."""
+    """Plots the time per token in parts: blocks (at the full model's speed), confidence checks, the rest."""
     rows = [row for row in rows if row["exit_efficiency"]]
     figure, axis = pyplot().subplots(figsize=(7, 0.35 * len(rows) + 1.6))
     times = np.array([milliseconds(row)[0] for row in rows])
@@ -229,11 +229,11 @@ def word(tokenizer, token: int) -> str:
     return tokenizer.piece(token).strip() or "·"
 
 
-# ---------------------------------------------------------------- what the layers see
+# ---------------------------------------------------------------- what the layers predict
 
 
 def draw_layers(rows: list[dict], model, tokenizer) -> dict:
-    """Pictures of what the layers see in the texts of the full model's row, and of one text in every row."""
+    """Plots the layers' predictions in the full model's texts, and the exits of one text in every row."""
     title = titled(rows)
     texts = [(each["prompt_tokens"], each["tokens"]) for each in rows[0]["prompts"]]
     views = look(model, texts, CHECKS)
@@ -271,7 +271,7 @@ def draw_confidence(views: Views, title: str):
 
 
 def draw_reliability(views: Views, title: str):
-    """How often each function is right at every confidence, over all layers; dots as large as their share."""
+    """How often the layers are right at each confidence, for each function; a dot's size shows its share."""
     count = len(views.confidence)
     figure, axes = pyplot().subplots(1, count, figsize=(4 * count, 5.2), sharey=True, squeeze=False)
     for axis, (name, values) in zip(axes[0], views.confidence.items()):
@@ -290,7 +290,7 @@ def draw_reliability(views: Views, title: str):
 
 
 def draw_divergences(values: np.ndarray, words: list[str], title: str):
-    """JSD to the last layer, layers upward, over the tokens of a text."""
+    """JSD to the last layer, by layer (upward) and token of one text."""
     figure, axis = pyplot().subplots(figsize=(max(6, 0.38 * len(words)), 4))
     extent = (-0.5, len(words) - 0.5, 0.5, len(values) + 0.5)
     scale = {"cmap": "cividis", "vmin": 0, "vmax": np.log(2)}

@@ -2,9 +2,9 @@
 rules.
 
 A word is read as a pattern of consonants (c) and vowels (v); its measure m is the number of times that a
-vowel is followed by a consonant, about its syllables: m = 0 in "tree", 1 in "trouble", 2 in "private". Nearly
-every rule has a condition on the pattern of what it leaves, a regular expression: vc says that m is above 0,
-vc.*vc that it is above 1.
+vowel is followed by a consonant, roughly its number of syllables: m = 0 in "tree", 1 in "trouble", 2 in
+"private". Nearly every rule has a condition on the pattern of the word without the suffix, written as a
+regular expression: vc means that m is above 0, vc.*vc that it is above 1.
 """
 
 import re
@@ -20,8 +20,8 @@ def stem(word: str) -> str:
     """The stem of one word, in lower case; it need not be a word itself: "relational" gives "relat".
 
     Source: Porter 1980, An algorithm for suffix stripping; equal to nltk's PorterStemmer in its default mode,
-    NLTK_EXTENSIONS. That leaves words of at most two letters, knows some irregular ones, and has rules that
-    the paper lacks, marked "later" below.
+    NLTK_EXTENSIONS. This mode leaves words of at most two letters unchanged, lists some irregular words, and
+    has rules that the paper lacks, marked "later" below.
     """
     word = word.lower()
     if word in IRREGULAR or len(word) <= 2:
@@ -34,8 +34,8 @@ def stem(word: str) -> str:
 
 
 def _apply(rules: list[Rule], word: str) -> str:
-    """Replaces the first suffix that fits, if its condition holds; no other is tried, so longer suffixes come
-    before their endings."""
+    """Replaces the first suffix that fits, if its condition holds. No other suffix is tried, so a longer one
+    must come before a shorter one that it ends with."""
     for suffix, replacement, condition in rules:
         if word.endswith(suffix):
             start = word.removesuffix(suffix)
@@ -44,7 +44,7 @@ def _apply(rules: list[Rule], word: str) -> str:
 
 
 def _repair(start: str) -> str:
-    """Makes a word again from what a participle's ending left: conflat(ed) and fil(ing) get an e back,
+    """Restores a word from which a participle's ending was removed: conflat(ed) and fil(ing) get an e back,
     hopp(ing) loses a p."""
     if start.endswith(("at", "bl", "iz")) or (_measure(start) == 1 and _short_end(start)):
         return start + "e"
@@ -67,12 +67,12 @@ def _measure(start: str) -> int:
 
 def _short_end(start: str) -> bool:
     """Whether a start ends like "hop": consonant, vowel, and a consonant except w, x or y, so that an e may
-    have followed. Later: or it is like "us", as a whole."""
+    have followed. Later: or the whole start is like "us"."""
     return _pattern(start) == "vc" or (_pattern(start).endswith("cvc") and start[-1] not in "wxy")
 
 
 def _rules(form: str, pairs: str) -> list[Rule]:
-    """Rules, written suffix:replacement, for starts whose pattern has this form, a regular expression."""
+    """Makes rules (suffix:replacement) for starts whose pattern matches the regular expression `form`."""
 
     def condition(start: str) -> bool:
         return re.search(form, _pattern(start)) is not None
@@ -80,7 +80,7 @@ def _rules(form: str, pairs: str) -> list[Rule]:
     return [(*pair.split(":"), condition) for pair in pairs.split()]
 
 
-# later: words with stems of their own, and words that stay as they are
+# later: words with stems of their own, and words that are left unchanged
 IRREGULAR = {"skies": "sky", "dying": "die", "lying": "lie", "tying": "tie"}
 IRREGULAR |= {"innings": "inning", "outings": "outing", "cannings": "canning"}
 IRREGULAR |= {word: word for word in ("sky", "news", "inning", "outing", "canning", "howe")}
@@ -93,7 +93,7 @@ STEPS = [
     _rules("^.$", "ied:ie"),  # later
     PARTICIPLES,
     _rules(".c$", "y:i"),  # the paper: after any start with a vowel
-    _rules("vc", "alli:al"),  # a step of its own later, so that "rationally" goes on as "rational"
+    _rules("vc", "alli:al"),  # later: a step of its own, so that "rationally" continues as "rational"
     [
         *_rules("vc", "ational:ate tional:tion enci:ence anci:ance izer:ize entli:ent eli:e ousli:ous"),
         *_rules("vc", "ization:ize ation:ate ator:ate"),

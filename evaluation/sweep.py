@@ -1,5 +1,5 @@
-"""Every combination of some settings, measured and kept in a file, so that a sweep goes on where it
-stopped."""
+"""Measures every combination of some settings, and stores the results in a file, from which an interrupted
+sweep resumes."""
 
 import inspect
 from collections import defaultdict
@@ -22,7 +22,7 @@ from evaluation.table import table_text
 from evaluation.tasks import Task
 
 AT_A_TIME = 4  # configurations that are measured in turn with the full model, then kept
-MAY_CHANGE = ("torch", "python", "commit")  # in the record of a run, between results that are used together
+MAY_CHANGE = ("torch", "python", "commit")  # in the records of runs whose results are used together
 
 
 def swept_values(over: list[list[str]]) -> dict[str, list[str]]:
@@ -35,8 +35,8 @@ def swept_values(over: list[list[str]]) -> dict[str, list[str]]:
 
 
 def combinations(setup: Setup, task: Task) -> dict[str, Configuration]:
-    """Returns every combination of the swept values, by a name that lists them. Raises UserError for a
-    combination that cannot be."""
+    """Returns every combination of the swept values, by a name that lists them. Raises UserError for an
+    invalid combination."""
     swept, base = swept_values(setup.config.over), own_config(setup, task)
     configurations = {}
     for texts in product(*swept.values()):
@@ -49,8 +49,8 @@ def combinations(setup: Setup, task: Task) -> dict[str, Configuration]:
 
 
 def sweep_text(rows: list[dict], task: Task, over: list[list[str]]) -> str:
-    """Formats the table, with a star for rows that are clearly on the Pareto front, and the means over
-    each of the fields that have several values."""
+    """Formats the table, with a star for rows that are clearly on the Pareto front, and, if several fields
+    have several values, the means for each value of these fields."""
     best = best_rows(rows)
     starred = [{**row, "name": row["name"] + (" *" if row["name"] in best else "")} for row in rows]
     text = table_text(starred, task, wide=True)
@@ -85,9 +85,9 @@ def means(rows: list[dict], field: str) -> str:
 
 
 def measured_or_known(setup: Setup, table: Table) -> list[dict]:
-    """Returns the rows of a table. Takes from the results file what it has, measures the others and adds
-    them, a few configurations at a time, each time in turn with the full model. A row counts as the same if
-    the configuration, the examples, the place, and where model and examples come from are."""
+    """Returns the rows of a table. Reads those that the results file contains, measures the others, and adds
+    them to the file. A few configurations at a time are measured in turn with the full model. A row is reused
+    if its configuration, task, examples and record of the run (except MAY_CHANGE) are the same."""
     path = Path(setup.config.results)
     where = {name: value for name, value in setup.record.items() if name not in MAY_CHANGE}
     keys = {
@@ -108,7 +108,7 @@ def measured_or_known(setup: Setup, table: Table) -> list[dict]:
 
 
 def source_of(config: DecodeConfig) -> str:
-    """Returns the source file of a user's confidence function, since an edited file is another function."""
+    """Returns the source of a user's confidence function, whose file may change under the same name."""
     if config.confidence is None or config.confidence in FUNCTIONS:
         return ""
     return Path(inspect.getsourcefile(resolve(config.confidence))).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What is printed: rows of figures as aligned text, which is Markdown too."""
+"""Formats rows of figures as aligned text, which is also Markdown."""
 
 from collections.abc import Callable
 
@@ -33,7 +33,7 @@ def figure(name: str, form: str) -> Cell:
 
 
 def of_free_text(name: str) -> Cell:
-    """Makes a cell that shows a figure of texts without references only; these have a perplexity."""
+    """Makes a cell that shows a figure only for texts without references (only these have a perplexity)."""
     return lambda row: "" if row["perplexity"] is None else f"{row[name]:.2f}"
 
 
@@ -70,8 +70,8 @@ NARROW = ("tokens/s", "speed-up (95 %)", "ideal", "exit layer", "perplexity", "a
 
 
 def columns_of(task: Task, wide: bool) -> dict[str, Cell]:
-    """Returns the columns by title: all, or those that fit a line of 100 characters, with short names of two
-    scores. Scores are in points."""
+    """Returns the columns by title: all, or those that fit into a line of 100 characters, including at most
+    two scores, with shortened titles. Scores are in points."""
     scores = {}
     for name, metric in task.metrics.items():
         scores[TITLES[metric]] = lambda row, name=name: f"{100 * row['scores'][name]:.1f}"

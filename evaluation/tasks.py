@@ -1,4 +1,4 @@
-"""Tasks: prompts, where an answer ends, the metrics that score it, and which inputs serve what."""
+"""Tasks: prompts, where an answer ends, the metrics that score it, and which inputs are used for what."""
 
 import hashlib
 import random
@@ -11,8 +11,8 @@ from formats.chat import Chat, conversation
 from formats.data import Example
 from formats.tokenizers.tokenizer import GUARD, encode_prompt
 
-OPENING, OPENINGS = 40, 30  # words that a continuation begins with; about how many of them a book gives
-TUNING_SHARE = 0.5  # of the texts of dev, or of a single file; calibration draws from the others
+OPENING, OPENINGS = 40, 30  # words of an opening to continue; about how many openings to take from a book
+TUNING_SHARE = 0.5  # of the texts of dev, or of a single file; calibration uses the others
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Task:
     """One kind of input and what counts as a good output."""
 
     name: str
-    metrics: dict[str, str]  # by score, its name in metrics.METRICS; the first is the one to keep
+    metrics: dict[str, str]  # score -> its name in metrics.METRICS; `calibrate --risk task` uses the first
     file: str  # "{}" stands for dev or test
-    one_line: bool = True  # the answer of such a model ends with its line
+    one_line: bool = True  # an answer ends with its line, unless the tokenizer has a separator
     max_new_tokens: int = 100
     openings: bool = False  # prompts are the first words of a text's paragraphs
     shots: tuple[tuple[str, str], ...] = ()  # solved examples: the prompt in the template, and the answer
@@ -49,8 +49,8 @@ class Task:
 
     def encode(self, prompt: str, tokenizer, room: int) -> tuple[list[int], bool]:
         """Returns the token ids of a prompt, and whether it was truncated on the left to fit `room` tokens.
-        The start token stays, and in a chat everything except the prompt. Raises UserError for shots that
-        leave the prompt no room."""
+        The start token is kept; in a chat, only the prompt itself is truncated. Raises UserError for shots
+        that leave the prompt no room."""
         if not self.chat:
             ids = encode_prompt(tokenizer, self.text(prompt, tokenizer))
             begin, excess = 0 if tokenizer.begin is None else 1, max(0, len(ids) - room)
@@ -65,8 +65,8 @@ class Task:
         return ids, excess > 0
 
     def stop_tokens(self, tokenizer) -> tuple[int, ...]:
-        """Returns the tokens that end an answer, in addition to the end of text: those with a line end, where
-        an answer is one line; in a chat the end of the turn."""
+        """Returns the tokens that end an answer, in addition to the end of text: those with a newline if an
+        answer is one line (and the tokenizer has no separator), or in a chat the end of the turn."""
         if self.chat:
             return self.chat.ends
         if not self.one_line or tokenizer.separator is not None:
@@ -96,8 +96,8 @@ TASKS = {
 
 
 def find_task(name: str) -> Task:
-    """Returns an included task by its name, or for NAME=FILE one of its kind on another file. Raises
-    UserError."""
+    """Returns the included task of this name, or for NAME=FILE a task of the same kind on another file.
+    Raises UserError."""
     kind, _, file = name.partition("=")
     if kind not in TASKS:
         choices = f"{', '.join(TASKS)}, or file=FILE for your own file"
@@ -107,7 +107,7 @@ def find_task(name: str) -> Task:
         raise UserError(f"task {kind} needs its file: {kind}=FILE")
     if kind in ("file", "answers"):
         task = replace(task, name=Path(file).name.split(".")[0])
-        if task.name in (*TASKS, "decode", "provenance"):  # which settings name, too
+        if task.name in (*TASKS, "decode", "provenance"):  # settings files use these names
             raise UserError(f"{file}: a task is named after its file, and {task.name} is taken; rename it")
     return task
 
@@ -125,7 +125,7 @@ def read_task(task: Task, split: str, skipped: list[str] | None = None) -> list[
 
 
 def openings(path: str | Path, skipped: list[str] | None = None) -> list[Example]:
-    """Takes long paragraphs that are far apart. The first OPENING words of each are the prompt, and the
+    """Selects long paragraphs, spread over each text. The first OPENING words of each are the prompt, and the
     others are the reference. Raises UserError if there is none."""
     examples = []
     for _, text in data.read_pairs(path, skipped):
@@ -141,11 +141,11 @@ def openings(path: str | Path, skipped: list[str] | None = None) -> list[Example
     return examples
 
 
-# ---------------------------------------------------------------- which inputs serve what
+# ---------------------------------------------------------------- which inputs are used for what
 
 
 def sample(examples: list[Example], limit: int, seed: int) -> list[Example]:
-    """Draws `limit` of the examples by the seed, and keeps their order. 0 stands for all."""
+    """Draws `limit` of the examples with this seed, and keeps their order. A limit of 0 means all."""
     if not 0 < limit < len(examples):
         return examples
     return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]
@@ -158,9 +158,9 @@ def source(example: Example) -> str:
 
 
 def between(examples: list[Example], low: float, high: float) -> list[Example]:
-    """Returns the examples whose source falls from `low` to below `high` on a fixed scale from 0 to 1. All
-    questions about one text have the same place, whatever the seed and the file, so disjoint stretches never
-    share a text."""
+    """Returns the examples whose source is hashed to a place from `low` to below `high` on a fixed scale from
+    0 to 1. All questions about one text have the same place, whatever the seed and the file, so disjoint
+    ranges never share a text."""
 
     def place(example: Example) -> float:
         return int.from_bytes(hashlib.sha256(source(example).encode()).digest()[:6], "big") / 2**48
@@ -169,7 +169,7 @@ def between(examples: list[Example], low: float, high: float) -> list[Example]:
 
 
 def one_of_each_source(examples: list[Example], seed: int) -> list[Example]:
-    """Draws one question for each text by the seed, so that the inputs are independent of each other."""
+    """Draws one question for each text with this seed, so that the inputs are independent of each other."""
     groups: dict[str, list[Example]] = {}
     for example in examples:
         groups.setdefault(source(example), []).append(example)

@@ -1,5 +1,5 @@
-"""Where a word ends: every published score cuts its texts in a way of its own, and only numbers from one way
-can be compared."""
+"""Splits texts into words: each published score has a tokenization of its own, and only scores with the same
+tokenization can be compared."""
 
 import re
 import string
@@ -18,8 +18,8 @@ def squad_tokens(text: str) -> list[str]:
 
 
 def mteval_tokens(text: str, lowercase: bool) -> list[str]:
-    """NIST's mteval-v13a tokens: ASCII punctuation stands alone, save for points and commas in numbers,
-    hyphens and apostrophes."""
+    """NIST's mteval-v13a tokens: ASCII punctuation is split off, except for points and commas in numbers,
+    apostrophes, and hyphens that do not follow a digit."""
     text = text.lower().rstrip() if lowercase else text.rstrip()
     replaced = {"<skipped>": "", "-\n": "", "\n": " ", "&quot;": '"', "&amp;": "&", "&lt;": "<", "&gt;": ">"}
     for old, new in replaced.items():

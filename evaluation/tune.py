@@ -1,13 +1,13 @@
-"""How `eval.py tune` chooses the rows of the table, with a margin.
+"""How `eval.py tune` chooses the entries of a settings file, with a margin.
 
-For the threshold of each confidence function and for the static exit, with exit layers that were chosen
-before on other inputs, candidates are walked from cautious to bold (evaluation/walk.py) as long as they
-keep 99 % of every score of the full model in 95 % of the bootstrap resamples; then shortlists for these
-functions, where frequent ids are known. So the chance that a chosen row keeps less on inputs of the same
-source is about 5 % for each walk, given a few hundred inputs: a bootstrap knows nothing of losses that it
-has not met, and what is not met in n inputs may still happen in 3 of n. The other pruning schedules and
-copy fill share the chosen layers and threshold without a promise of their own. Verified rows keep
-everything anyway. No margin can promise that the inputs of test are of the same source as those of dev.
+For the threshold of each confidence function, with exit layers that were chosen before on other inputs, and
+for the static exit, candidates are tested from cautious to bold (evaluation/walk.py) as long as they keep
+99 % of every score of the full model in 95 % of the bootstrap resamples. Shortlists for these functions are
+then tested likewise, if frequent ids are known. The chance that a chosen configuration keeps less on inputs
+of the same source is therefore about 5 % for each walk, given a few hundred inputs: a bootstrap misses losses
+that its inputs do not show, and a loss that none of n inputs shows may still occur in 3 of n. The other
+pruning schedules and copy fill share the chosen layers and threshold without a guarantee of their own.
+Verified mode keeps everything anyway. No margin can guarantee that test and dev inputs share a source.
 """
 
 import math
@@ -26,15 +26,15 @@ from evaluation.tasks import Task
 from evaluation.walk import walk
 from formats.data import Example
 
-KEPT = 0.99  # the share of the full model's scores that a row must keep
+KEPT = 0.99  # the share of the full model's scores that a configuration must keep
 ERROR = 0.05  # the share of resamples that may keep less
 FIRST = 60  # inputs on which layers and drafts are chosen; thresholds are chosen on the others
 # sets of exits, in twelfths of the depth; DRAFTS is for verified mode, whose early tokens are drafts
 LAYERS = ((3,), (4,), (6,), (3, 6), (4, 8), (6, 8), (4, 6, 8), (3, 4, 6), (3, 4, 6, 8))
 DRAFTS = ((2,), (3,), (4,), (3, 6))
 COARSE, FINE = (0.6, 0.3), (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # thresholds, from cautious to bold
-LOOSE, OWED = (0.6, 0.4, 0.2), (8, 16)  # verified mode: thresholds, bounds of the owed rows
-SHORTLISTS = (32768, 8192, 2048, 1024)  # from cautious to bold, those of at most half the vocabulary
+LOOSE, OWED = (0.6, 0.4, 0.2), (8, 16)  # verified mode: thresholds, values of max_owed
+SHORTLISTS = (32768, 8192, 2048, 1024)  # from cautious to bold; tried up to half the vocabulary
 PRUNING = ("none", "decaying", "adaptive:512")
 
 
@@ -50,9 +50,9 @@ class Tried:
 
 
 class Tuning:
-    """The choice of all rows of one task, on examples of dev. On some of them the exit layers that serve
-    softmax are chosen, and the drafts of verified mode; on the others a static exit, and the threshold of
-    each function for these layers. Up to FIRST examples are too few to be parted: then all serve both."""
+    """Chooses all configurations of one task on examples of dev: exit layers (for softmax) and the drafts of
+    verified mode on some of them; a static exit, and each function's threshold for these layers, on the
+    others. Up to FIRST examples are too few to split, so all of them serve both purposes."""
 
     def __init__(self, setup: Setup, task: Task, examples: list[Example]):
         self.setup, self.task, self.model = setup, task, setup.model
@@ -65,7 +65,7 @@ class Tuning:
         self.others = [example for i, example in enumerate(examples) if i % step] or self.some
 
     def rows(self) -> dict[str, dict]:
-        """Chooses all rows. Returns them by name, as the fields that differ from DecodeConfig's defaults."""
+        """Chooses all configurations. Returns, by name, their fields that are not DecodeConfig's defaults."""
         chosen = {}
         candidates = self.grid("softmax", self.exit_sets(LAYERS), COARSE)
         layers = self.choose(fastest, self.some, "softmax", candidates).exit_layers
@@ -93,7 +93,7 @@ class Tuning:
         return [replace(base, exit_layers=(layer,)) for layer in reversed(self.exits)]
 
     def verified_candidates(self, confidence: str) -> list[DecodeConfig]:
-        """Sets of exits, thresholds and bounds of the owed rows, for verified mode."""
+        """Every combination of exits, threshold and `max_owed` to try in verified mode."""
         configs = self.grid(confidence, self.exit_sets(DRAFTS), LOOSE)
         return [replace(config, verify=True, max_owed=owed) for config, owed in product(configs, OWED)]
 
@@ -137,7 +137,7 @@ class Tuning:
         return self.choose(chooser, examples, f"{title}, shortlists", self.with_shortlists(row))
 
     def choose(self, chooser, examples: list[Example], title: str, configs: list[DecodeConfig]):
-        """Returns the candidate that `chooser` takes, which is `fastest` or `boldest`. Prints why."""
+        """Returns the candidate that `chooser` (`fastest` or `boldest`) selects, and prints its figures."""
         if len(configs) == 1:
             return configs[0]
         each = chooser(self.tried(examples, title, configs))
@@ -150,14 +150,14 @@ class Tuning:
 
 
 def fastest(tried: list[Tried]) -> Tried:
-    """Returns the fastest that keeps the scores by its estimate; if none does, the one that keeps most."""
+    """Returns the fastest that is estimated to keep the scores; if there is none, the one that keeps most."""
     good = [each for each in tried if each.kept >= KEPT]
     return max(good, key=lambda each: each.speedup) if good else max(tried, key=lambda each: each.kept)
 
 
 def boldest(tried: list[Tried]) -> Tried:
-    """Returns the fastest of the candidates that pass a walk; if the first fails, the first, without a
-    promise."""
+    """Returns the fastest of the candidates that pass a walk; if even the first fails, returns it without a
+    guarantee."""
     passed = walk(tried, lambda each: (each.resampled < KEPT).mean(), ERROR)
     if not passed:
         say(f"even the most cautious candidate may keep less than {KEPT:.0%}; it is used anyway")

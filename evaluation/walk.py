@@ -1,10 +1,10 @@
 """How a threshold is chosen with a guarantee: fixed-sequence testing, with the p-value of a risk.
 
-Candidates are walked from cautious to bold, and the walk ends at the first that does not pass. Each
-candidate that passed before that keeps its promise, except with probability `error` for all of them
-together, although many were tested: a later one is not looked at unless all before it passed. That holds
-for one walk, whose candidates, inputs and limits were settled before it began. A second walk over the same
-inputs, chosen in view of the first, has no such guarantee.
+Candidates are tested from cautious to bold, and the walk ends at the first that does not pass. With
+probability 1 - `error` or more, every candidate that passed has the property it was tested for, although many
+were tested: a candidate is tested only if all before it passed. This holds for one walk whose candidates,
+inputs and limits were fixed before it began. A second walk over the same inputs, chosen in view of the first,
+has no such guarantee.
 """
 
 import math

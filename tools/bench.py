@@ -46,9 +46,9 @@ def random_model(args: argparse.Namespace) -> Transformer:
 
 
 def print_rows(model: Transformer, repeat: int) -> dict[int, float]:
-    """Prints and returns the time of a pass by its number of rows, which are those of a prompt; one token is
-    decoded. The prompts take turns, so that a drift of the machine affects all of them equally; the first
-    turn warms up."""
+    """Prints and returns the time of a pass by its number of rows, which are the positions of a prompt; one
+    token is decoded. The prompts take turns, so that drift in the machine's speed affects all of them
+    equally; the first turn warms up."""
     one_token = {"": Configuration(DecodeConfig(max_new_tokens=1), model)}
     prompts = [[5] * rows for rows in ROWS] * (repeat + 1)
     spent = run_in_turns(one_token, prompts, 1, "rows")[""].seconds[len(ROWS) :]
@@ -59,8 +59,8 @@ def print_rows(model: Transformer, repeat: int) -> dict[int, float]:
 
 
 def draw_passes(times: dict[int, float], folder: Path) -> Path:
-    """Draws the time of a pass by its number of rows, next to that of a pass for each row, and returns the
-    file."""
+    """Draws the time of a pass by its number of rows, compared with separate passes for each row, and returns
+    the file."""
     figure, axis = pyplot().subplots(figsize=(6, 3.2))
     axis.plot(ROWS, [1000 * times[1] * rows for rows in ROWS], "s--", label="a pass for each row")
     axis.plot(ROWS, [1000 * times[rows] for rows in ROWS], "o-", label="one pass for all rows")
@@ -72,8 +72,8 @@ def draw_passes(times: dict[int, float], folder: Path) -> Path:
 
 
 def print_checks(model: Transformer, shortlist: int | None, tokens: int, repeat: int) -> None:
-    """Prints what confidence checks after layers at 1/3, 1/2 and 2/3 of the depth cost if no token exits: the
-    time that they add to a token, compared with one at full depth."""
+    """Prints the cost of confidence checks after layers at 1/3, 1/2 and 2/3 of the depth if no token exits:
+    the time that they add to a token, also relative to a token at full depth."""
     L = model.config.n_layers
     layers = tuple(sorted({max(1, round(L * share)) for share in (1 / 3, 1 / 2, 2 / 3)} - {L}))
     full = DecodeConfig(max_new_tokens=tokens)
@@ -116,7 +116,7 @@ def main() -> None:
         model, shortlist, tokens = random_model(args), SHORTLIST, 4
     else:
         model, shortlist, tokens = load_checkpoint(args.checkpoint, **loading(args))[0], None, ANSWER
-    model.config = replace(model.config, eos_id=None)  # every run has the same length
+    model.config = replace(model.config, eos_id=None)  # so that every run has the same length
     place = place_of_run(model)
     print(f"{place['threads']} threads, {place['dtype']}, weights {place['weights']}")
     times = print_rows(model, args.repeat)

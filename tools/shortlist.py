@@ -24,8 +24,8 @@ from decoding.presets import DEFAULT_CHECKPOINT
 from formats.data import Corpus
 from formats.tokenizers.tokenizer import encode_prompt
 
-SIZES = (1024, 2048, 4096, 8192, 16384)  # of shortlists whose coverage is printed
-HELD_OUT = 10  # one pair in how many is left out, to measure coverage on it
+SIZES = (1024, 2048, 4096, 8192, 16384)  # sizes of the shortlists whose coverage is printed
+HELD_OUT = 10  # one pair in this many is left out, to measure coverage on it
 Encoded = tuple[list[int], list[int]]  # the token ids of a prompt and of its completion
 
 
@@ -35,8 +35,8 @@ def by_count(counts: Counter) -> list[int]:
 
 
 def count(documents: Iterator[Encoded]) -> tuple[Counter, list[Encoded]]:
-    """Counts how often every id occurs in completions. Returns the counts of all documents except every
-    tenth, and these documents."""
+    """Counts how often every id occurs in completions. Returns the counts over all documents except every
+    tenth, and a list of every tenth document."""
     counts, held = Counter(), []
     for number, (prompt, completion) in enumerate(documents, 1):
         if number % HELD_OUT == 0:
@@ -67,7 +67,7 @@ def coverage(ids: list[int], documents: list[Encoded]) -> tuple[float, float]:
 
 
 def print_coverage(counts: Counter, held: list[Encoded]) -> None:
-    """Prints a table over sizes of the shortlist."""
+    """Prints the coverage by size of the shortlist."""
     ids = by_count(counts)
     print(
         f"coverage of every {HELD_OUT}th pair ({len(held):,}), which is not counted here, by shortlist size:"

@@ -38,15 +38,15 @@ from model import ModelConfig, Transformer
 
 # ---------------------------------------------------------------- which tensor goes where
 
-PARTS = {  # what is fused in ours, but not in theirs
+PARTS = {  # weights that are fused here, but not in the sources
     "qkv": ("q", "k", "v"), "qkv_bias": ("q_bias", "k_bias", "v_bias"), "gate_up": ("gate", "up"),
 }  # fmt: skip
 ROTATED = ("q", "k", "q_bias", "k_bias")
 
 
 def in_parts(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our weights, or tensors with as many rows, by name. A fused weight is replaced with its parts, which
-    are views of its rows."""
+    """Splits fused weights into their parts, which are views of their rows. `weights` holds our weights, or
+    tensors with as many rows (their scales), by name."""
     q, kv, ff = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.d_ff
     sizes = {"qkv": (q, kv, kv), "qkv_bias": (q, kv, kv), "gate_up": (ff, ff)}
     parts = {}
@@ -61,9 +61,9 @@ def in_parts(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tenso
 
 
 def match(source: Source, config: ModelConfig, shapes: dict[str, Tensor]) -> tuple[dict[str, str], list[str]]:
-    """(our name -> theirs, theirs that are skipped). `shapes`: our weights in parts, without data. Raises
-    UserError for a tensor that is unknown, missing, of another shape than the configuration says, or not of
-    real numbers."""
+    """Returns (our name -> theirs, theirs that are skipped). `shapes`: our weights in parts, without data.
+    Raises UserError for a tensor that is unknown, missing, of another shape than the configuration says, or
+    of a dtype that cannot be converted."""
     table = name_table(source.names, config.post_norms)
     found, skipped = {}, []
     for theirs, stored in source.tensors.items():
@@ -108,7 +108,7 @@ def fill(target: Tensor, stored: Stored, half: int | None, plus_one: bool) -> No
 
 def copy_weights(source: Source, config: ModelConfig, found: dict[str, str], content: dict) -> None:
     """Copies every tensor of the source to its place in the weights of our file's content. Raises UserError
-    for values that are not finite there."""
+    for values that are not finite after the copy."""
     weights = in_parts(content["weights"], config)
     scales = in_parts(content.get("scales", {}), config)
     gemma = source.config["model_type"].startswith("gemma")
@@ -131,8 +131,8 @@ def copy_weights(source: Source, config: ModelConfig, found: dict[str, str], con
 
 def convert(path: Path, out: Path, dtype=None, max_len=None, tokenizer: Path | None = None) -> str:
     """Writes the checkpoint at `path` to `out`, whole or not at all, and returns a report. dtype None: the
-    source's own, for GGUF float32; vectors are always float32, so that Gemma's norms, stored here as w + 1,
-    lose nothing. `tokenizer` takes the place of the source's; the name none leaves it out. Raises
+    source's own, but float32 for GGUF; vectors are always float32, so Gemma's norms, stored here as w + 1,
+    lose nothing. `tokenizer` replaces the source's; with the name none, the file has no tokenizer. Raises
     UserError."""
     inside = [file for file in path.iterdir() if file.suffix != ".pt"] if path.is_dir() else []
     check_outputs([out], [path, tokenizer, *inside])
@@ -171,22 +171,22 @@ def convert(path: Path, out: Path, dtype=None, max_len=None, tokenizer: Path | N
 
 
 def reserve(part: str, entries: dict, shapes: dict[str, Tensor], dtype: torch.dtype) -> dict:
-    """Writes a checkpoint whose weights are still to come, with its room on the disk taken, and returns its
-    content, memory-mapped: what is written to these tensors is written to the file. Raises UserError if the
-    disk has too little room."""
+    """Writes a checkpoint in which space is reserved for the weights, and returns its content, memory-mapped:
+    whatever is written to these tensors is written to the file. Raises UserError if the disk has too little
+    space."""
     weights, scales = {}, {}
     for name, shape in shapes.items():
         weights[name] = torch.empty(shape.shape, dtype=dtype if shape.dim() > 1 else torch.float32)
         if weights[name].dtype == torch.int8:
             scales[name] = torch.empty(len(shape), dtype=torch.bfloat16)
     content = {"format": FORMAT, **entries, "weights": weights, **({"scales": scales} if scales else {})}
-    with torch.serialization.skip_data():  # holes for data: the memory of `weights` never fills
+    with torch.serialization.skip_data():  # leaves holes for the data; the memory of `weights` is never used
         save_part(part, content)
     size, free = os.path.getsize(part), shutil.disk_usage(os.path.dirname(part)).free
     if free < size:
         need = f"needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f}"
         raise UserError(f"{part.removesuffix('.part')}: {need}; make room, or convert to a smaller --dtype")
-    if hasattr(os, "posix_fallocate"):  # else a disk that fills later, while memory is written, is a signal
+    if hasattr(os, "posix_fallocate"):  # otherwise a disk that fills up later would end the process
         with open(part, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, size)
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
@@ -197,7 +197,7 @@ def reserve(part: str, entries: dict, shapes: dict[str, Tensor], dtype: torch.dt
 
 
 def summary(path: Path, out: Path, source: Source, content: dict, found: dict, skipped: list) -> str:
-    """What was read, renamed, skipped and written, equal blocks counted together."""
+    """Reports what was read, renamed, skipped and written; equal blocks are counted together."""
     default = asdict(ModelConfig())
     settings = [f"{name} {value}" for name, value in content["config"].items() if value != default[name]]
     renamed = [f"{pattern(theirs)} -> {pattern(ours)}" for ours, theirs in found.items()]
@@ -216,7 +216,7 @@ wrote {out}: {out.stat().st_size / 1e9:.2f} GB, {kind}, {tokenizer}"""
 
 
 def counted(names: Iterable[str]) -> str:
-    """The names, each once, with how often it occurred."""
+    """Each name once, with the number of times that it occurred."""
     counts = Counter(names).items()
     return ", ".join(f"{name} ({count} times)" if count > 1 else name for name, count in counts) or "nothing"
 

@@ -68,8 +68,8 @@ def compare(config: EvalConfig) -> None:
 
 
 def add_to_page(page: Page, setup: Setup, table: Table) -> None:
-    """The first three inputs, decoded in runs of their own by the full model and by the configurations; not
-    by those with another model, whose layers the page does not know."""
+    """Adds the first three inputs, decoded in separate runs by the full model and by the configurations,
+    except those with another model, since a page shows the layers of only one."""
     examples = table.examples[:3]
     prompts, configurations = encode_inputs(setup, table.task, examples, table.configurations)
     for example, prompt in zip(examples, prompts):
@@ -158,7 +158,7 @@ class Command(NamedTuple):
     run: Callable[[EvalConfig], None]
     flags: tuple[str, ...]
     defaults: EvalConfig
-    decoding: str = ""  # what the flags of decoding are about; none: it has none of these
+    decoding: str = ""  # describes its decoding flags in --help; empty: it has no such flags
 
 
 CHANGED = "with --confidence, one configuration; without it, changes to every one"
@@ -185,7 +185,7 @@ def make_parser() -> Parser:
 
 def add_command_flags(parser: Parser, command: Command) -> None:
     """Adds the flags of a command, those of EvalConfig first. A flag that is not given leaves nothing in the
-    parsed arguments, so that the defaults of the command stay."""
+    parsed arguments, so that the defaults of the command apply."""
     if command.run is sweep:
         text = "a setting and its values; if repeated, every combination is measured"
         over = {"nargs": "+", "action": "append", "metavar": "FIELD VALUE", "required": True}

@@ -40,7 +40,7 @@ class Llama:
         return torch.cat([pairs.real, pairs.imag], dim=-1)  # (H, R, C)
 
     def block(self, layer, x, first, keys, values):
-        """x (R, d), the positions from `first` on -> (R, d). keys and values (H, limit, C) get those of x."""
+        """x (R, d), from position `first` on -> (R, d). Stores k and v in keys and values (H, limit, C)."""
         w, here = self.weights, f"blocks.{layer - 1}."
         R, S = len(x), first + len(x)
         normed = F.rms_norm(x, (self.d,), w[here + "attn_norm"], self.eps)
@@ -65,13 +65,13 @@ class Staircase:
     def __init__(self, model, limit):
         # How many positions have their key and value in each layer; [0] is not used:
         self.filled = [0] * (model.L + 1)
-        # Every position's state, as deep as it got; keys and values of every layer:
+        # Every position's state, at the depth that it reached; keys and values of every layer:
         self.hidden = model.weights["embedding"].new_empty(limit, model.d)
         self.cache = self.hidden.new_empty(model.L + 1, 2, model.H, limit, model.C)
 
     def climb(self, model, text, exits, threshold, drafts=0):
-        """One pass, to a confident exit or to the top. Returns the layer, and the logits of the newest row;
-        at the top those of drafts + 1 rows, from the last verified token to the last draft."""
+        """One pass, to a confident exit or to the top. Returns the layer, and the logits of the newest row
+        or, at the top, of drafts + 1 rows, from the last verified token to the last draft."""
         first_new, stop = self.filled[1], len(text)  # every pass runs layer 1: what is missing there is new
         self.hidden[first_new:stop] = model.weights["embedding"][text[first_new:]]
         for layer in range(1, model.L + 1):
@@ -98,11 +98,11 @@ def generate(model, prompt, exits=(), threshold=0.6, limit=200):
 
 
 def generate_verified(model, prompt, exits=(), threshold=0.6, limit=200):
-    """The full model's text, sooner: early tokens are drafts, which the next pass to reach the top judges."""
+    """Generates the full model's text faster: early tokens are drafts, judged by the next pass to the top."""
     stairs, text, layers = Staircase(model, limit), list(prompt), []
     verified = len(prompt)  # text[verified:] are drafts
     while verified < limit and text[verified - 1] != model.eos:
-        ended = len(text) == limit or text[-1] == model.eos  # no more to draft: up to the top
+        ended = len(text) == limit or text[-1] == model.eos  # nothing more to draft: go up to the top
         allowed = () if ended else exits
         layer, logits = stairs.climb(model, text, allowed, threshold, drafts=len(text) - verified)
         best = logits.argmax(-1).tolist()
@@ -130,7 +130,7 @@ if __name__ == "__main__":
         tokens, layers = decode(model, prompt, used)  # once before the clock runs
         runs = sorted(repeat(partial(decode, model, prompt, used), number=1, repeat=5))
         seconds = runs[1:4]  # without the fastest and the slowest
-        full = full or seconds  # of the full depth, which is first
+        full = full or seconds  # those of full depth, which comes first
         overlap = max(seconds) >= min(full) and max(full) >= min(seconds) and seconds is not full
         times = f"{median(full) / median(seconds):.2f} times full depth"
         speed = "too short to tell it from full depth" if overlap else times

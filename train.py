@@ -38,13 +38,13 @@ from training.start import Data, check_start, load_data, make_model, shape_from
 from training.validation import result_table, validate
 
 SAVE_EVERY = 250  # steps between checkpoints; there is one after every validation, too
-LARGEST_NORM = 1.0  # of the gradient, which is clipped there, as GPT-3 and Llama 2 do
+LARGEST_NORM = 1.0  # of the gradient, which is clipped to it, as in GPT-3 and Llama 2
 LOWEST_RATE = 0.02  # learning rate at the last step, as a share of the peak
 WEIGHT_DECAY = 0.1  # of matrices, as GPT-3 (Brown 2020, appendix B) and Llama 2 (Touvron 2023, section 2.2)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """AdamW over what is trained; only matrices decay."""
+    """AdamW for the weights that are trained; only matrices have weight decay."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     matrices = [weight for weight in trained if weight.dim() > 1]
     vectors = [weight for weight in trained if weight.dim() == 1]
@@ -67,9 +67,8 @@ def train_step(
     config: TrainConfig,
     step: int,
 ) -> float:
-    """One update of the weights, by the mean loss over the targets of all micro-batches. Returns
-    the loss of the deepest layer trained. Raises UserError, before the update, if loss or gradient are
-    not finite."""
+    """Updates the weights once, by the mean loss over the targets of all micro-batches. Returns the loss of
+    the deepest layer trained. Raises UserError, before the update, if loss or gradient is not finite."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     sums = torch.zeros(2, device=config.device)
@@ -89,8 +88,8 @@ def train_step(
 
 
 def train_loop(training: Run, objective: nn.Module, data: Data, signals: list[int]) -> None:
-    """Steps until the last one, or until any process got a signal (then the average of their numbers is above
-    0 in all processes, and all stop at the same step)."""
+    """Trains until the last step, or until any process gets a signal (then the average number of signals is
+    above 0 in all processes, and all stop at the same step)."""
     config, (rank, world) = training.config, parallel.processes()
     start = training.step * config.accumulate * world + rank
     own = batches(data.records, config.rows, config.length, config.seed, start, every=world)
@@ -133,18 +132,18 @@ def validate_all(training: Run, dev: dict[str, np.ndarray], bar: tqdm) -> None:
 def run_training(
     config: TrainConfig, shape: ModelConfig, folder: Path, overwrite: bool = False
 ) -> Transformer:
-    """Trains in `folder`, going on from its checkpoint.pt if there is one, and writes model.pt at the end
-    (float16, or the dtype of --init). An interrupted run reaches the same weights (on the same CPU and number
-    of threads). Raises UserError for unusable settings or data, for other settings than those of the
-    checkpoint, for files that are there already, for another run in the same folder, and for a loss that is
-    not finite."""
+    """Trains in `folder`, resuming from its checkpoint.pt if there is one, and writes model.pt at the end
+    (float16, or the dtype of --init). A resumed run reaches the same weights as an uninterrupted one (on the
+    same CPU and number of threads). Raises UserError for unusable settings or data, for other settings than
+    those of the checkpoint, for files that already exist, for another run in the same folder, and for a loss
+    that is not finite."""
     check_start(config, shape)
     with locked(folder):
         training = Run(config, shape, folder, overwrite)
         with parallel.first_alone():  # the first process makes the files of tokens, the others read them
             data = load_data(config, shape, folder)
         if torch.device(config.device).type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32 in what is left of float32 products
+            torch.set_float32_matmul_precision("high")  # TF32 in the float32 products that remain
         model = make_model(config, shape)
         objective = parallel.distribute(Objective(model, config), config)
         optimizer = make_optimizer(model, config)

@@ -27,7 +27,7 @@ from decoding.shortlist import ids_beside
 from formats.chat import conversation, load_chat
 from formats.tokenizers.tokenizer import encode_prompt
 
-TURNS, SECONDS = 5, 20.0  # how often each configuration is timed, and the time after which none begins
+TURNS, SECONDS = 5, 20.0  # timings of each configuration, and the seconds after which no new turn begins
 
 ABOUT_PROMPT = "text to continue (or token ids, separated by commas, if the checkpoint has no tokenizer)"
 ABOUT_CHAT = "put the prompt into the checkpoint's chat template (needs jinja2)"
@@ -67,19 +67,19 @@ def make_parser() -> Parser:
 
 @dataclass
 class ShownRun:
-    """One decoding of the prompt: the caller decodes with `config` and `recorder`, and `show` takes the
-    tokens. It prints them if there is a `screen`; `full` is the full model's run, if the two are compared."""
+    """One decoding of the prompt: the caller decodes with `config` and `recorder`, and passes the tokens to
+    `show`, which prints them on `screen`, if any. `full` is the full model's run, if the two are compared."""
 
     name: str
     config: DecodeConfig
     screen: Screen | None = None
     full: "ShownRun | None" = None
     recorder: Recorder = field(default_factory=Recorder)
-    pace: list[float] = field(default_factory=list)  # seconds a token, of each time that it is decoded again
+    pace: list[float] = field(default_factory=list)  # seconds per token, each time that it is decoded again
 
     def show(self, tokens: Iterator[Token]) -> None:
-        """Records the tokens, and prints them if there is a screen; next to a full run, says where the text
-        differs."""
+        """Records the tokens, and prints them if there is a screen; if there is a full run, also prints where
+        the text differs from it."""
         if self.screen is None:
             list(self.recorder.watch(tokens))
         elif self.full is None:
@@ -141,8 +141,8 @@ class Session:
         self.compared = [self.full, *others] if args.compare or args.html else []
 
     def runs(self) -> Iterator[tuple[DecodeConfig, Recorder | None, Callable[[Iterator[Token]], None]]]:
-        """The decodings that are needed, in order, each with its counters and with what takes its tokens; it
-        is over when the next one is asked for."""
+        """Yields the settings of each decoding that is needed, in order, with its counters and the function
+        that takes its tokens. A decoding is finished when the next one is requested."""
         if self.compared:
             yield self.full.config, self.full.recorder, self.full.show
         print(self.args.prompt)
@@ -152,7 +152,7 @@ class Session:
             print(f"settings: {in_force(run.config, self.model.config)} ({self.source})", file=sys.stderr)
             yield run.config, run.recorder, run.show
         started = perf_counter()
-        for _ in range(TURNS if self.compared else 0):  # in turns, so that a busy moment meets all alike
+        for _ in range(TURNS if self.compared else 0):  # in turns, so that a busy moment affects all alike
             yield from ((run.config, None, run.time) for run in self.compared)
             if perf_counter() - started > SECONDS:
                 return
@@ -179,8 +179,8 @@ class Session:
 
 
 def configurations(config: DecodeConfig, words: str | None) -> dict[str, DecodeConfig]:
-    """The configurations of --compare by name; this one alone without the flag. Raises UserError for one with
-    a checkpoint of its own, which eval.py compares."""
+    """The configurations of --compare by name; without the flag, `config` alone. Raises UserError for one
+    with a checkpoint of its own, which eval.py compares."""
     if words is None:
         return {config.confidence or "full": config}
     found = variants(words, config)

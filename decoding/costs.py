@@ -1,5 +1,5 @@
-"""What passes cost on this machine, for adaptive drafting: measured once in a process, for a model and
-a configuration, and kept in memory."""
+"""What passes cost on this machine, for adaptive drafting: measured once in a process for each model and
+configuration, and kept in memory."""
 
 import sys
 import weakref
@@ -22,7 +22,7 @@ from model import Transformer
 
 ROWS = (1, 2, 4, 8, 16)  # of the passes that are measured
 PROMPT = 32  # tokens before them
-TURNS, AT_LEAST = 9, 3.0  # turns of every measurement, and its least seconds; the median counts
+TURNS, AT_LEAST = 9, 3.0  # the fewest turns and seconds of a measurement, whose median is used
 
 _MEASURED = weakref.WeakKeyDictionary()  # model -> (settings, threads) -> its costs
 
@@ -38,8 +38,8 @@ class Costs:
 
 
 def costs_of(model: Transformer, config: DecodeConfig) -> Costs:
-    """The costs of a model under these settings, measured now if that has not been done in this process,
-    which is said on stderr."""
+    """Returns the costs of a model under these settings. If they have not been measured in this process,
+    measures them, and says so on stderr."""
     known = _MEASURED.setdefault(model, {})
     key = replace(config, seed=0, stop_tokens=(), max_new_tokens=1), torch.get_num_threads()
     if key not in known:
@@ -54,8 +54,8 @@ def costs_of(model: Transformer, config: DecodeConfig) -> Costs:
 
 @torch.inference_mode()
 def measure_costs(model: Transformer, config: DecodeConfig) -> Costs:
-    """Times passes to the top of 1 to 16 rows, the LM head alone, and the confidence check of every exit, in
-    turns, so that a drift of the machine meets all alike."""
+    """Times passes of 1 to 16 rows to the top, the LM head alone, and the confidence check of every exit, in
+    turns, so that a change in the machine's speed affects all alike."""
     positions, L = model.config.max_len, model.config.n_layers
     rows, layers = [count for count in ROWS if count < positions], list(config.exits(model.config))
     config = replace(config, confidence=resolve(config.confidence))
@@ -88,11 +88,11 @@ def measure_costs(model: Transformer, config: DecodeConfig) -> Costs:
         return perf_counter() - started
 
     def check(layer: int) -> float:
-        """One check and its draft, after the blocks below, which leave little of the head in the CPU's
+        """Times one check and its draft, after the blocks below, which leave little of the head in the CPU's
         cache."""
         states = climb(1, layer)
         if model.device.type == "cuda":
-            torch.cuda.synchronize()  # the blocks are no part of the check
+            torch.cuda.synchronize()  # the blocks are not part of the check
         started = perf_counter()
         predictor.token(Trace(model, config, shortlist).checked_at(states), layer, [])
         return perf_counter() - started
@@ -106,8 +106,8 @@ def measure_costs(model: Transformer, config: DecodeConfig) -> Costs:
 
 
 def medians(actions: list[tuple[Callable[[int], float], int]]) -> dict[tuple, float]:
-    """The median of the seconds that each action, a function and its argument, says it took, over all turns
-    but the first, which warms up."""
+    """The median of the seconds that each action (a function and its argument) returns, over all turns but
+    the first, which is a warm-up."""
     times = {action: [] for action in actions}
     begun, turns = perf_counter(), 0
     while turns <= TURNS or perf_counter() - begun < AT_LEAST:

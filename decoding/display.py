@@ -43,7 +43,7 @@ def colour(text: str, layer: int, n_layers: int, on: bool) -> str:
 
 
 def struck(text: str, on: bool) -> str:
-    """`text` in grey and struck through. Without colours nothing: the plain text is the output alone."""
+    """`text` in grey and struck through. Without colours, nothing: plain text shows only the output."""
     return f"\033[9;90m{text}\033[0m" if on and text else ""
 
 
@@ -128,7 +128,7 @@ def in_force(config: DecodeConfig, shape: ModelConfig) -> str:
 
 
 def figures(recorder: Recorder, n_layers: int, speed: str = "") -> str:
-    """How much text, how fast (`speed`, in words) and with how much work."""
+    """How many tokens there are, how fast they came (`speed`, in words), and how much work they took."""
     tokens = recorder.settled
     mean = sum(token.exit_layer for token in tokens) / len(tokens)
     depth = f"average exit layer {mean:.1f} of {n_layers}"
@@ -182,8 +182,8 @@ def difference(tokens: list[Token], full: list[Token], tokenizer) -> str:
 
 
 def speed(pace: list[float], tokens: int, full: list[float]) -> str:
-    """How fast runs of `tokens` tokens are, in words, and how often that goes into the full model's time,
-    unless the spreads of the two overlap. `pace` and `full`: seconds a token of every run."""
+    """How fast runs of `tokens` tokens are, in words, and how many times as fast as the full model, unless
+    the spreads of the two overlap. `pace` and `full`: seconds per token of every run."""
     middle, (low, high), (full_low, full_high) = median(pace), spread(pace), spread(full)
     words = f"{middle * tokens:.3f} s, {1 / middle:.0f} tokens/s"
     if pace is full:

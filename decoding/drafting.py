@@ -1,7 +1,7 @@
-"""Adaptive drafting (`draft = auto`): chooses the exit layer, the threshold and the number of drafts
-with the most expected tokens per second, from what was observed so far and from a table of costs. If nothing
-beats the full model, it decodes at full depth. After DEL (Entezari Zarch 2025), which chooses layer and
-number of drafts; here costs in seconds take the place of numbers of layers.
+"""Adaptive drafting (`draft = auto`): chooses the exit layer, the threshold and the number of drafts with the
+most expected tokens per second, based on what was observed so far and on a table of costs. If nothing beats
+the full model, it decodes at full depth. After DEL (Entezari Zarch 2025), which chooses layer and number of
+drafts; here, costs are in seconds, not in numbers of layers.
 
 It counts, for every exit layer and range of confidence, how often the full model agreed with the exit. The
 exit in use is observed with every draft that is judged, up to the first wrong one, and with every
@@ -31,7 +31,7 @@ BINS = 16  # of confidence
 DRAFTS = 15  # the largest number of drafts in a round
 DOUBT = 1.0  # pseudo-count of rejected drafts at each exit below layer L, a pessimistic prior
 MARGIN = 0.01  # drafting must promise to be faster than full depth by this share
-FADING = 0.998  # an observation loses this factor with each that follows: about the last 500 of an exit count
+FADING = 0.998  # each observation multiplies older weights by this: about the last 500 of an exit count
 START = 2.0  # what exploring may cost at first, in full-depth tokens
 SHARE = 0.01  # what exploring may cost afterwards, as a share of the decoding time
 RENEWAL = 16  # observations until the plan is made anew
@@ -41,8 +41,8 @@ LOWEST = 1e-9  # the lowest threshold: at 0 there would be no check, and nothing
 @dataclass(frozen=True)
 class Plan:
     """How a round is drafted: up to `drafts` tokens from the exit at `layer`, as long as the confidence
-    reaches the threshold, then a pass to the top. Without drafts, full depth. `pace` is the expected time per
-    token in seconds."""
+    reaches the threshold, then a pass to the top. `drafts` = 0 means full depth. `pace` is the expected time
+    per token in seconds."""
 
     layer: int
     threshold: float
@@ -51,8 +51,8 @@ class Plan:
 
 
 class Drafting:
-    """What has been learned, and the plan that follows from it. It may go on from text to text of one kind,
-    under one setting: what it does follows from the costs and from the texts alone."""
+    """What has been learned, and the plan that follows from it. One object may serve several texts of one
+    kind, under the same settings: its choices depend only on the costs and on the texts."""
 
     def __init__(self, costs: Costs):
         self.costs, self.layers = costs, list(costs.check)
@@ -69,7 +69,7 @@ class Drafting:
 
     @classmethod
     def of(cls, model: Transformer, config: DecodeConfig) -> "Drafting":
-        """Without experience: it knows only what passes cost."""
+        """A new object, which has observed nothing yet and has only the costs of passes."""
         return cls(costs_of(model, config))
 
     def exits(self, drafts: int) -> dict[int, float]:
@@ -88,11 +88,11 @@ class Drafting:
         for number, draft in enumerate(drafts[: kept + 1]):  # those after a wrong one tell nothing
             self.observe(self.plan.layer, draft.confidences[self.plan.layer], float(number < kept))
         known = sum(deep.flops.values())
-        if kept == len(drafts):  # then the last pass was about a token of the text, too
+        if kept == len(drafts):  # then the checks of the last pass were about the settled text, too
             for layer, confidence in deep.confidences.items():
                 agreed = agreement(run.config, run.text, deep, layer, deep.final[-1], first + kept)
                 self.observe(layer, confidence, agreed)
-        run.counters.confidence_flops += sum(deep.flops.values()) - known  # of functions that read no head
+        run.counters.confidence_flops += sum(deep.flops.values()) - known  # heads that `agreement` needed
         if self.affordable():
             for number in range(min(kept + 1, len(deep.final))):
                 self.explore(run, passes, number, first + number)
@@ -101,7 +101,7 @@ class Drafting:
             self.plan, self.news = self.best(), 0
 
     def affordable(self) -> bool:
-        """Whether exploring one position keeps within what may be spent on it."""
+        """Whether the cost of exploring one more position is within what may be spent on exploring."""
         cost = sum(self.costs.check[layer] for layer in self.rivals())
         return self.explored + cost <= START * self.full.pace + SHARE * self.spent
 
@@ -112,7 +112,7 @@ class Drafting:
 
     def explore(self, run, passes: list[Trace], number: int, at: int) -> None:
         """Checks the confidence of every rival at position `number` of a round, counted from 0, whose token
-        has the place `at` in the text."""
+        is at index `at` of the text."""
         deep, states = passes[-1], states_of(passes, number)
         for layer in self.rivals():
             trace = deep.checked_at(states[: layer + 1])
@@ -123,7 +123,7 @@ class Drafting:
             run.counters.confidence_flops += sum(trace.flops.values())
 
     def observe(self, layer: int, confidence: float, agreed: float) -> None:
-        """Takes in what one exit said, and the chance that the full model keeps it."""
+        """Records the confidence at one exit, and the probability that the full model keeps its token."""
         row, column = self.layers.index(layer), min(int(confidence * BINS), BINS - 1)
         self.observed[row] *= FADING
         self.agreed[row] *= FADING
@@ -132,7 +132,7 @@ class Drafting:
         self.news += 1
 
     def best(self) -> Plan:
-        """The plan that promises most."""
+        """The plan with the least expected time per token; full depth if no other is faster by MARGIN."""
         paces = expected_paces(self.costs, self.observed, self.agreed)
         row, column, number = np.unravel_index(paces.argmin(), paces.shape)
         pace = float(paces[row, column, number])
@@ -142,15 +142,15 @@ class Drafting:
 
 
 def expected_paces(costs: Costs, checked: np.ndarray, agreed: np.ndarray) -> np.ndarray:
-    """Seconds per token when drafting at every exit, with every bin as the threshold, with 1 to N drafts: (E,
-    B, N); from how often each bin was observed, and how often the full model agreed there, (E, B) both.
+    """Seconds per token when drafting at each exit, with the lower end of each bin as threshold and at most 1
+    to N drafts: (E, B, N). `checked` and `agreed` count observations and agreements by bin, (E, B) both.
 
     Let q be the share of positions whose confidence reaches the threshold and a the share of these at which
     the draft is kept, both independent from token to token; e the exit layer, n the largest number of drafts,
     b(r) the cost of a block with r rows, t(r) that of the top. A round has at least k <= n drafts with
     probability q^k, and its first k drafts are all kept with probability (q a)^k. So it yields 1 + sum over k
     = 1 .. n of (q a)^k tokens. The passes 0 .. n - 1 end with a check and cost (e b(1) + check) sum over k <
-    n of q^k. The last pass takes k + 1 rows from layer e on, which costs (L - e) b(k + 1) + t(k + 1), with
+    n of q^k. The last pass has k + 1 rows above layer e, which costs (L - e) b(k + 1) + t(k + 1), with
     probability q^k (1 - q) for k < n and q^n for k = n; in the latter case it has no check, and e b(1) is
     added.
     """
@@ -183,8 +183,8 @@ def by_rows(costs: dict[int, float]) -> np.ndarray:
 
 
 def states_of(passes: list[Trace], number: int) -> list[Tensor]:
-    """h_0 .. h_L, (1, 1, d) each, of a position of a round, counted from 0: up to the layer that its own pass
-    reached from that pass, above from the last pass, whose LM head took a row for every position."""
+    """h_0 .. h_L, (1, 1, d) each, of position `number` of a round, from 0: those of its own pass and, above
+    the layer that it reached, those of the last pass, whose LM head ran on every position."""
     own, deep = passes[number], passes[-1]
     row = number - len(deep.final)  # counted from the end
     above = [state[:, row, None] for state in deep.hidden[len(own.hidden) :]]
@@ -194,8 +194,8 @@ def states_of(passes: list[Trace], number: int) -> list[Tensor]:
 def agreement(
     config: DecodeConfig, text: list[int], trace: Trace, layer: int, final: Tensor, at: int
 ) -> float:
-    """The probability that the full model keeps the draft of the exit at `layer` for place `at` of the text:
-    0 or 1; if it is sampled, the sum of min(p, q) (Leviathan 2023). final: the full model's logits (V,)."""
+    """The probability that the full model keeps a draft from the exit at `layer` for index `at` of the text:
+    0 or 1 if greedy, else the sum of min(p, q) (Leviathan 2023). final: the full model's logits (V,)."""
     seen = text[:at]
     drafted = penalize(trace.logits(layer), seen, config.repetition_penalty, trace.candidates)
     if config.temperature == 0:

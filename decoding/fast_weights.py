@@ -1,5 +1,5 @@
-"""A faster form of a model for decoding on a CPU: the same function in fewer operations, its matrices stored
-as the CPU multiplies them fastest. Tests check that every form computes the same as the plain
+"""A faster form of a model for decoding on a CPU: the same function in fewer operations, with its matrices
+stored in the form that the CPU multiplies fastest. Tests check that every form computes the same as the plain
 model, and that int8 comes close to it.
 
     plain    as in the file: model.py's Transformer
@@ -8,7 +8,7 @@ model, and that int8 comes close to it.
     packed   folded, and the matrices in oneDNN's own order
     int8     folded, and every matrix in int8: one byte per weight and one scale per row
 
-Private functions of torch are called in this file alone, after a trial.
+Only this file calls private functions of torch, each after a trial call.
 
 Dimensions: B batch, T time, N = B T rows, d model width, H query heads, K key/value heads, C width of a head.
 """
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from common.errors import UserError
 from model import Block, KeysValues, ModelConfig, Transformer, attention, rms_norm, soft_cap
 
-FEW = 32  # rows up to which the kernel is faster than a float32 product with the matrix dequantized
+FEW = 32  # up to this many rows, the kernel is faster than a float32 product with the dequantized matrix
 WHOLE = 16  # the kernel reads the numbers of a row in groups of this size, even past the end of a row
-# What torch raises where it has no such function, or the CPU no such instructions:
+# What torch raises if it has no such function, or the CPU has no such instructions:
 UNSUPPORTED = (RuntimeError, AttributeError)
 FORMS = ("plain", "folded", "packed")  # what --weights may name; int8 is a dtype
 
@@ -35,7 +35,7 @@ FORMS = ("plain", "folded", "packed")  # what --weights may name; int8 is a dtyp
 class Int8Matrix:
     """A matrix (d_out, d_in) in int8: `rows` (d_out, d_in) int8, `scale` (d_out,) bfloat16. A row w is kept
     as round(w / s) with s = max |w| / 127, rounded to bfloat16, as the kernel reads it. For up to FEW rows of
-    input the kernel takes and gives bfloat16; more rows, or all if there is no kernel, are multiplied in
+    input, the kernel reads and returns bfloat16; more rows, or all if there is no kernel, are multiplied in
     float32."""
 
     def __init__(self, rows: Tensor, scale: Tensor):
@@ -59,7 +59,7 @@ class Int8Matrix:
 
     def product(self, x: Tensor) -> Tensor:
         """x (.., d_in) times the matrix, (.., d_out). The kernel treats every row alike, so up to FEW rows
-        give bit for bit what each gives alone."""
+        yield bit for bit what each would yield alone."""
         rows = x.reshape(-1, x.shape[-1])
         if rows.shape[0] <= FEW and self.rows.shape[1] % WHOLE == 0 and has_kernel():
             out = torch._weight_int8pack_mm(rows.bfloat16(), self.rows, self.scale)
@@ -90,9 +90,9 @@ Matrix = Tensor | Int8Matrix
 
 
 def default_form(dtype: torch.dtype) -> str:
-    """The rule by which a CPU stores weights: packed where that works, but float32 folded alone where there
-    is AVX-512, with which the library's own product of one row is faster (0.75 ms against 1.32 for the
-    included model's blocks; without it, packed is up to 2.6 times as fast)."""
+    """The form in which a CPU stores weights by default: packed if that works, otherwise folded; but float32
+    is folded if there is AVX-512, with which the library's own product of one row is faster (0.75 ms against
+    1.32 for the included model's blocks; without it, packed is up to 2.6 times as fast)."""
     if dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX512":
         return "folded"
     return "packed" if packs(dtype) else "folded"
@@ -101,7 +101,7 @@ def default_form(dtype: torch.dtype) -> str:
 @functools.cache
 def packs(dtype: torch.dtype) -> bool:
     """Whether this machine multiplies packed weights of this dtype; tried once. (oneDNN packs bfloat16 only
-    for CPUs with certain instructions, and float32 wherever it is there.)"""
+    for CPUs with certain instructions, and float32 wherever oneDNN is available.)"""
     ones = torch.ones(32, 32, dtype=dtype)
     try:
         return bool((product(ones, stored(ones, "packed")) == 32).all())
@@ -143,12 +143,12 @@ def smallest_norm(d: int, eps: float) -> Tensor:
 
 
 def kept_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What a weight of a model of this dtype is kept in: a vector keeps at least the file's precision."""
+    """The dtype of a weight in a model of `dtype`: a vector keeps at least the file's precision."""
     return dtype if weight.dim() > 1 else torch.promote_types(weight.dtype, dtype)
 
 
 def fast_gain(gain: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gain of a norm as fast_norm takes it, for states of this dtype."""
+    """The gain of a norm as fast_norm expects it, for states of this dtype."""
     gain = gain.detach().to(kept_dtype(gain, dtype))
     return gain * gain.shape[-1] ** 0.5 if dtype == torch.float32 else gain
 
@@ -166,8 +166,8 @@ class Turns:
         self._rows, self._at = None, None
 
     def at(self, first: int, rows: int) -> Tensor:
-        """(rows, H + 2K, C/2) of the positions from `first` on: queries and keys are turned, values are
-        multiplied by 1. They are kept for the blocks that follow in the same pass."""
+        """The factors (rows, H + 2K, C/2) of the positions from `first` on: queries and keys are turned,
+        values are multiplied by 1. The factors are kept for the blocks that follow in the same pass."""
         if self._at != (first, rows):
             turns = self.table[first : first + rows, None].expand(-1, self.turned, -1)
             ones = torch.ones_like(turns[:, : self.unturned])
@@ -179,7 +179,7 @@ class FastBlock:
     """A block in one of the forms."""
 
     def __init__(self, block: Block, form: str, dtype: torch.dtype, turns: Turns | None, scales: dict):
-        """`scales` are those of all the model's weights that lie in the file in int8, by name."""
+        """`scales` holds the scales of all the model's weights that are int8 in the file, by name."""
         self.config, self.layer, self.window, self.turns = block.config, block.layer, block.window, turns
         self.activation, self.dtype = block.activation, torch.float32 if form == "int8" else dtype
         weights: dict[str, Matrix | None] = {}
@@ -198,9 +198,9 @@ class FastBlock:
 
     def fold(self, weights: dict[str, Matrix | None], norms: bool) -> None:
         """Puts the rows of queries and keys into the order in which the numbers of a rotary pair, i and i +
-        C/2, are neighbours: q k stays what it was. With `norms` multiplies the gains of the norms before
-        attention and MLP into the matrices that follow; in half precision and in int8 that would round once
-        more."""
+        C/2, are neighbours: the products q k do not change. With `norms`, also multiplies the gains of the
+        norms before attention and MLP into the matrices that follow; in half precision and in int8 that would
+        add a rounding."""
         C, turned = self.config.head_dim, self.config.n_heads + self.config.n_kv_heads
         rows = torch.arange((turned + self.config.n_kv_heads) * C).view(-1, 2, C // 2)
         order = torch.cat([rows[:turned].mT.flatten(), rows[turned:].flatten()])  # 0, C/2, 1, C/2 + 1, ..
@@ -279,13 +279,13 @@ class FastTransformer(Transformer):
                 setattr(self, name, stored(weight, self.form) if self.form == "int8" else weight)
         self._states = torch.empty(0, dtype=state_dtype)
         self.lay_side_by_side()
-        # What the LM head multiplies with; packed it is a second copy, since the first gives rows.
+        # The matrix of the LM head; if packed, it is a second copy, since rows are read from the first.
         self.lm_head = stored(self.unembed, self.form)
 
     def lay_side_by_side(self) -> None:
         """Moves all matrices into one piece of memory, which the system can map in huge pages
-        (common/threads.py): reading them then misses fewer translations of addresses. (Packed matrices stay
-        where they are.)"""
+        (common/threads.py): reading them then causes fewer TLB misses. (Packed matrices stay where they
+        are.)"""
         values = [value for holder in (*self.blocks, self) for value in vars(holder).values()]
         values = [value.rows if isinstance(value, Int8Matrix) else value for value in values]
         tensors = [value for value in values if isinstance(value, Tensor) and value.dim() > 1]

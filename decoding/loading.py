@@ -1,4 +1,4 @@
-"""A checkpoint made ready to decode: the model, with its heads, in a form that is fast on its device, and the
+"""Loads a checkpoint for decoding: the model, with its heads, in a form that is fast on its device, and the
 tokenizer."""
 
 import os
@@ -27,7 +27,7 @@ def load_checkpoint(
 
     dtype          of the matrices (vectors keep at least the file's precision); None: the file's own, but
                    float32 if a float16 file is loaded to a CPU, which is slow in half precision
-    form           how a CPU stores the weights (decoding/fast_weights.py); None: by its rule
+    form           how a CPU stores the weights (decoding/fast_weights.py); None: default_form's choice
     check          first compare the file with its checksums
     frequent_ids   a file of ids for shortlists (tools/shortlist.py), in place of those in the checkpoint
     heads          a heads file (formats/heads.py), in place of those in the checkpoint
@@ -62,7 +62,7 @@ def load_checkpoint(
 
 
 def default_dtype(content: dict, device: torch.device) -> torch.dtype:
-    """The file's own, int8 among them, but float32 if a float16 file is loaded to a CPU."""
+    """The file's own dtype, which may be int8, but float32 if a float16 file is loaded to a CPU."""
     if content["scales"]:
         return torch.int8
     stored = content["weights"]["embedding"].dtype

@@ -1,6 +1,6 @@
 """The page: runs of one or several prompts as one HTML file that needs nothing else. page.html is its
-template; here the data that it shows are collected, as JSON. What the runs did not compute themselves, the
-logit lens above all, is computed from their finished texts.
+template; this file collects the data that it shows, as JSON. What the runs did not compute themselves, above
+all the logit lens, is computed here from their finished texts.
 
 L layers, T positions, V vocabulary, d model width.
 """
@@ -33,7 +33,7 @@ class Page:
         self.shown: set[int] = set()  # token ids
 
     def add(self, title: str, prompt: list[int], runs: dict, references=(), speeds=()) -> None:
-        """A prompt, with its text or name as `title`. `runs` holds the settings (DecodeConfig) and the
+        """Adds a prompt, with its text or name as `title`. `runs` holds the settings (DecodeConfig) and the
         Recorder of each run by name; the first run is the full model's. `references` are right answers;
         `speeds` say in words how fast each run is, if that was measured."""
         rows, texts = [], [[token.id for token in recorder.settled] for _, recorder in runs.values()]
@@ -44,7 +44,7 @@ class Page:
         self.shown.update(prompt)
 
     def run(self, name: str, config: DecodeConfig, recorder: Recorder, prompt: list[int]) -> dict:
-        """One run."""
+        """The data of one run."""
         return {
             "name": name,
             "settings": in_force(config, self.model.config),
@@ -58,23 +58,23 @@ class Page:
         }
 
     def tokens(self, recorder: Recorder, prompt: list[int]) -> list[dict]:
-        """The tokens of a run in the order of the text, drafts that were rolled back before what replaced
-        them."""
+        """The tokens of a run in the order of the text, with drafts that were rolled back before the tokens
+        that replaced them."""
         texts = (text for _, text in pieces(self.tokenizer, iter(recorder.settled)))
         rows, lost, settled, text = [], [], [], list(prompt)
         for each in recorder.emitted:
             token = each.token
             row = {"id": token.id, "at": each.at, "made": each.made, "settled": each.settled}
             row |= {"layer": token.exit_layer, "lost": each.rolled_back, "amateurs": token.amateurs}
-            # Whether the checks of its pass were about it; a token in the place of a draft comes from a pass
-            # that checked a later position:
+            # Whether the checks of its pass were about this token; a token that replaced a draft comes from a
+            # pass that checked a later position:
             row["checked"] = not token.rolled_back
             rows.append(row)
             if each.rolled_back:
                 row["text"] = piece(self.tokenizer, token.id)
                 lost.append((each, row))
                 continue
-            if lost:  # read on the text as it was then
+            if lost:  # the logit lens needs the text as it was then
                 self.read(text + [draft.token.id for draft, _ in lost], lost)
                 lost = []
             row["text"] = next(texts)
@@ -86,8 +86,8 @@ class Page:
 
     @torch.inference_mode()
     def read(self, text: list[int], tokens: list[tuple[Emitted, dict]]) -> None:
-        """Adds to the rows of tokens of `text` what every layer would have said in their place (the logit
-        lens, with each exit's own norm)."""
+        """Adds to the rows of `tokens`, which belong to `text`, what every layer would have predicted in
+        their place (the logit lens, with each exit's own norm)."""
         ids = torch.tensor([text[:-1]], device=self.model.device)
         states = self.model.hidden_states(ids)[1:]  # h_1 .. h_L, (1, T, d) each
         for each, row in tokens:
@@ -123,6 +123,6 @@ class Page:
 
 
 def script_json(content: dict) -> str:
-    """JSON that can stand in a script element, whatever texts it holds: no `<` can end the element or begin
-    another."""
+    """JSON that can be put into a script element, whatever text it contains: no `<` can end the element or
+    begin another."""
     return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")

@@ -53,7 +53,7 @@ class Companion:
         self.model, self.cache, self.counters = model, KVCache(model, length), counters
 
     def logits(self, text: list[int]) -> Tensor:
-        """Its logits (V,) for the token after `text`, which begins with what it has read already."""
+        """The companion's logits (V,) after `text`, which begins with the tokens that it has already read."""
         first, shape = self.cache.filled[1], self.model.config
         x = self.model.embed(torch.tensor([text[first:]], device=self.model.device))  # (1, R, d)
         for block in self.model.blocks:
@@ -64,8 +64,8 @@ class Companion:
 
 
 def check_amateur(amateur: Transformer | None, model: Transformer, predict: str, length: int) -> None:
-    """Raises UserError unless there is an amateur where `predict` is cd, and only there, and it can read and
-    contrast what the model writes, `length` tokens."""
+    """Raises UserError if `predict` is cd without an amateur or the reverse, and for an amateur whose
+    vocabulary has another size than the model's, or that has fewer than `length` positions."""
     if (predict == "cd") != (amateur is not None):
         there = "no amateur" if amateur is None else "an amateur"
         raise UserError(f"predict is {predict}, but there is {there}; --predict cd and --amateur go together")
@@ -115,9 +115,9 @@ class Predictor:
 
     def judge(self, logits: Tensor, drafts: list[Token], seen: list[int]) -> tuple[int, int | None]:
         """How many drafts the full model keeps, and the token that follows them. Row i of its logits (R, V)
-        judges draft i. Greedy: it is kept if it is the argmax. Sampling: it is kept with probability min(1,
-        p/q), else replaced by a sample of max(p - q, 0) (Leviathan 2023, Chen 2023). The row after the last
-        draft, if there is one, gives one more token. seen: the tokens before the drafts."""
+        judges draft i. Greedy: a draft is kept if it is the argmax. Sampling: it is kept with probability
+        min(1, p/q), else replaced by a sample of max(p - q, 0) (Leviathan 2023, Chen 2023). The row after the
+        last draft, if there is one, yields one more token. seen: the tokens before the drafts."""
         seen, penalty = list(seen), self.config.repetition_penalty
         for i, (row, draft) in enumerate(zip(logits, drafts)):
             row = penalize(row, seen, penalty)
@@ -130,7 +130,7 @@ class Predictor:
         return len(drafts), pick(penalize(logits[-1], seen, penalty), self.config, self.generator)[0]
 
     def replacement(self, logits: Tensor, draft: Token) -> int | None:
-        """The token that replaces a draft, by the full model's logits (V,); None if the draft stays."""
+        """The token that replaces a draft, by the full model's logits (V,); None if the draft is kept."""
         if self.config.temperature == 0:
             best = int(logits.argmax())
             return None if best == draft.id else best

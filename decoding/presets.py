@@ -1,10 +1,10 @@
-"""Which settings are in force, and where they come from. Every command follows this order, each source above
-those before it:
+"""Which settings are in force, and where they come from. Every command follows this order, in which each
+source takes precedence over those before it:
 
     COMMAND < `decode` in the settings file < --thresholds FILE < flags < +changes in --compare
 
-A source replaces the fields that it names. One rule goes with that: if a source sets the threshold or
-the exit layers, thresholds of single layers from earlier sources no longer apply, as they belonged to others.
+A source replaces the fields that it names. There is one more rule: if a source sets the threshold or the exit
+layers, thresholds of single layers from earlier sources no longer apply, as they went with other settings.
 """
 
 import re
@@ -25,13 +25,13 @@ WORDS = {"full": {"confidence": None}, "static": {"confidence": "softmax", "thre
 
 
 def override(config: DecodeConfig, fields: dict) -> DecodeConfig:
-    """The config with the fields of a source above it."""
+    """The config, overridden by the fields of a source."""
     return replace(config, **above(fields))
 
 
 def above(fields: dict) -> dict:
-    """The fields of a source, and with a threshold or exit layers no thresholds of single layers, unless it
-    names these, too."""
+    """The fields of a source. If it sets the threshold or the exit layers, thresholds of single layers are
+    reset, unless it sets these, too."""
     return {"layer_thresholds": None, **fields} if {"threshold", "exit_layers"} & set(fields) else fields
 
 
@@ -56,8 +56,8 @@ def settings_in_force(flags: dict, checkpoint, settings=None, thresholds=None) -
 
 
 def settings_file(checkpoint: str | Path, settings: str | Path | None = None) -> Path:
-    """The settings file: the one that was named, which must be there, else the one next to the checkpoint (or
-    next to its heads), which need not. Raises UserError."""
+    """The settings file: the one that was named, which must exist, else the one next to the checkpoint (or
+    next to its heads), which need not exist. Raises UserError."""
     if settings is None:
         return Path(checkpoint).with_suffix(".json")
     check_input(settings, "no such file; expected a settings file")
@@ -65,8 +65,8 @@ def settings_file(checkpoint: str | Path, settings: str | Path | None = None) ->
 
 
 def read_thresholds(path: str | Path, named: str | None = None) -> dict:
-    """The fields of DecodeConfig in a file that calibration wrote, without their `provenance`. The file may
-    name the function of one's own that the flag --confidence has `named`. Raises UserError."""
+    """The fields of DecodeConfig in a file that calibration wrote, without their `provenance`. It may name a
+    function of the user's own only if the flag --confidence has `named` the same one. Raises UserError."""
     content = read_json(path, "thresholds")
     content.pop("provenance", None)
     if named is not None and content.get("confidence") == named:
@@ -75,8 +75,8 @@ def read_thresholds(path: str | Path, named: str | None = None) -> dict:
 
 
 def defaults_in_help(words: list[str]) -> DecodeConfig:
-    """The defaults that are in force before flags, for the checkpoint and the settings file that the words of
-    a command line name: what --help shows."""
+    """The defaults that --help shows: the settings in force before flags, for the checkpoint and the settings
+    file that the words of a command line name."""
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--checkpoint", "--heads", "--settings"):
         finder.add_argument(flag, nargs="?")
@@ -84,7 +84,7 @@ def defaults_in_help(words: list[str]) -> DecodeConfig:
     checkpoint = named.heads or named.checkpoint or DEFAULT_CHECKPOINT
     try:
         return settings_in_force({}, checkpoint, named.settings)[0]
-    except UserError:  # the command itself will say so
+    except UserError:  # the command itself will report the error
         return COMMAND
 
 
@@ -92,8 +92,8 @@ def defaults_in_help(words: list[str]) -> DecodeConfig:
 
 
 def read_settings_file(path: Path) -> dict:
-    """The content of a settings file: configurations by name, by task; {} if there is no file. Raises
-    UserError for another file."""
+    """The content of a settings file: configurations by name for each task; {} if there is no file. Raises
+    UserError for any other file."""
     content = read_json(path, "settings by task") if path.is_file() else {}
     for name, value in content.items():
         if not isinstance(value, dict):
@@ -109,9 +109,9 @@ def read_configurations(path: Path, task: str) -> dict[str, dict]:
 
 
 def changed(config: DecodeConfig, fields: dict) -> DecodeConfig:
-    """A named configuration changed by --thresholds and flags. It stays what its name says: a static exit,
-    whose threshold is 0, stays static; adaptive drafting makes its own choices; copies are never
-    owed."""
+    """A named configuration changed by --thresholds and flags. It remains what its name says: a static exit,
+    whose threshold is 0, remains static; adaptive drafting still makes its own choices; with fill copy,
+    nothing is owed."""
     kept = ("max_owed",) if config.fill == "copy" else ()
     if config.draft == "auto":
         kept = (*AUTO_CHOOSES, "threshold_schedule")
@@ -130,9 +130,9 @@ class Variant(NamedTuple):
 
 def variants(words: str, base: DecodeConfig, named: dict[str, DecodeConfig] | None = None) -> list[Variant]:
     """The configurations that --compare lists, as in full,softmax+verify,jsd+exit-layers=4,8: a part that is
-    a number goes on with the list before it. Each begins with the name of a configuration in `named`, else
-    with full, static or a confidence function, which change `base`. Then come changes, +field or
-    +field=value; checkpoint=FILE names another model. Raises UserError."""
+    a number continues the list before it. Each begins with the name of a configuration in `named`, else with
+    full, static or a confidence function, which change `base`. Then come changes, +field or +field=value;
+    checkpoint=FILE names another model. Raises UserError."""
     found = {}
     for name in re.split(r",(?!\s*\d)", words):
         first, *changes = name.strip().split("+")
@@ -145,8 +145,8 @@ def variants(words: str, base: DecodeConfig, named: dict[str, DecodeConfig] | No
 
 
 def first_configuration(word: str, base: DecodeConfig, named: dict[str, DecodeConfig]) -> DecodeConfig:
-    """The configuration that a word of --compare begins with. Raises UserError for a word that is not
-    known."""
+    """The configuration that the first word of a part of --compare names. Raises UserError for an unknown
+    word."""
     if word in named:
         return named[word]
     if word == "full":
@@ -159,7 +159,7 @@ def first_configuration(word: str, base: DecodeConfig, named: dict[str, DecodeCo
 
 
 def name_of(fields: dict) -> str:
-    """What a configuration given by flags is called, as --compare would write it: its confidence function
+    """The name of a configuration given by flags, as --compare would write it: its confidence function
     (without one, full) and its changes."""
     name = str(fields.get("confidence", COMMAND.confidence) or "full")
     for field, value in fields.items():
@@ -178,7 +178,7 @@ def read_fields(texts: dict[str, str]) -> dict:
 
 def fields_of(content: dict, path: str | Path, what: str) -> dict:
     """Fields of DecodeConfig from a part of a JSON file, each as its flag would read it. Raises UserError for
-    what no flag would take, and for a function of one's own: code is named by flags only, never by a file
+    values that no flag would accept, and for a user's own function: only flags may name code, never a file
     that came with a model."""
     try:
         if not isinstance(content, dict):

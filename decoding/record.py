@@ -24,7 +24,7 @@ class Token:
     amateurs: dict[int, int] = field(default_factory=dict)  # exit layer -> the layer it was contrasted with
 
     def explain(self, trace: Trace) -> None:
-        """Takes over what the trace of its position holds."""
+        """Takes over the confidences, thresholds and amateurs from the trace of its position."""
         self.confidences, self.thresholds = trace.confidences, trace.thresholds
         self.amateurs = {**self.amateurs, **trace.amateurs}
 
@@ -33,7 +33,7 @@ class Token:
 class Counters:
     """The work done; the loop reports to it, and a subclass may record more (decoding/replay.py). FLOPs count
     multiply-adds twice, and cover the weights of blocks, attention, and heads. Those of confidence checks are
-    the heads that were computed for a check and did not yield the token."""
+    the FLOPs of heads that were computed for a check and did not yield the token."""
 
     tokens: int = 0
     block_runs: int = 0
@@ -53,8 +53,8 @@ class Counters:
         return Trace(*args)
 
     def add_pass(self, before: list[int], cache: KVCache, layer: int, trace: Trace) -> None:
-        """One pass up to `layer` (L + 1: the LM head), which took the layers of the staircase from the
-        heights `before` to cache.begun."""
+        """Counts one pass up to `layer` (L + 1: the LM head), which raised the layers of the staircase from
+        the heights `before` to cache.begun."""
         shape, stop = trace.model.config, cache.begun
         L = shape.n_layers
         for first, layers in groupby(before[1 : min(layer, L) + 1]):
@@ -68,26 +68,26 @@ class Counters:
         self.confidence_flops += sum(flops for head, flops in trace.flops.items() if head != layer)
 
     def add_copies(self, shape: ModelConfig, layers: int) -> None:
-        """Keys and values copied to a number of layers: each has its projection of queries, keys and
-        values."""
+        """Counts copies of keys and values to a number of layers, each of which computes its projection of
+        queries, keys and values."""
         heads = shape.n_heads + 2 * shape.n_kv_heads
         self.block_flops += layers * 2 * heads * shape.head_dim * shape.d_model
 
     def ideal_speedup(self, shape: ModelConfig, shortlist: bool) -> float:
-        """The steps of the staircase that the full model runs for these tokens, over those that were run.
-        With a shortlist the head over the vocabulary is one of them, as many blocks as its weights make;
-        without one every check reads these weights, and none is saved."""
+        """The steps of the staircase that the full model runs for these tokens, divided by those that were
+        run. With a shortlist, the LM head is one of them, counted as (its weights / a block's weights) steps;
+        without one, every check reads these weights, so nothing is saved there."""
         head = shape.vocab_size * shape.d_model / block_weights(shape) if shortlist else 0
         return (shape.n_layers + head) * self.tokens / (self.block_runs + head * self.deep_passes)
 
     def add_miss(self, trace: Trace, token: int) -> None:
-        """Whether the full model's token was among the candidates of the confidence checks."""
+        """Notes whether the full model's token was among the candidates of the confidence checks."""
         if trace.confidences and trace.candidates is not None:
             self.pruned_deep += 1
             self.missed += token not in trace.candidates
 
     def add_judgement(self, drafted: int, kept: int) -> None:
-        """What the full model made of the drafts."""
+        """Counts the drafts that the full model judged, and those that it kept."""
         self.drafted += drafted
         self.accepted += kept
 
@@ -111,8 +111,7 @@ class Generation:
 
 
 def first_difference(tokens: Sequence[int], full_tokens: Sequence[int]) -> int | None:
-    """Position of the first token that differs, a prefix differing where it ends; None for equal
-    sequences."""
+    """Position of the first token that differs (a prefix differs where it ends); None for equal sequences."""
     return next((i for i, (a, b) in enumerate(zip_longest(tokens, full_tokens)) if a != b), None)
 
 
@@ -123,7 +122,7 @@ def block_weights(config: ModelConfig) -> int:
 
 
 def block_flops(config: ModelConfig, first: int, stop: int) -> int:
-    """One block on the positions first .. stop - 1: 2 per weight and row, 4 H C per row and position that it
-    sees (without a window)."""
+    """FLOPs of one block on the positions first .. stop - 1: 2 per weight and row, 4 H C per row and position
+    that it sees (without a window)."""
     seen = (first + 1 + stop) * (stop - first) // 2
     return 2 * block_weights(config) * (stop - first) + 4 * config.n_heads * config.head_dim * seen

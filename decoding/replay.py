@@ -86,14 +86,14 @@ class Recorder(Counters):
         self.passes[-1].drafted, self.passes[-1].kept = drafted, kept
 
     def close_pass(self) -> None:
-        """Notes how the newest pass left things. (Adaptive drafting may still work after it.)"""
+        """Completes the record of the newest pass. (Adaptive drafting may still do work after the pass.)"""
         if self.passes:
             newest = self.passes[-1]
             newest.after, newest.block_runs = self.heights, self.block_runs
             newest.flops = self.block_flops + self.head_flops
 
     def watch(self, tokens: Iterator[Token]) -> Iterator[Token]:
-        """Hands on the tokens of a run. A token stands where the positions begun ended when it was made."""
+        """Records and yields tokens; `at` is `stop` of the pass of a token, or of the draft it replaced."""
         seen, drafts = -1, []
         for token in tokens:
             newest = len(self.passes) - 1

@@ -72,7 +72,7 @@ class DecodeConfig:
             resolve(self.confidence)
 
     def check_auto(self) -> None:
-        """Raises UserError for what contradicts adaptive drafting."""
+        """Raises UserError for settings that contradict adaptive drafting."""
         if not self.verify or self.confidence is None:
             raise UserError("draft is auto, which needs verify and a confidence function, such as softmax")
         given = [name for name in AUTO_CHOOSES if getattr(self, name) is not None]
@@ -82,7 +82,7 @@ class DecodeConfig:
 
     def check_prompt(self, prompt: list[int], shape: ModelConfig) -> None:
         """Raises UserError unless `prompt` is one non-empty list of a model's token ids with room for an
-        answer, and the model knows the stop tokens."""
+        answer, and the stop tokens are ids of the model, too."""
         if len(prompt) == 0 or not all(isinstance(token, int) for token in prompt):
             raise UserError("the prompt must be one non-empty list of token ids (batch size 1)")
         if len(prompt) >= shape.max_len:
@@ -95,13 +95,13 @@ class DecodeConfig:
                 raise UserError(f"{where} has the id {token}; this model's lie in 0 to {last}")
 
     def exits(self, shape: ModelConfig) -> dict[int, float]:
-        """The layers at which this model may exit, with their thresholds. Raises UserError for one that it
-        does not have, and if none is left."""
+        """The layers at which this model may exit, with their thresholds. Raises UserError for a layer that
+        it does not have, or that needs a classifier and has none, and if there is no exit layer."""
         L, layers = shape.n_layers, self.exit_layers
-        beyond = (L,) if self.shortlist else ()  # after all blocks, but not the head over the vocabulary
+        beyond = (L,) if self.shortlist else ()  # after all blocks, but before the LM head
         if layers is None:
             layers = shape.exit_layers or tuple(range(1, L))
-            layers += () if self.confidence == "classifier" else beyond  # the last layer has none
+            layers += () if self.confidence == "classifier" else beyond  # the last layer has no classifier
         check_exit_layers("exit_layers", [layer for layer in layers if layer not in beyond], L)
         if not self.confidence:
             return {}

@@ -1,4 +1,4 @@
-"""A shortlist of the vocabulary: the ids that confidence checks read if a head over all ids would cost too
+"""A shortlist of the vocabulary: the ids that confidence checks score if a head over all ids would cost too
 much.
 
 It holds the most frequent ids of a corpus, which a model keeps as `frequent_ids` (tools/shortlist.py counts
@@ -26,12 +26,12 @@ _FREQUENT = weakref.WeakKeyDictionary()  # model -> size -> what all of its runs
 
 
 class Shortlist:
-    """The shortlist of one text. `ids` (n,) int64; `weights` their rows of the unembedding, (n, d) in all:
-    those of the frequent ids, in the form that heads multiply with, then the others."""
+    """The shortlist of one text. `ids` (n,) int64; `weights` holds their rows of the unembedding, (n, d) in
+    all: those of the frequent ids, in the form that heads multiply with, then the others."""
 
     def __init__(self, model: Transformer, size: int, length: int):
         """The `size` most frequent ids, and room for `length` more: those of the prompt and of tokens from
-        the full model (a draft is in it already). Raises UserError if the model knows fewer."""
+        the full model (drafts are already in it). Raises UserError if fewer are known."""
         self.model = model
         self.ids, weight, known = frequent(model, size)
         self.weights = [weight]
@@ -40,7 +40,7 @@ class Shortlist:
         self._count = 0  # how many these are
 
     def add(self, tokens: list[int]) -> None:
-        """Appends those of the tokens that are not there yet."""
+        """Appends the tokens that are not in the shortlist yet."""
         new = [token for token in dict.fromkeys(tokens) if token not in self._known]
         if not new:
             return
@@ -73,9 +73,9 @@ def frequent(model: Transformer, size: int) -> tuple[Tensor, Tensor, frozenset[i
 
 
 def find_frequent_ids(file, checkpoint, heads, content: dict, vocab_size: int) -> Tensor | None:
-    """The ids in `file`; without one those in the content of a checkpoint and its `heads`; without these
-    those in a file next to one of the two (model.ids.npy next to model.pt), if there are any: (n,) int64.
-    Raises UserError for anything but a list of the model's ids."""
+    """The frequent ids, (n,) int64: those in `file` if one is named, else those in the content of a
+    checkpoint and its `heads`, else those in a file next to one of the two (model.ids.npy next to model.pt),
+    else None. Raises UserError for anything but a list of the model's ids."""
     if file is None and "frequent_ids" in content:
         return checked_ids(content["frequent_ids"], vocab_size, f"{heads or checkpoint}, frequent_ids")
     if file is None:
@@ -95,7 +95,7 @@ def read_ids(file: str | os.PathLike) -> Tensor | None:
     try:
         with open(file, "rb") as opened:
             return torch.from_numpy(np.lib.format.read_array(opened, allow_pickle=False))
-    except (ValueError, TypeError, EOFError):  # no .npy, cut short, or of a dtype that torch does not know
+    except (ValueError, TypeError, EOFError):  # not a .npy file, cut short, or of a dtype that torch lacks
         return None
 
 

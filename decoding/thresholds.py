@@ -14,9 +14,9 @@ from common.config import Number, read_choice
 
 
 class Constant:
-    """The same at every step: `thresholds` maps an exit layer to its threshold."""
+    """The same thresholds at every step: `thresholds` maps an exit layer to its threshold."""
 
-    numbers: tuple[Number, ...] = ()  # what it takes besides the thresholds
+    numbers: tuple[Number, ...] = ()  # its parameters besides the thresholds
     learns = False  # whether it learns from what the full model says about early tokens
 
     def __init__(self, thresholds: dict[int, float]):
@@ -66,10 +66,10 @@ class Adaptive(Constant):
         self.held.append((confidence, guess))
 
     def compare(self, truth: list[int], newest: list[tuple[float, int]]) -> None:
-        """Learns from a pass that reached the top, whose LM head found the tokens `truth`: from every early
-        exit held, and from the (confidence, token) of every layer checked in this pass, whether its token was
-        the full model's. truth[i] judges the early exit i; one more, for the newest position, follows unless
-        the pass only computed what was owed."""
+        """Learns from a pass that reached the top, whose LM head predicted the tokens `truth`: compares these
+        with every early exit held, and with `newest`, the (confidence, token) of every layer checked in this
+        pass. truth[i] judges the early exit i; one more token, for the newest position, follows unless the
+        pass only computed what was owed."""
         for (confidence, guess), token in zip(self.held, truth):
             if confidence is not None:
                 self.learn(confidence, guess == token)
@@ -79,7 +79,7 @@ class Adaptive(Constant):
         self.update()
 
     def learn(self, confidence: float, agreed: bool) -> None:
-        """Takes in the confidence of one exit head and whether its token was the full model's."""
+        """Records the confidence of one exit head and whether its token was the full model's."""
         (self.agreed if agreed else self.disagreed).append(confidence)
 
     def update(self) -> None:

@@ -23,10 +23,10 @@ class Trace:
     (TraceView in confidence.py says what confidence functions may use.)"""
 
     def __init__(self, model: Transformer, config: DecodeConfig, shortlist: Shortlist | None = None):
-        """`config`: its confidence function has been resolved."""
+        """The confidence function of `config` must have been resolved."""
         self.model, self.config, self.shortlist = model, config, shortlist
         self.hidden: list[Tensor] = []  # h_0 .. h_l, (1, R, d) each, the newest position last
-        self.final: Tensor | None = None  # (R, V) logits of the rows that the LM head took, if any did
+        self.final: Tensor | None = None  # (R, V) logits of the rows that the LM head ran on, if any
         self.candidates: Tensor | None = None  # (n,) int64 token ids; None is the whole vocabulary
         self.n = model.config.vocab_size  # how many candidates there are
         self.checked: dict[int, int] = {}  # layer checked -> over how many candidates
@@ -36,7 +36,7 @@ class Trace:
         self.flops: dict[int, int] = {}  # layer -> floating-point operations of its head
         self._logits: dict[int, Tensor] = {}  # layer -> z over the candidates, (n,)
         self._guesses: dict[int, Tensor] = {}  # layer checked -> its best token, before pruning could drop it
-        # What `stack` multiplies with, in parts that make (n, d). [None]: the whole W. None: pruned since, so
+        # The matrix of `stack`, (n, d), in parts. [None]: the whole W. None: pruned since, so
         # `stack` has to gather the candidates' rows of W.
         self._weights: list[Tensor | None] | None = [None]
         if shortlist is not None:
@@ -58,14 +58,14 @@ class Trace:
         self.thresholds[layer] = threshold
         if threshold > 0:
             if getattr(self.config.confidence, "reads_logits", True):
-                self.prune()  # first, so that amateurs are read over few candidates, too
+                self.prune()  # first, so that amateurs are computed over few candidates, too
             self.confidences[layer] = checked_confidence(self.config.confidence, self)
         self.checked[layer] = self.n
         return self.confidences.get(layer, 0.0) >= threshold
 
     def prune(self) -> None:
-        """Vocabulary pruning: of the candidates so far, those of largest z_l stay, as many as the schedule
-        says; all logits known so far are cut to these."""
+        """Vocabulary pruning: of the candidates so far, keeps those with the largest z_l, as many as the
+        schedule says, and cuts all logits computed so far to these."""
         schedule, sizes = read_pruning(self.config.prune)
         if schedule is None:
             return
@@ -89,7 +89,7 @@ class Trace:
         return self.logits(layer).log_softmax(-1)
 
     def stack(self, layers: list[int]) -> list[Tensor]:
-        """z of several layers, those not known yet in one product, so that W is read once: (n,) each."""
+        """z of several layers, (n,) each; one product yields all that are missing, so W is read once."""
         missing = [layer for layer in layers if layer not in self._logits]
         if missing:
             if self._weights is None:  # pruned
@@ -107,13 +107,13 @@ class Trace:
         return index if self.candidates is None else self.candidates[index]
 
     def guess(self, layer: int) -> int:
-        """Token id of the most probable candidate at `layer`, among those that there were when it was
+        """Token id of the most probable candidate at `layer`, among those present when the layer was
         checked."""
         known = layer in self._guesses
         return int(self._guesses[layer] if known else self.token(self.logits(layer).argmax()))
 
     def spread(self, probs: Tensor | None) -> Tensor | None:
-        """Probabilities of the candidates (n,) as those of the vocabulary (V,)."""
+        """Extends probabilities (n,) of the candidates to the vocabulary: (V,), 0 for all other tokens."""
         if probs is None or self.candidates is None:
             return probs
         return probs.new_zeros(self.model.config.vocab_size).scatter(0, self.candidates, probs)
@@ -126,8 +126,8 @@ class Trace:
         return trace
 
     def checked_at(self, states: list[Tensor]) -> "Trace":
-        """Another position of the text, with the states h_0 .. h_l, (1, 1, d) each, whose confidence is
-        checked at layer l alone."""
+        """The trace of another position of the text, which has the states h_0 .. h_l, (1, 1, d) each, with a
+        confidence check at layer l alone."""
         trace = Trace(self.model, self.config, self.shortlist)
         trace.hidden = list(states)
         trace.decided(math.inf)

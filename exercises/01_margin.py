@@ -2,16 +2,16 @@
 
 A model may stop after layer l if the next token is decided there. CALM's simplest answer (Schuster 2022,
 section 3.5, "softmax response"): take the distribution p_l over the vocabulary that layer l would predict,
-and subtract the second largest probability from the largest. 1 is certain, 0 is a tie.
+and subtract the second largest probability from the largest. 1 means certain, 0 a tie.
 
 A confidence function gets the trace of the newest position and a layer, and returns a number in [0, 1].
 `trace.logits(layer)` are the layer's logits, (n,). Write it below, then
 
     python -m pytest exercises/01_margin.py
 
-When it passes, watch it decide: python decode.py --prompt "Guten Morgen!" --confidence
-exercises.01_margin:margin (To think about: why not simply the largest probability? Name two distributions
-that it cannot tell apart.)
+When it passes, watch it decide:
+    python decode.py --prompt "Guten Morgen!" --confidence exercises.01_margin:margin
+(To think about: why not simply the largest probability? Name two distributions that it cannot tell apart.)
 """
 
 import torch

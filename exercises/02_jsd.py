@@ -1,13 +1,13 @@
 """2. JSD by hand: how different are two layers' opinions?
 
-DoLa (Chuang 2023) contrasts the last layer with the earlier one that differs from it most. The distance is
+DoLa (Chuang 2023) contrasts the last layer with the earlier layer that differs from it most. The distance is
 the Jensen-Shannon divergence: with m = (p + q) / 2,
 
     JSD(p, q) = KL(p‖m) / 2 + KL(q‖m) / 2        KL(p‖m) = sum over x of p(x) log(p(x) / m(x))
 
-Natural logarithm, and 0 log 0 = 0. It is symmetric, 0 for equal distributions, and never above log 2: a value
-above that, which users of DoLa have reported, shows a mistake (the wrong direction of the KL, logits in place
-of probabilities, or a mean over the vocabulary in place of the sum).
+The logarithm is the natural one, and 0 log 0 = 0. JSD is symmetric, 0 for equal distributions, and never
+above log 2: a value above that, which users of DoLa have reported, shows a mistake (the wrong direction of
+the KL, logits instead of probabilities, or a mean over the vocabulary instead of the sum).
 
 Write both functions, then
 
@@ -29,8 +29,8 @@ def jsd(p, q):
 
 
 def most_different(probs, layer):
-    """The layer j below `layer` of the largest JSD(p_layer, p_j) / (layer - j). probs: layer -> distribution
-    (n,)."""
+    """The layer j below `layer` with the largest JSD(p_layer, p_j) / (layer - j). probs: layer ->
+    distribution (n,)."""
     raise NotImplementedError("your turn")
 
 

@@ -5,9 +5,9 @@ tokens, so
 
     entropy confidence = 1 - H(p_l) / log n
 
-Patience (after PABEE, Zhou 2020): stop when several layers running agree on the best token, however sure each
-may be. Here: 1.0 if layers l, l - 1 and l - 2 have the same best token, else 0.0. Below layer 3 there are no
-three: 0.0.
+Patience (after PABEE, Zhou 2020): stop when several layers in a row agree on the best token, however sure
+each may be. Here: 1.0 if layers l, l - 1 and l - 2 have the same best token, else 0.0. Below layer 3, where
+there are not three layers, it is 0.0.
 
 `trace.logits(j)` are the logits of any layer j up to the newest, computed when they are first needed.
 

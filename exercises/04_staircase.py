@@ -21,8 +21,8 @@ from decoding.presets import DEFAULT_CHECKPOINT
 
 
 def naive(model, prompt, exits, threshold, steps):
-    """The new tokens, and the layer that each came from: two lists. At most `steps` tokens, the end of text,
-    which is model.config.eos_id, included. exits: layers, rising."""
+    """Returns two lists, the new tokens and the layer that each came from: at most `steps` tokens, including
+    the end of text (model.config.eos_id). exits: layers in ascending order."""
     raise NotImplementedError("your turn")
 
 
@@ -42,4 +42,4 @@ def test_the_staircase_is_exact():
             tokens, layers = naive(model, prompt, exits, threshold, 15)
         assert tokens == out.tokens and layers == out.exit_layers
         used.update(layers)
-    assert len(used) > 2  # early and late ones, or it would show nothing
+    assert len(used) > 2  # early and late ones, or the test would show nothing

@@ -34,8 +34,8 @@ class Forgetful(Staircase):
 
 
 def wrong_layers(model, right, broken, position):
-    """The layers, rising, whose keys at `position` differ between two staircases by more than rounding
-    (1e-6)."""
+    """The layers, in ascending order, whose keys at `position` differ between two staircases by more than
+    rounding (1e-6)."""
     raise NotImplementedError("your turn")
 
 
@@ -43,7 +43,7 @@ def wrong_layers(model, right, broken, position):
 
 
 def climbed(kind, model, text, depths):
-    """A staircase after one pass for each of `depths`: (tokens of the text, exits). Every exit is taken."""
+    """A staircase after one pass for each (length of the text, exits) in `depths`. Every exit is taken."""
     stairs = kind(model, len(text))
     stairs.cache.zero_()
     for length, exits in depths:

@@ -5,8 +5,8 @@ thirty of Gemma 3 270M. But a token that is not among the best 64 after layer 4 
 keep only the best candidates after the first check, and compute later heads for these alone. What is pruned
 is lost to the exits, not to the last layer.
 
-Write a schedule that halves: k candidates after the first check, then half of what there is, rounded up,
-but never fewer than k_min. And write the step that prunes. The trap in it: an index into the logits is not a
+Write a schedule that halves: k candidates after the first check, then half of those left, rounded up, but
+never fewer than k_min. And write the step that prunes. The trap in it: an index into the logits is not a
 token id any more.
 
     python -m pytest exercises/06_pruning.py
@@ -21,13 +21,13 @@ from decoding.presets import DEFAULT_CHECKPOINT
 
 
 def halving(n, k, k_min):
-    """How many of the n candidates to keep. More than k: there has been no check yet."""
+    """How many of the n candidates to keep. If n is more than k, there has been no check yet."""
     raise NotImplementedError("your turn")
 
 
 def keep(logits, candidates, size):
-    """The `size` candidates of the largest logits, the best first. logits (n,), candidates (n,) token ids ->
-    (size,)"""
+    """The `size` candidates with the largest logits, the best first. logits (n,), candidates (n,) token ids
+    -> (size,)"""
     raise NotImplementedError("your turn")
 
 

@@ -1,15 +1,15 @@
 """7. Judging drafts: early exit that cannot change the output.
 
 In verified mode early tokens are drafts. When a pass reaches the top, the full model has a distribution for
-every one of them, and one more: row i judges draft i, the last row says what follows if all are kept.
+every one of them, and one more: row i judges draft i, and the last row predicts what follows if all are kept.
 
 Greedy: keep drafts while each is the full model's best token. At the first that is not, put the full model's
 in its place.
 
 Sampled (Leviathan 2023, Chen 2023): draft x was drawn from the exit's distribution q; p is the full model's.
 Keep x with probability min(1, p(x) / q(x)). At the first that is not kept, draw another from max(p - q, 0),
-made to sum to 1. If all are kept, draw one more from the last row. What comes out is then distributed exactly
-as if the full model had drawn it.
+made to sum to 1. If all are kept, draw one more from the last row. The output is then distributed exactly as
+if the full model had drawn it.
 
     python -m pytest exercises/07_judging.py
 
@@ -60,7 +60,7 @@ def test_what_the_full_model_never_says_is_never_kept():
 
 def test_what_comes_out_is_distributed_as_the_full_model_says():
     """5,000 draws with a fixed seed: the standard deviation of a share is at most 0.007, so 0.03 is more than
-    four."""
+    four of them."""
     p = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25]])
     q = torch.tensor([[0.1, 0.2, 0.0, 0.7]])
     generator, counts = torch.Generator().manual_seed(0), torch.zeros(4)

@@ -1,19 +1,19 @@
 """8. A loss of one's own: teach the exits two things at once.
 
 An exit can learn from the text (cross-entropy with the next token) or from the model's own last layer (KL
-divergence from its distribution, which gets no gradient: the exit shall follow, not the last layer give in).
-Half of each is a fair deal:
+divergence from its distribution, which gets no gradient: the exit is to follow the last layer, not the
+reverse). Here, take half of each:
 
     loss = ½ · -log p_l(target)  +  ½ · KL(p_L‖p_l)
     KL(p_L‖p_l) = sum over x of p_L(x) (log p_L(x) - log p_l(x))
 
-`final` is a function that gives the last layer's logits, (n, V), without gradient; it is None when the layer
-is the last one itself, which has no other to learn from: there the loss is the cross-entropy. Return one loss
-for each target.
+`final` is a function that returns the last layer's logits, (n, V), without gradient; it is None when the
+layer is the last one itself, which has no other to learn from: there the loss is the cross-entropy alone.
+Return one loss for each target.
 
     python -m pytest exercises/08_loss.py
 
-That is the form in which training takes it: the head of training/losses.py says how to hand it to train.py.
+Training accepts a loss of this form: the docstring of training/losses.py says how to pass it to train.py.
 (To think about: for early exit, which half matters more? What would an exit learn where the last layer is
 wrong?)
 """

@@ -1,9 +1,9 @@
 """9. Calibrating a threshold: how bold may an exit be?
 
-Somebody asks: "at most 10 % loss, and be wrong about that at most once in ten times". Take n inputs, measure
-the loss of each at a threshold (0: the full model's text, 1: nothing in common), and ask: if the true mean
-were above the tolerance t, how likely would a mean r as small as this be? Hoeffding's inequality answers, for
-independent losses in [0, 1]:
+Somebody asks for "at most 10 % loss, and be wrong about that at most once in ten times". Take n inputs,
+measure the loss of each at a threshold (0: the full model's text, 1: nothing in common), and ask: if the true
+mean were above the tolerance t, how likely would a mean r as small as this be? Hoeffding's inequality
+answers, for independent losses in [0, 1]:
 
     p = exp(-2 n (t - r)²)    where r < t, else 1
 
@@ -12,8 +12,8 @@ level; the answer is the last one that passed, or None (Learn then Test, Angelop
 
     python -m pytest exercises/09_calibration.py
 
-(To think about: why may the walk not go on behind a failure, and pick the boldest threshold that passes? And
-why must the order of the thresholds be settled before the losses are seen? The project's own p-value is
+(To think about: why may the walk not continue after a failure, and pick the boldest threshold that passes?
+And why must the order of the thresholds be settled before the losses are seen? The project's own p-value is
 sharper: look for it.)"""
 
 import math
@@ -26,8 +26,8 @@ def p_value(losses, tolerance):
 
 
 def calibrate(losses, candidates, tolerance, error):
-    """The last of the candidates, in their order, before the first failure, or None. losses: threshold ->
-    list."""
+    """The last of the candidates, in their order, before the first failure, or None. losses: a function,
+    threshold -> list."""
     raise NotImplementedError("your turn")
 
 
@@ -54,8 +54,8 @@ def test_the_walk_stops_at_the_first_failure():
 
 
 def test_the_guarantee_holds():
-    """The true mean loss at threshold c is 1 - c, the tolerance 0.3. Of 300 trials 10 % may choose too
-    boldly, give or take chance (fixed seed). And the choice must not be timid for no reason."""
+    """The true mean loss at threshold c is 1 - c, the tolerance 0.3. Of 300 trials, 10 % may choose too
+    boldly, give or take chance (fixed seed). Nor must the choice be needlessly timid."""
     draw, candidates = random.Random(0), [step / 20 for step in range(20, -1, -1)]
 
     def losses(threshold):

@@ -1,4 +1,4 @@
-"""The largest probability alone cannot tell (0.5, 0.5, 0, ..), a toss, from (0.5, 0.001, 0.001, ..), a
+"""The largest probability alone cannot tell (0.5, 0.5, 0, ..), a toss-up, from (0.5, 0.001, 0.001, ..), a
 decision."""
 
 

@@ -1,5 +1,5 @@
-"""It is log 2 where no token has a probability in both. Neighbours are alike for no other reason than that
-they are neighbours: divided by the distance, a layer must differ by more than its depth explains."""
+"""JSD is log 2 if no token is possible under both. Neighbours are alike just because they are neighbours:
+after the division, a layer is chosen only if it differs by more than its distance explains."""
 
 import torch
 

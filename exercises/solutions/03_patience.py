@@ -1,6 +1,6 @@
 """Entropy needs one head, which is needed anyway to emit the token; patience needs three, unless every layer
-is asked in turn: then two of them are known already. On this model a head costs as much as a block and a
-half, so patience is best asked late, or over few candidates (exercise 6)."""
+is checked in turn: then two of them have been computed already. On this model a head costs as much as a block
+and a half, so patience is best checked late, or over few candidates (exercise 6)."""
 
 import math
 

@@ -1,5 +1,5 @@
-"""Both agree because the staircase skips nothing for good: before a token runs a layer, every earlier
-position has run it, from the same state that the naive loop computes. It only computes it later, and once."""
+"""Both agree because the staircase skips nothing for good: when a position runs through a layer, all earlier
+ones did so before or do so now, from the states that the naive loop computes, only later and once."""
 
 import torch
 

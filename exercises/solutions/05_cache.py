@@ -1,7 +1,7 @@
-"""The first token has no key in layers 5 to 12: nobody has run it there. The second has its own, right, key
-in layer 5, which is made from its state after layer 4; but in layer 5 it attends to the first one's missing
-key, so that its state is wrong from there on, and with it its keys in layers 6 to 12. With one exit for all,
-no layer above it is ever asked."""
+"""The first token has no key in layers 5 to 12, because it did not run through them. The second token's own
+key in layer 5 is right, since it is made from its state after layer 4; but in layer 5 it attends to the first
+one's missing key, so that its state is wrong from there on, and with it its keys in layers 6 to 12. With one
+exit for all, no layer above it ever runs."""
 
 from minimal import Staircase
 

@@ -1,7 +1,7 @@
-"""x comes out in two ways. Drawn and kept: q(x) min(1, p(x)/q(x)) = min(p(x), q(x)). Or put in place of
+"""x is emitted in two ways. It is drawn and kept: q(x) min(1, p(x)/q(x)) = min(p(x), q(x)). Or it replaces
 another: a draft is rejected with probability 1 - sum min(p, q) = sum max(p - q, 0), and x is then drawn with
-max(p(x) - q(x), 0) over that same sum. Together min(p, q) + max(p - q, 0) = p. The mass comes from the tokens
-of which q had too much."""
+max(p(x) - q(x), 0) divided by that same sum. Together, min(p, q) + max(p - q, 0) = p. The mass comes from the
+tokens to which q gave too much."""
 
 import torch
 

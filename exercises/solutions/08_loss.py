@@ -1,5 +1,5 @@
-"""For early exit the second half: an exit is asked what the full model would say, right or wrong. Where the
-last layer is wrong, the halves pull apart, and the exit learns something between, which is what neither the
+"""For early exit, the second half: an exit is to predict what the full model would say, right or wrong. Where
+the last layer is wrong, the halves pull apart, and the exit learns something in between, which neither the
 text nor the model says."""
 
 import torch.nn.functional as F

@@ -1,7 +1,7 @@
-"""Of many thresholds that are all too bold, one passes by luck sooner or later. The walk asks a second
-question only after a right answer to the first: to be wrong it must fail at the first threshold that is too
-bold, one test, and that has the error level of one test. An order chosen after a look at the losses would put
-the lucky one first."""
+"""Of many thresholds that are all too bold, one passes by luck sooner or later. The walk tests a threshold
+only after all those before it have passed: to be wrong, it must let the first one that is too bold pass, and
+the error level of this one test limits the probability of that. An order chosen after a look at the losses
+would put the lucky one first."""
 
 import math
 

@@ -12,9 +12,9 @@ from common.errors import UserError
 
 def option(default, text: str, group: str = "", rare: bool = False, choices=None, **limits):
     """A field of a config dataclass that is also a flag. `text` describes it, with its unit or range. `group`
-    is the title in --help under which the flag stands; a flag without one stands at the top. A `rare` flag is
-    shown by --help-all only. For `check_limits`: `choices` are the words allowed, or a function that raises
-    UserError for a value that is not allowed; `limits` are those of `check_range`."""
+    is the title in --help under which the flag is listed; a flag without one is listed at the top. A `rare`
+    flag is shown only by --help-all. For `check_limits`: `choices` are the words allowed, or a function that
+    raises UserError for a value that is not allowed; `limits` are those of `check_range`."""
     metadata = {"help": text, "group": group, "rare": rare, "choices": choices, "limits": limits}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -34,9 +34,9 @@ class Number:
 
 
 def read_choice(name: str, text: str, known: dict[str, tuple[Number, ...]]) -> tuple[str, list]:
-    """A choice and its numbers from text such as "decaying:64:16"; numbers that are left out at the end have
-    their defaults. `known` holds the numbers of each choice. Raises UserError for anything else; `name` is
-    that of the setting."""
+    """Parses text such as "decaying:64:16" into a choice and its numbers; numbers that are left out at the
+    end have their defaults. `known` maps each choice to its numbers, and `name` is the setting's name. Raises
+    UserError for any other text."""
     choice, *parts = text.split(":")
     numbers = known.get(choice)
     given = len(parts)
@@ -62,7 +62,7 @@ def forms(known: dict[str, tuple[Number, ...]]) -> list[str]:
 
 def check_range(name: str, value, least=None, most=None, above=None) -> None:
     """Raises UserError unless the number is at least `least`, at most `most` and above `above`, where these
-    are given; NaN is not."""
+    are given; NaN satisfies none of them."""
     limits = ("at least", least, operator.ge), ("above", above, operator.gt), ("at most", most, operator.le)
     limits = [limit for limit in limits if limit[1] is not None]
     if not all(holds(value, bound) for _, bound, holds in limits):
@@ -71,8 +71,8 @@ def check_range(name: str, value, least=None, most=None, above=None) -> None:
 
 
 def check_limits(config) -> None:
-    """Raises UserError for a field of a config whose value, or a part of whose tuple, is not among the
-    choices, or outside the limits, that its `option` gives. None is always allowed."""
+    """Raises UserError if the value of a config field, or an element of its tuple, is not among the choices
+    or not within the limits that its `option` declares. None is always allowed."""
     for field in dataclasses.fields(config):
         value, metadata = getattr(config, field.name), field.metadata
         values = value if isinstance(value, tuple) else () if value is None else (value,)
@@ -82,8 +82,8 @@ def check_limits(config) -> None:
 
 
 def check_choice(name: str, value, choices: Iterable[str] | Callable | None) -> None:
-    """Raises UserError for a value that is neither None nor among the choices; a function checks by
-    itself."""
+    """Raises UserError for a value that is neither None nor among the choices. If `choices` is a function, it
+    checks the value."""
     if callable(choices):
         choices(value)
     elif choices is not None and value not in (None, *choices):
@@ -107,13 +107,13 @@ def check_fields(config) -> None:
 
 
 def is_kind(value, kind) -> bool:
-    """Whether the value is of this kind: a type, tuple[type, ...] or type | None. An int may stand for a
-    float, but no bool for an int. A number must be finite and have at most 64 bits."""
+    """Whether the value is of this kind: a type, tuple[type, ...] or type | None. An int is accepted as a
+    float, but a bool is not accepted as an int. A number must be finite and have at most 64 bits."""
     arms = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(is_kind(part, arms[0]) for part in value)
     if arms:
         return any(is_kind(value, arm) for arm in arms)
     if kind is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max  # which NaN is not, either
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for NaN, too
     return type(value) is kind and (kind is not int or abs(value) < 2**63)

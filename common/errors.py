@@ -1,5 +1,5 @@
-"""Mistakes of a user: one line, and exit status 2. Every other exception is a mistake of ours, or of a user's
-own function: a traceback."""
+"""User errors are reported in one line, with exit status 2. Every other exception is a mistake of ours, or of
+a user's own function, and shows its traceback."""
 
 import errno
 import os
@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """What a user did wrong: names the value, the limit and the remedy, in one line."""
+    """A user's mistake. The message names the value, the limit and the remedy, in one line."""
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command. A mistake that the user can mend (a UserError, a file that cannot be used, a full disk
-    or GPU) ends it with one line and status 2, Ctrl-C with status 130."""
+    """Runs a command. An error that the user can fix (a UserError, a file that cannot be used, a full disk or
+    GPU) ends it with one line and status 2; Ctrl-C ends it with status 130."""
     try:
         main()
     except BrokenPipeError:  # the reader of our output has left

@@ -1,4 +1,4 @@
-"""Files written whole or not at all; JSON that somebody else wrote; short names for what lies in files."""
+"""Writing files whole or not at all, reading JSON that somebody else wrote, and short names for data."""
 
 import contextlib
 import hashlib
@@ -12,18 +12,18 @@ from common.errors import UserError
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[str]:
-    """Gives a temporary name to write to; renames it to `path` at the end, so that the file is written whole
-    or not at all.
+    """Yields a temporary name to write to, and renames that file to `path` at the end, so that the file is
+    written whole or not at all.
 
-    A symbolic link stays one: the file that it points to is written. Raises UserError for a path that is
-    there and no regular file (a folder, a device, a FIFO), and for a full disk; OSError, which names the
-    file, where nothing may be written.
+    A symbolic link is kept: the file that it points to is replaced. Raises UserError for a path that exists
+    but is not a regular file (a folder, a device, a FIFO), and for a full disk; OSError, which names the
+    file, if nothing may be written there.
     """
     path = os.path.realpath(path)
     check_replaceable(path)
     part = f"{path}.part"
     try:
-        open(part, "wb").close()  # says at once, and with the name, if it may not be written
+        open(part, "wb").close()  # fails at once, and with the name, if it may not be written
         yield part
         os.replace(part, path)
     except OSError as error:
@@ -37,9 +37,9 @@ def whole_file(path: str | os.PathLike) -> Iterator[str]:
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike, problem: str = "cannot be read") -> Iterator[None]:
-    """Makes one line that names the file of whatever goes wrong inside: a UserError gets the name in front
-    unless it has it, any other exception becomes "PATH: PROBLEM (reason)". Put only the reading of data that
-    somebody else wrote inside, because a mistake of ours becomes a line, too."""
+    """Turns whatever goes wrong inside into one line that names the file: a UserError gets the name in front
+    unless it begins with it, and any other exception becomes "PATH: PROBLEM (reason)". Use this only around
+    code that reads data that somebody else wrote, because a mistake of ours becomes a line, too."""
     try:
         yield
     except UserError as error:
@@ -57,7 +57,7 @@ def in_short(error: Exception) -> str:
 
 
 def check_replaceable(path: str | os.PathLike) -> None:
-    """Raises UserError unless `path` is a regular file, or nothing yet in a folder that exists."""
+    """Raises UserError unless `path` is a regular file, or a new name in a folder that exists."""
     target = os.path.realpath(path)
     if os.path.lexists(target) and not os.path.isfile(target):
         raise UserError(f"{path}: is not a regular file and is not replaced; give another name")
@@ -66,7 +66,7 @@ def check_replaceable(path: str | os.PathLike) -> None:
 
 
 def check_input(path: str | os.PathLike, missing: str = "no such file") -> None:
-    """Raises UserError unless `path` is a regular file; where there is nothing, `missing` says what is."""
+    """Raises UserError unless `path` is a regular file; if it does not exist, the message says `missing`."""
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; name a file in it")
     if not os.path.exists(path):
@@ -76,8 +76,8 @@ def check_input(path: str | os.PathLike, missing: str = "no such file") -> None:
 
 
 def check_outputs(outputs: list, inputs: list) -> None:
-    """Raises UserError, or OSError, for a file to write (None: none) that cannot be written, that is one of
-    the files to read, or that is named twice."""
+    """Raises UserError or OSError for an output file that cannot be written, that is also one of the inputs,
+    or that is named twice. A None in either list is skipped."""
     taken = {os.path.realpath(path): "is read here, and would be overwritten" for path in inputs if path}
     for path in filter(None, outputs):
         check_replaceable(path)
@@ -96,8 +96,8 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: str | os.PathLike, what: str) -> dict:
-    """The object in a JSON file, which is to be used as `what` (in words). Raises UserError for anything
-    else."""
+    """The object in a JSON file; `what` says in messages what the file is used as. Raises UserError for
+    anything else."""
     path = Path(path)
     check_input(path, f"no such file; expected {what}")
     content = parse_json(path.read_bytes(), str(path))
@@ -116,8 +116,8 @@ def parse_json(text: str | bytes, where: str):
 
 
 def digest(*parts) -> str:
-    """A short name for these values; for the content of files given as Path, by their size and time of
-    change."""
+    """A short name for these values; for a file given as a Path, made from its path, size and modification
+    time."""
     state = []
     for part in parts:
         if isinstance(part, Path):

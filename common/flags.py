@@ -19,9 +19,9 @@ DTYPES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors, which `run` prints in one line, and whose help
-    shows the module's text as it is. It takes no shortened flags: a new flag would change what they mean.
-    --help leaves out flags that are `rare`; --help-all shows them."""
+    """An argument parser whose errors are UserErrors, which `run` prints in one line, and whose help shows
+    the module's text as it is. It accepts no abbreviated flags, because a new flag could change their
+    meaning. --help leaves out flags that are `rare`; --help-all shows them."""
 
     def __init__(self, description: str, **options):
         form = argparse.RawDescriptionHelpFormatter
@@ -46,13 +46,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def rare(action: argparse.Action) -> argparse.Action:
-    """Makes a flag that was just added one that only --help-all shows."""
+    """Hides a flag that was just added from --help, so that only --help-all shows it."""
     action.help_all, action.help = action.help, argparse.SUPPRESS
     return action
 
 
 class HelpAll(argparse.Action):
-    """Prints the help of all flags, those that are rare among them."""
+    """Prints the help of all flags, including the rare ones."""
 
     def __call__(self, parser, *_):
         for action in parser._actions:
@@ -90,15 +90,15 @@ def placeholder(name: str, kind) -> str:
 
 
 def as_text(value) -> str:
-    """The text from which `reader` reads the value again."""
+    """The text that `read_field` turns back into this value."""
     if isinstance(value, (tuple, list)):
         return ",".join(map(str, value)) or "none"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def read_field(config: type, name: str, text: str):
-    """The value of a field of a config from text, as its flag reads it; of a bool, without text, True. Raises
-    UserError."""
+    """The value of a config field from text, as its flag reads it; for a bool, empty text means True. Raises
+    UserError for an unknown field or an unreadable value."""
     kinds = typing.get_type_hints(config)
     field = name.replace("-", "_")
     if field not in kinds:
@@ -112,7 +112,7 @@ def read_field(config: type, name: str, text: str):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The known word that is most like this one, as the part of a message; nothing if none is like it."""
+    """The known word most similar to this one, as a part of a message; empty if none is similar."""
     similar = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {similar[0]}?" if similar else ""
 
@@ -121,10 +121,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser, defaults, title: str = "", skip=(), common=None) -> None:
-    """Adds --field-name for every field of a config, and shows its default; a flag that is not given leaves
-    nothing in the parsed arguments. In --help, fields without a group stand under `title`, or without one
-    under no title of their own, the others under the title of their group, in the order of the fields. Fields
-    in `skip` get no flag; if the fields in `common` are named, all others are rare."""
+    """Adds a flag --field-name, whose help shows the default, for every field of a config; a flag that is not
+    given is absent from the parsed arguments. In --help, flags are in the order of the fields, under the
+    title of their group; those without a group are under `title`, or, without one, among the parser's own
+    flags. Fields in `skip` get no flag; if `common` is given, all fields that it does not name are rare."""
     kinds = typing.get_type_hints(type(defaults))
     groups = {"": parser.add_argument_group(title) if title else parser}
     for field in dataclasses.fields(defaults):
@@ -177,8 +177,8 @@ def add_thread_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def loading(args: argparse.Namespace) -> dict:
-    """The model flags as arguments of `load_checkpoint`. Sets --threads. Raises UserError for what is not
-    there."""
+    """The model flags as arguments of `load_checkpoint`. Applies --threads and --device. Raises UserError if
+    they cannot be applied."""
     use_threads(args.threads)
     use_device(args.device)
     names = "device", "check", "frequent_ids", "heads"
@@ -187,7 +187,7 @@ def loading(args: argparse.Namespace) -> dict:
 
 
 def use_threads(count: int | None) -> None:
-    """Sets PyTorch's threads, or leaves them as they are. Raises UserError for a number that cannot be."""
+    """Sets the number of PyTorch's threads, from 1 to 1024, unless it is None. Raises UserError."""
     if count is not None:
         check_range("threads", count, least=1, most=1024)
         torch.set_num_threads(count)

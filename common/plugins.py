@@ -1,4 +1,4 @@
-"""Functions of the user's own, named on the command line as module:function."""
+"""The user's own functions, named on the command line as module:function."""
 
 import importlib
 import inspect
@@ -10,9 +10,9 @@ from common.errors import UserError
 
 
 def find_function(kind: str, name: str, known: dict[str, Callable], arguments: tuple[str, ...]) -> Callable:
-    """The function that is `known` under `name`, or that "package.module:function" imports; `kind` says in
-    messages what it is. Raises UserError if there is none, or if it does not take the arguments; an exception
-    of the module itself passes through, with its traceback."""
+    """The function that is `known` under `name`, or that is imported from "package.module:function"; `kind`
+    says in messages what it is. Raises UserError if there is none, or if it does not accept the arguments;
+    other exceptions of the module itself pass through, with their traceback."""
     if name in known:
         return known[name]
     module, colon, attribute = name.partition(":")

@@ -1,11 +1,11 @@
-"""How threads wait for each other, and how large tensors lie in memory. Imported before torch by the commands
-and the core, which is all that it takes.
+"""Settings for how threads wait for each other, and for how large tensors lie in memory. The commands and the
+core import this module before torch, which is all that it needs.
 
 PyTorch's threads (OpenMP) spin while they wait. On a machine that others use, too, a spinning thread takes
-the core from the one that it waits for: two threads then run many times slower than one. Spinning 30,000
-rounds at most costs next to nothing on a machine of our own, and mends most of that. And of tensors of 2 MB
-and more PyTorch asks Linux for pages of 2 MB in place of 4 kB, so that reading them misses fewer translations
-of addresses. The libraries read the variables once, when torch is imported.
+the core from the thread that it waits for: two threads then run many times slower than one. Limiting the
+spinning to 30,000 rounds costs next to nothing on a machine of our own, and removes most of that slowdown.
+For tensors of 2 MB and more, PyTorch asks Linux for pages of 2 MB instead of 4 kB, so that reading them
+misses fewer translations of addresses. The libraries read the variables once, when torch is imported.
 """
 
 import os

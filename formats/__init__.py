@@ -1,1 +1,1 @@
-"""What lies on a disk: data files, checkpoints, foreign checkpoints, tokenizers."""
+"""File formats: data files, checkpoints of this project and of others, tokenizers."""

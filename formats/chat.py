@@ -1,5 +1,5 @@
-"""Chats: a conversation becomes the text that a model was trained on, by the template that came with its
-checkpoint (jinja2, as Hugging Face's library uses it)."""
+"""Chats: a conversation is rendered as the kind of text that a model was trained on, with the template that
+came with its checkpoint (jinja2, as Hugging Face's library uses it)."""
 
 import datetime
 import json
@@ -12,7 +12,7 @@ from common.files import read_json, reading
 from formats.checkpoint import read_checkpoint
 from formats.tokenizers.tokenizer import GUARD, Tokenizer
 
-MARK = "\ufdd1"  # no character: stands for an answer whose end is looked for
+MARK = "\ufdd1"  # a noncharacter, in place of an answer whose end is looked for
 LONGEST_TEXT = 2**22  # characters
 
 
@@ -20,7 +20,7 @@ LONGEST_TEXT = 2**22  # characters
 
 
 def find_template(folder: Path) -> str | None:
-    """The template of a Hugging Face folder; of several the one called default. Raises UserError."""
+    """The template of a Hugging Face folder, the one named default if there are several. Raises UserError."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8", errors="replace")
@@ -42,7 +42,7 @@ def check_template(template, where) -> str | None:
 
 
 def load_chat(path: str | os.PathLike, tokenizer: Tokenizer | None) -> "Chat":
-    """The chat of a checkpoint, for its tokenizer. Raises UserError where it has none."""
+    """The `Chat` of a checkpoint, for its tokenizer. Raises UserError if template or tokenizer is missing."""
     template = read_checkpoint(path).get("chat_template")
     if tokenizer is None or template is None:
         lacks = "chat template" if tokenizer else "tokenizer"
@@ -55,8 +55,8 @@ def load_chat(path: str | os.PathLike, tokenizer: Tokenizer | None) -> "Chat":
 
 
 def compile_template(template: str):
-    """A template as a program of jinja2's, set up as Hugging Face's library does (`_compile_jinja_template`):
-    in a sandbox, so that it reaches nothing but what it is given. Raises UserError where jinja2 is missing,
+    """Compiles a template with jinja2, set up as in Hugging Face's library (`_compile_jinja_template`): in a
+    sandbox, so that it can reach nothing but its arguments. Raises UserError if jinja2 is missing,
     TemplateError for a mistake in the template."""
     try:
         from jinja2.exceptions import TemplateError
@@ -66,7 +66,7 @@ def compile_template(template: str):
         raise UserError("--chat needs the package jinja2; pip install jinja2") from None
 
     class GenerationTag(Extension):
-        """Passes over {% generation %} .. {% endgeneration %}, which mark what training learns."""
+        """Ignores the tags {% generation %} and {% endgeneration %}, which enclose what is trained on."""
 
         tags = {"generation"}  # noqa: RUF012  jinja2's name
 
@@ -98,8 +98,8 @@ def conversation(prompt: str, shots: Sequence[tuple[str, str]] = ()) -> list[tup
 
 
 class Chat:
-    """A template with the tokenizer of its checkpoint; `name` is what to call it in errors. Raises UserError
-    where jinja2 is missing."""
+    """A template with the tokenizer of its checkpoint; errors call it `name`. Raises UserError if jinja2 is
+    missing or the template has a mistake."""
 
     def __init__(self, template: str, tokenizer: Tokenizer, name: str = "the chat template"):
         self.template, self.tokenizer, self.name = template, tokenizer, name
@@ -112,8 +112,8 @@ class Chat:
 
     def text(self, turns: list[tuple[str, str]], answer: bool = True) -> str:
         """A conversation as the model reads it, up to where its answer begins; with `answer` False up to the
-        end of the last turn. GUARD keeps special tokens that stand in the turns from being tokens. Raises
-        UserError for a template that raises, or whose text is too long."""
+        end of the last turn. GUARD keeps special tokens that are written in the turns from becoming tokens.
+        Raises UserError if the template raises an exception, or writes too much text."""
         tokenizer, text = self.tokenizer, ""
         begin = "" if tokenizer.begin is None else tokenizer.piece(tokenizer.begin)
         end = tokenizer.piece(tokenizer.ends[0]) if tokenizer.ends else ""
@@ -132,17 +132,17 @@ class Chat:
         return self.tokenizer.encode(self.text(turns), special=True)
 
     def guarded(self, text: str) -> str:
-        """A text whose special tokens `encode` will take for letters."""
+        """The text with GUARD in its special tokens, so that `encode` treats them as plain text."""
         for special in self.tokenizer.specials:
             text = text.replace(special, special[0] + GUARD + special[1:])
         return text
 
     def _ends(self) -> tuple[int, ...]:
-        """The token with which the template ends an answer, so that a model's answer ends there, too; none if
-        it ends it with plain text."""
+        """The special token with which the template ends an answer, so that a model's answer ends there, too;
+        none if an answer ends with plain text."""
         try:
             text = self.text([("user", "?"), ("assistant", MARK)], answer=False)
-        except UserError:  # which the user's own conversation will raise, too, or it does not matter
+        except UserError:  # if it matters, the user's own conversation will raise it, too
             return ()
         after = text.rpartition(MARK)[2].lstrip()
         found = [special for special in self.tokenizer.specials if after.startswith(special)]

@@ -1,10 +1,10 @@
-"""One-file checkpoints: written whole, read memory-mapped, checked; and the tokenizer inside.
+"""One-file checkpoints, which are written whole, read memory-mapped and checked, and the tokenizer inside.
 
-A file is what torch.save writes, a zip archive, of one dictionary: `format`, `config` (fields of
-ModelConfig), `weights` (name -> tensor), perhaps `scales` (name -> those of a weight in int8, see
+A file is the zip archive that torch.save writes of one dictionary: `format`, `config` (fields of
+ModelConfig), `weights` (name -> tensor), perhaps `scales` (name -> the scales of an int8 weight, see
 decoding/fast_weights.py), `tokenizer` (the bytes that formats/tokenizers/tokenizer.py reads, or None),
-perhaps `chat_template` (text or None, see formats/chat.py), and whatever else its writer had to say (plain
-values, tensors). A heads file (formats/heads.py) is of the same kind, by another `format`.
+perhaps `chat_template` (text or None, see formats/chat.py), and whatever else its writer added (plain values,
+tensors). A heads file (formats/heads.py) has the same structure, but another `format`.
 """
 
 import functools
@@ -22,7 +22,7 @@ from common.files import in_short, reading, whole_file
 FORMAT, HEADS = "early-exit checkpoint 1", "early-exit heads 1"
 WHOLE, PART = "a whole model (for --checkpoint or --init)", "heads without their model (for --heads)"
 HOLDS = {FORMAT: WHOLE, HEADS: PART}
-STORED = (torch.float32, torch.bfloat16, torch.float16)  # what weights may be in a file
+STORED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that weights may have in a file
 
 
 # ---------------------------------------------------------------- writing
@@ -37,13 +37,13 @@ def save_checkpoint(path, model, tokenizer: bytes | None, dtype=None, **extra) -
 
 
 def as_blob(tokenizer: bytes | None) -> Tensor | None:
-    """The bytes of a tokenizer as they are written."""
+    """The bytes of a tokenizer as the uint8 tensor that is stored."""
     return None if tokenizer is None else torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
 
 
 def write_content(path: str | os.PathLike, content: dict, dtype: torch.dtype | None) -> None:
-    """Writes a whole checkpoint, all its entries, or nothing: matrices as `dtype` (None: as they are),
-    vectors as they are. Raises UserError for a full disk."""
+    """Writes all entries of a checkpoint to a file, whole or not at all: matrices as `dtype` (None: as they
+    are), vectors as they are. Raises UserError for a full disk."""
     stored = {}
     for name, weight in content["weights"].items():
         kept = dtype or weight.dtype if weight.dim() > 1 else weight.dtype
@@ -62,10 +62,10 @@ def save_part(part: str, content: dict) -> None:
 
 
 def seal(path: str | os.PathLike) -> None:
-    """Puts the right checksums into a file of torch.save whose data were written later, through memory."""
+    """Corrects the checksums in a torch.save file whose data were written later, through a memory map."""
     with zipfile.ZipFile(path, "a") as archive:
         for entry in archive.infolist():
-            del entry.CRC  # that of the data before; reading would compare with it
+            del entry.CRC  # of the previous data; reading would compare with it
             crc = 0
             with archive.open(entry) as file:
                 while block := file.read(2**20):
@@ -78,9 +78,9 @@ def seal(path: str | os.PathLike) -> None:
 
 
 def read_checkpoint(path: str | os.PathLike, check: bool = False, kind: str = FORMAT) -> dict:
-    """The content of a checkpoint file of this kind, FORMAT or HEADS, all its entries, memory-mapped; with
-    `check` compared with its checksums first. Raises UserError for a file that is not one, and for entries
-    that are not what they must be."""
+    """All entries of a checkpoint file of this kind, FORMAT or HEADS, memory-mapped; with `check`, the file
+    is compared with its checksums first. Raises UserError for a file that is not such a checkpoint, and for
+    entries that are not valid."""
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; name a file in it, or convert it with convert.py")
     if is_gguf(path):
@@ -103,7 +103,7 @@ def read_checkpoint(path: str | os.PathLike, check: bool = False, kind: str = FO
 
 
 def is_gguf(path: str | os.PathLike) -> bool:
-    """Whether this is a file of llama.cpp's, which convert.py reads."""
+    """Whether this is a GGUF file, llama.cpp's format, which convert.py reads."""
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
@@ -121,7 +121,7 @@ def compare_checksums(path: str | os.PathLike) -> None:
 
 
 def check_entries(path: str | os.PathLike, content: dict) -> None:
-    """Raises UserError unless the entries of a checkpoint are of their kinds, and every weight is a plain
+    """Raises UserError unless every entry of a checkpoint has the right type, and every weight is a plain
     tensor."""
     content.setdefault("scales", {})
     kinds = {"config": dict, "weights": dict, "scales": dict, "tokenizer": Tensor | None}
@@ -152,23 +152,23 @@ def is_plain(value, dtypes: tuple[torch.dtype, ...]) -> bool:
 
 
 def check_finite(path: str | os.PathLike) -> None:
-    """Raises UserError if a weight of the checkpoint has a NaN or an infinity. It reads all of them, through
-    a mapping of its own, whose memory is free again when this is done."""
+    """Raises UserError if a weight of the checkpoint has a NaN or an infinity. This reads all weights,
+    through a memory map of its own, whose memory is free again afterwards."""
     content = read_checkpoint(path)
     for name, weight in [*content["weights"].items(), *content["scales"].items()]:
         check_values(weight, f"{path}: the weight {name}")
 
 
 def check_values(weight: Tensor, what: str) -> None:
-    """Raises UserError if a tensor has a NaN or an infinity. This takes no memory of the tensor's size."""
+    """Raises UserError if a tensor has a NaN or an infinity. This needs no second tensor of the same size."""
     if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
         kind = str(weight.dtype).removeprefix("torch.")
         raise UserError(f"{what} has values that are not finite: it is damaged, or overflows {kind}")
 
 
 def check_size(weights: dict[str, Tensor], config) -> None:
-    """Raises UserError unless the weights are as many layers as the config says, so that no model larger than
-    its file is built."""
+    """Raises UserError unless there are weights of as many layers as the config says, so that no model larger
+    than its file is built."""
     numbers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     if len(numbers) != config.n_layers:
         raise UserError(f"n_layers is {config.n_layers}, but there are weights of {len(numbers)} layers")

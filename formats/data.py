@@ -1,7 +1,7 @@
-"""Text in, batches out: the readers of every data format, prompts and completions.
+"""The readers of every data format, which turn files into prompts and completions.
 
-A document is [bos] prompt [sep] completion [eos], learned on the completion only; plain text has no prompt
-and is learned whole.
+A document is [bos] prompt [sep] completion [eos], of which only the completion is learned; plain text has no
+prompt and is learned whole.
 """
 
 import csv
@@ -21,12 +21,12 @@ FILES = {
     "translation": "data/translation/{}.tsv.xz", "e2e": "data/e2e/{}.csv.xz",
     "fairytaleqa": "data/fairytaleqa/{}.jsonl.xz", "stories": "data/stories/{}.jsonl.xz",
 }  # fmt: skip
-# Without a separator, the template of a prompt shows where the answer begins; by the kind of the file:
+# Without a separator, a prompt's template shows where the answer begins. For each kind of file:
 TEMPLATES = {".csv": "Facts: {}\nSentence:\n", ".tsv": "German: {}\nEnglish:\n"}  # E2E, translation
-LINE = "{}\n"  # of all others
+LINE = "{}\n"  # for all other kinds
 SUMMARY = "{dialogue}\nSummary:\n"  # the prompts of SAMSum
 QUESTION = "{context}\nQuestion: {question}\nAnswer:\n"  # and of SQuAD and FairytaleQA
-SURROGATE = re.compile("[\ud800-\udfff]")  # half of a letter, or what stands for a byte that is not UTF-8
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, or in place of a byte that is not UTF-8
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def task_file(task: str, split: str) -> str:
 
 
 def locate(path: str) -> str:
-    """The path of a file of the project, relative to the current folder if it lies below it; any other path
+    """The path of a file of the project, relative to the current folder if that contains it; any other path
     as it is."""
     own = ROOT / path
     if not own.is_file() or Path(path).is_file():
@@ -58,17 +58,17 @@ Found = tuple[str, str] | UserError  # a pair, or what is wrong with it
 
 def open_text(path: str | Path) -> io.TextIOBase:
     """Opens a text file, compressed (.xz, .gz) or not, as UTF-8, with or without a byte-order mark. Bytes
-    that are not UTF-8 come as surrogates, so that they spoil no more than their line."""
+    that are not UTF-8 become surrogates, so that they make only their own line unusable."""
     opener = {".xz": lzma.open, ".gz": gzip.open}.get(Path(path).suffix, open)
     return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def read_pairs(path: str | Path, skipped: list[str] | None = None) -> Iterator[tuple[str, str]]:
     """Yields (prompt, completion) from a file of the kind that its ending names: .csv with the columns mr and
-    ref (E2E NLG), .tsv with source and target (translation), .jsonl with a record a line, .json with a list
-    of records or SQuAD's layout, and .txt as one text. Records: see `from_record`. Empty lines are passed
-    over. Raises UserError naming the file, and the line where there is one, for what is malformed, not UTF-8,
-    or empty; given a list, notes malformed lines there instead, and skips them."""
+    ref (E2E NLG), .tsv with source and target (translation), .jsonl with one record per line, .json with a
+    list of records or SQuAD's layout, and .txt as one text. Records: see `from_record`. Empty lines are
+    skipped. Raises UserError, which names the file, and the line if there is one, for malformed, non-UTF-8 or
+    empty data; if `skipped` is a list, notes malformed lines there and skips them."""
     check_input(path, "no such data file")
     kind = ending(path)
     if kind not in READERS:
@@ -115,7 +115,7 @@ def _pair(where: str, prompt, completion, plain: bool = False) -> Found:
 
 
 def is_text(value) -> bool:
-    """Whether it is a text with something in it."""
+    """Whether the value is a text that is not blank."""
     return isinstance(value, str) and bool(value.strip())
 
 
@@ -131,7 +131,7 @@ def _read_csv(file, path) -> Iterator[Found]:
             continue
         if row is None:
             return
-        if None in row:  # where DictReader puts what is too many
+        if None in row:  # where DictReader puts surplus columns
             yield UserError(f"{path}, line {rows.line_num}: has more columns than the header")
         else:
             yield _pair(f"{path}, line {rows.line_num}", row["mr"], row["ref"])
@@ -185,10 +185,10 @@ READERS = {
 
 
 def from_record(row, where: str) -> Iterator[Found]:
-    """(prompt, completion) for every completion of a JSON record: `text`, whose prompt is ""; `prompt` with
-    `completion` or a list of `references`; `dialogue` and `summary` (SAMSum); `context`, `question` and
-    `answers`, texts, [{"text": …}] or {"text": […]} (FairytaleQA, SQuAD). A question that is marked as having
-    no answer (SQuAD 2.0) gives none."""
+    """Yields (prompt, completion) for every completion of a JSON record with these fields: `text`, whose
+    prompt is ""; `prompt` with `completion` or a list of `references`; `dialogue` and `summary` (SAMSum); or
+    `context`, `question` and `answers`: a list of texts, [{"text": …}] or {"text": […]} (FairytaleQA, SQuAD).
+    A question that is marked as having no answer (SQuAD 2.0) yields nothing."""
     row = row if isinstance(row, dict) else {}
     for name, value in row.items():
         if isinstance(value, str):
@@ -212,8 +212,8 @@ def from_record(row, where: str) -> Iterator[Found]:
 
 
 def is_unanswerable(row: dict) -> bool:
-    """Whether a question is marked as having no answer: by SQuAD 2.0's own file, or by an empty list next to
-    its starts."""
+    """Whether a question is marked as having no answer: by is_impossible, as in SQuAD 2.0's own file, or by
+    answers of the form {"text": []}."""
     answers = row.get("answers")
     empty = isinstance(answers, dict) and answers.get("text") == []
     return "question" in row and (row.get("is_impossible") is True or empty)

@@ -3,10 +3,10 @@
 To add a family:
 1. FAMILIES: add its model_type, with what its config.json may leave out.
 2. `model_config`: add what is new about its blocks, as a field of ModelConfig that model.py uses.
-3. HF and GGUF: add the names of tensors that are new, and ours.
+3. HF and GGUF: add the names of new tensors, and our names for them.
 4. For GGUF files: add it to ARCHITECTURES in formats/gguf.py.
-5. convert.py: add tensors that are fused in ours to PARTS, and to `copy_weights` what is stored differently
-   (such as Gemma's norms, from which 1 is subtracted).
+5. convert.py: add tensors that our model fuses to PARTS, and make `copy_weights` convert what is stored
+   differently (such as Gemma's norms, from which 1 is subtracted).
 """
 
 import math
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from common.errors import UserError
 from model import ModelConfig
 
-# Positions that a model keeps unless --max-len is more: the rotary table takes memory for each.
+# The most positions that a model has without --max-len: the rotary table needs memory for each position.
 MAX_LEN = 8192
 
 # A config.json may leave out what has a default in transformers. These are the defaults, by model_type.
@@ -57,9 +57,9 @@ FAMILIES = {
 
 
 def model_config(words: dict, max_len: int | None) -> ModelConfig:
-    """What a config.json means. Raises UserError for a family that is not known and for what is not
-    supported; KeyError, TypeError and the like for what is missing or of the wrong kind."""
-    if words.get("model_type") == "gemma3":  # with images: the text's configuration lies inside
+    """The ModelConfig that a config.json describes. Raises UserError for a family that is not known and for
+    what is not supported; KeyError, TypeError and the like for what is missing or of the wrong type."""
+    if words.get("model_type") == "gemma3":  # reads images, too; the text model's configuration is nested
         words = {**words, **words["text_config"], "model_type": "gemma3_text"}
     family = check_family(words.get("model_type"), "model_type", FAMILIES)
     stated = words.get("max_position_embeddings")
@@ -103,8 +103,8 @@ def model_config(words: dict, max_len: int | None) -> ModelConfig:
 
 
 def check_family(name, what: str, known: Iterable[str]) -> str:
-    """The name of a family, which `what` (model_type, architecture) gives. Raises UserError for one that is
-    not known."""
+    """Returns `name`, the value of `what` (model_type, architecture). Raises UserError if it is not among the
+    known families."""
     if name not in list(known):
         raise UserError(f"{what} {name!r:.40} is not supported; choose from {', '.join(known)}")
     return name
@@ -117,8 +117,8 @@ def activation(words: dict, gemma: bool) -> str:
 
 
 def window_fields(words: dict, n_layers: int) -> dict:
-    """The fields on sliding windows. A list of kinds names the layers without a window; otherwise every n-th
-    layer has none, or the family has a rule of its own."""
+    """The fields of ModelConfig on sliding windows. The list layer_types says which layers have no window;
+    without it, every n-th layer has none, or the family has a rule of its own."""
     if words.get("sliding_window") is None or words.get("use_sliding_window") is False:
         return {}
     kinds, every = words.get("layer_types"), words.get("sliding_window_pattern")
@@ -138,7 +138,7 @@ def window_fields(words: dict, n_layers: int) -> dict:
 
 def without_rotation(words: dict, n_layers: int) -> tuple[int, ...]:
     """SmolLM3: the layers whose queries and keys are not rotated. no_rope_layers marks them with 0; without
-    it, it is every n-th layer."""
+    that list, they are every n-th layer."""
     marks, every = words.get("no_rope_layers"), words.get("no_rope_layer_interval") or 4
     layers = range(1, n_layers + 1)
     if marks is None:
@@ -147,8 +147,8 @@ def without_rotation(words: dict, n_layers: int) -> tuple[int, ...]:
 
 
 def rope_fields(words: dict, local: bool) -> dict:
-    """The fields on rotary embedding: rope_theta and rope_scaling, or rope_parameters, which hold both,
-    perhaps for each kind of layer."""
+    """The fields of ModelConfig on rotary embedding, from rope_theta and rope_scaling, or from
+    rope_parameters, which holds both, perhaps for each kind of layer."""
     whole = words.get("rope_parameters") or {}
     sliding = whole.get("sliding_attention") or {}
     whole = whole.get("full_attention") or whole
@@ -189,8 +189,8 @@ SKIPPED = re.compile(r"rotary_emb\.inv_freq|rope_freqs|vision_tower\.|multi_moda
 
 
 def name_table(names: str, post_norms: bool) -> dict[str, str]:
-    """Their names -> ours, both without .weight and with # for the number of a block, from 0. Tensors that
-    are fused in ours have the names of their parts: q, k, v; gate, up."""
+    """Tensor names of public checkpoints -> ours, both without .weight and with # for the number of a block,
+    from 0. Tensors that our model fuses are listed under the names of their parts: q, k, v; gate, up."""
     if names == "hf":
         prefix, outer = "model.layers", ("model.embed_tokens", "model.norm", "lm_head")
         block = HF | HF_SANDWICH if post_norms else HF
@@ -201,7 +201,7 @@ def name_table(names: str, post_norms: bool) -> dict[str, str]:
 
 
 def pattern(name: str) -> str:
-    """A tensor's name as `name_table` has it; in a model for images too, without what marks the text's."""
+    """A tensor's name as `name_table` has it, without the prefix of the text part of a model for images."""
     for prefix in ("language_model.model.", "model.language_model."):
         name = name.replace(prefix, "model.")
     name = name.replace("language_model.", "")

@@ -1,4 +1,4 @@
-"""GGUF files, by the optional package `gguf`, dequantized to float32 a few rows at a time."""
+"""GGUF files, read with the optional package `gguf` and dequantized to float32 a few rows at a time."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -20,7 +20,7 @@ ARCHITECTURES = {  # -> model_type
     "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text",
 }  # fmt: skip
 INTERLEAVED = ("llama", "smollm3")  # architectures whose rotary pairs llama.cpp stores side by side
-LARGE = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose scale of queries is another
+LARGE = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, which have a different query scale
 CHUNK = 1 << 22  # elements of a tensor dequantized at a time
 WORDS = {  # of config.json -> keys of the metadata
     "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
@@ -55,7 +55,7 @@ def open_gguf(path: Path) -> Source:
             tensors[each.name] = Stored(shape, torch.float32, pieces)
         config["vocab_size"] = tensors["token_embd.weight"].shape[0]
     config["tie_word_embeddings"] = "output.weight" not in tensors
-    if "rope_freqs.weight" in tensors:  # Llama 3: what every frequency is divided by, at most the factor
+    if "rope_freqs.weight" in tensors:  # Llama 3: frequency divisors, the largest is the factor
         (divisors,) = tensors["rope_freqs.weight"].pieces()
         config["rope_scaling"] = {**LLAMA_3_ROPE, "factor": float(divisors.max())}
     find = partial(gguf_tokenizer, path, fields)
@@ -77,7 +77,7 @@ def dequantize_rows(shape: tuple[int, ...], data, kind, head_dim: int) -> Iterat
 
 
 def gguf_config(fields: dict, family: str) -> dict:
-    """The metadata in the words of config.json. Raises KeyError for sizes that are missing."""
+    """The metadata under the keys of config.json. Raises KeyError for sizes that are missing."""
     config = {word: fields[f"{family}.{key}"] for word, key in WORDS.items() if f"{family}.{key}" in fields}
     config["model_type"] = ARCHITECTURES[family]
     ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]  # of a text, of a turn

@@ -1,9 +1,9 @@
-"""Heads in a file of their own: what training on top of a finished model adds to it, a few MB, and the
-fingerprint of the model that it belongs to.
+"""Heads files: what training on top of a finished model adds to it, a few MB, and the fingerprint of the
+model that it belongs to.
 
-The file is a checkpoint (formats/checkpoint.py) without the model: of the config the FIELDS, of the weights
-those whose names begin as HEAD_WEIGHTS do, perhaps `frequent_ids` (decoding/shortlist.py), and `model`, the
-fingerprint. Attached, these heads take the place of those that the model's own file holds.
+The file is a checkpoint (formats/checkpoint.py) without the model: the config has only FIELDS, the weights
+only those whose names begin with one of HEAD_WEIGHTS; it may have `frequent_ids` (decoding/shortlist.py), and
+`model` is the fingerprint. Loaded with the model, these heads replace those in the model's own file.
 """
 
 import os
@@ -23,15 +23,15 @@ SAMPLES = 16  # numbers of every weight in a fingerprint
 
 
 def fingerprint(content: dict) -> dict:
-    """What distinguishes a model from others, without its heads, from the content of its file: the `names` of
-    the weights; `samples` (names, SAMPLES) float32, evenly spaced numbers of each weight; and `steps`, by how
-    much int8 may have moved each number.
+    """Values that identify a model, without its heads, from the content of its file: the `names` of the
+    weights; `samples` (names, SAMPLES) float32, evenly spaced numbers of each weight; and `steps` (names,
+    SAMPLES), by how much int8 may have moved each number.
 
-    It reads some pages of the file, not all of it. It is made from the file, not from the model in memory,
-    whose weights may be packed or int8 there. It is no hash, because the same model in a float32, a float16
-    and a bfloat16 file has other bits in each, even after rounding all to the coarsest (float16 to bfloat16
-    rounds twice); numbers can be compared within that rounding (`same_model`). A model trained further
-    differs in some of thousands of samples."""
+    This reads some pages of the file, not all of it. The fingerprint is made from the file, not from the
+    model in memory, whose weights may be packed or int8 there. It is not a hash, because the same model has
+    different bits in a float32, a float16 and a bfloat16 file, even after rounding all of them to the
+    coarsest (float16 to bfloat16 rounds twice); numbers can be compared within that rounding (`same_model`).
+    A model trained further differs in some of thousands of samples."""
     weights, scales = content["weights"], content.get("scales", {})
     names = sorted(name for name in weights if not name.startswith(HEAD_WEIGHTS))
     samples, steps = torch.zeros(2, len(names), SAMPLES)
@@ -47,9 +47,9 @@ def fingerprint(content: dict) -> dict:
 
 
 def same_model(one: dict, other: dict) -> bool:
-    """Whether two fingerprints are of one model: their numbers no further apart than rounding one of them to
-    bfloat16 (by 2^-8 of a number) and the other to float16 (by 2^-11, or where that is more by 2^-25) takes
-    them, or int8 (by half a step; of the largest of a row up to a whole one)."""
+    """Whether two fingerprints are of one model: their numbers differ by no more than rounding one of them to
+    bfloat16 (by 2^-8 of a number) and the other to float16 (by 2^-11, or by 2^-25 where that is more)
+    explains, or rounding to int8 (by half a step; the largest of a row by up to a whole one)."""
     if one["names"] != other["names"] or one["samples"].shape != other["samples"].shape:
         return False
     apart = (one["samples"] - other["samples"]).abs()
@@ -60,7 +60,7 @@ def same_model(one: dict, other: dict) -> bool:
 
 
 def save_heads(path, model, belongs_to: dict, dtype=None, **extra) -> None:
-    """Writes the heads of a model, whose fingerprint `belongs_to` is, and `extra`, to one file, whole or not
+    """Writes the heads of a model, whose fingerprint is `belongs_to`, and `extra` to one file, whole or not
     at all; matrices as `dtype`. Raises UserError for a full disk."""
     config, weights = asdict(model.config), model.state_dict()
     content = {"format": HEADS, "config": {field: config[field] for field in FIELDS}, "model": belongs_to}
@@ -71,8 +71,8 @@ def save_heads(path, model, belongs_to: dict, dtype=None, **extra) -> None:
 
 
 def read_heads(path: str | os.PathLike) -> dict:
-    """The content of a heads file, compared with its checksums, which a small file allows. Raises
-    UserError for another file, and for a damaged one."""
+    """The content of a heads file, which is small and therefore always compared with its checksums. Raises
+    UserError for another kind of file, and for a damaged one."""
     content = read_checkpoint(path, check=True, kind=HEADS)
     if not {"names", "samples", "steps"} <= set(content.get("model", ())):
         raise UserError(f"{path}: does not say which model its heads belong to")
@@ -82,8 +82,8 @@ def read_heads(path: str | os.PathLike) -> dict:
 
 
 def read_model(path: str | os.PathLike, heads: str | os.PathLike | None = None, check: bool = False) -> dict:
-    """The content of a model's file, as `read_checkpoint` gives it, with the heads in the file `heads`, if
-    there is one, in place of its own. Raises UserError, also for heads of another model."""
+    """The content of a model's file, as `read_checkpoint` returns it. The heads in the file `heads`, if it is
+    given, replace the model's own. Raises UserError, also for heads of another model."""
     content = read_checkpoint(path, check)
     if heads is None:
         return content

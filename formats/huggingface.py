@@ -22,7 +22,7 @@ DTYPES = {  # of safetensors; convert.py names those that it cannot convert
 
 
 def open_hf(folder: Path) -> Source:
-    """Opens a folder; its safetensors files are taken if there are any. Raises UserError."""
+    """Opens a folder; its safetensors files are used if there are any. Raises UserError."""
     check_links(folder)
     config = read_json(folder / "config.json", "a configuration")
     config["eos_token_id"] = end_tokens(folder, config.get("eos_token_id"))
@@ -96,7 +96,7 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
 
 
 def view(raw: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> list[Tensor]:
-    """The tensor of these bytes, as the only piece of itself."""
+    """The tensor in these bytes, as a list of one piece."""
     if raw.storage_offset() % dtype.itemsize:  # safetensors does not promise alignment, but torch needs it
         raw = raw.clone()
     return [raw.view(dtype).view(shape)]

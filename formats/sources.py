@@ -1,5 +1,5 @@
 """The common form of an opened public checkpoint, whether it is a Hugging Face folder or a GGUF file: tensors
-that are read when they are needed, and a configuration in the words of a Hugging Face config.json."""
+that are read when they are needed, and a configuration with the keys of a Hugging Face config.json."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Source:
     """An opened checkpoint."""
 
     layout: str  # what the report calls it
-    config: dict  # in the words of config.json
+    config: dict  # with the keys of config.json
     names: str  # how its tensors are named: hf or gguf
     tensors: dict[str, Stored]
     interleaved: bool  # whether the rotary pairs of a head are (2i, 2i + 1) instead of (i, i + C/2)

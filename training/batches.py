@@ -63,7 +63,7 @@ def cut_text(text: str, tokenizer: Tokenizer, length: int) -> Iterator[list[int]
     itself cut. [eos] ends the last part."""
     part, size, parts = [], 0, []
     for line in text.splitlines(keepends=True):
-        more = len(tokenizer.encode(line)) + 1  # 1 of slack: within a text it may take more
+        more = len(tokenizer.encode(line)) + 1  # 1 of slack: within a text, a line may need more
         if part and size + more > length:
             parts.append("".join(part))
             part, size = [], 0
@@ -87,12 +87,12 @@ class Batch:
 def batches(
     records: np.ndarray, rows: int, length: int, seed: int | None = 0, start: int = 0, every: int = 1
 ) -> Iterator[Batch]:
-    """Packs the documents of `records` (from `tokenize`) into batches, endlessly, in an order that
-    depends only on `seed` and the epoch, so that skipping `start` batches resumes exactly. With `every` =
-    n it gives each n-th batch, the share of one of n processes. With `seed=None` it gives one epoch in
-    the order of the file. A document goes into the first row of the batch that has room; one that fits
-    nowhere waits for the next batch, and 16 waiting documents close the batch. No document may be longer
-    than length + 1 tokens, which `tokenize` ensures."""
+    """Packs the documents of `records` (from `tokenize`) into batches, endlessly, in an order that depends
+    only on `seed` and the epoch, so that skipping `start` batches resumes exactly. With `every` = n, it
+    yields every n-th batch, the share of one of n processes. With `seed=None`, it yields one epoch in the
+    order of the file. A document goes into the first row of the batch that has room; one that fits nowhere
+    waits for the next batch, and 16 waiting documents close the batch. No document may be longer than
+    length + 1 tokens, which `tokenize` ensures."""
     begins = np.flatnonzero(records["flags"] & START)
     ends = np.append(begins[1:], len(records))
     count = len(begins)

@@ -1,4 +1,4 @@
-"""Batches on their way to the device that trains."""
+"""Moving batches to the device that trains."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +25,8 @@ class DeviceBatch(NamedTuple):
 
 
 def to_device(batch: Batch, device: str) -> DeviceBatch:
-    """The batch on the device. The positions with a target are looked up before, on the CPU; copies to a GPU
-    start from pinned memory, so that nobody waits for them."""
+    """Copies a batch to the device. The positions with a target are found first, on the CPU; copies to a GPU
+    start from pinned memory, so that the CPU does not wait for them."""
     learned = np.flatnonzero(batch.targets >= 0)
     arrays = batch.inputs, batch.documents, learned, batch.targets.flat[learned]
     parts = [torch.from_numpy(array) for array in arrays]
@@ -36,10 +36,10 @@ def to_device(batch: Batch, device: str) -> DeviceBatch:
 
 
 def on_device(stream: Iterator[Batch], device: str) -> Iterator[DeviceBatch]:
-    """The batches on the device of training; for a GPU the next one is packed and copied while it works on
-    the one before."""
+    """The batches on the training device. For a GPU, the next batch is packed and copied while the GPU works
+    on the current one."""
     if device == "cuda":
-        device = f"cuda:{torch.cuda.current_device()}"  # which another thread would not know
+        device = f"cuda:{torch.cuda.current_device()}"  # another thread has its own current device
     moved = (to_device(batch, device) for batch in stream)
     return fetched_ahead(moved) if device.startswith("cuda") else moved
 

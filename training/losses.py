@@ -11,16 +11,16 @@ To try a loss of your own, write a file, and name it: `python train.py --loss my
     def smooth(exits):                        # Exits -> scalar
         return exits.weighted_sum(exits.in_turn(), smoothed)
 
-1. Choose layers: `exits.every()`, `exits.in_turn()` (some of them, in rotation), or a list. The model's last
-   layer, `exits.last`, is among the first two, except with --train heads, which leaves it as it is.
+1. Choose layers: `exits.every()`, `exits.in_turn()` (some of them, in rotation), or a list. The first two
+   include the model's last layer, `exits.last`, except with --train heads, which leaves it as it is.
 2. Say what one target costs there, from its logits alone, and `exits.weighted_sum` does the rest, in little
    memory. `final()` gives the last layer's logits (n, V) without a gradient; at the last layer itself `final`
    is None.
-3. Add what else you like: `exits.state(layer)` is h_l (N, d), `exits.logits(layer)` (N, V), `exits.targets`
+3. Add anything else: `exits.state(layer)` is h_l (N, d), `exits.logits(layer)` (N, V), `exits.targets`
    (N,), `exits.config` the settings, `exits.step` the number of the step. Return the mean over the N targets,
    so that each micro-batch is weighted by its number of targets.
 
-Dimensions: N targets of a micro-batch (of a document with a prompt, the tokens of its completion), n some of
+Dimensions: N targets of a micro-batch (in a document with a prompt, the tokens of its completion), n some of
 these, d model width, V vocabulary. Layers are numbered from 1 to L. With --train all:N or heads:N exits are
 trained on a part of the vocabulary (`part_of_vocabulary`), and `exits.targets` are indices into it.
 """
@@ -42,7 +42,7 @@ from confidence import classifier_logit
 from model import Transformer
 from training.device import DeviceBatch
 
-# Gives the last layer's logits (n, V) of the same targets, without a gradient.
+# Returns the last layer's logits (n, V) for the same targets, without a gradient.
 LastLogits = Callable[[], Tensor]
 # Logits (n, V) of one layer, targets (n,), and the last layer's logits (None at the last layer itself) ->
 # losses (n,).
@@ -51,9 +51,9 @@ TargetLoss = Callable[[Tensor, Tensor, LastLogits | None], Tensor]
 # Layers -> the weights of their losses, which add up to 1.
 Weigh = Callable[[list[int]], dict[int, float]]
 
-PER_STEP = 2  # exits that `rotate`, `distill` and `hidden` learn at each step
-E_SCALE = 0.2  # of the exits' losses in `layerskip` (LayerSkip takes 0.1 to 1)
-HIDDEN_WEIGHT = 1.0  # of the distance between states in `hidden` (FREE's scripts take 0.5)
+PER_STEP = 2  # exits that `rotate`, `layerskip`, `distill` and `hidden` train at each step
+E_SCALE = 0.2  # weight of the exits' losses in `layerskip` (LayerSkip uses 0.1 to 1)
+HIDDEN_WEIGHT = 1.0  # weight of the distance between states in `hidden` (FREE's scripts use 0.5)
 # How many logits of one layer are alive at a time: few enough for a CPU's cache, enough to keep a GPU busy.
 CHUNK = {"cpu": 2**20, "cuda": 2**25}
 FEWEST = 128  # targets at a time, whatever V: they share one reading of the unembedding
@@ -83,7 +83,7 @@ def divergence(logits: Tensor, targets: Tensor, final: LastLogits | None) -> Ten
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Which loss, at which exits, for which weights."""
+    """The choice of a loss, of the exits to train, and of the weights to train."""
 
     loss: str = option(
         "rotate",
@@ -137,14 +137,14 @@ def shares(layers: list[int]) -> dict[int, float]:
 
 
 def part_of_vocabulary(model: Transformer, size: int | None, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
-    """The unembedding of the `size` most frequent ids with those of the batch's texts, (n, d), and the
-    targets as indices into it, (N,): where V is large, the heads over all of it are most of a step, and
-    decoding checks exits over a shortlist (decoding/shortlist.py) anyway. size None: the whole unembedding,
-    and the targets as they are."""
-    if size is None:  # a view: of a leaf autocast keeps one bfloat16 copy, and sums its gradients in bfloat16
+    """The unembedding of the `size` most frequent ids and of those in the batch's texts, (n, d), and the
+    targets as indices into it, (N,). If V is large, heads over the whole vocabulary take most of a step's
+    time, and decoding checks exits over a shortlist (decoding/shortlist.py) anyway. With size None: the whole
+    unembedding, and the targets as they are."""
+    if size is None:  # a view: autocast keeps one bfloat16 copy of a leaf, and sums its gradients in bfloat16
         return model.unembed.view_as(model.unembed), batch.targets
     frequent = model.frequent_ids[:size].to(batch.targets.device)
-    ids = torch.cat([frequent, batch.inputs.flatten(), batch.targets]).unique()  # (n,), rising
+    ids = torch.cat([frequent, batch.inputs.flatten(), batch.targets]).unique()  # (n,), ascending
     return model.unembed[ids], torch.searchsorted(ids, batch.targets)
 
 
@@ -181,26 +181,26 @@ class Exits:
         return self._learned_states[layer]
 
     def vocabulary(self, layer: int) -> tuple[Tensor, Tensor]:
-        """What a layer is trained on: an unembedding (V, d), and the targets as indices into it (N,). That of
-        the last layer has all ids; otherwise ids that are in no batch would become its most probable."""
+        """The unembedding (V, d) that a layer is trained on, and the targets as indices into it (N,). That of
+        the last layer has all ids; otherwise, ids that are in no batch would become its most probable."""
         return self._whole if layer == self.last else (self.unembed, self.targets)
 
     def logits(self, layer: int) -> Tensor:
-        """z_l over the ids that exits are trained on: (N, V), with gradient; kept until the backward pass,
-        which for a large V is much memory. With --train all:N that holds for the last layer, too: train it
-        with `weighted_sum`, which scores all ids."""
+        """z_l over the ids that exits are trained on: (N, V), with gradient. They are kept until the backward
+        pass, which needs much memory if V is large. With --train all:N, the last layer's logits are over
+        these ids, too: train it with `weighted_sum`, which scores all ids."""
         self.used.add(layer)
         return self.model.score(self.model.exit_norm(self.state(layer), layer), self.unembed)
 
     def weighted_sum(
         self, layers: list[int], each: TargetLoss = cross_entropy, weigh: Weigh = shares, compare=False
     ) -> Tensor:
-        """The sum of the losses of these layers by the weights that `weigh` gives them, a scalar; the loss of
-        a layer is the mean over the N targets of what `each` gives. With `compare`, and where classifiers are
-        trained, it also notes where each exit agrees with the last layer, for `agreement`.
+        """The sum of the losses of these layers, with the weights that `weigh` returns, a scalar; the loss of
+        a layer is the mean of `each` over the N targets. With `compare`, or if classifiers are trained, this
+        also notes where each exit agrees with the last layer, for `agreement`.
 
-        Where there are many logits, those of n = max(FEWEST, CHUNK / V) targets at one layer are computed at
-        a time, and again for the backward pass (torch's checkpoint), so that they alone are alive: 4 n V
+        If there are many logits, they are computed for n = max(FEWEST, CHUNK / V) targets of one layer at a
+        time, and again for the backward pass (torch's checkpoint), so that only these are in memory: 4 n V
         bytes each for logits, log-probabilities, their gradient and the last layer's logits. For V = 131,072
         that is 4 x 64 MiB on a CPU and 4 x 128 MiB on a GPU.
         """
@@ -263,13 +263,12 @@ Loss = Callable[[Exits], Tensor]
 
 
 def find_loss(name: str) -> Loss:
-    """The loss of this name in LOSSES, or that "package.module:function" imports. Raises UserError."""
+    """The loss with this name in LOSSES, or imported as "package.module:function". Raises UserError."""
     return find_function("loss", name, LOSSES, ("exits",))
 
 
 def call_loss(name: str, exits: Exits) -> Tensor:
-    """What the loss called `name` gives. Raises UserError unless that is a scalar from which something
-    learns."""
+    """The value of the loss called `name`. Raises UserError unless it is a scalar tensor with a gradient."""
     value = find_loss(name)(exits)
     if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -348,8 +347,8 @@ LOSSES = {loss.__name__: loss for loss in (none, weighted, rotate, layerskip, di
 
 
 def classifier_loss(model: Transformer, hidden: Tensor, layer: int, labels: Tensor) -> Tensor:
-    """Cross-entropy of the layer's classifier with `labels` (N,), whether the exit agrees with the last layer
-    (CALM, section 3.5, where all layers share one classifier), both labels weighing the same however rare one
+    """Cross-entropy of the layer's classifier with `labels` (N,): whether the exit agrees with the last layer
+    (CALM, section 3.5, where all layers share one classifier). Both labels weigh the same, however rare one
     is (FREE balances them by logit adjustment). Only the classifier learns from it. hidden (N, d)."""
     logits = classifier_logit(model, hidden, layer)
     losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")

@@ -26,7 +26,7 @@ class Objective(nn.Module):
                 block.compile()
 
     def forward(self, batch: DeviceBatch, step: int) -> tuple[Tensor, Tensor]:
-        """The loss, and without gradient that of the deepest layer trained, as means over the targets."""
+        """The loss, and that of the deepest layer trained (without gradient), as means over the targets."""
         model, config = self.model, self.config
         with autocast(config):
             skipped = skipped_layers(config, model.config.n_layers, batch.number)
@@ -50,9 +50,9 @@ def autocast(config: TrainConfig):
 
 def skipped_layers(config: TrainConfig, n_layers: int, number: int) -> frozenset[int]:
     """Layers that micro-batch `number` leaves out: layer l with probability layer_dropout
-    (2^((l-1)/(L-1)) - 1), so the first never and the last with layer_dropout (LayerSkip, Eq. 3; there drawn
-    for each row by itself, here for all rows, which is simpler). The draw depends on the seed and the number
-    alone, so a resumed run repeats it."""
+    (2^((l-1)/(L-1)) - 1), so the first never and the last with layer_dropout (LayerSkip, Eq. 3; there, each
+    batch row has its own draw; here, all rows share one, which is simpler). The draw depends only on the seed
+    and the number, so a resumed run repeats it."""
     draw, skipped = random.Random(f"{config.seed} {number}"), set()
     for layer in range(1, n_layers + 1):
         depth = (layer - 1) / max(1, n_layers - 1)  # 0 for the first, 1 for the last

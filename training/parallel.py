@@ -1,5 +1,5 @@
 """A training step in several processes under torchrun, each with the whole model on its own device. Every
-process takes micro-batches of its own, and DistributedDataParallel averages the gradients."""
+process works on its own micro-batches, and DistributedDataParallel averages the gradients."""
 
 import contextlib
 import itertools
@@ -23,8 +23,8 @@ from training.settings import TrainConfig
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """Makes this process one of its group under torchrun; does nothing elsewhere. Raises UserError for a
-    device that is not there."""
+    """Selects the device; under torchrun, also makes this process a member of its group. Raises UserError for
+    a device that is not available."""
     rank = os.environ.get("LOCAL_RANK")
     use_device(f"cuda:{rank}" if device == "cuda" and rank is not None else device)
     if rank is None:
@@ -70,7 +70,7 @@ def average(value: float, device: str) -> float:
 
 
 def tell(text: str) -> None:
-    """Prints from the first process, above its progress bar, and at once if it prints into a file."""
+    """Prints in the first process only, above its progress bar, and flushes the output at once."""
     if is_first():
         tqdm.write(text)
         sys.stdout.flush()
@@ -94,7 +94,7 @@ def steps(stream: Iterator[DeviceBatch], config: TrainConfig, step: int) -> Iter
 
 
 class Replica(DistributedDataParallel):
-    """One process's copy of the model; gradients are averaged after the last micro-batch of a step alone."""
+    """One process's copy of the model; gradients are averaged only after the last micro-batch of a step."""
 
     def forward(self, batch: DeviceBatch, step: int):
         with contextlib.nullcontext() if batch.ends_step else self.no_sync():
@@ -102,7 +102,7 @@ class Replica(DistributedDataParallel):
 
 
 def distribute(objective: nn.Module, config: TrainConfig) -> nn.Module:
-    """The objective as it is; with several processes, one whose gradients are averaged."""
+    """The objective as it is; with several processes, a `Replica` of it, whose gradients are averaged."""
     if processes()[1] == 1:
         return objective
     shape = objective.model.config

@@ -1,4 +1,4 @@
-"""What keeps a long training run safe: a folder of its own, a checkpoint, a log, an end by a signal."""
+"""What keeps a long training run safe: a folder of its own, a checkpoint, a log, a clean stop on a signal."""
 
 import contextlib
 import fcntl
@@ -71,7 +71,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The rows of a log. A line that is not one is left out: the machine may have stopped while it wrote."""
+    """The rows of a log. An invalid line is left out: the machine may have stopped while it was written."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(UserError):
@@ -83,13 +83,13 @@ def read_log(path: Path) -> list[dict]:
 
 
 class Run:
-    """A training run in its folder: its step, its checkpoint.pt to go on from, its log.jsonl, and at its end
-    model.pt; with --train heads it writes heads.pt, and no file holds the model again. Only the first process
-    writes."""
+    """A training run in its folder: its step, its checkpoint.pt to resume from, its log.jsonl, and at the end
+    model.pt; with --train heads, it writes heads.pt instead, and no file contains the model again. Only the
+    first process writes."""
 
     def __init__(self, config: TrainConfig, shape: ModelConfig, folder: Path, overwrite: bool = False):
-        """Looks for a checkpoint to go on from. Raises UserError for the checkpoint of another training
-        run, and if files would be lost."""
+        """Looks for a checkpoint to resume from. Raises UserError for the checkpoint of another training run,
+        and if files would be lost."""
         self.config, self.overwrite = config, overwrite
         self.checkpoint, self.log_file = folder / "checkpoint.pt", folder / "log.jsonl"
         self.result_file = folder / ("heads.pt" if config.heads_alone else "model.pt")
@@ -115,8 +115,8 @@ class Run:
                 raise UserError(f"{file} already exists, but there is no checkpoint to resume from; {REMEDY}")
 
     def begin(self, model: Transformer, optimizer: torch.optim.Optimizer, data: Data) -> None:
-        """Goes on from the checkpoint if there is one; otherwise starts anew, and removes the files to
-        overwrite. Raises UserError if the checkpoint was trained on other data."""
+        """Resumes from the checkpoint if there is one; otherwise starts from the beginning, after removing
+        the files to overwrite. Raises UserError if the checkpoint was trained on other data."""
         self.model, self.optimizer, self.tokenizer = model, optimizer, data.tokenizer
         self.data = zlib.crc32(data.records.view(np.uint8))
         self.belongs_to = None
@@ -131,11 +131,11 @@ class Run:
                     path.unlink(missing_ok=True)
             rows = read_log(self.log_file) if self.log_file.exists() else []
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.step]
-            with whole_file(self.log_file) as part:  # what an interrupted run wrote after its checkpoint goes
+            with whole_file(self.log_file) as part:  # drops what was written after the checkpoint
                 Path(part).write_text("".join(kept), encoding="utf-8")
 
     def restore(self) -> None:
-        """Takes weights, optimizer and step from the checkpoint."""
+        """Loads weights, optimizer, step and results from the checkpoint."""
         training, path, heads_alone = self.found["training"], self.checkpoint, self.config.heads_alone
         if training["data"] != self.data:
             raise UserError(f"{path}: the training files have changed since; {REMEDY}")
@@ -198,7 +198,7 @@ class Run:
         tell(f"wrote {self.result_file}{usage}")
 
     def end(self, signals: list[int]) -> None:
-        """Writes the result. Where a signal came before the last step, it says how to go on, and ends the
+        """Writes the result. If a signal came before the last step, says how to resume instead, and ends the
         process with the exit status of that signal."""
         if self.step == self.config.max_steps:
             self.write_result()

@@ -11,7 +11,7 @@ from training.losses import LossConfig
 
 INCLUDED = ("translation", "translation", "e2e")  # the default data; translation is seen twice as often
 DATA = tuple(task_file(task, "train") for task in INCLUDED)
-# What may change when a training run goes on from its checkpoint.
+# Settings that may change when a training run resumes from its checkpoint.
 MAY_CHANGE = {"dev", "max_steps", "device", "compile", "recompute", "validate_every"}
 BATCHES, OPTIMIZATION, SPEED = "batches", "optimization", "speed and memory"  # groups in --help
 

@@ -22,9 +22,9 @@ from training.batches import LEARN, START, tokenize
 from training.parallel import tell
 from training.settings import TrainConfig
 
-# What flags may change of the model of --init; --n-layers keeps its first layers alone.
+# The fields of --init's model that flags may change; --n-layers keeps only its first layers.
 ADDED = {"n_layers", "exit_norms", "classifiers", "adapter", "max_len", "eos_id"}
-HELD_OUT = 0.05, 500  # share of the documents, and their largest number, where there is no --dev
+HELD_OUT = 0.05, 500  # without --dev: share of the documents, and their largest number
 # Characters of text that a new tokenizer needs for each piece, and the smallest number of pieces.
 TEXT_PER_PIECE, FEWEST_PIECES = 32, 1024
 
@@ -32,8 +32,8 @@ TEXT_PER_PIECE, FEWEST_PIECES = 32, 1024
 
 
 def check_start(config: TrainConfig, shape: ModelConfig) -> None:
-    """Raises UserError for rows longer than the model's context, and for files that are not there, before
-    anything is made."""
+    """Raises UserError for batch rows longer than the model's context, and for missing files, before anything
+    is made."""
     if shape.max_len < config.length:
         lengths = f"length is {config.length}, the model has {shape.max_len} positions"
         raise UserError(f"{lengths}; lower --length or raise --max-len")
@@ -125,8 +125,8 @@ def hold_out(records: np.ndarray, config: TrainConfig) -> tuple[np.ndarray, dict
 
 
 def shape_from(config: TrainConfig, given: dict) -> ModelConfig:
-    """The shape of the model to train, with the heads that the settings need: the shape of --init, or that of
-    the flags, which are `given`. Raises UserError."""
+    """The shape of the model to train, with the heads that the settings need: the shape of --init, or else
+    the default, changed by the flags, which are `given`. Raises UserError."""
     shape = asdict(ModelConfig()) | {"head_dim": None}  # follows from the d_model and n_heads given
     if config.init:
         content = read_checkpoint(config.init)
@@ -156,8 +156,8 @@ def shape_from(config: TrainConfig, given: dict) -> ModelConfig:
 
 
 def first_layers(shape: dict, count: int) -> dict:
-    """The changes in the shape of a model of which only the first `count` layers are kept. Raises
-    UserError if it has fewer."""
+    """The changes to the shape of a model if only its first `count` layers are kept. Raises UserError if it
+    has fewer."""
     if count > shape["n_layers"]:
         raise UserError(f"--n-layers is {count}, but the model of --init has {shape['n_layers']} layers")
     kept = {"n_layers": count}
@@ -183,9 +183,9 @@ def make_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
 
 
 def load_start(model: Transformer, config: TrainConfig) -> None:
-    """Gives the model the weights and the frequent ids of --init, without the layers above its own. Heads
-    that --init lacks begin as the final norm, the identity, and a classifier that is undecided. Raises
-    UserError if it has other weights, or fewer frequent ids than --train all:N or heads:N needs."""
+    """Loads the weights of --init, without layers that the model does not have, and the frequent ids. Heads
+    that --init lacks begin as the final norm, the identity, and an undecided classifier. Raises UserError if
+    --init has other weights, or fewer frequent ids than --train all:N or heads:N needs."""
     content = read_checkpoint(config.init)
     with fitting(config.init):
         weights = dequantized(content["weights"], content["scales"])

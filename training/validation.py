@@ -24,8 +24,8 @@ def validation_batches(config: TrainConfig) -> int:
 @torch.no_grad()
 def validate(model: Transformer, records: np.ndarray, config: TrainConfig) -> dict[int, list[float]]:
     """[loss in nats per target, agreement with the last layer's argmax in [0, 1]] of every exit in --exits
-    and of the last layer, over the first batches of a validation set. With all:N or heads:N, an exit's are
-    over the part of the vocabulary that it is trained on, so that its loss is lower."""
+    and of the last layer, over the first batches of a validation set. With --train all:N or heads:N, an
+    exit's values are over the part of the vocabulary that it is trained on, so that its loss is lower."""
     layers = [*config.exits, model.config.n_layers]
     losses, agreed, count = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0), 0
     packed = batches(records, config.rows, config.length, seed=None)

@@ -1,4 +1,4 @@
-"""Byte-level BPE (Sennrich 2016; of bytes: GPT-2, Radford 2019), the tokenizer of Llama 3, Qwen, SmolLM and
+"""Byte-level BPE (Sennrich 2016; on bytes: GPT-2, Radford 2019), the tokenizer of Llama 3, Qwen, SmolLM and
 many others.
 
 A text becomes token ids in three steps:
@@ -22,7 +22,7 @@ from common.files import reading
 from formats.tokenizers.splitting import compile_rule
 
 FORMAT = "byte-level BPE 1"
-GUARD = "\ufdd0"  # no character: in a template's text it keeps what a user typed from being a special token
+GUARD = "\ufdd0"  # a noncharacter: in a template's text it keeps what a user typed from being a special token
 CACHED_WORDS = 1 << 17  # words whose tokens are remembered
 
 # ---------------------------------------------------------------- bytes as printable characters
@@ -59,8 +59,8 @@ def to_printable(token: bytes) -> str:
 
 
 def check_text(text: str) -> None:
-    """Raises UserError for a text that has no UTF-8: Python reads bytes that are not UTF-8 as surrogates,
-    halves of letters."""
+    """Raises UserError for text that cannot be encoded as UTF-8: Python reads bytes that are not UTF-8 as
+    surrogates, halves of characters."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -80,8 +80,8 @@ def split_at(found: dict[str, int], text: str) -> Iterator[tuple[str, int | None
 
 @dataclass(eq=False, repr=False)
 class BPE:
-    """A byte-level BPE tokenizer. Raises UserError for ids of tokens that are not there, KeyError for such
-    merges."""
+    """A byte-level BPE tokenizer. Raises UserError for ids that are out of range, KeyError for merges whose
+    result is not a token."""
 
     tokens: list[bytes | None]  # the bytes of every id; None: no token has this id
     merges: list[tuple[int, int]]  # pairs of ids, the first merged first
@@ -90,8 +90,8 @@ class BPE:
     special: Collection[int] = ()  # added tokens that no user can type, and that decode to nothing
     nfc: bool = False  # whether a text is brought to Unicode's composed form first
     prefix_space: bool = False  # whether a text gets a space in front
-    whole_words: bool = False  # whether a word that is a token is taken as it is (`ignore_merges`)
-    begin: int | None = None  # before every text
+    whole_words: bool = False  # whether a word that is a token needs no merges (`ignore_merges`)
+    begin: int | None = None  # the id before every text
     ends: tuple[int, ...] = ()  # ids that end a text
 
     separator = None  # between prompt and completion: no such token
@@ -107,7 +107,7 @@ class BPE:
         self.ids: dict[bytes, int] = {}
         for id, token in enumerate(tokens):
             if token and id not in self.special:
-                self.ids.setdefault(token, id)  # the words' own, where an added token repeats it
+                self.ids.setdefault(token, id)  # the vocabulary's own id, if an added token repeats it
         self.byte_ids = [self.ids.get(bytes([byte])) for byte in range(256)]
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self.merged = [self.ids[tokens[left] + tokens[right]] for left, right in self.merges]  # by rank

@@ -11,8 +11,8 @@ from formats.tokenizers.pieces import CONTROL, USER_DEFINED
 from formats.tokenizers.splitting import DIGIT, GPT_2, LLAMA_3, NUMBER, QWEN_2, TEKKEN
 
 UNREADABLE = "no tokenizer that can be read"
-# What a GGUF file says only by the name of its splitting rule (tokenizer.ggml.pre, in llama.cpp's names), but
-# tokenizer.json in detail. begin: whether texts begin with a token for that unless the file says not.
+# Settings that tokenizer.json spells out, but that a GGUF file implies by the name of its splitting rule
+# (tokenizer.ggml.pre, in llama.cpp's names). begin: whether texts get a begin token if the file does not say.
 GGUF_LLAMA_3 = {"rules": (LLAMA_3,), "whole_words": True, "begin": True}
 GGUF_QWEN_2 = {"rules": (QWEN_2,), "nfc": True}
 GGUF_RULES = {
@@ -24,8 +24,8 @@ GGUF_RULES = {
 
 
 def token_table(ids: dict[str, int], added: dict[str, int]) -> list[bytes | None]:
-    """The bytes of every id: tokens in printable characters, and added tokens, whose texts stand as they are;
-    None where no token has an id."""
+    """The bytes of every id, None where no token has it. Tokens in `ids` are written in printable characters,
+    those in `added` as plain text."""
     table: list[bytes | None] = [None] * (max([*ids.values(), *added.values()], default=-1) + 1)
     for token, id in ids.items():
         table[id] = to_bytes(token) or token.encode()
@@ -67,7 +67,7 @@ def find_bpe(folder: Path) -> BPE:
 
 
 def bpe_of_json(path: Path) -> BPE:
-    """From Hugging Face's tokenizer.json. Raises UserError for a kind or a step that is not known here."""
+    """Reads Hugging Face's tokenizer.json. Raises UserError for a kind or a step that is not supported."""
     content = read_json(path, "a tokenizer")
     with reading(path, UNREADABLE):
         model = content["model"]
@@ -115,7 +115,7 @@ def splitting_rules(part: dict | None) -> tuple[list[str], bool]:
             rules.append(step["pattern"]["Regex"])
         elif kind == "Digits":
             rules.append(DIGIT if step["individual_digits"] else NUMBER)
-        elif kind == "ByteLevel" and not (rules and step["add_prefix_space"]):  # not one before every word
+        elif kind == "ByteLevel" and not (rules and step["add_prefix_space"]):  # no space before each word
             bytewise, prefix_space = True, step["add_prefix_space"]
             if step.get("use_regex", True):
                 rules.append(GPT_2)
@@ -147,8 +147,8 @@ def begin_of(part: dict | None) -> int | None:
 
 
 def bpe_of_gguf(fields: dict) -> BPE:
-    """From the metadata of a GGUF file, name -> value. Raises UserError for a splitting rule that is not
-    known, and what `reading` expects for damaged lists."""
+    """Reads the tokenizer in a GGUF file's metadata, name -> value. Raises UserError for a splitting rule
+    that is not known; damaged lists raise other exceptions, which `reading` handles."""
     get = lambda key, default=None: fields.get(f"tokenizer.ggml.{key}", default)  # noqa: E731
     if get("pre") not in GGUF_RULES:
         known = ", ".join(GGUF_RULES)

@@ -13,9 +13,9 @@ from formats.tokenizers.tokenizer import read_blob
 
 
 def find_tokenizer(folder: Path) -> bytes | None:
-    """The tokenizer of a Hugging Face folder, None if it has none. A sentencepiece model goes before a
-    tokenizer.json, which then says the same less exactly. Raises UserError for one that cannot be
-    read."""
+    """The tokenizer of a Hugging Face folder, None if it has none. A sentencepiece model is preferred to a
+    tokenizer.json, which then describes the same tokenizer less exactly. Raises UserError for one that cannot
+    be read."""
     if (folder / "tokenizer.model").is_file():
         return (folder / "tokenizer.model").read_bytes()
     if (folder / "tokenizer.json").is_file():
@@ -45,8 +45,8 @@ def read_tokenizer_file(path: Path) -> bytes:
 
 
 def gguf_tokenizer(path: Path, fields: dict) -> bytes | None:
-    """The tokenizer in the metadata of a GGUF file, None if there is none. A sentencepiece model has as much
-    there as encoding and decoding need. Raises UserError."""
+    """The tokenizer in the metadata of a GGUF file, None if there is none. For a sentencepiece model, the
+    metadata hold only what encoding and decoding need. Raises UserError."""
 
     def get(key: str, default=None):
         return fields.get(f"tokenizer.ggml.{key}", default)

@@ -15,8 +15,8 @@ LINE = 10_000  # characters; longer lines are trained on in parts, for sentencep
 
 def train_tokenizer(pairs: Iterable[tuple[str, str]], vocab_size: int) -> bytes:
     """Trains a sentencepiece model, line by line, and returns it: BPE that can represent every byte, leaves
-    characters as they are and makes one space of several; it has a separator if there are prompts. This reads
-    the pairs twice. Raises UserError if there is too little text, and whatever reading the pairs raises."""
+    characters as they are and turns several spaces into one; it has a separator if there are prompts. This
+    reads the pairs twice. Raises UserError for too little text, and whatever reading the pairs raises."""
     prompted = [bool(prompt) for prompt, _ in pairs]  # all are read here: sentencepiece would hide an error
     symbols = [SEP] if any(prompted) else []
     model = io.BytesIO()

@@ -1,7 +1,7 @@
-"""How byte-level BPE splits a text into words, so that no token reaches over the end of one.
+"""How byte-level BPE splits a text into words, so that no token extends beyond the end of one.
 
-Every family has a regular expression for it, written for a library that knows Unicode's categories (\\p{L} is
-any letter). Python's `re` does not, so the categories are written out here as ranges of characters, made from
+Every family has a regular expression for it, written for a library that supports Unicode's categories (\\p{L}
+is any letter). Python's `re` does not, so the categories are expanded to ranges of characters here, made from
 `unicodedata`.
 """
 
@@ -14,9 +14,9 @@ import unicodedata
 from common.errors import UserError
 from common.files import reading
 
-# The rules of the families, as their tokenizer.json write them. \p{L}: letters, \p{N}: numbers, \p{M}: marks;
-# of the letters \p{Lu}: capital, \p{Ll}: small, \p{Lt}: title case, \p{Lm}: modifiers, \p{Lo}: others, as of
-# scripts without capitals.
+# The rules of the families, as in their tokenizer.json. \p{L}: letters, \p{N}: numbers, \p{M}: marks; among
+# letters, \p{Lu}: capital, \p{Ll}: small, \p{Lt}: title case, \p{Lm}: modifiers, \p{Lo}: others, such as
+# those of scripts without capitals.
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -28,7 +28,7 @@ TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*|\p{{N}}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# These stand before another rule: SmolLM splits off the digits, then GPT-2's rule splits the rest.
+# These come before another rule: SmolLM splits off the digits, then GPT-2's rule splits the rest.
 DIGIT, NUMBER = r"\p{N}", r"\p{N}+"
 
 # Unicode's white space; Python's \s has U+001C to U+001F, too.
@@ -48,8 +48,8 @@ def categories() -> list[tuple[int, int, str]]:
 
 @functools.cache
 def character_class(name: str, inverted: bool) -> str:
-    r"""What stands in [] for \p{name}, or if inverted for \P{name}: the characters whose category begins with
-    this name."""
+    r"""What [] must contain for \p{name}, or if inverted for \P{name}: the characters whose category begins,
+    or if inverted does not begin, with this name."""
     members = ""
     for first, last, category in categories():
         if category.startswith(name) != inverted:
@@ -60,9 +60,9 @@ def character_class(name: str, inverted: bool) -> str:
 
 
 def compile_rule(pattern: str) -> re.Pattern:
-    r"""A splitting rule for Python's `re`; the whole is one group, so that `split` gives the matches, too.
-    Raises UserError for what `re` would read otherwise than the library that the rule was written for
-    (Oniguruma)."""
+    r"""Compiles a splitting rule for Python's `re`, as one group, so that `split` returns the matches, too.
+    Raises UserError for anything that `re` would read differently from the library that the rule was written
+    for (Oniguruma)."""
     out, inside = [], False
     for found in TOKEN.finditer(pattern):
         kind, name, escaped, bracket = found.groups()

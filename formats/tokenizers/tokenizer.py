@@ -17,7 +17,7 @@ class Tokenizer(Protocol):
     """Text to token ids and back."""
 
     size: int  # ids run from 0 to size - 1; the model may have more
-    begin: int | None  # before every text
+    begin: int | None  # the id before every text
     ends: tuple[int, ...]  # any of these ends a text; the first is what training puts there
     separator: int | None  # between prompt and completion
     specials: dict[str, int]  # the texts of special tokens -> their ids
@@ -25,14 +25,14 @@ class Tokenizer(Protocol):
     def encode(self, text: str, special: bool = False) -> list[int]:
         """The token ids of a text, without begin or end. With `special`, the text comes from a template, not
         from a user: special tokens written in it become tokens, and every GUARD in it, which keeps a user's
-        text from becoming one, is left out. Raises UserError for a text that has no UTF-8."""
+        text from becoming one, is left out. Raises UserError for text that cannot be encoded as UTF-8."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these tokens. Special tokens and ids that no token has add nothing. A text whose last
-        character is unfinished ends in U+FFFD; a display of a growing text waits until it does not."""
+        character is incomplete ends in U+FFFD; a display of a growing text waits for the rest of it."""
 
     def piece(self, id: int) -> str:
-        """What to show for a single token; a special token shows its name."""
+        """The text to show for a single token; for a special token, its name."""
 
     def to_blob(self) -> bytes:
         """The tokenizer as bytes, for `read_blob`: equal if and only if the tokenizers are."""
@@ -45,7 +45,7 @@ class SentencePiece:
         with reading("the tokenizer", "damaged, or no sentencepiece model"):
             model = spm.SentencePieceProcessor(model_proto=blob)
             model.id_to_piece(list(range(model.vocab_size())))
-        if not blob:  # which sentencepiece takes without a word
+        if not blob:  # which sentencepiece accepts silently
             raise UserError("the tokenizer is empty")
         self.model, self.blob, self.size = model, blob, model.vocab_size()
         self.begin = model.bos_id() if model.bos_id() >= 0 else None
@@ -90,14 +90,14 @@ class SentencePiece:
 
 
 def read_blob(blob: bytes) -> Tokenizer:
-    """The tokenizer of these bytes: JSON of a BPE, or a sentencepiece model, which begins with a tag that is
-    no {. Raises UserError for damaged ones."""
+    """The tokenizer in these bytes: a BPE as JSON, or a sentencepiece model, whose first byte is never "{".
+    Raises UserError for damaged ones."""
     return BPE.from_blob(blob) if blob.startswith(b"{") else SentencePiece(blob)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """[begin] prompt [separator], each only where the tokenizer has one. Raises UserError for a prompt that
-    UTF-8 cannot write."""
+    cannot be encoded as UTF-8."""
     begin = [] if tokenizer.begin is None else [tokenizer.begin]
     separator = [] if tokenizer.separator is None else [tokenizer.separator]
     return [*begin, *tokenizer.encode(prompt), *separator]

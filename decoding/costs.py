@@ -45,10 +45,7 @@ def costs_of(model: Transformer, config: DecodeConfig) -> Costs:
     if key not in known:
         started = perf_counter()
         known[key] = measure_costs(model, config)
-        print(
-            f"measured the cost of passes on this machine in {perf_counter() - started:.0f} s",
-            file=sys.stderr,
-        )
+        print(f"measured the cost of passes here in {perf_counter() - started:.0f} s", file=sys.stderr)
     return known[key]
 
 

@@ -132,9 +132,8 @@ def figures(recorder: Recorder, n_layers: int, speed: str = "") -> str:
     tokens = recorder.settled
     mean = sum(token.exit_layer for token in tokens) / len(tokens)
     depth = f"average exit layer {mean:.1f} of {n_layers}"
-    return (
-        f"{len(tokens)} tokens{speed}, {depth}, {recorder.block_runs / len(tokens):.1f} block runs per token"
-    )
+    runs = recorder.block_runs / len(tokens)
+    return f"{len(tokens)} tokens{speed}, {depth}, {runs:.1f} block runs per token"
 
 
 def steps(heights: list[int]) -> str:

@@ -75,6 +75,4 @@ def check_form(form: str | None, dtype: torch.dtype, device: torch.device) -> No
     if form is not None and device.type != "cpu":
         raise UserError("--weights applies only to a CPU; leave it out on a GPU")
     if dtype == torch.int8 and (device.type != "cpu" or form is not None):
-        raise UserError(
-            "int8 needs a CPU and stores weights in its own way; use bfloat16, or leave --weights out"
-        )
+        raise UserError("int8 needs a CPU and its own form of weights; use bfloat16, or leave --weights out")

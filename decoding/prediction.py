@@ -73,14 +73,10 @@ def check_amateur(amateur: Transformer | None, model: Transformer, predict: str,
         return
     ours, theirs = model.config.vocab_size, amateur.config.vocab_size
     if ours != theirs:
-        raise UserError(
-            f"the amateur has {theirs} tokens and the model {ours}; use two models with one vocabulary"
-        )
+        raise UserError(f"the amateur has {theirs} tokens and the model {ours}; use one with {ours}")
     room = amateur.config.max_len
     if room < length:
-        raise UserError(
-            f"the amateur has {room} positions, but {length} are needed; shorten prompt or answer"
-        )
+        raise UserError(f"the amateur has {room} positions of {length} needed; shorten prompt or answer")
 
 
 # ---------------------------------------------------------------- from logits to a token

@@ -114,7 +114,7 @@ def changed(config: DecodeConfig, fields: dict) -> DecodeConfig:
     nothing is owed."""
     kept = ("max_owed",) if config.fill == "copy" else ()
     if config.draft == "auto":
-        kept = (*AUTO_CHOOSES, "threshold_schedule")
+        kept += (*AUTO_CHOOSES, "threshold_schedule")
     if config.threshold == 0:
         kept += ("threshold", "layer_thresholds")
     return override(config, {name: value for name, value in fields.items() if name not in kept})

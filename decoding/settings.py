@@ -59,7 +59,7 @@ class DecodeConfig:
             count, layers = len(self.layer_thresholds), len(self.exit_layers or ())
             if count != layers:
                 raise UserError(
-                    f"layer_thresholds has {count} values for {layers} exit_layers; give one for each"
+                    f"layer_thresholds has {count} values for {layers} exit_layers; give {layers}"
                 )
         if self.fill == "copy" and (self.max_owed is not None or self.verify):
             name = "verify" if self.verify else "max_owed"

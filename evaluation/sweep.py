@@ -87,9 +87,11 @@ def means(rows: list[dict], field: str) -> str:
 def measured_or_known(setup: Setup, table: Table) -> list[dict]:
     """Returns the rows of a table. Reads those that the results file contains, measures the others, and adds
     them to the file. A few configurations at a time are measured in turn with the full model. A row is reused
-    if its configuration, task, examples and record of the run (except MAY_CHANGE) are the same."""
+    if its configuration, task, examples, frequent ids and run record (except MAY_CHANGE) are the same."""
     path = Path(setup.config.results)
     where = {name: value for name, value in setup.record.items() if name not in MAY_CHANGE}
+    ids = setup.model.frequent_ids
+    where["frequent_ids"] = None if ids is None else ids.tolist()
     keys = {
         name: digest(where, table.task, table.examples, asdict(each.decode), source_of(each.decode))
         for name, each in table.configurations.items()

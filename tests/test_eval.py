@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -425,7 +426,7 @@ def test_a_sweep_measures_every_combination_on_dev_and_goes_on_where_it_stopped(
     assert "exit_layers 2,3 (2 rows): speed-up" in printed and "threshold 0.9 (2 rows)" in printed
 
 
-@pytest.mark.parametrize("change", ["model", "data", "repeat", "function", "nothing"])
+@pytest.mark.parametrize("change", ["model", "ids", "data", "repeat", "function", "nothing"])
 def test_a_result_is_used_again_only_for_the_same_model_data_and_measure(
     change, command, checkpoint, tiny_model, tokenizer, monkeypatch, tmp_path
 ):
@@ -441,6 +442,8 @@ def test_a_result_is_used_again_only_for_the_same_model_data_and_measure(
         own.write_text("def sure(trace, layer):\n    return 0.5\n")
     elif change == "model":
         save_checkpoint(checkpoint, tiny_model(1, vocab_size=350, max_len=256), tokenizer)
+    elif change == "ids":
+        np.save(checkpoint.with_suffix(".ids.npy"), np.arange(300, dtype=np.int32))
     elif change == "data":
         data.write_text('{"prompt": "one", "completion": "three"}\n')
     elif change == "repeat":

@@ -160,7 +160,7 @@ def test_the_repetition_penalty_reads_the_whole_text(tiny_model, verify):
 @pytest.mark.parametrize("amateur, predict, complaint", [
     ({}, "own", "predict is own, but there is an amateur"), ({}, "dola", "predict is dola, but there is an amateur"),
     (None, "cd", "predict is cd, but there is no amateur"), ({"vocab_size": 49}, "cd", "has 49 tokens and the model 50"),
-    ({"max_len": 10}, "cd", "has 10 positions, but 24 are needed"),
+    ({"max_len": 10}, "cd", "has 10 positions of 24 needed"),
 ])  # fmt: skip
 def test_an_amateur_that_cannot_be_is_refused(tiny_model, amateur, predict, complaint):
     second = None if amateur is None else tiny_model(1, **amateur)

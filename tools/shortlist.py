@@ -69,9 +69,7 @@ def coverage(ids: list[int], documents: list[Encoded]) -> tuple[float, float]:
 def print_coverage(counts: Counter, held: list[Encoded]) -> None:
     """Prints the coverage by size of the shortlist."""
     ids = by_count(counts)
-    print(
-        f"coverage of every {HELD_OUT}th pair ({len(held):,}), which is not counted here, by shortlist size:"
-    )
+    print(f"coverage of every {HELD_OUT}th pair ({len(held):,}, not counted here) by shortlist size:")
     print(f"  {'ids':>8}  {'tokens covered':>14}  {'with the ids of the text so far':>32}")
     for size in [size for size in SIZES if size < len(ids)] + [len(ids)]:
         alone, with_text = coverage(ids[:size], held)

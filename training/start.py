@@ -114,11 +114,11 @@ def hold_out(records: np.ndarray, config: TrainConfig) -> tuple[np.ndarray, dict
     begins = np.flatnonzero(records["flags"] & START)
     share, most = HELD_OUT
     count = min(most, int(share * len(begins)))
-    tell(f"no --dev: the last {count} of {len(begins)} documents of {config.data[-1]} are held out")
+    tell(f"no --dev: the last {count} of {len(begins)} documents of --data are held out")
     if not count:
         return records, {}
     cut = begins[-count]
-    return records[:cut], {f"{config.data[-1]}, held out": records[cut:]}
+    return records[:cut], {"held out": records[cut:]}
 
 
 # ---------------------------------------------------------------- the model

@@ -413,10 +413,8 @@ def test_a_sweep_measures_every_combination_on_dev_and_goes_on_where_it_stopped(
     assert "e2e, 2 of 547 dev inputs" in capsys.readouterr().out
     results.write_text(json.dumps(dict(list(known.items())[:3])))
     measured_again = []
-    original = sweeping.evaluate
-    monkeypatch.setattr(
-        sweeping, "evaluate", lambda setup, table: measured_again.append(list(table.configurations)) or original(setup, table)
-    )
+    measure = sweeping.evaluate
+    monkeypatch.setattr(sweeping, "evaluate", lambda s, table: measured_again.append(list(table.configurations)) or measure(s, table))
     command(*words)
     again = json.loads(results.read_text())
     assert measured_again == [["threshold=0.9 exit_layers=4"]] and list(again) == list(known)

@@ -9,7 +9,7 @@ import common.threads  # noqa: F401  sets variables that torch reads
 import torch
 from torch import Tensor
 
-from model import Transformer, Visible, visible
+from model import Seen, Transformer, visible
 
 
 class KVCache:
@@ -18,9 +18,9 @@ class KVCache:
 
     filled[1 .. L]   number of positions whose keys and values the layer has stored (filled[0] is not used)
     begun            number of positions that have been read; above filled[1] only during a pass
-    head_filled      number of positions that owe no row to the LM head, the step above layer L, because it
-                     has processed them or need not, as with most of a prompt
-    hidden           state of every position at the depth that it has reached: (1, length, d)
+    head_filled      number of positions whose row is not owed to the LM head, the step above layer L, because
+                     it has processed them or need not (as with most of a prompt); may exceed filled[L]
+    hidden           states of the positions that wait below the top, at the depth reached: (1, length, d)
 
     `extend` updates `filled`; a pass (`run_pass` in decode.py) updates the others.
 
@@ -57,14 +57,16 @@ class KVCache:
         """The position of the first row that the layer processes next: it has stored those before it."""
         return self.filled[layer]
 
-    def extend(self, layer: int, k: Tensor, v: Tensor, window: int | None) -> Visible:
+    def extend(self, layer: int, k: Tensor, v: Tensor, window: int | None) -> Seen:
         """Stores keys and values (1, K, R, C) of the next R positions. Returns all that these rows may see,
         (1, K, S, C) each, and a mask of which row sees which position, (R, S), or None for a single row."""
         rows = k.shape[2]
         first = self.filled[layer]
         stop = self.filled[layer] = first + rows
         keys, values = self.keys[layer], self.values[layer]
-        keys.narrow(2, first, rows).copy_(k)  # keys[:, :, first:stop] = k, but slices cost a tenth of a block
+        keys.narrow(2, first, rows).copy_(
+            k
+        )  # keys[:, :, first:stop] = k, but slicing takes a tenth of a block's time
         values.narrow(2, first, rows).copy_(v)
         oldest = 0 if window is None else max(0, first + 1 - window)  # the oldest that any of these rows sees
         mask = None if rows == 1 else self.mask(oldest, first, stop, window)

@@ -148,7 +148,7 @@ def halfway(layer: int) -> int:
 
 
 def most_different(trace: TraceView, layer: int, by_distance: bool = True) -> int | None:
-    """The premature layer: argmax over the layers j = 2 .. l-1 of JSD(p_l, p_j) / (l - j) (the Amsterdam
+    """The amateur (DoLa: premature) layer: argmax over j = 2 .. l-1 of JSD(p_l, p_j) / (l - j) (the Amsterdam
     study), or of JSD(p_l, p_j) alone (DoLa, Eq. 4). None if there is no such layer."""
     premature = list(range(2, layer))
     if len(premature) < 2:
@@ -189,8 +189,8 @@ def contrasted(trace: TraceView, layer: int, amateur: int) -> Tensor:
 
 
 def decaying(trace: TraceView, k: int, k_min: int) -> int:
-    """The first check keeps k candidates. Later ones, and the first if there are no more than k, keep k_next
-    = max(k_min, k_now / (1 + (k_now - k_min) / k_min * l/L)), rounded up (the Amsterdam study)."""
+    """The first check keeps k of the candidates, if there are more. Otherwise, and at later checks, k_now of
+    them shrink to k_next = max(k_min, k_now / (1 + (k_now - k_min) / k_min * l/L)) (the Amsterdam study)."""
     if not trace.confidences and k < trace.n:  # the first layer checked
         return k
     shrink = 1 + (trace.n - k_min) / k_min * trace.layer / trace.model.config.n_layers

@@ -30,7 +30,7 @@ def plain(run: "Run") -> Iterator[Token]:
     while run.unfinished:
         trace, layer = run.advance(tokens, run.exits())  # to the first confident exit layer, or to the top
         token = run.emit(trace, layer)  # from the distribution of the layer reached
-        run.skip_above(layer)  # the layers above get keys and values later, or a copy now
+        run.skip_above(layer)  # keys and values of the layers above: later, or from a copy now
         run.settle([token], trace)
         yield token
         tokens = [token.id]
@@ -47,7 +47,9 @@ def verified(run: "Run", drafting=None) -> Iterator[Token]:
     and a block reads its weights once, whether it processes one row or eight."""
     tokens, drafts, passes = run.unread, [], []  # passes: the traces since the last judgement
     while run.unfinished:
-        if run.drafts_end(drafts):  # a pass without a new token brings the rows of the drafts to the top
+        if run.drafts_end(
+            drafts
+        ):  # nothing follows the last draft: bring the rows that judge the drafts to the top
             trace, layer = run.advance([], exits={})
         else:
             exits = drafting.exits(len(drafts)) if drafting else run.exits()
@@ -115,7 +117,7 @@ class Run:
         self.start = len(prompt)  # where the answer begins in the text
         self.settled_length = len(prompt)  # of the text without drafts
         self.early = 0  # number of tokens emitted since a pass last reached the top
-        # Early tokens still need their row of the LM head for verification, and for thresholds that learn.
+        # Early tokens still owe their row to the LM head in verified mode, and if thresholds learn from it:
         self.owe_head = config.verify or (self.thresholds.learns and config.fill == "parallel")
         self.cache = KVCache(model, self.length)
         self.cache.head_filled = len(prompt) - 1  # only the last token of the prompt predicts
@@ -155,7 +157,7 @@ class Run:
     def teach(self, trace: Trace, layer: int) -> None:
         """Shows a pass to thresholds that learn: its confidences and, at the top, which exits were right."""
         if trace.final is not None:
-            checked = [(value, trace.guess(number)) for number, value in trace.confidences.items()]
+            checked = [(value, trace.guess(exit_layer)) for exit_layer, value in trace.confidences.items()]
             self.thresholds.compare(trace.final.argmax(-1).tolist(), checked)
         elif self.owe_head:
             self.thresholds.hold(trace.confidences.get(layer), trace.guess(layer))
@@ -205,7 +207,9 @@ class Run:
             replaced = tuple(draft.id for draft in drafts[kept:])
             settled.append(Token(own, self.model.config.n_layers, rolled_back=replaced))
         self.counters.add_judgement(len(drafts), kept)
-        if kept == len(drafts) and own is not None:  # it follows the newest row, which the trace is about
+        if (
+            kept == len(drafts) and own is not None
+        ):  # `own` follows the newest position, which the trace is about
             self.counters.add_miss(trace, own)
             settled[-1].explain(trace)
         first = self.cache.begun - len(trace.final)  # the position whose row judges the first draft

@@ -7,7 +7,7 @@ call. That is cheap, because reading the weights of the layer is what takes the 
 
     layer 4 │■■■■■■■■■■        filled[4] = 10   filled never increases from a layer to the next. So the
     layer 3 │■■■■■■■■■■■■■     filled[3] = 13   positions owed to a layer, filled[layer] to the newest, are
-    layer 2 │■■■■■■■■■■■■■■    filled[2] = 14   consecutive, and the layer below has them when a pass comes.
+    layer 2 │■■■■■■■■■■■■■■    filled[2] = 14   consecutive, and the layer below has processed all of them.
 
 R rows of a pass, S positions so far, d width, H heads, C = d / H, V vocabulary; layers are numbered 1 .. L.
 """
@@ -32,7 +32,7 @@ class Llama:
         self.C, self.eps, self.eos = self.d // self.H, config["norm_eps"], config["eos_id"]
         frequency = config["rope_base"] ** -(torch.arange(0, self.C, 2, dtype=torch.float64) / self.C)
         angle = torch.arange(config["max_len"])[:, None] * frequency  # (max_len, C/2)
-        self.turns = torch.exp(1j * angle).to(torch.complex64)
+        self.turns = torch.exp(1j * angle).to(torch.complex64)  # a factor that rotates a pair by its angle
 
     def rotate(self, x, first):
         """Rotary embedding of the positions from `first` on: x (H, R, C), the pairs are (i, i + C/2)."""
@@ -75,7 +75,7 @@ class Staircase:
         first_new, stop = self.filled[1], len(text)  # every pass runs layer 1: what is missing there is new
         self.hidden[first_new:stop] = model.weights["embedding"][text[first_new:]]
         for layer in range(1, model.L + 1):
-            first = self.filled[layer]  # rows first .. stop - 1: one if nothing is owed, else several
+            first = self.filled[layer]  # rows first .. stop - 1: those owed, then the new ones
             self.hidden[first:stop] = model.block(layer, self.hidden[first:stop], first, *self.cache[layer])
             self.filled[layer] = stop
             if layer in exits and layer < model.L:
@@ -110,14 +110,14 @@ def generate_verified(model, prompt, exits=(), threshold=0.6, limit=200):
             text.append(best[-1])
             layers.append(layer)
         if layer == model.L:
-            # Row i judges draft i. The last row's token, which was added unless the text had ended, agrees.
+            # Row i - verified judges text[i]; if best[-1] was just appended, it is compared with itself.
             for i in range(verified, len(text)):
                 if text[i] != best[i - verified]:
                     text[i:] = [best[i - verified]]
                     layers[i - len(prompt) :] = [model.L]
                     break
             verified = len(text)
-            stairs.filled = [min(count, verified - 1) for count in stairs.filled]  # text[-1] is not read yet
+            stairs.filled = [min(count, verified - 1) for count in stairs.filled]  # text[-1] is still unread
     return text[len(prompt) :], layers
 
 
@@ -130,8 +130,8 @@ if __name__ == "__main__":
         tokens, layers = decode(model, prompt, used)  # once before the clock runs
         runs = sorted(repeat(partial(decode, model, prompt, used), number=1, repeat=5))
         seconds = runs[1:4]  # without the fastest and the slowest
-        full = full or seconds  # those of full depth, which comes first
-        overlap = max(seconds) >= min(full) and max(full) >= min(seconds) and seconds is not full
+        full = full or seconds  # the times of full depth, which comes first
+        overlap = max(seconds) >= min(full) and max(full) >= min(seconds) and seconds is not full  # of times
         times = f"{median(full) / median(seconds):.2f} times full depth"
         speed = "too short to tell it from full depth" if overlap else times
         print(f"{decode.__name__} {used}: {len(tokens) / median(seconds):.0f} tokens/s, {speed}")

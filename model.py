@@ -59,8 +59,8 @@ class ModelConfig:
     global_layers: tuple[int, ...] = option((), "layers that see all positions although there is a window")
     local_rope_base: float | None = option(None, "rope_base of window layers (none: the same)", above=0)
     unrotated_layers: tuple[int, ...] = option((), "layers without rotary positions (SmolLM3)")
-    rope_factor: float = option(1.0, "divisor of all frequencies except those of local_rope_base", above=0)
-    rope_bands: tuple[float, ...] = option((), "low, high, length: where rope_factor sets in (Llama 3)")
+    rope_factor: float = option(1.0, "divisor of the frequencies (except those of local_rope_base)", above=0)
+    rope_bands: tuple[float, ...] = option((), "low, high, length: which frequencies it divides (Llama 3)")
 
     def __post_init__(self):
         check_fields(self)
@@ -94,7 +94,7 @@ class ModelConfig:
 
 
 def check_exit_layers(name: str, layers: Collection[int], n_layers: int) -> None:
-    """Raises UserError unless every layer lies in 1 .. L-1: an exit after layer L would be the full model."""
+    """Raises UserError unless every layer lies in 1 .. L-1: an exit after layer L needs a shortlist."""
     for layer in layers:
         if not 1 <= layer < n_layers:
             raise UserError(f"{name}: layer {layer} is not an exit; this model's are 1 to {n_layers - 1}")
@@ -111,14 +111,14 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 def rope_table(config: ModelConfig, base: float, factor: float = 1.0) -> Tensor:
     """Rotary position embedding (Su 2021): cos and signed sin (-sin for the first half of a head, sin for the
-    second) of every position, (2, max_len, C). `factor` divides the frequencies for long texts, all alike or
-    in the bands of Llama 3 (`apply_scaling` in its code)."""
+    second) of every position, (2, max_len, C). `factor` divides the frequencies, so that texts may be longer:
+    all of them alike, or in the bands of Llama 3 (`apply_scaling` in its code)."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim  # (C/2,)
     frequency = base**-exponent
     kept = torch.zeros_like(frequency)  # the share of each frequency that is not divided
     if config.rope_bands:
         low, high, length = config.rope_bands
-        turns = length * frequency / (2 * math.pi)
+        turns = length * frequency / (2 * math.pi)  # below low divided, above high kept, in between mixed
         kept = ((turns - low) / (high - low)).clamp(0, 1)
     if factor != 1:
         frequency = frequency * (kept + (1 - kept) / factor)
@@ -174,7 +174,7 @@ def visible(rows: Tensor, columns: Tensor, window: int | None) -> Tensor:
     return (distance >= 0) & (distance < (window or math.inf))
 
 
-Visible = tuple[Tensor, Tensor, Tensor | None]  # keys, values, and the mask of which row sees which
+Seen = tuple[Tensor, Tensor, Tensor | None]  # keys, values, and the mask of which row sees which position
 
 
 class KeysValues(Protocol):
@@ -183,7 +183,7 @@ class KeysValues(Protocol):
     def first(self, layer: int) -> int:
         """The position of the first row that the layer processes next."""
 
-    def extend(self, layer: int, k: Tensor, v: Tensor, window: int | None) -> Visible:
+    def extend(self, layer: int, k: Tensor, v: Tensor, window: int | None) -> Seen:
         """Stores keys and values (B, K, T, C) of the rows. Returns all that these rows may see, (B, K, S, C)
         each, and a mask of which row sees which position, (.., T, S), or None as in `attention`."""
 
@@ -199,7 +199,7 @@ class FullPass:
     def first(self, layer: int) -> int:
         return 0
 
-    def extend(self, layer: int, k: Tensor, v: Tensor, window: int | None) -> Visible:
+    def extend(self, layer: int, k: Tensor, v: Tensor, window: int | None) -> Seen:
         if window not in self.masks:
             self.masks[window] = self.mask(k.shape[2], k.device, window)
         return k, v, self.masks[window]
@@ -245,7 +245,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, kv: KeysValues) -> Tensor:
         """x (B, T, d) -> (B, T, d). `kv` stores the keys and values of these T positions and returns those
-        that they may see: their own in a full pass, all that are stored in decoding."""
+        that they may see: their own in a full pass, those stored (within the window) in decoding."""
         eps = self.config.norm_eps
         q, k, v = self.heads(x, kv.first(self.layer))
         k, v, mask = kv.extend(self.layer, k, v, self.window)  # (B, K, S, C)
@@ -391,6 +391,6 @@ class Transformer(nn.Module):
         return logits if self.config.logit_cap is None else soft_cap(logits, self.config.logit_cap)  # Gemma 2
 
     def head(self, hidden: Tensor, layer: int | None = None) -> Tensor:
-        """z_l = W norm_l(h_l), the exit head of `layer` (None: the last): (.., d) -> logits (.., V)
+        """z_l = W norm_l(h_l), the exit head of `layer`, or the LM head (None): (.., d) -> logits (.., V)
         float32."""
         return self.score(self.exit_norm(hidden, layer or self.config.n_layers))

@@ -29,15 +29,17 @@ class Trace:
         self.final: Tensor | None = None  # (R, V) logits of the rows that the LM head ran on, if any
         self.candidates: Tensor | None = None  # (n,) int64 token ids; None is the whole vocabulary
         self.n = model.config.vocab_size  # how many candidates there are
-        self.checked: dict[int, int] = {}  # layer checked -> over how many candidates
-        self.confidences: dict[int, float] = {}  # of each layer checked
-        self.thresholds: dict[int, float] = {}  # that these had to reach
+        self.checked: dict[
+            int, int
+        ] = {}  # exit layer reached (also with threshold 0) -> number of candidates
+        self.confidences: dict[int, float] = {}  # of each layer with a check (threshold above 0)
+        self.thresholds: dict[int, float] = {}  # of each exit layer reached
         self.amateurs: dict[int, int] = {}  # exit layer -> the layer that it was contrasted with
         self.flops: dict[int, int] = {}  # layer -> floating-point operations of its head
         self._logits: dict[int, Tensor] = {}  # layer -> z over the candidates, (n,)
         self._guesses: dict[int, Tensor] = {}  # layer checked -> its best token, before pruning could drop it
-        # The matrix of `stack`, (n, d), in parts. [None]: the whole W. None: pruned since, so
-        # `stack` has to gather the candidates' rows of W.
+        # The rows of W that `stack` multiplies by, in parts (a shortlist has two); a part None is all of W.
+        # The list itself is None after pruning: then `stack` gathers the rows of the candidates.
         self._weights: list[Tensor | None] | None = [None]
         if shortlist is not None:
             self.candidates, self._weights, self.n = shortlist.ids, shortlist.weights, len(shortlist.ids)
@@ -119,18 +121,17 @@ class Trace:
         return probs.new_zeros(self.model.config.vocab_size).scatter(0, self.candidates, probs)
 
     def at_the_top(self) -> "Trace":
-        """The same position at the last layer over the whole vocabulary, once the LM head has been
-        computed."""
+        """A new trace of this position, whose logits at the last layer are the LM head's. Needs `final`."""
         trace = Trace(self.model, self.config)
         trace.hidden, trace._logits = self.hidden, {self.model.config.n_layers: self.final[-1]}
         return trace
 
     def checked_at(self, states: list[Tensor]) -> "Trace":
-        """The trace of another position of the text, which has the states h_0 .. h_l, (1, 1, d) each, with a
-        confidence check at layer l alone."""
+        """A new trace of another position, with its states h_0 .. h_l, (1, 1, d) each, and a check at layer
+        l."""
         trace = Trace(self.model, self.config, self.shortlist)
         trace.hidden = list(states)
-        trace.decided(math.inf)
+        trace.decided(math.inf)  # any threshold above 0 runs the check; nobody reads this one
         return trace
 
 

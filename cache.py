@@ -64,9 +64,8 @@ class KVCache:
         first = self.filled[layer]
         stop = self.filled[layer] = first + rows
         keys, values = self.keys[layer], self.values[layer]
-        keys.narrow(2, first, rows).copy_(
-            k
-        )  # keys[:, :, first:stop] = k, but slicing takes a tenth of a block's time
+        # keys[:, :, first:stop] = k, but slicing takes a tenth of a block's time:
+        keys.narrow(2, first, rows).copy_(k)
         values.narrow(2, first, rows).copy_(v)
         oldest = 0 if window is None else max(0, first + 1 - window)  # the oldest that any of these rows sees
         mask = None if rows == 1 else self.mask(oldest, first, stop, window)

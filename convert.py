@@ -141,7 +141,7 @@ def convert(path: Path, out: Path, dtype=None, max_len=None, tokenizer: Path | N
     elif (path / "config.json").is_file():
         source = open_hf(path)
     else:
-        raise UserError(f"{path}: is neither a GGUF file nor a folder with a config.json (Hugging Face)")
+        raise UserError(f"{path}: is neither a GGUF file nor a folder with config.json; download one first")
     blob = None
     try:
         if str(tokenizer) != "none":

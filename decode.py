@@ -47,9 +47,7 @@ def verified(run: "Run", drafting=None) -> Iterator[Token]:
     and a block reads its weights once, whether it processes one row or eight."""
     tokens, drafts, passes = run.unread, [], []  # passes: the traces since the last judgement
     while run.unfinished:
-        if run.drafts_end(
-            drafts
-        ):  # nothing follows the last draft: bring the rows that judge the drafts to the top
+        if run.drafts_end(drafts):  # a pass without a new token brings the rows that judge drafts to the top
             trace, layer = run.advance([], exits={})
         else:
             exits = drafting.exits(len(drafts)) if drafting else run.exits()
@@ -207,9 +205,7 @@ class Run:
             replaced = tuple(draft.id for draft in drafts[kept:])
             settled.append(Token(own, self.model.config.n_layers, rolled_back=replaced))
         self.counters.add_judgement(len(drafts), kept)
-        if (
-            kept == len(drafts) and own is not None
-        ):  # `own` follows the newest position, which the trace is about
+        if kept == len(drafts) and own is not None:  # `own` follows the position of the trace
             self.counters.add_miss(trace, own)
             settled[-1].explain(trace)
         first = self.cache.begun - len(trace.final)  # the position whose row judges the first draft

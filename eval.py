@@ -135,7 +135,7 @@ def tune(config: EvalConfig) -> None:
 
 
 def prompt(config: EvalConfig) -> None:
-    """Prints the first prompt of each task, exactly as the model gets it, and its references."""
+    """Prints the first prompt of each task, with its template and shots, and its references."""
     setup = Setup(config)
     for task in setup.tasks:
         task, examples = setup.inputs(task)
@@ -188,7 +188,7 @@ def add_command_flags(parser: Parser, command: Command) -> None:
     parsed arguments, so that the defaults of the command apply."""
     if command.run is sweep:
         text = "a setting and its values; if repeated, every combination is measured"
-        over = {"nargs": "+", "action": "append", "metavar": "FIELD VALUE", "required": True}
+        over = {"nargs": "+", "action": "append", "metavar": ("FIELD", "VALUE"), "required": True}
         parser.add_argument("--over", help=text, **over)
     others = {field.name for field in fields(EvalConfig)} - {*command.flags}
     add_flags(parser, command.defaults, skip=others)

@@ -53,8 +53,12 @@ def read_choice(name: str, text: str, known: dict[str, tuple[Number, ...]]) -> t
 
 
 def forms(known: dict[str, tuple[Number, ...]]) -> list[str]:
-    """How each choice is written: ["fixed:K", "decaying:K:MIN"]."""
-    return [":".join([choice, *(number.name for number in numbers)]) for choice, numbers in known.items()]
+    """How each choice is written, as in ["none", "mlp:WIDTH", "fixed[:K]"]: K has a default."""
+
+    def written(number: Number) -> str:
+        return f":{number.name}" if number.default is None else f"[:{number.name}]"
+
+    return [choice + "".join(map(written, numbers)) for choice, numbers in known.items()]
 
 
 # ---------------------------------------------------------------- limits and kinds

@@ -27,5 +27,7 @@ def run(main: Callable[[], None]) -> None:
             error = "the GPU's memory is full; use fewer rows or positions, --recompute or a smaller dtype"
         elif not isinstance(error, UserError) and not by_file:
             raise
+        elif by_file and error.filename is not None:
+            error = f"{error.filename}: {error.strerror}".replace(".part:", ":")  # the name before renaming
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

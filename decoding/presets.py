@@ -154,7 +154,7 @@ def first_configuration(word: str, base: DecodeConfig, named: dict[str, DecodeCo
     known = [*named, *WORDS, *FUNCTIONS]
     if word not in known and ":" not in word:
         hint = did_you_mean(word, known)
-        raise UserError(f"unknown configuration {word!r}{hint}; choose from {', '.join(known)}")
+        raise UserError(f"unknown configuration {word!r}{hint} (of {', '.join(dict.fromkeys(known))})")
     return override(base, WORDS.get(word, {"confidence": word}))
 
 

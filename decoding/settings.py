@@ -59,7 +59,7 @@ class DecodeConfig:
             count, layers = len(self.layer_thresholds), len(self.exit_layers or ())
             if count != layers:
                 raise UserError(
-                    f"layer_thresholds has {count} values for {layers} exit_layers; give {layers}"
+                    f"layer_thresholds has {count} values, exit_layers {layers}; give as many of both"
                 )
         if self.fill == "copy" and (self.max_owed is not None or self.verify):
             name = "verify" if self.verify else "max_owed"

@@ -29,9 +29,7 @@ class Trace:
         self.final: Tensor | None = None  # (R, V) logits of the rows that the LM head ran on, if any
         self.candidates: Tensor | None = None  # (n,) int64 token ids; None is the whole vocabulary
         self.n = model.config.vocab_size  # how many candidates there are
-        self.checked: dict[
-            int, int
-        ] = {}  # exit layer reached (also with threshold 0) -> number of candidates
+        self.checked: dict[int, int] = {}  # exit layer reached, even with threshold 0 -> how many candidates
         self.confidences: dict[int, float] = {}  # of each layer with a check (threshold above 0)
         self.thresholds: dict[int, float] = {}  # of each exit layer reached
         self.amateurs: dict[int, int] = {}  # exit layer -> the layer that it was contrasted with

@@ -32,7 +32,7 @@ def one_task(setup: Setup) -> Task:
         raise UserError("calibrate finds a threshold for one task; choose it with --tasks")
     decode = own_config(setup, task)
     if decode.confidence is None or decode.verify:
-        raise UserError("calibrate needs a confidence function; leave out --verify, which keeps the text")
+        raise UserError("calibrate needs a confidence function, and no --verify, since that keeps the text")
     if setup.config.risk == "task" and not task.metrics:
         raise UserError(f"task {task.name} has no score; calibrate with --risk consistency")
     return task

@@ -97,7 +97,7 @@ class Setup:
             options = self.config.loading | {"heads": None, "frequent_ids": None}
             self.models[checkpoint], tokenizer = load_checkpoint(checkpoint, **options)
             if tokenizer is None or tokenizer.to_blob() != self.tokenizer.to_blob():
-                raise UserError(f"{checkpoint}: has another tokenizer than {self.config.checkpoint}")
+                raise UserError(f"{checkpoint}: has a different tokenizer from {self.config.checkpoint}")
         return self.models[checkpoint]
 
     def tables(self, choose: Callable[[Task], dict[str, Configuration]]) -> list[Table]:
@@ -159,7 +159,7 @@ def encode_inputs(
     longest = max(each.decode.max_new_tokens for each in configurations.values())
     positions = min(each.model.config.max_len for each in configurations.values())
     if longest > positions - 2:
-        raise UserError(f"max_new_tokens is {longest}, of {positions} positions; leave some for the prompt")
+        raise UserError(f"max_new_tokens is {longest}; give less than the model's {positions} positions")
     inputs = [task.encode(example.prompt, setup.tokenizer, positions - longest) for example in examples]
     prompts, cut = zip(*inputs)
     if any(cut):

@@ -30,7 +30,7 @@ class EvalConfig:
     overwrite: bool = option(False, "replace the entries that the file has for these tasks")
     results: str = option("sweep.json", "file with the results, from which an interrupted sweep resumes")
     repeat: int = option(1, "decode every input this many times and use the median time", least=1)
-    json: str | None = option(None, "write all figures to this file, also those of each input")
+    json: str | None = option(None, "write all figures to this file")
     plot: str | None = option(None, "draw plots in this folder (needs matplotlib)", rare=True)
     html: str | None = option(None, "write a page that shows three inputs of each task")
     settings: str | None = option(None, "settings file (none: that of the model or --heads)", rare=True)
@@ -53,3 +53,5 @@ class EvalConfig:
         check_limits(self)
         if self.shot_file and not self.shots:
             raise UserError("--shot-file needs --shots, the number of examples")
+        if self.compare and self.all:
+            raise UserError("--all compares every entry of the settings file; leave out it or --compare")

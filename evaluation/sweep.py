@@ -97,6 +97,8 @@ def measured_or_known(setup: Setup, table: Table) -> list[dict]:
         for name, each in table.configurations.items()
     }
     known = read_json(path, "results of a sweep") if path.is_file() else {}
+    if not all(isinstance(rows, list) and len(rows) == 2 for rows in known.values()):
+        raise UserError(f"{path}: does not hold the results of a sweep; give --results another name")
     missing = [name for name in keys if keys[name] not in known]
     for start in range(0, len(missing), AT_A_TIME):
         part = {name: table.configurations[name] for name in missing[start : start + AT_A_TIME]}

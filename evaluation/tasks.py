@@ -135,7 +135,7 @@ def openings(path: str | Path, skipped: list[str] | None = None) -> list[Example
         for words in long[::step]:
             examples.append(Example(" ".join(words[:OPENING]), (" ".join(words[OPENING:]),)))
     if not examples:
-        raise UserError(f"{path}: has no paragraph of {2 * OPENING} words, half of which could be continued")
+        raise UserError(f"{path}: has no paragraph of {2 * OPENING} words or more to continue")
     return examples
 
 

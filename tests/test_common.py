@@ -174,11 +174,11 @@ def test_a_choice_is_read_with_its_numbers():
     found = [read_choice("x", text, KNOWN) for text in texts]
     assert found == [("none", []), ("fixed", [64]), ("fixed", [8]), ("mlp", [256]), ("both", [64, 0.5]), ("both", [3, 0.5]),
                      ("both", [3, 0.25])]  # fmt: skip
-    assert forms(KNOWN) == ["none", "fixed:K", "mlp:WIDTH", "both:K:SHARE"]
+    assert forms(KNOWN) == ["none", "fixed[:K]", "mlp:WIDTH", "both[:K][:SHARE]"]
 
 
 @pytest.mark.parametrize("text, said", [
-    ("fix", "unknown x 'fix'; choose from none, fixed:K"), ("none:3", "unknown x 'none:3'"), ("mlp", "unknown x 'mlp'"),
+    ("fix", "unknown x 'fix'; choose from none, fixed\\[:K\\]"), ("none:3", "unknown x 'none:3'"), ("mlp", "unknown x 'mlp'"),
     ("", "unknown x ''"), ("both:1:2:3", "unknown x"), ("fixed:a", "K cannot be 'a'"), ("fixed:2.5", "K cannot be '2.5'"),
     ("fixed:", "K cannot be ''"), ("fixed:1", "K of x fixed:1 is 1; it must be at least 2"), ("both:3:nan", "is nan; it must be above 0"),
 ])  # fmt: skip

@@ -141,7 +141,7 @@ def test_configurations_of_all_kinds_are_compared_in_one_table(command, rows_of,
     save_checkpoint(tmp_path / "foreign.pt", tiny_model(1), None)
     with pytest.raises(SystemExit):
         command("--compare", "full+checkpoint=foreign.pt")
-    assert "foreign.pt: has another tokenizer" in capsys.readouterr().err
+    assert "foreign.pt: has a different tokenizer" in capsys.readouterr().err
 
 
 def test_recipes_are_compared_on_any_checkpoint(rows_of, tmp_path):
@@ -583,7 +583,7 @@ def test_a_mistake_in_the_second_task_is_found_before_the_first_is_measured(comm
 
 @pytest.mark.parametrize("fields, message", [
     ({"split": "train"}, "unknown split 'train'"), ({"tolerance": 1.0}, "tolerance is 1.0"),
-    ({"shot_file": "x"}, "needs --shots"),
+    ({"shot_file": "x"}, "needs --shots"), ({"compare": "softmax", "all": True}, "leave out it or --compare"),
 ])  # fmt: skip
 def test_settings_out_of_range_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
@@ -599,11 +599,11 @@ MISTAKES = {
     "--compare softmax+exit-layers=9": "layer 9 is not an exit",
     "--json tiny.pt": "tiny.pt: is read here, and would be overwritten; give another name",
     "--wide sweep --over threshold 0.5": "flags come after the command: eval.py sweep",
-    "--wide compare": "flags come after the command: eval.py compare",
+    "sweep --over threshold 0.5 --results t.json": "t.json: does not hold the results of a sweep",
     "--thresholds t.json --compare softmax": "--thresholds defines a configuration",
     "calibrate --limit 4": "4 inputs cannot prove a risk below 0.05 at error level 0.05",
     "calibrate --tasks stories --risk task": "task stories has no score; calibrate with --risk consistency",
-    "calibrate --verify": "leave out --verify",
+    "calibrate --verify": "no --verify",
 }
 
 

@@ -96,7 +96,7 @@ def print_checks(model: Transformer, shortlist: int | None, tokens: int, repeat:
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, prog="python -m tools.bench")
     add_model_flags(parser, str(DEFAULT_CHECKPOINT))
     text = "use a random model with 262,144 tokens, with and without a shortlist"
     parser.add_argument("--large-vocabulary", action="store_true", help=text)

@@ -77,7 +77,7 @@ def print_coverage(counts: Counter, held: list[Encoded]) -> None:
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, prog="python -m tools.shortlist")
     add = parser.add_argument
     add("--checkpoint", default=str(DEFAULT_CHECKPOINT), metavar="FILE", help="default: %(default)s")
     add("--data", nargs="+", required=True, metavar="FILE", help="data files, as for train.py")

@@ -47,7 +47,9 @@ class TrainConfig(LossConfig):
     accumulate: int = option(1, "micro-batches per step, in each process", BATCHES, least=1, rare=True)
     lr: float = option(1.5e-3, "peak learning rate", OPTIMIZATION, above=0)
     warmup: int = option(300, "steps of linear warm-up before the cosine decay", OPTIMIZATION, least=0)
-    layer_dropout: float = option(0.0, "chance of skipping the last layer", OPTIMIZATION, least=0, most=1)
+    layer_dropout: float = option(
+        0.0, "skip layers at random, the last one with this probability", OPTIMIZATION, least=0, most=1
+    )
     seed: int = option(
         0, "seed for the weights, the order of the data and layer dropout", OPTIMIZATION, least=0, rare=True
     )

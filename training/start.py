@@ -35,7 +35,7 @@ def check_start(config: TrainConfig, shape: ModelConfig) -> None:
     """Raises UserError for batch rows longer than the model's context, and for missing files, before anything
     is made."""
     if shape.max_len < config.length:
-        lengths = f"length is {config.length}, the model has {shape.max_len} positions"
+        lengths = f"length is {config.length}, but the model has {shape.max_len} positions"
         raise UserError(f"{lengths}; lower --length or raise --max-len")
     for file in (*config.data, *config.dev):
         check_input(file, "no such data file; check --data and --dev")

@@ -159,7 +159,7 @@ def encode_inputs(
     longest = max(each.decode.max_new_tokens for each in configurations.values())
     positions = min(each.model.config.max_len for each in configurations.values())
     if longest > positions - 2:
-        raise UserError(f"max_new_tokens is {longest}; give less than the model's {positions} positions")
+        raise UserError(f"max_new_tokens is {longest}; give at most {positions - 2} ({positions} positions)")
     inputs = [task.encode(example.prompt, setup.tokenizer, positions - longest) for example in examples]
     prompts, cut = zip(*inputs)
     if any(cut):

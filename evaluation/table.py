@@ -18,9 +18,9 @@ TITLES = {
     "f1": "F1",
 }
 LEGEND = """speed-up: compared with the full model (95 % interval over prompts and repeats); ideal: speed-up
-if only layers and LM heads took time; exit layer: mean over tokens; agreement: share of tokens
-equal to the full model's. More: --wide (all columns), --all (all configurations), --limit and
---repeat (narrower intervals), --help."""
+if only layers (with a shortlist, also LM heads) took time; exit layer: mean over tokens; agreement:
+share of tokens equal to the full model's. More: --wide (all columns), --all (all configurations),
+--limit and --repeat (narrower intervals), --help."""
 Cell = Callable[[dict], str]
 
 

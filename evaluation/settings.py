@@ -54,4 +54,4 @@ class EvalConfig:
         if self.shot_file and not self.shots:
             raise UserError("--shot-file needs --shots, the number of examples")
         if self.compare and self.all:
-            raise UserError("--all compares every entry of the settings file; leave out one of the two")
+            raise UserError("--all compares every settings entry; give only one of --all and --compare")

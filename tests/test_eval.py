@@ -583,7 +583,7 @@ def test_a_mistake_in_the_second_task_is_found_before_the_first_is_measured(comm
 
 @pytest.mark.parametrize("fields, message", [
     ({"split": "train"}, "unknown split 'train'"), ({"tolerance": 1.0}, "tolerance is 1.0"),
-    ({"shot_file": "x"}, "needs --shots"), ({"compare": "softmax", "all": True}, "leave out one of the two"),
+    ({"shot_file": "x"}, "needs --shots"), ({"compare": "softmax", "all": True}, "only one of --all and --compare"),
 ])  # fmt: skip
 def test_settings_out_of_range_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):

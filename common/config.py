@@ -32,6 +32,11 @@ class Number:
     limits: dict = dataclasses.field(default_factory=dict)
     kind: type = int
 
+    @property
+    def form(self) -> str:
+        """How the number is written: ":K", or "[:K]" if it may be left out."""
+        return f":{self.name}" if self.default is None else f"[:{self.name}]"
+
 
 def read_choice(name: str, text: str, known: dict[str, tuple[Number, ...]]) -> tuple[str, list]:
     """Parses text such as "decaying:64:16" into a choice and its numbers; numbers that are left out at the
@@ -53,12 +58,8 @@ def read_choice(name: str, text: str, known: dict[str, tuple[Number, ...]]) -> t
 
 
 def forms(known: dict[str, tuple[Number, ...]]) -> list[str]:
-    """How each choice is written, as in ["none", "mlp:WIDTH", "fixed[:K]"]: K has a default."""
-
-    def written(number: Number) -> str:
-        return f":{number.name}" if number.default is None else f"[:{number.name}]"
-
-    return [choice + "".join(map(written, numbers)) for choice, numbers in known.items()]
+    """How each choice is written: ["none", "mlp:WIDTH", "fixed[:K]"]."""
+    return ["".join([choice, *(number.form for number in numbers)]) for choice, numbers in known.items()]
 
 
 # ---------------------------------------------------------------- limits and kinds

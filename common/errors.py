@@ -28,6 +28,7 @@ def run(main: Callable[[], None]) -> None:
         elif not isinstance(error, UserError) and not by_file:
             raise
         elif by_file and error.filename is not None:
-            error = f"{error.filename}: {error.strerror}".replace(".part:", ":")  # the name before renaming
+            name = str(error.filename).removesuffix(".part")  # of the file that `whole_file` was to write
+            error = f"{name}: {error.strerror}"
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -151,10 +151,10 @@ def first_configuration(word: str, base: DecodeConfig, named: dict[str, DecodeCo
         return named[word]
     if word == "full":
         return base.full()
-    known = [*named, *WORDS, *FUNCTIONS]
+    known = list(dict.fromkeys([*named, *WORDS, *FUNCTIONS]))  # a settings file may name functions, too
     if word not in known and ":" not in word:
         hint = did_you_mean(word, known)
-        raise UserError(f"unknown configuration {word!r}{hint} (of {', '.join(dict.fromkeys(known))})")
+        raise UserError(f"unknown configuration {word!r}{hint}; choose from {', '.join(known)}")
     return override(base, WORDS.get(word, {"confidence": word}))
 
 

@@ -91,7 +91,7 @@ def measured_or_known(setup: Setup, table: Table) -> list[dict]:
     path = Path(setup.config.results)
     where = {name: value for name, value in setup.record.items() if name not in MAY_CHANGE}
     ids = setup.model.frequent_ids
-    where["frequent_ids"] = None if ids is None else ids.tolist()
+    where["frequent_ids"] = None if ids is None else digest(ids.tolist())
     keys = {
         name: digest(where, table.task, table.examples, asdict(each.decode), source_of(each.decode))
         for name, each in table.configurations.items()

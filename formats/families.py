@@ -19,7 +19,7 @@ from model import ModelConfig
 # The most positions that a model has without --max-len: the rotary table needs memory for each position.
 MAX_LEN = 8192
 
-# A config.json may leave out what has a default in transformers. These are the defaults, by model_type.
+# transformers' defaults for the keys that a config.json may omit, by model_type.
 LLAMA = {
     "rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048, "tie_word_embeddings": False,
     "eos_token_id": 2,

@@ -106,7 +106,7 @@ def test_what_is_missing_of_a_download_is_named(tiny_model, tmp_path):
     (folder / "config.json").write_text("{")
     refused(folder, "config.json: not JSON")
     (folder / "config.json").unlink()
-    refused(folder, "a folder with config.json")
+    refused(folder, "nor a folder with config.json")
 
 
 SLIDING = {"model_type": "gemma3_text", "sliding_window": 4}

@@ -583,7 +583,8 @@ def test_a_mistake_in_the_second_task_is_found_before_the_first_is_measured(comm
 
 @pytest.mark.parametrize("fields, message", [
     ({"split": "train"}, "unknown split 'train'"), ({"tolerance": 1.0}, "tolerance is 1.0"),
-    ({"shot_file": "x"}, "needs --shots"), ({"compare": "softmax", "all": True}, "only one of --all and --compare"),
+    ({"shot_file": "x"}, "--shot-file needs --shots, the number of examples"),
+    ({"compare": "softmax", "all": True}, "give only one of --all and --compare"),
 ])  # fmt: skip
 def test_settings_out_of_range_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
@@ -599,11 +600,12 @@ MISTAKES = {
     "--compare softmax+exit-layers=9": "layer 9 is not an exit",
     "--json tiny.pt": "tiny.pt: is read here, and would be overwritten; give another name",
     "--wide sweep --over threshold 0.5": "flags come after the command: eval.py sweep",
+    "--wide compare": "flags come after the command: eval.py compare",
     "sweep --over threshold 0.5 --results t.json": "t.json: does not hold the results of a sweep",
     "--thresholds t.json --compare softmax": "--thresholds defines a configuration",
     "calibrate --limit 4": "4 inputs cannot prove a risk below 0.05 at error level 0.05",
     "calibrate --tasks stories --risk task": "task stories has no score; calibrate with --risk consistency",
-    "calibrate --verify": "no --verify",
+    "calibrate --verify": "no --verify, since that keeps the text",
 }
 
 

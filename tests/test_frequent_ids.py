@@ -81,7 +81,7 @@ def test_ids_are_those_of_the_file_named_then_of_the_checkpoint_then_of_a_file_n
     out, heads = checkpoint.with_name("ids.npy"), checkpoint.with_name("heads.pt")
     printed, _, status = count(out)
     ids = np.load(out)
-    assert status is None and f"{len(ids)} of 4,096 ids" in printed and "every 10th pair (2, not counted here)" in printed
+    assert status is None and f"{len(ids)} of 4,096 ids" in printed and "coverage of every 10th pair (2, not counted here)" in printed
     assert ids.dtype == np.int32 and ids.tolist() == expected_ids(checkpoint)
 
     def found(file=None, beside=None, **content) -> list[int] | None:

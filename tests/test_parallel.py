@@ -102,9 +102,9 @@ def test_two_processes_learn_what_one_learns_which_goes_on_where_they_stopped(st
         assert row.get("loss") == pytest.approx(other.get("loss"), abs=2e-4)
         assert row.get("layers", {}).get("3") == pytest.approx(other.get("layers", {}).get("3"), abs=2e-4)
     contents = [read_checkpoint(folder / "checkpoint.pt") for folder in (both, alone)]
-    trainings = [content["training"] for content in contents]
-    assert contents[0].keys() == contents[1].keys() and trainings[0].keys() == trainings[1].keys()
-    assert_close(trainings[0]["optimizer"]["state"], trainings[1]["optimizer"]["state"], rtol=0, atol=1e-4)
+    states = [content["training"] for content in contents]
+    assert contents[0].keys() == contents[1].keys() and states[0].keys() == states[1].keys()
+    assert_close(states[0]["optimizer"]["state"], states[1]["optimizer"]["state"], rtol=0, atol=1e-4)
     start = make_model(config, SHAPE).state_dict()
     for name, weight in contents[0]["weights"].items():
         expected = contents[1]["weights"][name]

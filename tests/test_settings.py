@@ -130,7 +130,8 @@ def test_settings_next_to_a_checkpoint_are_its_defaults(tmp_path):
 
 
 @pytest.mark.parametrize("content, complaint", [
-    ("{", "not JSON"), ("[1]", "not a JSON"), ('{"threshold": 2}', "threshold is 2"), ('{"treshold": 0.5}', "mean threshold"),
+    ("{", "not JSON"), ("[1]", "is not a JSON object"), ('{"threshold": 2}', "threshold is 2"),
+    ('{"treshold": 0.5}', "did you mean threshold?"),
     ('{"threshold": "high"}', "not usable"), ('{"exit_layers": ["a"]}', "exit_layers cannot be 'a'"),
 ])  # fmt: skip
 def test_a_file_without_thresholds_is_one_clear_error(tmp_path, content, complaint):
@@ -145,7 +146,7 @@ def test_code_comes_from_flags_only(tmp_path):
     for name, content in (("x.json", {"decode": {"confidence": "os:system"}}), ("t.json", {"confidence": "os:system", "threshold": 0.3})):
         (tmp_path / name).write_text(json.dumps(content))
         words = [f"--checkpoint={tmp_path / 'x.pt'}"] if name == "x.json" else [f"--thresholds={tmp_path / 't.json'}"]
-        with pytest.raises(UserError, match=f"{name}: .*'os:system' is none of .* with --confidence"):
+        with pytest.raises(UserError, match=f"{name}: .*'os:system' is none of .* name a function of your own with --confidence"):
             chosen(*words)
     assert read_thresholds(tmp_path / "t.json", "os:system") == {"threshold": 0.3}
 
@@ -239,7 +240,7 @@ def test_configurations_are_compared_with_each_other(tiny_model, decoded):
     for part in (parts[0], parts[2]):
         assert part.splitlines()[1] == " ".join(map(str, full)) and "the same text as the full model's" in part
     at = next(i for i in range(20) if early[i] != full[i])
-    assert f"at token {at + 1}: {early[at]} in place of {full[at]}" in parts[1]
+    assert f"first differs from the full model's text at token {at + 1}: {early[at]} in place of {full[at]}" in parts[1]
     assert "drafts: " in parts[2] and "drafts: " not in parts[1]
     rows = [json.loads(line) for line in Path("t.jsonl").read_text().splitlines()]
     assert [row["configuration"] for row in rows] == [name for name in names.split(",") for _ in range(20)]

@@ -27,8 +27,18 @@ from tqdm import tqdm
 from common.errors import UserError, run
 from common.files import check_outputs, reading, whole_file
 from common.flags import DTYPES, Parser, add_thread_flag, use_threads
-from decoding.fast_weights import Int8Matrix
-from formats.checkpoint import FORMAT, STORED, as_blob, check_values, is_gguf, read_tokenizer, save_part, seal
+from decoding.weights import quantized
+from formats.checkpoint import (
+    FORMAT,
+    STORED,
+    as_blob,
+    check_values,
+    is_gguf,
+    read_tokenizer,
+    save_part,
+    seal,
+    weights_of,
+)
 from formats.families import MAX_LEN, SKIPPED, model_config, name_table, pattern
 from formats.gguf import open_gguf
 from formats.huggingface import open_hf
@@ -123,9 +133,9 @@ def copy_weights(source: Source, config: ModelConfig, found: dict[str, str], con
             fill(target, source.tensors[theirs], half, plus_one)
             check_values(target, theirs)
             if ours in scales:
-                matrix = Int8Matrix.of(target)
-                weights[ours].copy_(matrix.rows)
-                scales[ours].copy_(matrix.scale)
+                rows, scale = quantized(target)
+                weights[ours].copy_(rows)
+                scales[ours].copy_(scale)
             bar.update(weights[ours].nbytes)
 
 
@@ -151,7 +161,7 @@ def convert(path: Path, out: Path, dtype=None, max_len=None, tokenizer: Path | N
     with reading(path, "the configuration is not that of a model"):
         config = model_config(source.config, max_len)
         with torch.device("meta"):
-            shapes = Transformer(config).state_dict()
+            shapes = weights_of(Transformer(config))
         found, skipped = match(source, config, in_parts(shapes, config))
     if blob is not None:
         tokens = read_tokenizer(path, blob, config.vocab_size)

@@ -74,25 +74,21 @@ def run_pass(
     trace.final (None if it is owed no row). Rows that stopped below a layer in earlier passes join
     there, so that keys and values are those of a full forward pass. Without tokens, the pass computes what is
     owed."""
-    first, top = cache.begun, model.config.n_layers + 1
-    stop = cache.begun = first + len(tokens)
-    ids = torch.tensor([tokens], dtype=torch.int64, device=model.device)
-    x = model.embed(ids)  # (1, R, d), the positions first .. stop - 1
+    top = model.config.n_layers + 1
+    x = model.embed(torch.tensor([tokens], dtype=torch.int64, device=model.device))  # h_0 (1, R, d)
+    cache.begin(x)
     trace.hidden.append(x)
     for layer, block in enumerate(model.blocks, 1):
-        x = cache.join(cache.filled[layer], first, x)  # R grows and first falls as owed rows join
-        first = cache.filled[layer]
-        if first < stop:  # without new tokens there are no rows until a layer that is owed some
-            x = block(x, cache)  # stores the keys and values of these rows: filled[layer] = stop
-        trace.hidden.append(x)  # makes this the trace's newest layer, which `decided` is about
+        # All rows that are owed to this layer, also from earlier passes, go through it (none, if there are no
+        # new tokens and nothing is owed). It becomes the trace's newest layer, which `decided` is about.
+        trace.hidden.append(cache.climb(block))
         if layer in exits and trace.decided(exits[layer]):
-            cache.hidden[:, first:stop] = x  # here they wait, at this depth, for a pass that goes deeper
-            return layer
-    x = cache.join(cache.head_filled, first, x)  # the rows that are owed to the LM head, and no others
-    if x.shape[1] > 0:
-        trace.final = model.head(x[0])  # (R, V)
-        trace.flops[top] = x.shape[1] * 2 * model.config.vocab_size * model.config.d_model
-    cache.head_filled = stop
+            return layer  # here the rows wait, in cache.hidden, for a pass that goes deeper
+    logits = [model.head(rows[0]) for rows in cache.pieces(cache.head_filled)]  # those owed to the LM head
+    if logits:
+        trace.final = torch.cat(logits)  # (R, V)
+        trace.flops[top] = len(trace.final) * 2 * model.config.vocab_size * model.config.d_model
+    cache.head_filled = cache.begun
     return top
 
 
@@ -219,8 +215,8 @@ def copy_up(model: Transformer, cache: KVCache, layer: int) -> None:
     layer above `layer` projects keys and values from the newest position's state at `layer`, without
     attention or MLP."""
     for block in model.blocks[layer:]:
-        first = cache.filled[block.layer]
-        _, k, v = block.heads(cache.hidden[:, first : cache.begun], first)
+        owed = cache.hidden[:, cache.filled[block.layer] : cache.begun]
+        _, k, v = block.heads(owed, cache)
         cache.extend(block.layer, k, v, block.window)
 
 

@@ -103,63 +103,78 @@ def check_exit_layers(name: str, layers: Collection[int], n_layers: int) -> None
 # ---------------------------------------------------------------- norm, rotary positions, attention
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * gain over the last dimension (Zhang 2019), computed in the wider dtype of the two."""
-    dtype = torch.promote_types(x.dtype, gain.dtype)
-    return F.rms_norm(x.to(dtype), gain.shape, gain.to(dtype), eps).to(x.dtype)
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang 2019), computed in the wider dtype of the two."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
 
 
-def rope_table(config: ModelConfig, base: float, factor: float = 1.0) -> Tensor:
-    """Rotary position embedding (Su 2021): cos and signed sin (-sin for the first half of a head, sin for the
-    second) of every position, (2, max_len, C). `factor` divides the frequencies, so that texts may be longer:
-    all of them alike, or in the bands of Llama 3 (`apply_scaling` in its code)."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim  # (C/2,)
-    frequency = base**-exponent
-    kept = torch.zeros_like(frequency)  # the share of each frequency that is not divided
-    if config.rope_bands:
-        low, high, length = config.rope_bands
-        turns = length * frequency / (2 * math.pi)  # below low divided, above high kept, in between mixed
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-    if factor != 1:
-        frequency = frequency * (kept + (1 - kept) / factor)
-    angle = torch.arange(config.max_len, dtype=torch.float64)[:, None] * frequency
-    cos, sin = angle.cos().float(), angle.sin().float()
-    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
+class Rotary(nn.Module):
+    """Rotary position embedding (Su 2021): turns every pair of neighboring numbers of a head by the angle
+    position * frequency. `factor` divides the frequencies, so that texts may be longer: all of them alike, or
+    in the bands of Llama 3 (`apply_scaling` in its code)."""
 
+    def __init__(self, config: ModelConfig, base: float, factor: float = 1.0):
+        super().__init__()
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim  # (C/2,)
+        frequency = base**-exponent
+        kept = torch.zeros_like(frequency)  # the share of each frequency that is not divided
+        if config.rope_bands:
+            low, high, length = config.rope_bands
+            turns = length * frequency / (2 * math.pi)  # below low divided, above high kept, in between mixed
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
+        if factor != 1:
+            frequency = frequency * (kept + (1 - kept) / factor)
+        angle = torch.arange(config.max_len, dtype=torch.float64)[:, None] * frequency
+        turns = torch.stack([angle.cos(), angle.sin()], -1).float()  # (max_len, C/2, 2)
+        self.register_buffer("turns", turns, persistent=False)
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotates every pair (x1, x2) of a head by the angle of its position: (x1 cos - x2 sin, x2 cos + x1 sin);
-    the pair is (i, i + C/2). x (B, heads, T, C), rope (2, T, C)."""
-    cos, signed_sin = rope
-    swapped = x.roll(x.shape[-1] // 2, -1)  # x2 in the place of x1, x1 in the place of x2
-    return torch.addcmul(x * cos, swapped, signed_sin).type_as(x)
+    def factors(self, first: int, rows: int) -> Tensor:
+        """e^(i angle) of the positions from `first` on: (T, 1, C/2)."""
+        return torch.view_as_complex(self.turns.narrow(0, first, rows).float()).unsqueeze(1)
+
+    def forward(self, heads: Tensor, factors: Tensor) -> Tensor:
+        """(x1 + i x2) e^(i angle) for every pair of numbers of heads (B, T, heads, C)."""
+        exact = heads.float() if heads.element_size() == 2 else heads  # torch has no complex bfloat16
+        pairs = torch.view_as_complex(exact.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * factors).flatten(-2).to(heads.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: ModelConfig) -> Tensor:
-    """softmax(q k * query_scale) v where `mask` (.., T, S) allows. Without a mask a single row sees
-    everything, and T = S rows are causal. q (B, H, T, C), k and v (B, K, S, C) -> (B, T, H C)."""
-    causal = mask is None and q.shape[2] > 1
+    """softmax(q k * query_scale + mask) v: q (B, H, T, C), k and v (B, K, S, C), mask 0 or -inf, (.., T, S)
+    -> (B, T, H C). Without a mask, T = S rows are causal.
+
+    In decoding, a cache gives every row of its one text keys, values and a mask of its own, (T, K, S, C) and
+    (T, 1, 1, S). Then each row is a batch item, so that its result does not depend, in a single bit, on the
+    rows that are computed with it."""
+    each_alone = k.shape[0] > q.shape[0]
+    if each_alone:
+        q = q.transpose(0, 2)  # (T, H, 1, C)
     if config.attention_cap is None:
         grouped = config.n_heads != config.n_kv_heads
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=config.query_scale, enable_gqa=grouped
+            q.to(k.dtype), k, v, mask, is_causal=mask is None, scale=config.query_scale, enable_gqa=grouped
         )  # (B, H, T, C)
     else:
-        if causal:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        out = capped_attention(q, k, v, mask, config)
-    return out.transpose(1, 2).flatten(2)
+        out = capped_attention(q.to(k.dtype), k, v, mask, config)
+    out = out.transpose(0, 2) if each_alone else out
+    return out.transpose(1, 2).flatten(2).to(q.dtype)
 
 
 def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: ModelConfig) -> Tensor:
     """Gemma 2: q k softly capped before the softmax, which the library's attention cannot do. -> (B, H, T,
     C)."""
+    if mask is None:
+        mask = torch.full((q.shape[2], k.shape[2]), -math.inf, device=q.device).triu(1)
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (B, H, S, C)
     scores = (q @ k.mT).float() * (config.query_scale or q.shape[-1] ** -0.5)
-    scores = soft_cap(scores, config.attention_cap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return scores.softmax(-1).type_as(v) @ v
+    return (soft_cap(scores, config.attention_cap) + mask).softmax(-1).type_as(v) @ v
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
@@ -167,25 +182,26 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(x / cap)
 
 
-def visible(rows: Tensor, columns: Tensor, window: int | None) -> Tensor:
-    """Whether each position of `rows` (T,) sees each position of `columns` (S,): it sees the newest `window`
-    positions (None: all) up to itself. -> (T, S)."""
+def hiding(rows: Tensor, columns: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """The mask (T, S) that hides from each position of `rows` (T,) the positions of `columns` (S,) that it
+    does not see, by -inf: it sees the newest `window` positions (None: all) up to itself."""
     distance = rows[:, None] - columns
-    return (distance >= 0) & (distance < (window or math.inf))
+    hidden = (distance < 0) | (distance >= (window or math.inf))
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)
 
 
-Seen = tuple[Tensor, Tensor, Tensor | None]  # keys, values, and the mask of which row sees which position
+Seen = tuple[Tensor, Tensor, Tensor | None]  # keys, values, and the mask of what each row sees
 
 
 class KeysValues(Protocol):
     """Where a block stores and reads keys and values: FullPass below or, in decoding, KVCache (cache.py)."""
 
-    def first(self, layer: int) -> int:
-        """The position of the first row that the layer processes next."""
+    def factors(self, layer: int, rotary: Rotary, rows: int) -> Tensor:
+        """The rotary factors of the next rows of a layer."""
 
     def extend(self, layer: int, k: Tensor, v: Tensor, window: int | None) -> Seen:
-        """Stores keys and values (B, K, T, C) of the rows. Returns all that these rows may see, (B, K, S, C)
-        each, and a mask of which row sees which position, (.., T, S), or None as in `attention`."""
+        """Stores keys and values (B, K, T, C) of the rows. Returns keys, values and a mask of what these rows
+        see, as `attention` takes them."""
 
 
 class FullPass:
@@ -195,97 +211,92 @@ class FullPass:
     def __init__(self, documents: Tensor | None = None):
         self.documents = documents
         self.masks: dict[int | None, Tensor | None] = {}  # window -> mask of the layers with it
+        self.made: dict[Rotary, Tensor] = {}  # factors of the layers with this rotary embedding
 
-    def first(self, layer: int) -> int:
-        return 0
+    def factors(self, layer: int, rotary: Rotary, rows: int) -> Tensor:
+        if rotary not in self.made:
+            self.made[rotary] = rotary.factors(0, rows)
+        return self.made[rotary]
 
     def extend(self, layer: int, k: Tensor, v: Tensor, window: int | None) -> Seen:
         if window not in self.masks:
-            self.masks[window] = self.mask(k.shape[2], k.device, window)
+            self.masks[window] = self.mask(k, window)
         return k, v, self.masks[window]
 
-    def mask(self, length: int, device: torch.device, window: int | None) -> Tensor | None:
-        """Which positions see which, (T, T) or (B, 1, T, T); None: each sees all up to itself."""
+    def mask(self, k: Tensor, window: int | None) -> Tensor | None:
+        """What each row does not see, (T, T) or (B, 1, T, T); None: what follows it."""
         if window is None and self.documents is None:
             return None
-        positions = torch.arange(length, device=device)
-        seen = visible(positions, positions, window)
-        if self.documents is not None:
-            seen = (seen & (self.documents[:, :, None] == self.documents[:, None, :]))[:, None]
-        return seen
+        positions = torch.arange(k.shape[2], device=k.device)
+        mask = hiding(positions, positions, window, k.dtype)
+        if self.documents is None:
+            return mask
+        other = self.documents[:, None, :, None] != self.documents[:, None, None, :]
+        return mask.masked_fill(other, -math.inf)
 
 
 # ---------------------------------------------------------------- the transformer
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). The weights of queries, keys and values lie
-    one above the other in `qkv`, those of gate and up in `gate_up`, so that one product reads them."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). One matrix makes queries, keys and values
+    (`qkv`), and one makes gate and up, so that one product reads each."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        d, C, H, K = config.d_model, config.head_dim, config.n_heads, config.n_kv_heads
+        d, C, H, K, eps = config.d_model, config.head_dim, config.n_heads, config.n_kv_heads, config.norm_eps
         self.config, self.layer, self.activation = config, layer, ACTIVATIONS[config.activation]
         self.window = None if layer in config.global_layers else config.window
-        self.register_buffer("rope", None, persistent=False)  # (2, max_len, C), or None: no rotary positions
-        self.attn_norm = nn.Parameter(torch.ones(d))
-        self.qkv = nn.Parameter(torch.empty((H + 2 * K) * C, d))
-        self.out = nn.Parameter(torch.empty(d, H * C))
-        self.mlp_norm = nn.Parameter(torch.ones(d))
-        self.gate_up = nn.Parameter(torch.empty(2 * config.d_ff, d))
-        self.down = nn.Parameter(torch.empty(d, config.d_ff))
+        self.attn_norm = RMSNorm(d, eps)
+        self.qkv = nn.Linear(d, (H + 2 * K) * C, bias=config.qkv_bias)  # Qwen 2 has the bias
+        self.rotary: Rotary | None = None  # None: no rotary positions (see Transformer.make_rotary)
+        self.out = nn.Linear(H * C, d, bias=False)
+        self.mlp_norm = RMSNorm(d, eps)
+        self.gate_up = nn.Linear(d, 2 * config.d_ff, bias=False)
+        self.down = nn.Linear(config.d_ff, d, bias=False)
         if config.post_norms:
-            self.attn_post_norm = nn.Parameter(torch.ones(d))
-            self.mlp_post_norm = nn.Parameter(torch.ones(d))
-        if config.qkv_bias:
-            self.qkv_bias = nn.Parameter(torch.zeros((H + 2 * K) * C))
+            self.attn_post_norm, self.mlp_post_norm = RMSNorm(d, eps), RMSNorm(d, eps)
         if config.qk_norm:
-            self.q_norm = nn.Parameter(torch.ones(C))
-            self.k_norm = nn.Parameter(torch.ones(C))
+            self.q_norm, self.k_norm = RMSNorm(C, eps), RMSNorm(C, eps)
 
     def forward(self, x: Tensor, kv: KeysValues) -> Tensor:
         """x (B, T, d) -> (B, T, d). `kv` stores the keys and values of these T positions and returns those
         that they may see: their own in a full pass, those stored (within the window) in decoding."""
-        eps = self.config.norm_eps
-        q, k, v = self.heads(x, kv.first(self.layer))
+        q, k, v = self.heads(x, kv)
         k, v, mask = kv.extend(self.layer, k, v, self.window)  # (B, K, S, C)
-        a = F.linear(attention(q, k, v, mask, self.config), self.out)
-        x = x + (rms_norm(a, self.attn_post_norm, eps) if self.config.post_norms else a)  # Gemma 2 and 3
-        gate, up = F.linear(rms_norm(x, self.mlp_norm, eps), self.gate_up).chunk(2, dim=-1)
-        m = F.linear(self.activation(gate) * up, self.down)  # gate and up: (B, T, d_ff)
-        return x + (rms_norm(m, self.mlp_post_norm, eps) if self.config.post_norms else m)
+        a = self.out(attention(q, k, v, mask, self.config))
+        x = x + (self.attn_post_norm(a) if self.config.post_norms else a)  # Gemma 2 and 3
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)  # (B, T, d_ff) each
+        m = self.down(self.activation(gate) * up)
+        return x + (self.mlp_post_norm(m) if self.config.post_norms else m)
 
-    def heads(self, x: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, C), keys and values (B, K, T, C) of x (B, T, d), the positions from `first`
-        on."""
-        H, K, C, eps = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim, self.config.norm_eps
-        qkv = F.linear(rms_norm(x, self.attn_norm, eps), self.qkv)  # (B, T, (H + 2K) C)
-        if self.config.qkv_bias:  # Qwen 2
-            qkv = (qkv + self.qkv_bias).type_as(qkv)  # the bias may be more precise
-        q, k, v = qkv.unflatten(-1, (-1, C)).transpose(1, 2).split([H, K, K], dim=1)
+    def heads(self, x: Tensor, kv: KeysValues) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, C), keys and values (B, K, T, C) of x (B, T, d)."""
+        H, K = self.config.n_heads, self.config.n_kv_heads
+        heads = self.qkv(self.attn_norm(x)).view(*x.shape[:2], H + 2 * K, -1)  # (B, T, H + 2K, C)
+        qk, v = heads.narrow(2, 0, H + K), heads.narrow(2, H + K, K)
         if self.config.qk_norm:  # Gemma 3, Qwen 3
-            q, k = rms_norm(q, self.q_norm, eps), rms_norm(k, self.k_norm, eps)
-        if self.rope is not None:
-            rope = self.rope[:, first : first + x.shape[1]]
-            q, k = rotate(q, rope), rotate(k, rope)
-        return q, k, v
+            qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], dim=2)
+        if self.rotary is not None:
+            qk = self.rotary(qk, kv.factors(self.layer, self.rotary, x.shape[1]))
+        return *qk.transpose(1, 2).split_with_sizes((H, K), dim=1), v.transpose(1, 2)
 
 
 class Transformer(nn.Module):
-    """Embedding, L blocks, final norm, unembedding. An exit head reads the state after its layer as
-    the LM head reads the last one."""
+    """Embedding, L blocks, final norm, LM head. An exit head reads the state after its layer as the LM head
+    reads the last one."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        d = config.d_model
+        d, V, eps = config.d_model, config.vocab_size, config.norm_eps
         self.config = config
         self.frequent_ids: Tensor | None = None  # (n,) by falling frequency in a corpus, for shortlists
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, d))
+        self.embedding = nn.Embedding(V, d)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(1, config.n_layers + 1))
-        self.norm = nn.Parameter(torch.ones(d))
-        if not config.tie_embeddings:
-            self.unembedding = nn.Parameter(torch.empty(config.vocab_size, d))
-        self.exit_norms = nn.ParameterDict({str(layer): torch.ones(d) for layer in config.exit_norms})
+        self.norm = RMSNorm(d, eps)
+        self.unembedding = self.embedding if config.tie_embeddings else nn.Embedding(V, d)  # rows W (V, d)
+        self.lm_head = nn.Linear(d, V, bias=False)  # the product with W
+        self.exit_norms = nn.ModuleDict({str(layer): RMSNorm(d, eps) for layer in config.exit_norms})
         self.adapters = nn.ParameterDict()
         if config.adapter:
             kind, (size,) = read_adapter(config.adapter)
@@ -295,26 +306,36 @@ class Transformer(nn.Module):
                 self.adapters[str(layer)] = nn.Parameter(torch.cat([reading, writing]))
         # The weights and the bias of each classifier:
         self.classifiers = nn.ParameterDict({str(layer): torch.zeros(d + 1) for layer in config.classifiers})
-        self.make_rope()
+        self.tie()
+        self.make_rotary()
         self.initialize()
 
-    def make_rope(self) -> None:
-        """Gives every block the table of its rotary positions, one for all blocks with the same base."""
-        config, tables = self.config, {}
+    def tie(self) -> None:
+        """Makes the LM head multiply by the rows of the unembedding, which is the embedding if tied."""
+        self.lm_head.weight = self.unembedding.weight
+
+    def _apply(self, *arguments, **options):  # moving or converting a module may replace its parameters
+        super()._apply(*arguments, **options)
+        self.tie()
+        return self
+
+    def make_rotary(self) -> None:
+        """Gives every block its rotary positions; all blocks with the same base share one table."""
+        config, made = self.config, {}
         for block in self.blocks:
             local = block.window is not None and config.local_rope_base is not None  # Gemma 3
             base, factor = (config.local_rope_base, 1.0) if local else (config.rope_base, config.rope_factor)
-            if local not in tables:
-                tables[local] = rope_table(config, base, factor).to(self.embedding.device)
+            if local not in made:
+                made[local] = Rotary(config, base, factor).to(self.device)
             if block.layer not in config.unrotated_layers:
-                block.rope = tables[local]
+                block.rotary = made[local]
 
     def initialize(self) -> None:
         """Draws matrices from normal distributions; those that write into the residual stream are scaled down
         by the depth (GPT-2, Radford 2019)."""
         for name, weight in self.named_parameters():
             if weight.dim() > 1 and not name.startswith("adapters"):
-                writes = name.endswith(("out", "down"))
+                writes = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layers) if writes else 0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -339,35 +360,17 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """h_0 of tokens (B, T): (B, T, d)."""
-        x = F.embedding(tokens, self.embedding)
+        x = self.embedding(tokens)
         return x if self.config.embedding_scale == 1 else x * self.config.embedding_scale  # Gemma
 
     @property
-    def unembed(self) -> Tensor:
-        """The unembedding W (V, d)."""
-        return self.embedding if self.config.tie_embeddings else self.unembedding
-
-    def head_rows(self, ids: Tensor) -> Tensor:
-        """The rows of the unembedding of some tokens (n,), as `score` takes them: (n, d)."""
-        return F.embedding(ids, self.unembed)
-
-    def prepared(self, rows: Tensor) -> Tensor:
-        """Rows of the unembedding, stored as `score` reads them fastest: here unchanged (FastTransformer
-        overrides this)."""
-        return rows
-
-    def new_states(self, *shape: int) -> Tensor:
-        """An empty tensor for states, keys or values, with the model's dtype and device."""
-        return self.embedding.new_empty(shape)
-
-    @property
     def device(self) -> torch.device:
-        return self.norm.device
+        return self.norm.weight.device
 
     def exit_norm(self, hidden: Tensor, layer: int) -> Tensor:
         """norm_l(h_l), (.., d): the layer's own norm, after its adapter; the final norm if it has none."""
-        gain = self.exit_norms.get(str(layer), self.norm)
-        return rms_norm(self.adapted(hidden, layer), gain, self.config.norm_eps)
+        norm = self.exit_norms[str(layer)] if layer in self.config.exit_norms else self.norm
+        return norm(self.adapted(hidden, layer))
 
     def adapted(self, hidden: Tensor, layer: int) -> Tensor:
         """The input of norm_l: h_l (.., d) itself, or what the layer's adapter makes of it. `lowrank:r`:
@@ -384,10 +387,11 @@ class Transformer(nn.Module):
         x = F.rms_norm(hidden.float(), (hidden.shape[-1],), eps=self.config.norm_eps).type_as(hidden)
         return x + F.silu(x @ gate.T) * (x @ up.T) @ down
 
-    def score(self, normed: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Logits of the tokens whose rows of the unembedding are `weight` (n, d), of all tokens if that is
-        None: norm_l(h_l) (.., d) -> (.., n) float32."""
-        logits = F.linear(normed, self.unembed if weight is None else weight).float()
+    def score(self, normed: Tensor, head: nn.Module | Tensor | None = None) -> Tensor:
+        """Logits norm_l(h_l) (.., d) -> (.., n) float32 of all tokens (None), or of those whose rows of the
+        unembedding are `head`, (n, d) or a module that multiplies by them."""
+        head = self.lm_head if head is None else head
+        logits = (F.linear(normed, head) if isinstance(head, Tensor) else head(normed)).float()
         return logits if self.config.logit_cap is None else soft_cap(logits, self.config.logit_cap)  # Gemma 2
 
     def head(self, hidden: Tensor, layer: int | None = None) -> Tensor:

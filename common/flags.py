@@ -165,7 +165,7 @@ def add_model_flags(parser: argparse.ArgumentParser, checkpoint) -> None:
     group.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     text = "dtype of the weights (default: the file's own, but float32 instead of float16 on a CPU)"
     group.add_argument("--dtype", choices=DTYPES, help=text)
-    text = "how weights are stored on a CPU: plain, folded or packed (default: see decoding/fast_weights.py)"
+    text = "how weights are stored on a CPU: plain or packed (default: see decoding/weights.py)"
     rare(group.add_argument("--weights", help=text))
     add_thread_flag(group)
 

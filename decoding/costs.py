@@ -65,9 +65,10 @@ def measure_costs(model: Transformer, config: DecodeConfig) -> Costs:
     def climb(count: int, layer: int) -> list[torch.Tensor]:
         """h_0 .. h_layer of `count` new positions, whose keys and values are forgotten afterwards."""
         states = [model.embed(prompt[:, :count])]
+        cache.begin(states[0])
         for block in model.blocks[:layer]:
-            states.append(block(states[-1], cache))
-        cache.filled = [min(filled, length) for filled in cache.filled]
+            states.append(cache.climb(block))
+        cache.rollback(length)
         return states
 
     def pick_tokens(state: torch.Tensor) -> None:

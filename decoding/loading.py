@@ -2,14 +2,23 @@
 tokenizer."""
 
 import os
+import sys
 
 import torch
 
 from common.config import check_choice
 from common.errors import UserError
-from decoding.fast_weights import FORMS, FastTransformer, dequantized, kept_dtype
 from decoding.shortlist import find_frequent_ids
-from formats.checkpoint import check_finite, check_size, fitting, read_tokenizer
+from decoding.weights import FORMS, Stored, default_form, prepare, slow_dtype
+from formats.checkpoint import (
+    check_finite,
+    check_size,
+    fitting,
+    float_weights,
+    load_scales,
+    load_weights,
+    read_tokenizer,
+)
 from formats.heads import read_model
 from model import ModelConfig, Transformer
 
@@ -27,7 +36,7 @@ def load_checkpoint(
 
     dtype          of the matrices (vectors keep at least the file's precision); None: the file's own, but
                    float32 if a float16 file is loaded to a CPU, which is slow in half precision
-    form           how a CPU stores the weights (decoding/fast_weights.py); None: default_form's choice
+    form           how a CPU stores the weights (decoding/weights.py); None: default_form's choice
     check          first compare the file with its checksums
     frequent_ids   a file of ids for shortlists (tools/shortlist.py), in place of those in the checkpoint
     heads          a heads file (formats/heads.py), in place of those in the checkpoint
@@ -35,30 +44,41 @@ def load_checkpoint(
     Raises UserError for a file, dtype or form that cannot be used."""
     content, device = read_model(path, heads, check), torch.device(device)
     check_finite(path)
-    weights, scales = content["weights"], content["scales"]
     with fitting(path):
         dtype = dtype or default_dtype(content, device)
     check_form(form, dtype, device)
-    if dtype != torch.int8:
-        weights, scales = dequantized(weights, scales), {}
+    in_int8 = dtype == torch.int8
+    if device.type == "cpu" and slow_dtype(dtype):
+        print("note: this CPU has no bfloat16 instructions; float32 is as fast, and exact", file=sys.stderr)
+    weights, scales = (content["weights"], content["scales"]) if in_int8 else (float_weights(content), {})
     with fitting(heads or path):
         config = ModelConfig(**content["config"])
         check_size(weights, config)
         with torch.device("meta"):
             model = Transformer(config)
-        model.requires_grad_(False).load_state_dict(weights, assign=True)
-    model.make_rope()
+        missing = load_weights(model.requires_grad_(False), weights, assign=True)
+        if missing:
+            raise KeyError(f"{missing[0]} is missing")
+    if device.type == "cpu":  # first, so that no float copy of the whole model is needed
+        prepare(model, "int8" if in_int8 else form or default_form(dtype), dtype, load_scales(model, scales))
+    cast(model, device, torch.float32 if in_int8 else dtype)
+    model.make_rotary()
     model.frequent_ids = find_frequent_ids(frequent_ids, path, heads, content, config.vocab_size)
-    if device.type == "cpu" and form != "plain":
-        model = FastTransformer(model, "int8" if dtype == torch.int8 else form, dtype, scales)
-    else:
-        for weight in model.parameters():
-            weight.data = weight.data.to(device, kept_dtype(weight, dtype))
-        model.to(device)
     tokenizer = content.get("tokenizer")
     if tokenizer is not None:
         tokenizer = read_tokenizer(path, tokenizer.numpy().tobytes(), config.vocab_size)
     return model.eval(), tokenizer
+
+
+def cast(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
+    """Moves the weights that are in no form yet to a device and converts them: matrices and biases to
+    `dtype`, but other vectors keep at least the file's precision."""
+    for module in model.modules():
+        if isinstance(module, Stored):
+            continue
+        for name, weight in module.named_parameters(recurse=False):
+            exact = weight.dim() == 1 and name != "bias"
+            weight.data = weight.data.to(device, torch.promote_types(weight.dtype, dtype) if exact else dtype)
 
 
 def default_dtype(content: dict, device: torch.device) -> torch.dtype:

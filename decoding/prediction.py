@@ -54,10 +54,10 @@ class Companion:
 
     def logits(self, text: list[int]) -> Tensor:
         """The companion's logits (V,) after `text`, which begins with the tokens that it has already read."""
-        first, shape = self.cache.filled[1], self.model.config
-        x = self.model.embed(torch.tensor([text[first:]], device=self.model.device))  # (1, R, d)
+        first, shape = self.cache.begun, self.model.config
+        self.cache.begin(self.model.embed(torch.tensor([text[first:]], device=self.model.device)))
         for block in self.model.blocks:
-            x = block(x, self.cache)
+            x = self.cache.climb(block)
         self.counters.block_flops += shape.n_layers * block_flops(shape, first, len(text))
         self.counters.head_flops += 2 * shape.vocab_size * shape.d_model
         return self.model.head(x[0, -1:])[0]

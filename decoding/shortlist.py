@@ -20,6 +20,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import check_input
+from decoding.weights import head_part
 from model import Transformer
 
 _FREQUENT = weakref.WeakKeyDictionary()  # model -> size -> what all of its runs share
@@ -36,7 +37,8 @@ class Shortlist:
         self.ids, weight, known = frequent(model, size)
         self.weights = [weight]
         self._known = set(known)
-        self._more = model.new_states(length, model.config.d_model)  # rows of the other ids
+        rows = model.unembedding(self.ids[:1])
+        self._more = rows.new_empty(length, model.config.d_model)  # rows of the other ids
         self._count = 0  # how many these are
 
     def add(self, tokens: list[int]) -> None:
@@ -48,7 +50,7 @@ class Shortlist:
         ids = torch.tensor(new, device=self.ids.device)
         self.ids = torch.cat([self.ids, ids])
         first, self._count = self._count, self._count + len(new)
-        self._more[first : self._count] = self.model.head_rows(ids)
+        self._more[first : self._count] = self.model.unembedding(ids)
         self.weights = [self.weights[0], self._more[: self._count]]
 
 
@@ -65,7 +67,7 @@ def frequent(model: Transformer, size: int) -> tuple[Tensor, Tensor, frozenset[i
             count = len(model.frequent_ids)
             raise UserError(f"shortlist is {size}, but only {count} ids occurred in the corpus counted")
         ids = model.frequent_ids[:size].to(model.device)
-        made[size] = model.frequent_ids, ids, model.prepared(model.head_rows(ids)), frozenset(ids.tolist())
+        made[size] = model.frequent_ids, ids, head_part(model, ids), frozenset(ids.tolist())
     return made[size][1:]
 
 

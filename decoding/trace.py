@@ -93,7 +93,7 @@ class Trace:
         missing = [layer for layer in layers if layer not in self._logits]
         if missing:
             if self._weights is None:  # pruned
-                self._weights = [self.model.head_rows(self.candidates)]
+                self._weights = [self.model.unembedding(self.candidates)]
             normed = [self.model.exit_norm(self.hidden[layer][0, -1:], layer) for layer in missing]
             rows = normed[0] if len(normed) == 1 else torch.cat(normed)  # (m, d)
             parts = [self.model.score(rows, weight) for weight in self._weights]

@@ -135,7 +135,7 @@ def confidence_share(configuration: Configuration, prompts: list[list[int]]) -> 
             checks += time.perf_counter() - started
             if exits and weights and self.layer in self.flops:
                 started = time.perf_counter()
-                normed = model.exit_norm(self.hidden[self.layer][0, -1:], self.layer)
+                normed = model.exit_norm(self.state(self.layer)[None], self.layer)
                 for weight in weights:
                     model.score(normed, weight)
                 synchronize(model)
@@ -155,11 +155,12 @@ def confidence_share(configuration: Configuration, prompts: list[list[int]]) -> 
 
 def place_of_run(model: Transformer) -> dict:
     """Returns the conditions under which figures are measured."""
+    form = getattr(model, "form", "plain")
     return {
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
-        "dtype": str(getattr(model.embedding, "dtype", torch.int8)).removeprefix("torch."),
-        "weights": getattr(model, "form", "plain"),
+        "dtype": "int8" if form == "int8" else str(model.embedding.weight.dtype).removeprefix("torch."),
+        "weights": form,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit(),

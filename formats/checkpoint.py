@@ -2,7 +2,7 @@
 
 A file is the zip archive that torch.save writes of one dictionary: `format`, `config` (fields of
 ModelConfig), `weights` (name -> tensor), perhaps `scales` (name -> the scales of an int8 weight, see
-decoding/fast_weights.py), `tokenizer` (the bytes that formats/tokenizers/tokenizer.py reads, or None),
+decoding/weights.py), `tokenizer` (the bytes that formats/tokenizers/tokenizer.py reads, or None),
 perhaps `chat_template` (text or None, see formats/chat.py), and whatever else its writer added (plain values,
 tensors). A heads file (formats/heads.py) has the same structure, but another `format`.
 """
@@ -25,6 +25,64 @@ HOLDS = {FORMAT: WHOLE, HEADS: PART}
 STORED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that weights may have in a file
 
 
+# ---------------------------------------------------------------- a model's weights, as a file has them
+
+
+def weights_of(model) -> dict[str, Tensor]:
+    """The weights of a model by their names in a file. There, the numbers of a rotary pair are i and i + C/2
+    of a head, as in Hugging Face's files; in a model they are neighbors."""
+    state = model.state_dict()
+    return {name: paired(state[place], name, model.config, (-1, 2)) for name, place in places(model).items()}
+
+
+def load_weights(model, weights: dict[str, Tensor], assign: bool = False) -> list[str]:
+    """Copies weights (or assigns them) to a model, and returns the names of those that are missing. Raises
+    KeyError for a weight that the model does not have."""
+    known, state = places(model), {}
+    for name, weight in weights.items():
+        if name not in known:
+            raise KeyError(f"{name} has no place in it")
+        state[known[name]] = paired(weight, name, model.config, (2, -1))
+    model.load_state_dict(state, strict=False, assign=assign)
+    model.tie()
+    return [name for name in known if name not in weights]
+
+
+def load_scales(model, scales: dict[str, Tensor]) -> dict[Tensor, Tensor]:
+    """The scales of int8 weights, by the parameters of a model that `load_weights` has assigned."""
+    known = places(model)
+    return {
+        model.get_parameter(known[name]): paired(scale, name, model.config, (2, -1))
+        for name, scale in scales.items()
+    }
+
+
+def float_weights(content: dict) -> dict[str, Tensor]:
+    """The weights of a checkpoint; those in int8 become float32."""
+    scales, weights = content["scales"], dict(content["weights"])
+    for name, scale in scales.items():
+        weights[name] = weights[name].float() * scale.float()[:, None]
+    return weights
+
+
+def places(model) -> dict[str, str]:
+    """The name of each weight in a file -> its name in the model."""
+    shared = ("lm_head.", "unembedding.") if model.config.tie_embeddings else ("lm_head.",)
+    names = [name for name in model.state_dict() if not name.startswith(shared)]
+    return {name.removesuffix(".weight").replace(".bias", "_bias"): name for name in names}
+
+
+def paired(weight: Tensor, name: str, config, halves: tuple[int, int]) -> Tensor:
+    """Reorders the rows of queries and keys in a weight of this name (or its scales) within every head, whose
+    rows are taken as a matrix of the shape `halves`, which is transposed. Other weights stay as they are."""
+    heads = {"qkv": config.n_heads + config.n_kv_heads, "q_norm": 1, "k_norm": 1}
+    count = config.head_dim * heads.get(name.rpartition(".")[2].removesuffix("_bias"), 0)
+    if count == 0:
+        return weight
+    rows = weight[:count].unflatten(0, (-1, config.head_dim)).unflatten(1, halves)
+    return torch.cat([rows.transpose(1, 2).flatten(0, 2), weight[count:]])
+
+
 # ---------------------------------------------------------------- writing
 
 
@@ -32,7 +90,7 @@ def save_checkpoint(path, model, tokenizer: bytes | None, dtype=None, **extra) -
     """Writes config, weights (matrices as `dtype`, vectors as they are), the tokenizer and `extra` (plain
     values, tensors) to one file, whole or not at all. Raises UserError for a full disk."""
     content = {"format": FORMAT, "config": asdict(model.config), "tokenizer": as_blob(tokenizer)}
-    content["weights"] = model.state_dict()
+    content["weights"] = weights_of(model)
     write_content(path, {**content, **extra}, dtype)
 
 

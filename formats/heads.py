@@ -12,7 +12,7 @@ from dataclasses import asdict
 import torch
 
 from common.errors import UserError
-from formats.checkpoint import HEADS, check_values, read_checkpoint, write_content
+from formats.checkpoint import HEADS, check_values, read_checkpoint, weights_of, write_content
 
 HEAD_WEIGHTS = ("exit_norms", "adapters", "classifiers")
 FIELDS = ("exit_norms", "adapter", "classifiers", "exit_layers")
@@ -62,7 +62,7 @@ def same_model(one: dict, other: dict) -> bool:
 def save_heads(path, model, belongs_to: dict, dtype=None, **extra) -> None:
     """Writes the heads of a model, whose fingerprint is `belongs_to`, and `extra` to one file, whole or not
     at all; matrices as `dtype`. Raises UserError for a full disk."""
-    config, weights = asdict(model.config), model.state_dict()
+    config, weights = asdict(model.config), weights_of(model)
     content = {"format": HEADS, "config": {field: config[field] for field in FIELDS}, "model": belongs_to}
     content["weights"] = {name: w for name, w in weights.items() if name.startswith(HEAD_WEIGHTS)}
     if model.frequent_ids is not None:

@@ -7,6 +7,7 @@ import torch
 
 import convert
 from decode import load_checkpoint
+from formats.checkpoint import weights_of
 from model import Transformer
 
 LLAMA = {"tie_embeddings": False, "head_dim": 8, "eos_id": 2}
@@ -51,7 +52,7 @@ def named(model: Transformer, block: dict, layer: str, outer: tuple[str, str, st
     """The model's weights under other names, the fused ones in parts."""
     c, out = model.config, {}
     q, k, ff = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.d_ff
-    for name, weight in model.state_dict().items():
+    for name, weight in weights_of(model).items():
         _, _, rest = name.partition("blocks.")
         if not rest:
             out[dict(zip(("embedding", "norm", "unembedding"), outer))[name] + ".weight"] = weight

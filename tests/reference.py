@@ -7,6 +7,7 @@ import torch
 from decoding.prediction import distribution
 from decoding.record import Generation, first_difference
 from decoding.settings import DecodeConfig
+from formats.checkpoint import weights_of
 from model import Transformer
 
 PROMPT = [1, 7, 3, 9]
@@ -80,7 +81,7 @@ def numpy_forward(model: Transformer, tokens: list[int]) -> tuple[list[np.ndarra
     """States h_0..h_L (T, d) and final logits (T, V) in float64, one position and one head at a time,
     straight from the definitions."""
     c = model.config
-    w = {name: weight.double().numpy() for name, weight in model.state_dict().items()}
+    w = {name: weight.double().numpy() for name, weight in weights_of(model).items()}
     H, K, C = c.n_heads, c.n_kv_heads, c.head_dim
 
     def norm(x, weight):

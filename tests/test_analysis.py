@@ -34,8 +34,8 @@ def test_divergences_lie_in_their_range_and_are_nothing_for_equal_layers(tiny_mo
     found = divergences(model, [1, 2, 3], [4, 5])
     assert found.shape == (4, 2) and (found > 0).all() and (found <= math.log(2) + 1e-6).all()
     for block in model.blocks[2:]:
-        block.out.zero_()
-        block.down.zero_()
+        block.out.weight.zero_()
+        block.down.weight.zero_()
     assert np.allclose(divergences(model, [1, 2, 3], [4, 5])[1:], 0, atol=1e-6)
 
 

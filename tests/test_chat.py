@@ -153,7 +153,7 @@ def test_decode_answers_a_turn_and_ends_with_it(tiny_model, tmp_path, command, m
     free = decode.generate(model, prompt, plain).tokens
     with torch.no_grad():
         later = next(token for token in free[2:] if token not in free[:2])
-        model.unembedding[258] = 1.01 * model.unembedding[later]
+        model.unembedding.weight[258] = 1.01 * model.unembedding.weight[later]
     save_checkpoint(tmp_path / "chat.pt", model, bytes_tokenizer().to_blob(), chat_template=TEMPLATE)
     expected = decode.generate(model, prompt, replace(plain, stop_tokens=(258,))).tokens
     assert expected[-1] == 258 and 2 < len(expected) < 9

@@ -23,7 +23,7 @@ def test_a_checkpoint_gives_back_the_model(tiny_model, reloaded, shape):
 
 
 def test_a_model_stored_in_float16_runs_in_float32(tiny_model, reloaded):
-    assert reloaded(tiny_model(6), torch.float16).embedding.dtype == torch.float32
+    assert reloaded(tiny_model(6), torch.float16).embedding.weight.dtype == torch.float32
 
 
 def refused(path, match: str, load=load_checkpoint, **options) -> None:
@@ -108,8 +108,8 @@ def test_further_entries_are_kept(tiny_model, tmp_path):
 def test_vectors_keep_the_precision_of_the_file(tiny_model, reloaded, stored, asked):
     model = tiny_model(6, exit_norms=(2,)).to(stored)
     loaded = reloaded(model, dtype=asked, form="plain")
-    assert loaded.embedding.dtype == (asked or stored)
-    for name in ("norm", "blocks.2.mlp_norm", "exit_norms.2", "classifiers.3"):
+    assert loaded.embedding.weight.dtype == (asked or stored)
+    for name in ("norm.weight", "blocks.2.mlp_norm.weight", "exit_norms.2.weight", "classifiers.3"):
         weight = loaded.get_parameter(name)
         assert weight.dtype == (torch.float32 if asked == torch.float16 else torch.promote_types(stored, asked or stored))
         assert torch.equal(weight.float(), model.get_parameter(name).float())
@@ -120,7 +120,7 @@ def test_every_confidence_decodes_with_norms_finer_than_the_matrices(tiny_model,
     """Heads and blocks of two precisions meet in every confidence; the logits stay near those of float32."""
     model, tokens = tiny_model(6, exit_norms=(1, 2, 3, 4), adapter="lowrank:2", qk_norm=True, post_norms=True), torch.arange(10)[None]
     fine = reloaded(model, dtype=torch.bfloat16)
-    assert fine.norm.dtype == torch.float32 and fine.blocks[0].q_norm.dtype == torch.float32
+    assert fine.norm.weight.dtype == torch.float32 and fine.blocks[0].q_norm.weight.dtype == torch.float32
     assert len(generate(fine, [3, 1, 4], DecodeConfig(max_new_tokens=8, confidence=confidence, threshold=0.5)).tokens) == 8
     torch.testing.assert_close(fine(tokens), model(tokens), rtol=0.1, atol=0.4)
 
@@ -155,7 +155,7 @@ def test_checksums_show_every_flipped_bit(tiny_model, tmp_path):
 
 def test_a_changed_weight_loads_unless_the_checksum_is_asked_for(tiny_model, saved):
     path, _ = saved
-    raw, needle = path.read_bytes(), tiny_model(7).norm.numpy().tobytes()
+    raw, needle = path.read_bytes(), tiny_model(7).norm.weight.numpy().tobytes()
     path.write_bytes(raw.replace(needle, needle[:-1] + bytes([needle[-1] ^ 1])))
     load_checkpoint(path)
     refused(path, r"model\.pt: .*differs from its checksum", check=True)

@@ -53,12 +53,12 @@ def normed_ref(model, layer: int) -> np.ndarray:
     """h / rms(h) * norm, by the layer's own norm if it has one."""
     h = states_ref(model)[layer]
     norm = model.exit_norms[str(layer)] if layer in model.config.exit_norms else model.norm
-    return h / np.sqrt((h**2).mean() + model.config.norm_eps) * norm.double().numpy()
+    return h / np.sqrt((h**2).mean() + model.config.norm_eps) * norm.weight.double().numpy()
 
 
 def logits_ref(model, layer: int) -> np.ndarray:
     """W norm(h) over the whole vocabulary."""
-    return model.unembed.double().numpy() @ normed_ref(model, layer)
+    return model.unembedding.weight.double().numpy() @ normed_ref(model, layer)
 
 
 def softmax_ref(z):
@@ -136,7 +136,7 @@ def test_confidence_equals_its_definition_over_the_candidates(tiny_model, name, 
 def test_confidence_is_a_scalar_between_zero_and_one(tiny_model, name, scale):
     for seed in range(10):
         model = tiny_model(seed)
-        model.norm *= scale  # from a uniform distribution to a certain one
+        model.norm.weight *= scale  # from a uniform distribution to a certain one
         for layer in range(1, 5):
             value = torch.as_tensor(FUNCTIONS[name](trace_at(model, layer), layer))
             assert value.shape == () and 0 <= value <= 1

@@ -123,7 +123,7 @@ def test_dtypes(tiny_model, tmp_path, dtype, stored):
     convert.convert(tmp_path / "hf", tmp_path / "out.pt", dtype)
     weights = torch.load(tmp_path / "out.pt", weights_only=True)["weights"]
     assert {weight.dtype for weight in weights.values() if weight.dim() > 1} == {stored}
-    assert torch.equal(weights["norm"], (model.norm - 1).bfloat16().float() + 1)
+    assert torch.equal(weights["norm"], (model.norm.weight - 1).bfloat16().float() + 1)
 
 
 # ---------------------------------------------------------------- the command line

@@ -143,7 +143,7 @@ def test_double_precision_becomes_single_and_what_half_cannot_hold_is_refused(ti
     write_hf(tmp_path / "hf", model, dtype=torch.float64, kind="torch")
     convert_and_compare(tmp_path / "hf", model, tmp_path)
     assert torch.load(tmp_path / "out.pt", weights_only=True)["weights"]["embedding"].dtype == torch.float32
-    model.embedding.mul_(1e6)
+    model.embedding.weight.mul_(1e6)
     write_hf(tmp_path / "hf", model, kind="torch")
     with pytest.raises(UserError, match=r"embed_tokens\.weight has values that are not finite: it is damaged, or overflows float16"):
         convert.convert(tmp_path / "hf", tmp_path / "out.pt", torch.float16)

@@ -112,7 +112,7 @@ def test_generation_ends_with_the_end_token_or_where_the_models_positions_end(ti
 
 
 def test_the_exit_is_at_the_first_layer_whose_confidence_reaches_the_threshold(tiny_model):
-    out = mixed(tiny_model(1), exit_layers=(1, 2, 4), layer_thresholds=(0.2, 0.15, 0.1))
+    out = mixed(tiny_model(0), exit_layers=(1, 2, 4), layer_thresholds=(0.2, 0.15, 0.1))
     for layer, checked in zip(out.exit_layers, out.confidences):
         assert list(checked) == [exit_layer for exit_layer in (1, 2, 4) if exit_layer <= layer]
         assert [c >= {1: 0.2, 2: 0.15, 4: 0.1}[j] for j, c in checked.items()] == [j == layer for j in checked]
@@ -205,7 +205,7 @@ def test_copied_keys_and_values_are_projected_from_the_exit_state(tiny_model):
         run_pass(model, exact, [3], Trace(model, config), {})
     assert cache.heights() == [1] * 6 + [0]
     block, state = model.blocks[4], trace.state(2)
-    value = (block.qkv @ (state * block.attn_norm / (state.square().mean() + 1e-6).sqrt()))[-16:]  # K C = 2 x 8
+    value = (block.qkv.weight @ (state * block.attn_norm.weight / (state.square().mean() + 1e-6).sqrt()))[-16:]  # K C = 2 x 8
     copied, right = (each.values[5][0, :, 0].flatten() for each in (cache, exact))
     assert_close(copied, value, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(copied, right, atol=0.1)  # approximate, as CALM's is
@@ -303,7 +303,7 @@ def test_what_a_token_was_drawn_from_is_kept_to_judge_drafts_alone(tiny_model, v
     assert all(token.probs is None for token in stream(tiny_model(0), PROMPT, config))
 
 
-@pytest.mark.parametrize("form", ["plain", "folded"])
+@pytest.mark.parametrize("form", ["plain", "packed"])
 def test_in_bfloat16_a_verified_text_is_the_full_models_up_to_rounding(tiny_model, reloaded, form):
     """Rows that are judged together round otherwise than one by one. So what holds is this: every token is the
     full model's best one within the rounding of its logits, and two texts part only where two tokens are as close

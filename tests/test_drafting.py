@@ -212,8 +212,8 @@ def test_good_exits_are_used_and_save_passes(tiny_model):
     drafts."""
     model = tiny_model(4)
     for block in model.blocks[2:]:
-        block.out.zero_()
-        block.down.zero_()
+        block.out.weight.zero_()
+        block.down.weight.zero_()
     state = Drafting(GOOD)
     outs = [generate(model, [prompt], auto(), drafting=state) for prompt in range(5)]
     assert all(out.counters.accepted == out.counters.drafted for out in outs)
@@ -252,7 +252,7 @@ def test_every_head_is_counted(tiny_model, monkeypatch, confidence):
     score = type(model).score
 
     def counting(self, normed, weight=None):
-        made.append(2 * len(normed) * (model.unembed if weight is None else weight).numel())
+        made.append(2 * len(normed) * (model.lm_head.weight if weight is None else weight).numel())
         return score(self, normed, weight)
 
     monkeypatch.setattr(type(model), "score", counting)

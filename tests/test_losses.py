@@ -398,7 +398,7 @@ def test_over_a_shortlist_heads_learn_the_last_layers_distribution_within_it(chu
     loss, _ = loss_and_gradients(model, part_config(30))
     assert loss.item() == pytest.approx(kl[0] / 3 + kl[1] * 2 / 3, rel=1e-4)
     unembed, targets = part_of_vocabulary(model, 30, part)
-    assert torch.equal(unembed, model.unembed[ids]) and [ids[place] for place in targets] == part.targets.tolist()
+    assert torch.equal(unembed, model.unembedding.weight[ids]) and [ids[place] for place in targets] == part.targets.tolist()
 
 
 @pytest.mark.parametrize("chunk", [2**20, 300])
@@ -408,7 +408,7 @@ def test_over_a_shortlist_the_last_layer_learns_over_all_ids(chunk, chunks):
     model, found = model_with_ids(40, "all"), {}
     for size in (None, 30):
         exits = exits_of(model, part_config(size, "all"))
-        (slope,) = torch.autograd.grad(exits.weighted_sum([3]), model.embedding)
+        (slope,) = torch.autograd.grad(exits.weighted_sum([3]), model.embedding.weight)
         exits.weighted_sum([1, 3])
         found[size] = exits.losses[3], slope, exits.losses[1]
     (loss, slope, exit_loss), (same_loss, same_slope, other) = found[None], found[30]

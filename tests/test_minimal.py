@@ -60,8 +60,8 @@ def test_an_exits_own_norm_is_used_and_what_else_a_checkpoint_holds_is_passed_ov
     run of drafts."""
     model = tiny_model(3, vocab_size=4096, n_kv_heads=4, exit_norms=(2, 3))
     for block in model.blocks[1:]:
-        block.out.mul_(0.2)
-        block.down.mul_(0.2)
+        block.out.weight.mul_(0.2)
+        block.down.weight.mul_(0.2)
     tokenizer = read_checkpoint(CHECKPOINT)["tokenizer"].numpy().tobytes()
     save_checkpoint(tmp_path / "tiny.pt", model, tokenizer, provenance={"by": "hand"})
     small = minimal.Llama(tmp_path / "tiny.pt", torch.float64)

@@ -13,7 +13,7 @@ import pytest
 from torch.testing import assert_close
 
 import train
-from formats.checkpoint import read_checkpoint
+from formats.checkpoint import read_checkpoint, weights_of
 from model import ModelConfig
 from tests.test_train import flags
 from training.settings import TrainConfig
@@ -105,7 +105,7 @@ def test_two_processes_learn_what_one_learns_which_goes_on_where_they_stopped(st
     states = [content["training"] for content in contents]
     assert contents[0].keys() == contents[1].keys() and states[0].keys() == states[1].keys()
     assert_close(states[0]["optimizer"]["state"], states[1]["optimizer"]["state"], rtol=0, atol=1e-4)
-    start = make_model(config, SHAPE).state_dict()
+    start = weights_of(make_model(config, SHAPE))
     for name, weight in contents[0]["weights"].items():
         expected = contents[1]["weights"][name]
         moved = (expected - start[name]).abs().max()

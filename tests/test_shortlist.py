@@ -10,19 +10,18 @@ from torch.testing import assert_close
 
 from confidence import FUNCTIONS
 from decode import generate
-from decoding.fast_weights import FastTransformer, packs
 from decoding.settings import DecodeConfig
 from decoding.shortlist import Shortlist
+from decoding.weights import packs, prepare
 from tests.reference import PROMPT, naive
 
 
-@pytest.mark.parametrize("form", ["plain", "folded", "packed", "int8"])
+@pytest.mark.parametrize("form", ["plain", "packed", "int8"])
 def test_a_shortlist_holds_frequent_ids_and_those_of_the_text_each_once_with_its_row(model_with_ids, form):
     model = model_with_ids(0)
     if form == "packed" and not packs(torch.float32):
         pytest.skip("this machine does not multiply packed weights")
-    if form != "plain":
-        model = FastTransformer(model, form, torch.float32, {})
+    prepare(model, form, torch.float32, {})
     listed = Shortlist(model, 10, 20)
     frequent = model.frequent_ids[:10].tolist()
     rare = [token for token in range(50) if token not in frequent]

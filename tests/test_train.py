@@ -26,9 +26,9 @@ import train
 from common.flags import as_text
 from confidence import classifier_logit
 from decode import load_checkpoint
-from decoding.fast_weights import Int8Matrix
+from decoding.weights import quantized
 from formats import data
-from formats.checkpoint import read_checkpoint
+from formats.checkpoint import load_weights, read_checkpoint, weights_of
 from formats.heads import read_heads
 from formats.tokenizers.tokenizer import encode_prompt
 from model import Block, ModelConfig, Transformer
@@ -143,7 +143,7 @@ def test_weighted_and_rotate_teach_every_exit_and_none_the_last_layer_alone(loss
     dev = prepare_data(config.dev, prepare_tokenizer(config, tmp_path, SHAPE.vocab_size), tmp_path, config.length)
     before, after = (validate(each, dev, config) for each in (untrained(), model))
     assert all(after[layer][0] < 0.5 * before[layer][0] for layer in taught)
-    assert [layer for layer in (1, 2) if not torch.equal(model.exit_norms[str(layer)], torch.ones(32))] == taught[:-1]
+    assert [layer for layer in (1, 2) if not torch.equal(model.exit_norms[str(layer)].weight, torch.ones(32))] == taught[:-1]
 
 
 def test_one_batch_is_learned_by_heart():
@@ -424,9 +424,9 @@ def test_heads_alone_leave_the_models_own_output_bit_identical(tuned, finished):
     after, _ = load_checkpoint(finished[0] / "model.pt", heads=tuned[1] / "heads.pt", form="plain")
     tokens = torch.tensor([tokenizer.encode("one two three four five six seven eight")])
     assert torch.equal(after(tokens), before(tokens))
-    old, new = torch.load(finished[0] / "model.pt")["weights"], after.state_dict()
+    old, new = torch.load(finished[0] / "model.pt")["weights"], weights_of(after)
     assert all(
-        torch.equal(new[name], weight) for name, weight in before.state_dict().items() if name in old and not name.startswith("exit_norms")
+        torch.equal(new[name], weight) for name, weight in weights_of(before).items() if name in old and not name.startswith("exit_norms")
     )
     assert set(new) - set(old) == {f"{kind}.{layer}" for kind in ("adapters", "classifiers") for layer in (1, 2)}
 
@@ -505,7 +505,7 @@ def test_heads_alone_learn_to_agree(tuned):
     (array,) = load_data(heads, SHAPE, folder)[2].values()
     model = make_model(heads, shape_from(heads, {"adapter": "lowrank:4"}))
     before = validate(model, array, heads)
-    model.load_state_dict(read_heads(folder / "heads.pt")["weights"], strict=False)
+    load_weights(model, read_heads(folder / "heads.pt")["weights"])
     after = validate(model, array, heads)
     assert after[3] == before[3] and all(after[layer][0] < before[layer][0] for layer in (1, 2))
 
@@ -580,7 +580,7 @@ def test_a_checkpoint_whose_weights_or_tokenizer_do_not_fit_is_not_trained_from(
     start = str(finished[0] / "model.pt")
     for changes, shape, said in (
         ({"init": str(tmp_path / "less.pt")}, {}, r"less.pt: the weights do not fit the model .*blocks.1.qkv is missing"),
-        ({"init": start}, {"exit_norms": (1,)}, r"exit_norms.2 is missing, or has no place in it"),
+        ({"init": start}, {"exit_norms": (1,)}, r"exit_norms.2 has no place in it"),
         ({"tokenizer": start}, {"vocab_size": 200}, "its tokenizer has 300 pieces, the model only 200"),
     ):
         changed = dataclasses.replace(config, **changes)
@@ -592,9 +592,9 @@ def test_what_starts_from_int8_or_takes_another_tokenizer_ends_in_a_file_that_fi
     """Matrices of int8 are trained dequantized, and written so; ids that were counted with another tokenizer
     are left behind."""
     content = torch.load(finished[0] / "model.pt") | {"frequent_ids": torch.arange(20)}
-    small = {name: Int8Matrix.of(weight.float()) for name, weight in content["weights"].items() if weight.dim() > 1}
-    content["weights"] |= {name: matrix.rows for name, matrix in small.items()}
-    torch.save(content | {"scales": {name: matrix.scale for name, matrix in small.items()}}, tmp_path / "small.pt")
+    small = {name: quantized(weight.float()) for name, weight in content["weights"].items() if weight.dim() > 1}
+    content["weights"] |= {name: rows for name, (rows, _) in small.items()}
+    torch.save(content | {"scales": {name: scale for name, (_, scale) in small.items()}}, tmp_path / "small.pt")
     for name, kept in ((None, 20), (str(finished[0] / "model.pt"), None)):
         tuning = dataclasses.replace(config, init=str(tmp_path / "small.pt"), tokenizer=name, max_steps=1)
         folder = tmp_path / f"run-{kept}"

@@ -18,9 +18,9 @@ from common.config import check_range
 from common.errors import run
 from common.flags import Parser, add_model_flags, loading
 from decode import load_checkpoint
-from decoding.fast_weights import FastTransformer
 from decoding.presets import DEFAULT_CHECKPOINT
 from decoding.settings import DecodeConfig
+from decoding.weights import default_form, prepare
 from evaluation.measure import Configuration, peak_memory, place_of_run, run_in_turns
 from evaluation.plots import CHECKS, make_folder, pyplot
 from model import ModelConfig, Transformer
@@ -42,7 +42,9 @@ def random_model(args: argparse.Namespace) -> Transformer:
     dtype = options["dtype"] or torch.float32
     if options["device"] != "cpu":
         return model.to(options["device"], dtype)
-    return FastTransformer(model, "int8" if dtype == torch.int8 else options["form"], dtype, {})
+    form = "int8" if dtype == torch.int8 else options["form"] or default_form(dtype)
+    prepare(model if dtype == torch.int8 else model.to(dtype), form, dtype, {})
+    return model
 
 
 def print_rows(model: Transformer, repeat: int) -> dict[int, float]:

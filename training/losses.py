@@ -141,11 +141,12 @@ def part_of_vocabulary(model: Transformer, size: int | None, batch: DeviceBatch)
     targets as indices into it, (N,). If V is large, heads over the whole vocabulary take most of a step's
     time, and decoding checks exits over a shortlist (decoding/shortlist.py) anyway. With size None: the whole
     unembedding, and the targets as they are."""
+    weight = model.unembedding.weight
     if size is None:  # a view: autocast keeps one bfloat16 copy of a leaf, and sums its gradients in bfloat16
-        return model.unembed.view_as(model.unembed), batch.targets
+        return weight.view_as(weight), batch.targets
     frequent = model.frequent_ids[:size].to(batch.targets.device)
     ids = torch.cat([frequent, batch.inputs.flatten(), batch.targets]).unique()  # (n,), ascending
-    return model.unembed[ids], torch.searchsorted(ids, batch.targets)
+    return weight[ids], torch.searchsorted(ids, batch.targets)
 
 
 class Exits:

@@ -15,7 +15,7 @@ import torch
 
 from common.errors import UserError
 from common.files import check_outputs, parse_json, whole_file
-from formats.checkpoint import STORED, fitting, read_checkpoint, save_checkpoint
+from formats.checkpoint import STORED, fitting, load_weights, read_checkpoint, save_checkpoint
 from formats.heads import FIELDS, fingerprint, read_heads, same_model, save_heads
 from model import ModelConfig, Transformer
 from training.parallel import is_first, processes, tell
@@ -142,7 +142,9 @@ class Run:
         if heads_alone and not same_model(self.found["model"], self.belongs_to):
             raise UserError(f"{path}: {self.config.init} has changed since; {REMEDY}")
         with fitting(path):
-            self.model.load_state_dict(self.found["weights"], strict=not heads_alone)
+            missing = load_weights(self.model, self.found["weights"])
+            if missing and not heads_alone:
+                raise KeyError(f"{missing[0]} is missing")
         self.optimizer.load_state_dict(training["optimizer"])
         self.step, self.results = training["step"], training["results"]
         self.found = None  # the file is about to be replaced

@@ -9,9 +9,8 @@ import torch
 
 from common.errors import UserError
 from common.files import check_input, digest, reading, whole_file
-from decoding.fast_weights import dequantized
 from decoding.shortlist import find_frequent_ids, ids_beside
-from formats.checkpoint import fitting, read_checkpoint, read_tokenizer
+from formats.checkpoint import fitting, float_weights, load_weights, read_checkpoint, read_tokenizer
 from formats.data import Corpus
 from formats.heads import HEAD_WEIGHTS
 from formats.tokenizers.files import load_tokenizer
@@ -188,15 +187,15 @@ def load_start(model: Transformer, config: TrainConfig) -> None:
     --init has other weights, or fewer frequent ids than --train all:N or heads:N needs."""
     content = read_checkpoint(config.init)
     with fitting(config.init):
-        weights = dequantized(content["weights"], content["scales"])
+        weights = float_weights(content)
         kept = {name: weight for name, weight in weights.items() if depth_of(name) <= model.config.n_layers}
-        missing, more = model.load_state_dict(kept, strict=False)
-        wrong = more + [name for name in missing if not name.startswith(HEAD_WEIGHTS)]
+        missing = load_weights(model, kept)
+        wrong = [name for name in missing if not name.startswith(HEAD_WEIGHTS)]
         if wrong:
-            raise KeyError(f"{wrong[0]} is missing, or has no place in it; flags may only add heads")
+            raise KeyError(f"{wrong[0]} is missing; flags may only add heads")
     for name in missing:
         if name.startswith("exit_norms"):
-            model.get_parameter(name).data.copy_(model.norm.data)
+            model.get_submodule(name).load_state_dict(model.norm.state_dict())
     model.frequent_ids = find_frequent_ids(None, config.init, None, content, model.config.vocab_size)
     known = 0 if model.frequent_ids is None else len(model.frequent_ids)
     if (config.shortlist or 0) > known:

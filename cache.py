@@ -1,9 +1,9 @@
 """The staircase: a cache whose layers store keys and values up to different positions, and the states of the
 positions that are still owed to them.
 
-A layer computes its rows in *pieces*. The prompt is one piece; the positions after it are cut at multiples
-of 32 (16 in half precision), and every row of such a piece gets, bit for bit, what it would get alone. So
-keys, values and logits do not depend on which rows were owed together, that is, on the exits taken.
+A layer computes its rows in *pieces*. The prompt is one piece; the positions after it are cut into pieces of
+32 (16 in half precision), and every row of such a piece gets, bit for bit, what it would get alone. So keys,
+values and logits do not depend on which rows were owed together, that is, on the exits taken.
 
 Dimensions: R rows of a piece, S visible positions, d model width, K key/value heads, C width of a head.
 """
@@ -20,6 +20,11 @@ from model import Block, Rotary, Seen, Transformer, hiding
 
 PIECE, HALF_PIECE = 32, 16  # rows, in half precision the latter: products treat up to so many alike
 COLUMNS = 64  # a row attends to whole groups of so many positions, in which a mask hides what it may not see
+
+
+def whole_groups(positions: int) -> int:
+    """A number of positions, rounded up to whole groups of COLUMNS."""
+    return math.ceil(positions / COLUMNS) * COLUMNS
 
 
 class KVCache:
@@ -47,7 +52,7 @@ class KVCache:
         states = model.embed(torch.zeros(1, 1, dtype=torch.int64, device=model.device))
         self.hidden = states.new_zeros(1, length, config.d_model)
         self.piece = HALF_PIECE if states.element_size() == 2 else PIECE
-        self.room = math.ceil(length / COLUMNS) * COLUMNS
+        self.room = whole_groups(length + PIECE)
         shape = (2, config.n_layers + 1, 1, config.n_kv_heads, self.room, config.head_dim)
         dtype = states.dtype
         if model.device.type == "cpu":  # there, attention is faster in float32, also for states in bfloat16
@@ -74,13 +79,15 @@ class KVCache:
     def pieces(self, first: int) -> Iterator[Tensor]:
         """The states of the positions from `first` on, piece by piece: views of `hidden`, (1, R, d) each."""
         while first < self.begun:
-            stop = (
-                self.prompt
-                if first < self.prompt
-                else min(self.begun, first - first % self.piece + self.piece)
-            )
+            stop = self.prompt
+            if first >= self.prompt:
+                stop = min(self.begun, self.start_of_piece(first) + self.piece)
             yield self.hidden.narrow(1, first, stop - first)
             first = stop
+
+    def start_of_piece(self, position: int) -> int:
+        """The first position of the piece in which a position after the prompt lies."""
+        return position - (position - self.prompt) % self.piece
 
     def climb(self, block: Block) -> Tensor:
         """Runs a block on the rows that are owed to it, if any. Returns their new states, (1, R, d), the
@@ -127,8 +134,9 @@ class KVCache:
                 return 0, rows, None
             positions = torch.arange(rows, device=self.hidden.device)
             return 0, rows, hiding(positions, positions, window, self.keys[0].dtype)
-        oldest = 0 if window is None else max(0, first - first % self.piece + 1 - window)
-        start, stop = oldest - oldest % COLUMNS, first - first % COLUMNS + COLUMNS
+        begin = self.start_of_piece(first)  # what is seen depends on the piece, not on the rows present
+        oldest = 0 if window is None else max(0, begin + 1 - window)
+        start, stop = oldest - oldest % COLUMNS, whole_groups(begin + self.piece)
         if window not in self._lines:
             self._lines[window] = self.line(window)
         masks = self._lines[window].unfold(0, stop - start, 1)

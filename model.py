@@ -116,9 +116,9 @@ class RMSNorm(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding (Su 2021): turns every pair of neighboring numbers of a head by the angle
-    position * frequency. `factor` divides the frequencies, so that texts may be longer: all of them alike, or
-    in the bands of Llama 3 (`apply_scaling` in its code)."""
+    """Rotary position embedding (Su 2021): turns every pair (i, i + C/2) of the numbers of a head by the
+    angle position * frequency. `factor` divides the frequencies, so that texts may be longer: all of them
+    alike, or in the bands of Llama 3 (`apply_scaling` in its code)."""
 
     def __init__(self, config: ModelConfig, base: float, factor: float = 1.0):
         super().__init__()
@@ -132,18 +132,21 @@ class Rotary(nn.Module):
         if factor != 1:
             frequency = frequency * (kept + (1 - kept) / factor)
         angle = torch.arange(config.max_len, dtype=torch.float64)[:, None] * frequency
-        turns = torch.stack([angle.cos(), angle.sin()], -1).float()  # (max_len, C/2, 2)
-        self.register_buffer("turns", turns, persistent=False)
+        cos, sin = angle.cos().float(), angle.sin().float()
+        table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])[:, :, None]
+        self.register_buffer("table", table, persistent=False)  # (2, max_len, 1, C)
 
     def factors(self, first: int, rows: int) -> Tensor:
-        """e^(i angle) of the positions from `first` on: (T, 1, C/2)."""
-        return torch.view_as_complex(self.turns.narrow(0, first, rows).float()).unsqueeze(1)
+        """cos and signed sin (-sin for the first half of a head) of the positions from `first` on: (2, T, 1,
+        C)."""
+        return self.table.narrow(1, first, rows)
 
-    def forward(self, heads: Tensor, factors: Tensor) -> Tensor:
-        """(x1 + i x2) e^(i angle) for every pair of numbers of heads (B, T, heads, C)."""
-        exact = heads.float() if heads.element_size() == 2 else heads  # torch has no complex bfloat16
-        pairs = torch.view_as_complex(exact.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * factors).flatten(-2).to(heads.dtype)
+    def forward(self, x: Tensor, factors: Tensor) -> Tensor:
+        """(x1 cos - x2 sin, x2 cos + x1 sin) for every pair of heads x (B, T, heads, C). (Complex numbers or
+        addcmul would be faster, but their last bit depends on the number of rows.)"""
+        cos, signed_sin = factors
+        swapped = x.roll(x.shape[-1] // 2, -1)  # x2 in the place of x1, x1 in the place of x2
+        return (x * cos + swapped * signed_sin).type_as(x)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: ModelConfig) -> Tensor:

@@ -15,8 +15,8 @@ from formats.checkpoint import (
     check_size,
     fitting,
     float_weights,
-    load_scales,
     load_weights,
+    places,
     read_tokenizer,
 )
 from formats.heads import read_model
@@ -60,7 +60,9 @@ def load_checkpoint(
         if missing:
             raise KeyError(f"{missing[0]} is missing")
     if device.type == "cpu":  # first, so that no float copy of the whole model is needed
-        prepare(model, "int8" if in_int8 else form or default_form(dtype), dtype, load_scales(model, scales))
+        known = places(model)
+        of_weight = {model.get_parameter(known[name]): scale for name, scale in scales.items()}
+        prepare(model, "int8" if in_int8 else form or default_form(dtype), dtype, of_weight)
     cast(model, device, torch.float32 if in_int8 else dtype)
     model.make_rotary()
     model.frequent_ids = find_frequent_ids(frequent_ids, path, heads, content, config.vocab_size)

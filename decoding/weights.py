@@ -33,6 +33,7 @@ FEW = 32  # rows up to which the int8 kernel treats every row alike, and is fast
 GROUP = 16  # the int8 kernel reads so many numbers of a row at a time, even past its end
 LARGE = 2**22  # weights: in an int8 matrix of this size, products of integers are the fastest for any rows
 STEPS = 127  # of int8, on each side of 0
+UNDIVIDED = 2**15  # numbers: torch divides larger elementwise operations among its threads
 # What torch raises if it has no such function, or the CPU has no such instructions:
 UNSUPPORTED = (RuntimeError, AttributeError)
 
@@ -71,6 +72,9 @@ def prepare(model: Transformer, form: str, dtype: torch.dtype, scales: dict[nn.P
             setattr(parent, name, replaced(module))
             parent.__dict__[name] = parent._modules[name]  # found at once: nn.Module looks there last
     model._apply = refuse
+    for block in model.blocks:
+        if FEW * model.config.d_ff > UNDIVIDED:
+            block.activation = EXACT[model.config.activation]
 
 
 def refuse(*_, **__):
@@ -165,6 +169,23 @@ def packed_integer_product(x: Tensor, weight: tuple[Tensor, Tensor, Tensor]) -> 
 
 
 # ---------------------------------------------------------------- the modules of a prepared model
+
+
+def silu(x: Tensor) -> Tensor:
+    """F.silu, whose last bit depends on where torch divides a large tensor among its threads. That of these
+    operations does not."""
+    return x / (1 + (-x).exp())
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """F.gelu with tanh, likewise, in float32."""
+    exact = x.float()
+    return (
+        0.5 * exact * (1 + torch.tanh((2 / math.pi) ** 0.5 * (exact + 0.044715 * exact * exact * exact)))
+    ).type_as(x)
+
+
+EXACT = {"silu": silu, "gelu_tanh": gelu_tanh}
 
 
 class Stored(nn.Module):

@@ -29,10 +29,9 @@ STORED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that weights m
 
 
 def weights_of(model) -> dict[str, Tensor]:
-    """The weights of a model by their names in a file. There, the numbers of a rotary pair are i and i + C/2
-    of a head, as in Hugging Face's files; in a model they are neighbors."""
+    """The weights of a model by their names in a file."""
     state = model.state_dict()
-    return {name: paired(state[place], name, model.config, (-1, 2)) for name, place in places(model).items()}
+    return {name: state[place] for name, place in places(model).items()}
 
 
 def load_weights(model, weights: dict[str, Tensor], assign: bool = False) -> list[str]:
@@ -42,19 +41,10 @@ def load_weights(model, weights: dict[str, Tensor], assign: bool = False) -> lis
     for name, weight in weights.items():
         if name not in known:
             raise KeyError(f"{name} has no place in it")
-        state[known[name]] = paired(weight, name, model.config, (2, -1))
+        state[known[name]] = weight
     model.load_state_dict(state, strict=False, assign=assign)
     model.tie()
     return [name for name in known if name not in weights]
-
-
-def load_scales(model, scales: dict[str, Tensor]) -> dict[Tensor, Tensor]:
-    """The scales of int8 weights, by the parameters of a model that `load_weights` has assigned."""
-    known = places(model)
-    return {
-        model.get_parameter(known[name]): paired(scale, name, model.config, (2, -1))
-        for name, scale in scales.items()
-    }
 
 
 def float_weights(content: dict) -> dict[str, Tensor]:
@@ -70,17 +60,6 @@ def places(model) -> dict[str, str]:
     shared = ("lm_head.", "unembedding.") if model.config.tie_embeddings else ("lm_head.",)
     names = [name for name in model.state_dict() if not name.startswith(shared)]
     return {name.removesuffix(".weight").replace(".bias", "_bias"): name for name in names}
-
-
-def paired(weight: Tensor, name: str, config, halves: tuple[int, int]) -> Tensor:
-    """Reorders the rows of queries and keys in a weight of this name (or its scales) within every head, whose
-    rows are taken as a matrix of the shape `halves`, which is transposed. Other weights stay as they are."""
-    heads = {"qkv": config.n_heads + config.n_kv_heads, "q_norm": 1, "k_norm": 1}
-    count = config.head_dim * heads.get(name.rpartition(".")[2].removesuffix("_bias"), 0)
-    if count == 0:
-        return weight
-    rows = weight[:count].unflatten(0, (-1, config.head_dim)).unflatten(1, halves)
-    return torch.cat([rows.transpose(1, 2).flatten(0, 2), weight[count:]])
 
 
 # ---------------------------------------------------------------- writing

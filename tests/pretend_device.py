@@ -96,7 +96,7 @@ def dispatch(function, args, kwargs):
             return leaf
         if id(leaf) in known:
             return known[id(leaf)]
-        return Elsewhere(leaf.resolve_conj()) if stays else leaf
+        return Elsewhere(leaf) if stays else leaf
 
     return tree_map(placed, out)
 

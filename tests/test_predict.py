@@ -130,7 +130,7 @@ def test_what_an_amateur_costs_is_counted(tiny_model):
 
 
 def test_contrasted_samples_leave_out_what_is_not_plausible(tiny_model):
-    model = tiny_model(3)
+    model = tiny_model(2)
     p = layers_ref(model, PROMPT)[5]
     config = DecodeConfig(max_new_tokens=1, predict="dola", temperature=1.0)
     drawn = {generate(model, PROMPT, DecodeConfig(**{**vars(config), "seed": seed})).tokens[0] for seed in range(400)}

@@ -3,10 +3,11 @@ faster ones; its blocks do not notice.
 
     plain    as in the file
     packed   every matrix in oneDNN's own order
-    int8     every matrix in int8: one byte per weight and one scale per row
+    int8     every matrix in int8: one byte per weight (two in a large matrix) and one scale per row
 
-In packed and int8, a row of a product gets, bit for bit, what it would get alone, if at most 16 rows are
-multiplied together. In plain it does not, because the library's float32 product does not work row by row.
+In packed and int8, a row of a product gets, bit for bit, what it would get alone, if at most 32 rows (16 in
+bfloat16) are multiplied together. In plain it does not: the library's float32 product does not work row by
+row.
 
 Only this file calls private functions of torch, each after a trial call.
 
@@ -311,13 +312,15 @@ class Int8Linear(Stored):
         self._rows, self._scale = rows.data, scale.data  # found faster than parameters
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.view(-1, x.shape[-1])  # (R, i)
+        flat = x.reshape(-1, x.shape[-1])  # (R, i)
         if len(flat) <= FEW and self._few:
             y = torch._weight_int8pack_mm(flat.bfloat16(), self._rows, self._scale).float()
         elif multiplies_integers():
             y = self.in_integers(flat)
         else:
-            y = F.linear(flat, self.rows.float()) * self.scale
+            dense = self.rows.float()
+            alone = flat.split(1 if len(flat) <= FEW else len(flat))  # a few rows one by one
+            y = torch.cat([F.linear(rows, dense) for rows in alone]) * self.scale
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
